@@ -1,0 +1,446 @@
+"""The one object with state: buckets with their residuals, the step counter, the seed, and the counters of traffic."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Literal
+
+import torch
+
+from .compressors import Identity
+from .errors import CompressionError, DisagreementError
+from .exchange import AllReduce
+from .feedback import LocalMomentum
+from .kernels import all_finite
+from .protocols import Compressor, Exchange, Feedback, State, StepContext, Steps, Task, Traffic
+from .segments import Segments
+from .transport.base import Handle, Transport
+
+__all__ = ["Aggregator", "Bucket", "GroupSettings", "Method", "Reduction", "drive"]
+
+NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm: compressor × feedback × exchange, and what is sent without compression.
+
+    Parameters with fewer than `dense_below` elements, and with `dense_1d` those with one dimension (biases, norms), travel uncompressed.
+    """
+
+    compressor: Compressor
+    feedback: Feedback
+    exchange: Exchange
+    dense_below: int = 1024
+    dense_1d: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for role, part, protocol in (("compressor", self.compressor, Compressor), ("feedback", self.feedback, Feedback), ("exchange", self.exchange, Exchange)):
+            if not isinstance(part, protocol):
+                raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
+        self.exchange.check(self.compressor)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
+        if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
+            raise CompressionError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}.")
+
+    def is_dense(self, parameter: torch.Tensor) -> bool:
+        return parameter.numel() < self.dense_below or (self.dense_1d and parameter.dim() <= 1)
+
+    def dense(self) -> Method:
+        return Method(Identity(), self.feedback.for_dense(), AllReduce(), self.dense_below, self.dense_1d, self.seed)
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """A param group's hyper-parameters in this step."""
+
+    lr: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class Bucket:
+    """Segments that travel together: one param group, dtype and device. State is allocated at first use."""
+
+    name: str
+    method: Method
+    segments: Segments
+    parameters: list[torch.nn.Parameter]
+    group: int
+    state: State | None = None
+    exchange_state: State | None = None
+    previous_lr: float | None = None
+    versions: list[int] = field(default_factory=list)
+    """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
+
+    def allocate(self, rank: int, size: int) -> None:
+        if self.state is None:
+            self.state = self.method.feedback.init(self.segments)
+            self.exchange_state = self.method.exchange.init(self.segments, rank, size)
+
+
+def wire_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """Residuals and sums are kept in float32 for 16-bit parameters."""
+    return torch.float32 if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.dtype
+
+
+class Reduction:
+    """One bucket's step in progress."""
+
+    def __init__(self, bucket: Bucket, task: Task, steps: Steps, gradients: list[torch.Tensor], learning_rate: float) -> None:
+        self.bucket = bucket
+        self.task = task
+        self.gradients = gradients
+        self.learning_rate = learning_rate
+        self.pending: Handle[Any] | None = None
+        self.out: torch.Tensor | None = None
+        self._steps = steps
+        self._resume(None)
+
+    @property
+    def finished(self) -> bool:
+        return self.out is not None
+
+    def _resume(self, value: Any) -> None:
+        try:
+            self.pending = self._steps.send(value)
+        except StopIteration as stop:
+            self.pending, self.out = None, stop.value
+
+    def advance(self) -> None:
+        """Wait for the pending handle and go on to the next one (or to the end)."""
+        if self.pending is not None:
+            self._resume(self.pending.wait())
+
+    def undo_(self, gradients_gone: bool = False) -> None:
+        """Put residuals (and momentum) back to where they were before this step, to rounding.
+
+        `gradients_gone`: the gradients were overwritten by the result; finite ones of this worker then stay in its residual, as if delayed.
+        """
+        state, method = self.bucket.state, self.bucket.method
+        assert state is not None
+        self.task.undo_()
+        if self.task.poisoned:
+            return
+        method.feedback.undo_(state, None if gradients_gone else self.gradients, self.bucket.parameters, self.bucket.segments, self.task.ctx)
+        if method.compressor.lossless and method.feedback.keeps_residual:
+            state["residual"].zero_()  # a lossless payload is not kept for adding back
+
+    def commit(self) -> None:
+        """The step stands: remember the learning rate that the residual is measured in, and let the payloads go."""
+        self.bucket.previous_lr = self.learning_rate
+        self.task.forget_undo()
+
+
+def drive(reductions: Iterable[Reduction]) -> None:
+    """Finish all, one phase of each after the other: second passes of all buckets travel at once, in the same order on every rank."""
+    open_ones = [r for r in reductions if not r.finished]
+    while open_ones:
+        for reduction in open_ones:
+            reduction.advance()
+        open_ones = [r for r in open_ones if not r.finished]
+
+
+class Aggregator:
+    """Residuals by parameter name, step counter, seed and traffic counters of one bound method.
+
+    `named`: (name, parameter) pairs that require gradients. `group_of` gives a parameter's group index and `settings` the
+    hyper-parameters of a bucket's group now. `bucket_bytes` = 0 makes one bucket of each parameter (Horovod calls us so); results do not depend on it.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        named: NamedParameters,
+        *,
+        bucket_bytes: int = 0,
+        group_of: Callable[[torch.nn.Parameter], int] | None = None,
+        settings: Callable[[Bucket], GroupSettings] | None = None,
+    ) -> None:
+        self.method = method
+        self.named = list(named)
+        self.step = 0
+        self.undone = 0
+        self.traffic = Traffic()
+        self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
+        self._agreed = False
+        self._transport: Transport | None = None
+        self.buckets = self._plan(bucket_bytes, group_of or (lambda parameter: 0))
+
+    def _plan(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> list[Bucket]:
+        buckets: list[Bucket] = []
+        open_buckets: dict[Any, list[tuple[str, torch.nn.Parameter]]] = {}
+        dense_method = self.method.dense()
+
+        def close(kind: Any) -> None:
+            members = open_buckets.pop(kind)
+            group, dense, dtype, _ = kind
+            table = Segments.of([(n, p.detach()) for n, p in members])
+            segments = Segments(table.table, dtype, table.device)
+            name = members[0][0] if bucket_bytes == 0 else f"bucket{len(buckets)}"
+            buckets.append(Bucket(name, dense_method if dense else self.method, segments, [p for _, p in members], group))
+
+        # Gradients become ready from the last layer to the first.
+        for name, parameter in reversed(self.named):
+            kind = (group_of(parameter), self.method.is_dense(parameter), wire_dtype(parameter), parameter.device)
+            members = open_buckets.setdefault(kind, [])
+            members.append((name, parameter))
+            if sum(p.numel() for _, p in members) * kind[2].itemsize >= bucket_bytes:
+                close(kind)
+        for kind in list(open_buckets):
+            close(kind)
+        return buckets
+
+    # -- one step ----------------------------------------------------------------------------------------------------------------
+
+    def use(self, transport: Transport) -> None:
+        """Bind to a transport (collective at first): compare settings across ranks, allocate state, take over loaded state."""
+        if self._transport is None:
+            self._transport = transport
+        if not self._agreed:
+            self._agreed = True
+            self._check_agreement(transport)
+
+    @property
+    def transport(self) -> Transport:
+        if self._transport is None:
+            raise CompressionError("this compression object has not taken part in a step yet, so it has no transport.")
+        return self._transport
+
+    @torch.no_grad()
+    def start(self, bucket: Bucket, gradients: Sequence[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> Reduction | None:
+        """Accumulate, extract and start to send. None when the learning rate is 0: nothing is sent and residuals stay as they are."""
+        for segment, gradient in zip(bucket.segments, gradients, strict=True):
+            if tuple(gradient.shape) != segment.shape:
+                raise CompressionError(
+                    f"the gradient of parameter '{segment.name}' has shape {tuple(gradient.shape)}, but it was bound with shape {segment.shape}; its residual cannot be carried over. "
+                    "Bind again after changing a parameter's shape."
+                )
+            if gradient.is_sparse:
+                raise CompressionError(f"the gradient of parameter '{segment.name}' is sparse; use sparse=False in the embedding, or sparse_as_dense=True.")
+        bucket.allocate(transport.rank, transport.size)
+        assert bucket.state is not None and bucket.exchange_state is not None
+        feedback = bucket.method.feedback
+        group = self.settings(bucket)
+        self._recapture(bucket)
+        ctx = StepContext(
+            seed=self.method.seed,
+            step=self.step,
+            rank=transport.rank,
+            size=transport.size,
+            lr=group.lr or 1.0,
+            previous_lr=(group.lr or 1.0) if bucket.previous_lr is None else bucket.previous_lr,
+            momentum=group.momentum,
+            weight_decay=group.weight_decay,
+        )
+        if group.lr == 0:
+            return None
+        poisoned = not all(all_finite(g) for g in gradients)
+        # A poisoned step leaves the buffer alone; there is nothing to extract from.
+        buffer = bucket.segments.empty()[:0] if poisoned else feedback.accumulate_(bucket.state, gradients, bucket.parameters, bucket.segments, ctx)
+        task = Task(
+            name=bucket.name,
+            segments=bucket.segments,
+            buffer=buffer,
+            out=out,
+            compressor=bucket.method.compressor,
+            state=bucket.exchange_state,
+            ctx=ctx,
+            poisoned=poisoned,
+            reversible=feedback.keeps_residual,
+            server_carry=ctx.carry if feedback.unit == "gradient" else 1.0,
+        )
+        return Reduction(bucket, task, bucket.method.exchange.run(task, transport), list(gradients), group.lr)
+
+    def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False) -> bool:
+        """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands."""
+        finite = all(r.task.finite for r in reductions)
+        for reduction in reductions:
+            n = self.transport.size
+            reduction.task.traffic.dense = 2 * (n - 1) * reduction.bucket.segments.numel * reduction.bucket.segments.dtype.itemsize // n
+            self.traffic += reduction.task.traffic
+            if finite:
+                reduction.commit()
+            else:
+                reduction.undo_(gradients_gone)
+        self.step += 1
+        if not finite:
+            self.undone += 1
+            warnings.warn(
+                f"a gradient or a payload held an inf or NaN on some rank: step {self.step - 1} was undone on all ranks ({self.undone} so far). With a GradScaler this happens now and then.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return finite
+
+    # -- parameters that are shifted (DEF) ----------------------------------------------------------------------------------------
+
+    def apply_updates(self, reductions: Sequence[Reduction]) -> None:
+        """Update-unit methods: x ← x − mean update, and shift."""
+        with torch.no_grad():
+            for reduction in reductions:
+                bucket = reduction.bucket
+                assert reduction.out is not None and bucket.state is not None
+                bucket.method.feedback.finish_(bucket.state, reduction.out, bucket.parameters, bucket.segments, reduction.task.ctx)
+                bucket.versions = [p._version for p in bucket.parameters]
+
+    def _recapture(self, bucket: Bucket) -> None:
+        """Read x at the first step, and again when somebody else (a loaded checkpoint, a broadcast) wrote to the parameters."""
+        feedback = bucket.method.feedback
+        if isinstance(feedback, LocalMomentum) and feedback.shifts and bucket.versions != [p._version for p in bucket.parameters]:
+            assert bucket.state is not None
+            with torch.no_grad():
+                feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
+            bucket.versions = [p._version for p in bucket.parameters]
+
+    @contextmanager
+    def at(self, point: Literal["averaged", "virtual", "local"]) -> Iterator[None]:
+        """Hold the parameters at a point for evaluation or saving; training goes on from where it was.
+
+        `averaged`: x, equal on all ranks. `virtual`: z = x − mean e, which needs one dense all-reduce (update-unit methods; collective).
+        `local`: where this worker evaluates its gradients. They are the same, and nothing is done, for methods that do not shift the model,
+        but for `virtual`. Values written to the parameters inside are lost.
+        """
+        if point not in ("averaged", "virtual", "local"):
+            raise CompressionError(f"at(): expected 'averaged', 'virtual' or 'local', got {point!r}.")
+        moved: list[tuple[Bucket, list[torch.Tensor]]] = []
+        with torch.no_grad():
+            for bucket in self.buckets:
+                feedback = bucket.method.feedback
+                if point == "virtual" and feedback.unit != "update":
+                    raise CompressionError(f"at('virtual') is defined for update-unit methods (EF with local momentum, DEF, SAEF); this one is {feedback}. Use at('averaged').")
+                if point == "local" or bucket.state is None or not isinstance(feedback, LocalMomentum):
+                    continue
+                if bucket.versions != [p._version for p in bucket.parameters] and feedback.shifts:
+                    continue  # somebody wrote to the parameters since the last step: what they hold is x
+                mean_error: torch.Tensor | None = None
+                if point == "virtual" and not feedback.dense:
+                    mean_error = bucket.state["residual"].clone()
+                    self.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
+                    mean_error.div_(self.transport.size)
+                if mean_error is None and not feedback.shifts:
+                    continue
+                moved.append((bucket, [p.detach().clone() for p in bucket.parameters]))
+                if feedback.shifts:
+                    torch._foreach_copy_(list(bucket.parameters), bucket.segments.shaped_views(bucket.state["x"]))
+                if mean_error is not None:
+                    torch._foreach_sub_(list(bucket.parameters), bucket.segments.shaped_views(mean_error))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for bucket, saved in moved:
+                    torch._foreach_copy_(list(bucket.parameters), saved)
+                    bucket.versions = [p._version for p in bucket.parameters]
+
+    # -- agreement ---------------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that must be equal on all ranks."""
+        return {
+            "compressor": repr(self.method.compressor),
+            "feedback": repr(self.method.feedback),
+            "exchange": repr(self.method.exchange),
+            "dense_below": self.method.dense_below,
+            "dense_1d": self.method.dense_1d,
+            "seed": self.method.seed,
+            "step": self.step,
+            **{f"parameter '{name}'": f"{tuple(p.shape)} {p.dtype}" for name, p in self.named},
+        }
+
+    def _check_agreement(self, transport: Transport) -> None:
+        mine = self.describe()
+        # Two hashes of 32 bytes first; the text travels only when they differ. Order matters too: it fixes the buckets.
+        text = json.dumps(list(mine.items())).encode()
+        digest = torch.frombuffer(bytearray(blake2b(text, digest_size=32).digest()), dtype=torch.uint8)
+        digests = transport.allgather(digest, "agreement", [32] * transport.size).wait()
+        if all(torch.equal(d, digests[0]) for d in digests):
+            return
+        texts = transport.allgather(torch.frombuffer(bytearray(text), dtype=torch.uint8), "disagreement").wait()
+        first = dict(json.loads(bytes(texts[0].tolist())))
+        for r, t in enumerate(texts):
+            other = dict(json.loads(bytes(t.tolist())))
+            for what in [*first, *(k for k in other if k not in first)]:
+                if first.get(what) != other.get(what):
+                    raise DisagreementError(
+                        f"ranks do not agree on {what}: rank 0 has {first.get(what, 'none')}, rank {r} has {other.get(what, 'none')}. "
+                        "Every rank must bind the same model with the same settings (and load the same step)."
+                    )
+        raise DisagreementError("ranks list their parameters in different orders; pass model.named_parameters() on every rank.")
+
+    def settings_hash(self) -> int:
+        """16 values that change with settings and step; compared across ranks in every payload."""
+        text = f"{self.method}|{self.step}"
+        return blake2b(text.encode(), digest_size=1).digest()[0] % 16 + 1
+
+    # -- state -------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all state, by parameter name; plain dictionaries, numbers and tensors. Differs between ranks: save one per rank."""
+        rank, size = (0, 1) if self._transport is None else (self._transport.rank, self._transport.size)
+        parameters: dict[str, dict[str, Any]] = {}
+        for bucket in self.buckets:
+            if bucket.state is None:
+                continue
+            for segment in bucket.segments:
+                entry: dict[str, Any] = {slot: t[segment.start : segment.stop].view(segment.shape).clone() for slot, t in bucket.state.items()}
+                entry["previous_lr"] = bucket.previous_lr
+                parameters[segment.name] = entry
+            if bucket.exchange_state:
+                for segment in bucket.method.exchange.state_segments(bucket.segments, rank, size):
+                    for slot, t in bucket.exchange_state.items():
+                        parameters[segment.name][slot] = t[segment.start : segment.stop].clone()
+        return {"format": 1, "method": repr(self.method), "rank": rank, "size": size, "step": self.step, "undone": self.undone, "parameters": parameters}
+
+    def load_state_dict(self, state: Mapping[str, Any], rank: int, size: int) -> None:
+        """Take over state saved by `state_dict` on the same rank of a group of the same size. Nothing is changed when an error is raised."""
+        if state.get("format") != 1:
+            raise CompressionError(f"this is not a state of format 1 of hvd_ecsgd: format {state.get('format')!r}.")
+        if state["method"] != repr(self.method):
+            raise CompressionError(f"the state was saved by another method.\n  saved: {state['method']}\n  now:   {self.method!r}\nBind with the saved settings, or start without this state.")
+        if (state["rank"], state["size"]) != (rank, size) and state["parameters"]:
+            raise CompressionError(
+                f"the state was saved by rank {state['rank']} of {state['size']}, and this is rank {rank} of {size}. Residuals belong to their rank: save one file per rank and load one's own."
+            )
+        staged: list[tuple[Bucket, State, State, float | None]] = []
+        saved = state["parameters"]
+        unknown = sorted(set(saved) - {name for name, _ in self.named})
+        if unknown:
+            raise CompressionError(f"the state holds parameter '{unknown[0]}', which is not bound here.")
+        for bucket in self.buckets:
+            present = [n for n in bucket.segments.names if n in saved]
+            if not present:
+                continue  # nothing was sent for these parameters yet
+            feedback_state = bucket.method.feedback.init(bucket.segments)
+            exchange_state = bucket.method.exchange.init(bucket.segments, rank, size)
+            tables = [(feedback_state, bucket.segments), (exchange_state, bucket.method.exchange.state_segments(bucket.segments, rank, size))]
+            for slots, table in tables:
+                for slot, target in slots.items():
+                    for segment in table:
+                        if segment.name not in saved:
+                            continue  # likewise: its state is still zero
+                        value = saved[segment.name].get(slot)
+                        if not isinstance(value, torch.Tensor) or value.numel() != segment.numel:
+                            raise CompressionError(
+                                f"'{slot}' of parameter '{segment.name}': expected {segment.numel} elements, the state holds {value.numel() if isinstance(value, torch.Tensor) else value!r}."
+                            )
+                        target[segment.start : segment.stop] = value.reshape(-1).to(target)
+            staged.append((bucket, feedback_state, exchange_state, saved[present[0]]["previous_lr"]))
+        for bucket, feedback_state, exchange_state, previous_lr in staged:
+            bucket.state, bucket.exchange_state, bucket.previous_lr = feedback_state, exchange_state, previous_lr
+            feedback = bucket.method.feedback
+            if isinstance(feedback, LocalMomentum) and feedback.shifts:
+                with torch.no_grad():
+                    feedback.shift_(feedback_state, bucket.parameters, bucket.segments)
+                bucket.versions = [p._version for p in bucket.parameters]
+        self.step, self.undone = int(state["step"]), int(state["undone"])
+        self._agreed = False
+

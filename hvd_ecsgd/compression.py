@@ -1,0 +1,324 @@
+"""What a user passes as `compression=`: presets, `bind`, `attach`, and saving of state."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .aggregator import Aggregator, Bucket, GroupSettings, Method
+from .compressors import Cast, Identity, RandomBlock, Sign, TopK
+from .errors import CompressionError
+from .exchange import AllGather, AllReduce, TwoPass
+from .feedback import ErrorFeedback, LocalMomentum, NoFeedback
+from .horovod_slot import HorovodSlot
+from .protocols import Compressor, Exchange, Feedback, Traffic
+from .transport.horovod import SlotTransport
+
+__all__ = ["AnyCompression", "BoundCompression", "Compression", "bind"]
+
+Named = torch.nn.Module | Iterable[tuple[str, torch.nn.Parameter]]
+
+
+class Compression:
+    """A method: compressor × feedback × exchange. Nothing is kept here; `bind` makes the object with state.
+
+    `compressor`: an instance from `hvd_ecsgd.compressors`. `feedback`: from `hvd_ecsgd.feedback` (default: error feedback in gradient units).
+    `exchange`: from `hvd_ecsgd.exchange` (default: all-reduce if payloads add up, else all-gather).
+    `dense_below`, `dense_1d`: parameters with fewer elements, and one-dimensional ones, are sent uncompressed; 0 and False compress everything.
+    `seed`: for shared randomness; the same on all ranks. Raises `CompressionError` for parts that do not fit together.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        feedback: Feedback | None = None,
+        exchange: Exchange | None = None,
+        *,
+        dense_below: int = 1024,
+        dense_1d: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if exchange is None:
+            exchange = AllReduce() if getattr(compressor, "summable", False) else AllGather()
+        self.method = Method(compressor, ErrorFeedback() if feedback is None else feedback, exchange, dense_below, dense_1d, seed)
+
+    def __repr__(self) -> str:
+        m = self.method
+        return f"Compression({m.compressor}, {m.feedback}, {m.exchange}, dense_below={m.dense_below}, dense_1d={m.dense_1d}, seed={m.seed})"
+
+    def bind(self, model: Named, process_set: Any = None) -> BoundCompression:
+        """Tie the method to a module's parameters, or to (name, parameter) pairs, and give it state.
+
+        Bind once per model and optimizer. `process_set`: Horovod's, when the optimizer has one. Raises `CompressionError` for duplicate
+        names, a parameter under two names, and complex parameters.
+        """
+        return BoundCompression(self.method, model, process_set)
+
+    # Horovod calls these two on whatever it is given as `compression=`.
+
+    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """For methods without state only (`none()`, `fp16()`); all others need `bind`."""
+        return self._stateless().compress(tensor)
+
+    def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
+        return self._stateless().decompress(tensor, ctx)
+
+    def _stateless(self) -> _Bare:
+        if isinstance(self.method.feedback, NoFeedback):
+            if isinstance(self.method.compressor, Identity):
+                return Compression.none
+            if isinstance(self.method.compressor, Cast):
+                return Compression.fp16
+        raise CompressionError(f"{self!r} keeps state by parameter name: pass compression=Compression.….bind(model), not the unbound method.")
+
+    # -- presets -----------------------------------------------------------------------------------------------------------------
+
+    none: ClassVar[_Bare]
+    """No compression; as Horovod's, bare or called."""
+
+    fp16: ClassVar[_Bare]
+    """Gradients rounded to float16; bare or called. `Compression.fp16(error_feedback=True).bind(model)` keeps the rounding errors."""
+
+    @staticmethod
+    def random_block(ratio: float = 64.0, *, error_feedback: bool = True, **options: Any) -> Compression:
+        """A random block of each parameter, d/ratio elements, the same on all workers; rides Horovod's own all-reduce."""
+        return Compression(RandomBlock(ratio), _feedback(error_feedback), AllReduce(), **options)
+
+    @staticmethod
+    def top_k(ratio: float = 100.0, *, k: int | None = None, error_feedback: bool = True, **options: Any) -> Compression:
+        """The d/ratio (or `k`) largest entries of each parameter; all-gather, so bytes received grow with n."""
+        return Compression(TopK(ratio, k), _feedback(error_feedback), AllGather(), **options)
+
+    @staticmethod
+    def one_bit(scale: Literal["l1", "l2"] = "l1", *, error_feedback: bool = True, **options: Any) -> Compression:
+        """Signs and one scale per parameter; all-gather. With many workers prefer `double_squeeze()`, whose payload does not grow with n."""
+        return Compression(Sign(scale), _feedback(error_feedback), AllGather(), **options)
+
+    @staticmethod
+    def double_squeeze(compressor: Compressor | None = None, server_compressor: Compressor | None = None, **options: Any) -> Compression:
+        """DoubleSqueeze (Tang et al. 2019): compressed in both directions, feedback on both sides. 1-bit signs by default."""
+        return Compression(Sign() if compressor is None else compressor, ErrorFeedback(), TwoPass(server_compressor), **options)
+
+    @staticmethod
+    def local_momentum(ratio: float = 64.0, **options: Any) -> Compression:
+        """EF with momentum on the worker, in update units, with random blocks. Needs hvd_ecsgd's or mpi_backend's DistributedOptimizer over SGD."""
+        return Compression(RandomBlock(ratio), LocalMomentum(0.0), AllReduce(), **options)
+
+    @staticmethod
+    def detached(ratio: float = 64.0, lambda_: float = 0.3, **options: Any) -> Compression:
+        """DEF with random blocks (Xu, Huang 2021); λ=1 is SAEF. Needs hvd_ecsgd's or mpi_backend's DistributedOptimizer over SGD."""
+        return Compression(RandomBlock(ratio), LocalMomentum(lambda_), AllReduce(), **options)
+
+
+def _feedback(wanted: bool) -> Feedback:
+    return ErrorFeedback() if wanted else NoFeedback()
+
+
+class _Bare:
+    """`Compression.none` and `Compression.fp16`: compressors in Horovod's sense as they stand, and callable like every other preset."""
+
+    def __init__(self, compressor: Compressor, dtype: torch.dtype | None) -> None:
+        self._compressor, self._dtype = compressor, dtype
+
+    def __call__(self, *, error_feedback: bool = False, **options: Any) -> Compression:
+        return Compression(self._compressor, _feedback(error_feedback), AllReduce(), **options)
+
+    def bind(self, model: Named, process_set: Any = None) -> BoundCompression:
+        """As `none().bind(model)`."""
+        return self().bind(model, process_set)
+
+    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+        """The tensor as it travels, and its own type."""
+        return (tensor if self._dtype is None or not tensor.is_floating_point() else tensor.to(self._dtype)), tensor.dtype
+
+    def decompress(self, tensor: torch.Tensor, ctx: torch.dtype) -> torch.Tensor:
+        return tensor.to(ctx)
+
+
+Compression.none = _Bare(Identity(), None)
+Compression.fp16 = _Bare(Cast(), torch.float16)
+
+
+class BoundCompression:
+    """A method tied to a model's parameters: residuals, step counter, seed. Made by `Compression.….bind(model)`.
+
+    Pass it as `compression=` to an unmodified `horovod.torch.DistributedOptimizer`, or to hvd_ecsgd's or mpi_backend's.
+    """
+
+    def __init__(self, method: Method, model: Named, process_set: Any = None) -> None:
+        self.method = method
+        self._process_set = process_set
+        self.named, self._frozen = _checked(model)
+        self._aggregator: Aggregator | None = None
+        self._slot: HorovodSlot | None = None
+        self._waiting: Mapping[str, Any] | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._warned = False
+        if method.feedback.unit == "update":
+            self._refuse_other_optimizers()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.method}, {len(self.named)} parameters>"
+
+    # -- Horovod's protocol ------------------------------------------------------------------------------------------------------
+
+    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Called by Horovod with `p.grad`; returns what Horovod reduces, and a context."""
+        return self._slotted().compress(tensor)
+
+    def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
+        """Called by Horovod with what it reduced; writes the mean into the gradient and returns it."""
+        return self._slotted().decompress(tensor, ctx)
+
+    def _slotted(self) -> HorovodSlot:
+        if self._slot is None:
+            if self._aggregator is not None:
+                raise CompressionError("this compression object belongs to another optimizer; bind one for each.")
+            if self.method.feedback.unit == "update":
+                raise CompressionError(self._update_unit_message())
+            transport = SlotTransport(self._process_set)
+            aggregator = Aggregator(self.method, self.named, settings=self._settings)
+            self.adopt(aggregator, transport.rank, transport.size)
+            self._slot = HorovodSlot(aggregator, transport, self._frozen)
+        return self._slot
+
+    def _update_unit_message(self) -> str:
+        return (
+            f"{self.method.feedback} applies momentum, weight decay and the update itself (parameter '{self.named[0][0]}' and all others), which an unmodified Horovod optimizer would do again. "
+            "Use hvd_ecsgd.DistributedOptimizer(optimizer, compression=…) or `import mpi_backend as hvd`."
+        )
+
+    def _refuse_other_optimizers(self) -> None:
+        """With one process Horovod never calls compress: without this check an update-unit method would vanish silently."""
+        mine = {id(p) for _, p in self.named}
+        this = weakref.ref(self)
+
+        def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            bound = this()
+            if bound is None:
+                hook.remove()
+            elif bound._aggregator is None and any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+                raise CompressionError(bound._update_unit_message())
+
+        hook = register_optimizer_step_pre_hook(check)
+
+    # -- hyper-parameters --------------------------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> BoundCompression:
+        """Read learning rates live from `optimizer` (Horovod's, the one that steps). May be called again. Returns self.
+
+        Own optimizers attach by themselves. Without it, methods in gradient units assume a constant learning rate and say so once.
+        Raises `CompressionError` when the optimizer holds none of the bound parameters, or for a method in update units.
+        """
+        ours: object = getattr(optimizer, "compression", None)
+        if ours is self:  # ours: attached already
+            return self
+        if self.method.feedback.unit == "update":
+            raise CompressionError(self._update_unit_message())
+        bound = {id(p) for _, p in self.named}
+        if not any(id(p) in bound for group in optimizer.param_groups for p in group["params"]):
+            raise CompressionError(f"attach(): the optimizer holds none of the bound parameters ('{self.named[0][0]}', …). Pass the optimizer that hvd.DistributedOptimizer returned for this model.")
+        self._optimizer = optimizer
+        return self
+
+    def _settings(self, bucket: Bucket) -> GroupSettings:
+        if self._optimizer is None:
+            if not self._warned and self.method.feedback.keeps_residual:
+                self._warned = True
+                warnings.warn("the learning rate is taken to be constant; call compression.attach(optimizer) if it changes.", UserWarning, stacklevel=2)
+            return GroupSettings()
+        parameter = bucket.parameters[0]
+        for group in self._optimizer.param_groups:  # looked up live: load_state_dict replaces the groups, add_param_group adds some
+            if any(p is parameter for p in group["params"]):
+                return GroupSettings(lr=float(group["lr"]))
+        raise CompressionError(f"parameter '{bucket.segments.names[0]}' is in no param group of the attached optimizer; attach the optimizer that trains it.")
+
+    # -- state -------------------------------------------------------------------------------------------------------------------
+
+    def adopt(self, aggregator: Aggregator, rank: int, size: int) -> None:
+        """For optimizers: the aggregator that holds this object's state from now on. State loaded before is handed over."""
+        if self._aggregator is not None:
+            raise CompressionError("this compression object belongs to another optimizer already; bind one for each.")
+        self._aggregator = aggregator
+        self._rank, self._size = rank, size
+        if self._waiting is not None:
+            state, self._waiting = self._waiting, None
+            aggregator.load_state_dict(state, rank, size)
+
+    @property
+    def aggregator(self) -> Aggregator:
+        if self._aggregator is None:
+            raise CompressionError("this compression object has not been used by an optimizer yet.")
+        return self._aggregator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all state by parameter name: residuals, server residuals, momentum, step. Differs between ranks: save one per rank."""
+        if self._aggregator is None:
+            return dict(self._waiting) if self._waiting is not None else Aggregator(self.method, self.named).state_dict()
+        return self._aggregator.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over state saved by the same rank of a group of the same size. Raises `CompressionError`, with nothing changed, when it does not fit."""
+        if self._aggregator is None:
+            if state.get("format") == 1 and state["method"] != repr(self.method):  # say the commonest mistake at once
+                Aggregator(self.method, self.named).load_state_dict(state, 0, 1)
+            self._waiting = state
+        else:
+            self._aggregator.load_state_dict(state, self._rank, self._size)
+
+    def at(self, point: Literal["averaged", "virtual", "local"]) -> AbstractContextManager[None]:
+        """Hold the parameters at a point for evaluation or saving; see `Aggregator.at`."""
+        return self.aggregator.at(point)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes of this worker so far."""
+        return self._aggregator.traffic if self._aggregator is not None else Traffic()
+
+    @property
+    def undone_steps(self) -> int:
+        """Steps that were undone on all ranks because some rank held an inf or NaN."""
+        return self._aggregator.undone if self._aggregator is not None else 0
+
+
+AnyCompression = _Bare | Compression | BoundCompression
+
+
+def bind(compression: AnyCompression, named: Named) -> BoundCompression:
+    """`compression`, bound to `named` unless it is bound already."""
+    if isinstance(compression, BoundCompression):
+        return compression
+    if isinstance(compression, (Compression, _Bare)):
+        return compression.bind(named)
+    raise CompressionError(f"compression: expected Compression.<preset>(…), bound or not, got {compression!r}.")
+
+
+def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[tuple[str, torch.nn.Parameter]]]:
+    """(trainable, frozen) pairs, or an error that names the parameter."""
+    pairs = list(model.named_parameters()) if isinstance(model, torch.nn.Module) else list(model)
+    names: set[str] = set()
+    owners: dict[int, str] = {}
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], torch.Tensor)):
+            raise CompressionError(f"bind(): expected a module or (name, parameter) pairs such as model.named_parameters(), got {pair!r:.100}.")
+        name, parameter = pair
+        if name in names:
+            raise CompressionError(f"bind(): two parameters are named '{name}'; give them different names, e.g. prefixed by their module's.")
+        if id(parameter) in owners:
+            raise CompressionError(f"bind(): '{name}' and '{owners[id(parameter)]}' are the same (tied) parameter; bind it once. model.named_parameters() lists it once.")
+        if parameter.is_complex():
+            raise CompressionError(f"bind(): parameter '{name}' is {parameter.dtype}; complex gradients are not supported. Keep real and imaginary part as two parameters (torch.view_as_real).")
+        if parameter.requires_grad and not parameter.is_leaf:
+            raise CompressionError(f"bind(): '{name}' is not a leaf tensor and never gets a gradient; pass the parameter it was computed from.")
+        names.add(name)
+        owners[id(parameter)] = name
+    trainable = [(n, p) for n, p in pairs if p.requires_grad]
+    if not trainable:
+        raise CompressionError("bind(): there is no parameter that requires a gradient.")
+    return trainable, [(n, p) for n, p in pairs if not p.requires_grad]

@@ -1,0 +1,68 @@
+"""Random block: consecutive entries at a shared random place, so that payloads line up and ride an ordinary all-reduce."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..segments import Key, Segment, Segments
+from .base import FloatPayload, check_ratio, kept
+
+__all__ = ["RandomBlock"]
+
+
+@dataclass(frozen=True)
+class RandomBlock(FloatPayload):
+    """max(1, ⌊d/ratio⌋) consecutive entries of each segment, from a start uniform over all d positions, modulo d; unscaled.
+
+    Every worker draws the same start from (seed, step, parameter name, piece). δ = block/d in expectation. Payload: the blocks, one after the
+    other, no indices. Source: the DEF authors' code (Xu, Huo, Huang: Detached Error Feedback, their GRBS/random-block sparsifier).
+    """
+
+    ratio: float = 64.0
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio, "random_block")
+
+    @property
+    def summable(self) -> bool:
+        return True
+
+    @property
+    def shared_key(self) -> bool:
+        return True
+
+    @property
+    def lossless(self) -> bool:
+        return False
+
+    def payload_size(self, segments: Segments) -> int:
+        return sum(kept(s.numel, self.ratio) for s in segments)
+
+    def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
+        payload = torch.empty(self.payload_size(segments), dtype=buffer.dtype, device=buffer.device)
+        at = 0
+        for s in segments:
+            for low, high in self._ranges(s, key):
+                payload[at : at + high - low] = buffer[low:high]
+                buffer[low:high] = 0
+                at += high - low
+        return payload
+
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        at = 0
+        for s in segments:
+            for low, high in self._ranges(s, key):
+                out[low:high].add_(payload[at : at + high - low], alpha=alpha)
+                at += high - low
+
+    def _ranges(self, s: Segment, key: Key) -> list[tuple[int, int]]:
+        """The block of this segment as one range of the flat buffer, or two when it wraps around."""
+        block = kept(s.numel, self.ratio)
+        if block == s.numel:  # everything: no draw needed, and nothing for an empty piece
+            return [(s.start, s.stop)] if block else []
+        first = s.start + key.below(s, s.numel, "block")
+        if first + block <= s.stop:
+            return [(first, first + block)]
+        return [(first, s.stop), (s.start, s.start + first + block - s.stop)]

@@ -1,0 +1,89 @@
+"""The k entries of largest magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CompressionError
+from ..kernels import all_finite, top_k_indices
+from ..segments import Key, Segments, aligned
+from .base import check_ratio, kept
+
+__all__ = ["TopK"]
+
+_MAX_SEGMENT = 2**31
+
+
+@dataclass(frozen=True)
+class TopK:
+    """k entries of largest magnitude of each segment, ties to the lowest index; δ ≥ k/d.
+
+    k = max(1, ⌊d/ratio⌋), or the number given as `k`. Payload (bytes): the values of all segments in the buffer's type, then their
+    positions within the segment as int32.
+    """
+
+    ratio: float = 100.0
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio, "top_k")
+        if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
+            raise CompressionError(f"top_k: k must be an integer ≥ 1, got {self.k!r}.")
+
+    @property
+    def summable(self) -> bool:
+        return False
+
+    @property
+    def shared_key(self) -> bool:
+        return False
+
+    @property
+    def lossless(self) -> bool:
+        return False
+
+    def _k(self, numel: int) -> int:
+        """A `k` larger than a segment keeps all of it: small parameters must not make a setting for large ones an error."""
+        return kept(numel, self.ratio) if self.k is None else min(self.k, numel)
+
+    def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.uint8
+
+    def payload_size(self, segments: Segments) -> int:
+        return aligned(sum(self._k(s.numel) for s in segments) * (segments.dtype.itemsize + 4))
+
+    def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
+        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        values, positions = self._parts(payload, segments)
+        at = 0
+        for s, view in zip(segments, segments.views(buffer), strict=True):
+            if s.numel >= _MAX_SEGMENT:
+                raise CompressionError(f"top_k: parameter '{s.name}' has {s.numel} elements; positions are sent as int32, so at most {_MAX_SEGMENT - 1} are supported.")
+            k = self._k(s.numel)
+            if k == 0:
+                continue
+            chosen = top_k_indices(view, k)
+            values[at : at + k] = view[chosen]
+            positions[at : at + k] = chosen
+            view[chosen] = 0
+            at += k
+        return payload
+
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        values, positions = self._parts(payload, segments)
+        at = 0
+        for s, view in zip(segments, segments.views(out), strict=True):
+            k = self._k(s.numel)
+            view.index_add_(0, positions[at : at + k], values[at : at + k], alpha=alpha)
+            at += k
+
+    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+        return all_finite(self._parts(payload, segments)[0])
+
+    def _parts(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+        """(values, positions): views of the payload."""
+        total = sum(self._k(s.numel) for s in segments)
+        width = segments.dtype.itemsize
+        return payload[: total * width].view(segments.dtype), payload[total * width : total * (width + 4)].view(torch.int32)

@@ -1,0 +1,19 @@
+"""Errors a user may want to catch by type. Each message names the parameter, what was expected, what came, and the remedy."""
+
+from __future__ import annotations
+
+
+class CompressionError(ValueError):
+    """A wrong argument, or a method used where it cannot work."""
+
+
+class UnboundParameterError(CompressionError):
+    """A gradient arrived that belongs to no bound parameter (or to two of them)."""
+
+
+class DisagreementError(RuntimeError):
+    """Ranks hold different settings, parameters, steps or replicas; raised on every rank."""
+
+
+class TransportError(RuntimeError):
+    """A collective could not complete, or was called in a way that cannot complete."""

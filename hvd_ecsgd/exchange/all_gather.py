@@ -1,0 +1,32 @@
+"""Everybody receives everybody's payload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..protocols import Compressor, Steps, Task, Traffic
+from ..transport.base import Transport
+from .base import Stateless
+
+__all__ = ["AllGather"]
+
+
+@dataclass(frozen=True)
+class AllGather(Stateless):
+    """out = (1/n) Σ C⁻¹(payload of rank r), in rank order. Works with any compressor; bytes received grow with n."""
+
+    def check(self, compressor: Compressor) -> None:
+        """Any compressor can travel this way."""
+
+    def run(self, task: Task, transport: Transport) -> Steps:
+        n = transport.size
+        payload = task.extract_("gather")
+        n_bytes = payload.numel() * payload.element_size()
+        task.traffic += Traffic(payload=n_bytes, sent=(n - 1) * n_bytes)
+        size = task.compressor.payload_size(task.segments)
+        payloads = yield transport.allgather(payload, f"{task.name}.gather", None if size is None else [size] * n)
+        task.finite = all(task.compressor.finite(p, task.segments) for p in payloads)
+        out = task.result()
+        for r, p in enumerate(payloads):
+            task.compressor.add_(out, p, task.segments, task.ctx.key(task.compressor, "gather", r), 1.0 / n)
+        return out

@@ -1,0 +1,32 @@
+"""Payloads that add up ride one ordinary all-reduce."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import CompressionError
+from ..protocols import Compressor, Steps, Task, Traffic
+from ..transport.base import Transport
+from .base import Stateless
+
+__all__ = ["AllReduce"]
+
+
+@dataclass(frozen=True)
+class AllReduce(Stateless):
+    """out = (1/n) C⁻¹(Σ payloads). Needs a summable compressor."""
+
+    def check(self, compressor: Compressor) -> None:
+        if not compressor.summable:
+            raise CompressionError(f"payloads of {compressor} cannot be added in an all-reduce; use AllGather() or TwoPass() as the exchange.")
+
+    def run(self, task: Task, transport: Transport) -> Steps:
+        n = transport.size
+        payload = task.extract_("reduce", travels_in_place=True)
+        n_bytes = payload.numel() * payload.element_size()
+        task.traffic += Traffic(payload=n_bytes, sent=2 * (n - 1) * n_bytes // n)
+        total = yield transport.allreduce_(payload, f"{task.name}.reduce")
+        task.finite = task.compressor.finite(total, task.segments)
+        out = task.result()
+        task.compressor.add_(out, total, task.segments, task.ctx.key(task.compressor, "reduce"), 1.0 / transport.divisor)
+        return out

@@ -1,0 +1,7 @@
+"""One file per accumulate rule. A rule is a frozen dataclass that implements `hvd_ecsgd.protocols.Feedback`."""
+
+from .error_feedback import ErrorFeedback
+from .local_momentum import LocalMomentum
+from .none import NoFeedback
+
+__all__ = ["ErrorFeedback", "LocalMomentum", "NoFeedback"]

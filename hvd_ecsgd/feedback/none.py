@@ -1,0 +1,45 @@
+"""No feedback: what is not sent is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..protocols import Feedback, State, StepContext
+from ..segments import Segments
+
+__all__ = ["NoFeedback"]
+
+
+@dataclass(frozen=True)
+class NoFeedback:
+    """buffer = g, a scratch copy. Unit: gradient."""
+
+    @property
+    def unit(self) -> Literal["gradient", "update"]:
+        return "gradient"
+
+    @property
+    def keeps_residual(self) -> bool:
+        return False
+
+    def for_dense(self) -> Feedback:
+        return self
+
+    def init(self, segments: Segments) -> State:
+        return {}
+
+    def accumulate_(self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> torch.Tensor:
+        buffer = segments.empty()
+        for view, gradient in zip(segments.shaped_views(buffer), gradients, strict=True):
+            view.copy_(gradient)
+        return buffer
+
+    def undo_(self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+        """Nothing was kept."""
+
+    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+        """The optimizer applies the mean."""

@@ -1,0 +1,51 @@
+"""Reference kernels: torch on any device, NumPy's bit packing on CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+__all__ = ["all_finite", "pack_bits", "top_k_indices", "unpack_bits"]
+
+
+def all_finite(t: torch.Tensor) -> bool:
+    """True when no element of the floating-point `t` is inf or NaN. One pass over `t` without temporaries in the usual case."""
+    if t.numel() == 0:
+        return True
+    total = t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
+    # A finite sum proves it; an infinite one may be the overflow of finite numbers.
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(t).all())
+
+
+def pack_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Pack a bool vector of d elements into ⌈d/8⌉ bytes, first element in the lowest bit; the last byte is filled with zeros."""
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.packbits(bits.numpy(), bitorder="little"))
+    n_bytes = -(-bits.numel() // 8)
+    padded = torch.zeros(n_bytes * 8, dtype=torch.uint8, device=bits.device)
+    padded[: bits.numel()] = bits
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
+    return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, numel: int) -> torch.Tensor:
+    """The bool vector of `numel` elements that `pack_bits` packed."""
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=numel, bitorder="little")).view(torch.bool)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(1) & weights) != 0).view(-1)[:numel]
+
+
+def top_k_indices(v: torch.Tensor, k: int) -> torch.Tensor:
+    """Ascending positions (int64) of the k elements of largest magnitude of the 1-D `v`; ties go to the lowest index, NaN counts as largest."""
+    magnitude = v.abs()
+    values, indices = torch.topk(magnitude, k, sorted=False)
+    smallest = values.min()  # NaN if any is NaN: everything compares as "not smaller" then, and the tie rule below decides
+    at_least = ~(magnitude < smallest)
+    if int(at_least.sum()) == k:
+        return indices.sort().values
+    larger = (~(magnitude <= smallest)).nonzero().view(-1)[:k]
+    if larger.numel() == k:
+        return larger
+    equal = (magnitude == smallest).nonzero().view(-1)[: k - larger.numel()]
+    return torch.cat([larger, equal]).sort().values

@@ -1,0 +1,241 @@
+"""DistributedOptimizer over any transport: buckets, gradient hooks, and update-unit methods applied by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .aggregator import Aggregator, Bucket, GroupSettings, Reduction, drive
+from .compression import AnyCompression, BoundCompression, Compression, bind
+from .errors import CompressionError
+from .transport import SelfTransport, Transport
+
+__all__ = ["DistributedOptimizer"]
+
+BUCKET_BYTES = 25 * 2**20
+
+
+def DistributedOptimizer(  # noqa: N802 (Horovod's name)
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+    compression: AnyCompression = Compression.none,
+    *,
+    transport: Transport | None = None,
+    backward_passes_per_step: int = 1,
+    bucket_bytes: int = BUCKET_BYTES,
+    sum_gradients: bool = False,
+) -> Any:
+    """Wrap `optimizer` so that `step()` uses the (compressed) mean of all workers' gradients.
+
+    The result is an instance of the optimizer's own class and shares its param groups and state. Buckets of about `bucket_bytes`
+    bytes start to travel as soon as their gradients are complete, in the same order on every rank, while the backward pass goes on.
+    A worker without a gradient for some parameter takes part with zeros. `compression`: any preset, bound or not; update-unit methods
+    (`local_momentum`, `detached`) need a plain `torch.optim.SGD`, whose lr, momentum and weight_decay they apply themselves.
+    `sum_gradients`: the sum instead of the mean (gradient-unit methods only).
+
+    Attributes beside the optimizer's: `compression` (the bound object), `synchronize()`, `skip_synchronize()`.
+    Raises `CompressionError` for parameters without a name, duplicate names, or a method that cannot work with this optimizer;
+    at the first step `DisagreementError`, on every rank, when ranks hold different settings or parameters.
+    """
+    transport = SelfTransport() if transport is None else transport
+    if isinstance(optimizer, _Distributed):
+        raise CompressionError("DistributedOptimizer(): the optimizer is distributed already.")
+    own = optimizer.__class__
+    cls: Any = type(own.__name__, (_Distributed, own), {"__module__": own.__module__})
+    wrapped: _Distributed = object.__new__(cls)
+    wrapped.__dict__.update(optimizer.__dict__)
+    wrapped._setup(optimizer, named_parameters, compression, transport, backward_passes_per_step, bucket_bytes, sum_gradients)
+    return wrapped
+
+
+class _Distributed(torch.optim.Optimizer):
+    """Mixin in front of the optimizer's own class."""
+
+    compression: BoundCompression
+
+    def _setup(
+        self,
+        inner: torch.optim.Optimizer,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None,
+        compression: AnyCompression,
+        transport: Transport,
+        passes: int,
+        bucket_bytes: int,
+        sum_gradients: bool,
+    ) -> None:
+        if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+            raise CompressionError(f"backward_passes_per_step must be an integer ≥ 1, got {passes!r}.")
+        self._inner = inner
+        self._transport = transport
+        self._sum = sum_gradients
+        owned = {id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
+        if named_parameters is not None:
+            named = [(n, p) for n, p in named_parameters]
+        elif isinstance(compression, BoundCompression):
+            named = compression.named
+        else:
+            named = [(f"group{g}.{i}", p) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])]
+        self.compression = bind(compression, named)
+        trained = [(n, p) for n, p in self.compression.named if id(p) in owned]
+        unnamed = set(owned) - {id(p) for _, p in named}
+        if unnamed:
+            g, i = owned[min(unnamed)]
+            raise CompressionError(
+                f"parameter {i} of param group {g} (shape {tuple(self.param_groups[g]['params'][i].shape)}) has no name; pass named_parameters=model.named_parameters() with all of them."
+            )
+        lost = {id(p) for n, p in named if p.requires_grad and id(p) in owned} - {id(p) for _, p in trained}
+        if lost:
+            name = next(n for n, p in named if id(p) in lost)
+            raise CompressionError(f"parameter '{name}' is optimised but not bound: it was frozen, or another model was bound. Bind again: Compression.….bind(model).")
+        if not trained:
+            raise CompressionError("DistributedOptimizer(): none of the bound parameters belongs to the optimizer; was the compression bound to another model?")
+
+        self._updates = self.compression.method.feedback.unit == "update"
+        self._check_optimizer()
+        self._aggregator = Aggregator(self.compression.method, trained, bucket_bytes=bucket_bytes, group_of=lambda p: owned[id(p)][0], settings=self._settings)
+        self.compression.adopt(self._aggregator, transport.rank, transport.size)
+        self._bound_ids = {id(p) for _, p in trained}
+        self._passes = passes
+        self._bucket_of = {id(p): bucket for bucket in self._aggregator.buckets for p in bucket.parameters}
+        self._started: list[Reduction | None] = []
+        self._results: list[Reduction] | None = None
+        self._stands = True
+        self._should_synchronize = True
+        self._reset_counts()
+        for _, parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._gradient_ready)  # type: ignore[no-untyped-call]
+
+    # -- settings ----------------------------------------------------------------------------------------------------------------
+
+    def _settings(self, bucket: Bucket) -> GroupSettings:
+        group = self.param_groups[bucket.group]
+        return GroupSettings(float(group["lr"]), float(group.get("momentum", 0.0)), float(group.get("weight_decay", 0.0)))
+
+    def _check_optimizer(self) -> None:
+        """Update-unit methods do what SGD does; anything it would do beyond that is an error, not silently different."""
+        if not self._updates:
+            return
+        method = self.compression.method.feedback
+        if not isinstance(self, torch.optim.SGD):
+            raise CompressionError(f"{method} works with torch.optim.SGD, whose lr, momentum and weight_decay it applies itself; got {type(self._inner).__name__}.")
+        if self._sum:
+            raise CompressionError(f"{method} averages updates; summing gradients (op=Sum) is not defined for it.")
+        for g, group in enumerate(self.param_groups):
+            for option, plain in (("dampening", 0), ("nesterov", False), ("maximize", False)):
+                if group.get(option, plain) != plain:
+                    raise CompressionError(f"{method}: param group {g} has {option}={group[option]}; it supports {option}={plain} only.")
+
+    # -- hooks -------------------------------------------------------------------------------------------------------------------
+
+    def _reset_counts(self) -> None:
+        self._passes_left = {id(p): self._passes for _, p in self._aggregator.named}
+        self._waiting_for = {id(b): len(b.parameters) for b in self._aggregator.buckets}
+
+    def _gradient_ready(self, parameter: torch.Tensor) -> None:
+        left = self._passes_left[id(parameter)] = self._passes_left[id(parameter)] - 1
+        if left < 0:
+            name = next(n for n, p in self._aggregator.named if p is parameter)
+            raise CompressionError(
+                f"parameter '{name}' got gradients from more than backward_passes_per_step={self._passes} backward passes before step(); raise backward_passes_per_step to accumulate locally."
+            )
+        if left == 0:
+            self._waiting_for[id(self._bucket_of[id(parameter)])] -= 1
+            self._start_ready()
+
+    def _start_ready(self, everything: bool = False) -> None:
+        """Start the next buckets that are complete: in order, because every rank must start the same collectives in the same order."""
+        buckets = self._aggregator.buckets
+        while len(self._started) < len(buckets):
+            bucket = buckets[len(self._started)]
+            if not everything and self._waiting_for[id(bucket)] > 0:
+                return
+            if not self._started:
+                self._aggregator.use(self._transport)
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.parameters]
+            self._started.append(self._aggregator.start(bucket, gradients, self._transport))
+
+    # -- step --------------------------------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Finish the exchange. Gradient-unit methods then hold the mean in `p.grad` (NaN in it when the step was undone)."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and id(p) not in self._bound_ids:
+                    raise CompressionError(
+                        f"a parameter of shape {tuple(p.shape)} takes part in training but was frozen or absent when this optimizer was made, so ranks would drift apart; "
+                        "make a new DistributedOptimizer after unfreezing or adding parameters."
+                    )
+        if self._results is not None:
+            raise CompressionError("synchronize(): this step's exchange is done already. Call step() inside `with optimizer.skip_synchronize():` after synchronize().")
+        self._start_ready(everything=True)
+        started, self._started = self._started, []
+        self._reset_counts()
+        reductions = [r for r in started if r is not None]
+        drive(reductions)
+        self._stands = self._aggregator.finish_step(reductions)
+        self._results = reductions
+        if self._updates:
+            return
+        for bucket, reduction in zip(self._aggregator.buckets, started, strict=True):
+            if reduction is None:  # learning rate 0
+                for p in bucket.parameters:
+                    p.grad = torch.zeros_like(p)
+                continue
+            assert reduction.out is not None
+            if self._sum:
+                reduction.out.mul_(self._transport.size)
+            for p, mean in zip(bucket.parameters, bucket.segments.shaped_views(reduction.out), strict=True):
+                p.grad = mean if mean.dtype == p.dtype else mean.to(p.dtype)
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """`optimizer.synchronize(); clip…; with optimizer.skip_synchronize(): optimizer.step()`."""
+        self._should_synchronize = False
+        try:
+            yield
+        finally:
+            self._should_synchronize = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Exchange (unless skipped) and update. A step in which any rank held an inf or NaN is undone on all and not applied.
+
+        `closure` is evaluated once, before the exchange; its value is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._should_synchronize:
+            self.synchronize()
+        elif self._results is None:
+            raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
+        results, self._results = self._results, None
+        assert results is not None
+        if not self._stands:
+            return loss
+        if self._updates:
+            self._check_optimizer()
+            self._aggregator.apply_updates(results)
+        else:
+            super().step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the optimizer's. Raises between the start of a backward pass's exchange and `step()`."""
+        if self._started:
+            raise CompressionError("zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. Call it after step().")
+        super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As the optimizer's; the optimizer that was wrapped, and schedulers made for it, stay in step."""
+        super().load_state_dict(state_dict)
+        self._inner.param_groups, self._inner.state = self.param_groups, self.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not after wrapping: buckets are fixed. Raises `CompressionError`."""
+        if "_aggregator" in self.__dict__:
+            raise CompressionError("add_param_group(): parameters cannot be added to a distributed optimizer; add them to the optimizer first and wrap it then.")
+        super().add_param_group(param_group)

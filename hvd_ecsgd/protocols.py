@@ -1,0 +1,237 @@
+"""The seams: what a compressor, a feedback rule and an exchange are, and what is passed between them.
+
+Every method is four verbs: *accumulate* (feedback), *extract* (compressor), *exchange*, *add* (compressor). Configuration is frozen;
+all state is plain dictionaries of flat tensors that the aggregator owns, so that saving, resizing and moving it is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+
+from .segments import Key, Segments
+from .transport.base import Handle, Transport
+
+__all__ = ["Compressor", "Exchange", "Feedback", "State", "Steps", "StepContext", "Task", "Traffic"]
+
+State = dict[str, torch.Tensor]
+"""Slot name → flat tensor. Element i of a slot belongs to element i of the segments the state was made for."""
+
+Steps = Generator[Handle[Any], Any, torch.Tensor]
+"""An exchange in progress: it yields each handle it waits for, is sent the handle's result, and returns the decoded mean."""
+
+
+@runtime_checkable
+class Compressor(Protocol):
+    """An operator C with its wire format. A frozen dataclass: configuration only."""
+
+    @property
+    def summable(self) -> bool:
+        """Payloads drawn with one key may be added element by element: they ride an ordinary all-reduce."""
+        ...
+
+    @property
+    def shared_key(self) -> bool:
+        """Every rank must draw the same randomness."""
+        ...
+
+    @property
+    def lossless(self) -> bool:
+        """The residual is always exactly zero."""
+        ...
+
+    def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Type of the payload's elements for a buffer of `dtype`; uint8 for packed formats."""
+        ...
+
+    def payload_size(self, segments: Segments) -> int | None:
+        """Elements of the payload; None when it depends on the values."""
+        ...
+
+    def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
+        """Take C(buffer) out of the segments' ranges of the flat `buffer`; the residual stays. Returns one contiguous 1-D payload.
+
+        NaN in a segment gives a payload that decodes to NaN (`finite` is False). Elements outside the table are not touched.
+        """
+        ...
+
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        """`out += alpha · C⁻¹(payload)` in the segments' ranges of the flat `out`. `key` is the one it was extracted with."""
+        ...
+
+    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+        """False when decoding would give an inf or NaN."""
+        ...
+
+
+@runtime_checkable
+class Feedback(Protocol):
+    """How the error of earlier compressions is carried: the accumulate rule, and what follows an exchange."""
+
+    @property
+    def unit(self) -> Literal["gradient", "update"]:
+        """What the buffer measures: gradients, or parameter updates (learning rate included; then this rule applies the update itself)."""
+        ...
+
+    @property
+    def keeps_residual(self) -> bool: ...
+
+    def for_dense(self) -> Feedback:
+        """The rule for segments that travel uncompressed: the same mathematics with a residual that is always zero."""
+        ...
+
+    def init(self, segments: Segments) -> State: ...
+
+    def accumulate_(self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> torch.Tensor:
+        """Return the flat buffer to extract from: A·residual + what this step adds. `gradients` are in the order of the segments, of the parameters' shapes."""
+        ...
+
+    def undo_(self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+        """Reverse `accumulate_`, to rounding; called after everything extracted was added back. Without `gradients`, all but what they added."""
+        ...
+
+    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+        """After the exchange: update-unit rules apply `out` to the parameters here."""
+        ...
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """Who sends what to whom."""
+
+    def check(self, compressor: Compressor) -> None:
+        """Raise `CompressionError` when payloads of `compressor` cannot travel this way."""
+        ...
+
+    def init(self, segments: Segments, rank: int, size: int) -> State:
+        """State of the exchange, over `state_segments`."""
+        ...
+
+    def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
+        """The (compact) table that the exchange's state is laid out by."""
+        ...
+
+    def run(self, task: Task, transport: Transport) -> Steps:
+        """Extract, send, and decode the mean over ranks into `task.out`. All ranks return the same bits."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What a step is done with. Learning rates are of the bucket's param group; `previous_lr` is the last non-zero one that was applied."""
+
+    seed: int
+    step: int
+    rank: int = 0
+    size: int = 1
+    lr: float = 1.0
+    previous_lr: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    @property
+    def carry(self) -> float:
+        """η_{t-1}/η_t: what a residual in gradient units is multiplied by when it is added back."""
+        return self.previous_lr / self.lr
+
+    def key(self, compressor: Compressor, stage: str, rank: int | None = None) -> Key:
+        """The key of `compressor` in this pass, on this rank or on another."""
+        return Key(self.seed, self.step, None if compressor.shared_key else (self.rank if rank is None else rank), stage)
+
+
+@dataclass
+class Traffic:
+    """Bytes of one worker, counted where they are handed to the transport.
+
+    `payload`: what this worker contributes. `sent`: what leaves this worker when the collective is bandwidth-optimal (all-reduce: ring,
+    2·(n-1)/n of the payload; all-gather: n-1 copies; all-to-all: all pieces but its own). `dense`: what an uncompressed ring all-reduce of the
+    same gradients would send.
+    """
+
+    payload: int = 0
+    sent: int = 0
+    dense: int = 0
+
+    def __iadd__(self, other: Traffic) -> Traffic:
+        self.payload += other.payload
+        self.sent += other.sent
+        self.dense += other.dense
+        return self
+
+    @property
+    def ratio(self) -> float:
+        """Bytes a dense exchange would have sent ÷ bytes sent; with one worker (nothing is sent), 1."""
+        return self.dense / self.sent if self.sent else 1.0
+
+
+@dataclass
+class Task:
+    """One bucket's exchange in one step."""
+
+    name: str
+    segments: Segments
+    buffer: torch.Tensor
+    out: torch.Tensor | None
+    compressor: Compressor
+    state: State
+    ctx: StepContext
+    poisoned: bool = False
+    """This rank's gradients hold an inf or NaN: the buffer was left alone, and NaN is sent so that every rank learns of it."""
+    reversible: bool = True
+    finite: bool = True
+    server_carry: float = 1.0
+    """What a residual kept by the exchange is multiplied by when it is added back: η_{t-1}/η_t in gradient units, 1 in update units."""
+    traffic: Traffic = field(default_factory=Traffic)
+    _reversals: list[Callable[[], object]] = field(default_factory=list)
+
+    def extract_(self, stage: str, segments: Segments | None = None, *, travels_in_place: bool = False) -> torch.Tensor:
+        """The worker's payload for `segments` (all by default). `travels_in_place`: the transport will overwrite it, so undoing needs a copy."""
+        segments = self.segments if segments is None else segments
+        key = self.ctx.key(self.compressor, stage)
+        if self.poisoned:
+            return poison(self.compressor, segments, key)
+        payload = self.compressor.extract_(self.buffer, segments, key)
+        if self.reversible and not self.compressor.lossless:
+            self.undo_by_adding(self.buffer, self.compressor, payload.clone() if travels_in_place else payload, segments, key, 1.0)
+        return payload
+
+    def undo_by(self, reversal: Callable[[], object]) -> None:
+        """Call this when the step is undone; the last one noted is called first."""
+        self._reversals.append(reversal)
+
+    def undo_by_adding(self, buffer: torch.Tensor, compressor: Compressor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float) -> None:
+        """When the step is undone, `buffer += alpha · decode(payload)`. What had no finite representation on the wire never left its buffer."""
+
+        def add() -> None:
+            scratch = torch.zeros_like(buffer)
+            compressor.add_(scratch, payload, segments, key, alpha)
+            buffer.add_(scratch.nan_to_num_(0.0, 0.0, 0.0))
+
+        self.undo_by(add)
+
+    def undo_(self) -> None:
+        """Put everything extracted back, to rounding."""
+        while self._reversals:
+            self._reversals.pop()()
+
+    def forget_undo(self) -> None:
+        """The step stands: let go of the payloads kept for undoing it."""
+        self._reversals.clear()
+
+    def result(self) -> torch.Tensor:
+        """The zeroed tensor to decode into: allocated as late as possible, because it is as large as the gradients."""
+        if self.out is None:
+            self.out = self.segments.zeros()
+        else:
+            self.out.zero_()
+        return self.out
+
+
+def poison(compressor: Compressor, segments: Segments, key: Key) -> torch.Tensor:
+    """A payload that decodes to NaN."""
+    compact = segments.compact
+    scratch = torch.full((compact.numel,), float("nan"), dtype=compact.dtype, device=compact.device)
+    return compressor.extract_(scratch, compact, key)

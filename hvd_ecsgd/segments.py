@@ -1,0 +1,149 @@
+"""The unit of mathematics (segment), the table kernels take (segments), and the key all randomness is drawn from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+__all__ = ["Key", "Segment", "Segments", "PAYLOAD_ALIGNMENT", "aligned"]
+
+PAYLOAD_ALIGNMENT = 8
+"""Byte payloads are padded to a multiple of this, so that the payloads of several ranks, one after the other, can be viewed as any dtype."""
+
+
+def aligned(n_bytes: int) -> int:
+    """`n_bytes` rounded up to the alignment of payloads."""
+    return -(-n_bytes // PAYLOAD_ALIGNMENT) * PAYLOAD_ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One parameter (or one piece of it), as the range `[start, start + numel)` of a flat buffer.
+
+    `name` is the parameter's name and seeds its randomness; `piece` says which of a segment's pieces this is (two-pass), and seeds too.
+    `shape` is the parameter's own shape, for methods that see matrices; a piece is 1-D.
+    """
+
+    name: str
+    start: int
+    numel: int
+    shape: tuple[int, ...] = ()
+    piece: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.numel
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The segments of one flat buffer: one dtype, one device. Iterates over `Segment`s.
+
+    `table` need not cover the buffer: `piece(r, n)` is a table over the *same* buffer that names only the r-th pieces.
+    """
+
+    table: tuple[Segment, ...]
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+    @staticmethod
+    def of(named: Sequence[tuple[str, torch.Tensor]]) -> Segments:
+        """Segments laid one after the other, in the order given, for tensors of one dtype and device."""
+        table, start = [], 0
+        for name, t in named:
+            table.append(Segment(name, start, t.numel(), tuple(t.shape)))
+            start += t.numel()
+        first = named[0][1]
+        return Segments(tuple(table), first.dtype, first.device)
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements named by the table."""
+        return sum(s.numel for s in self.table)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(s.name for s in self.table)
+
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The segments of `buffer`, as 1-D views."""
+        return [buffer[s.start : s.stop] for s in self.table]
+
+    def shaped_views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The segments of `buffer`, as views of the parameters' shapes."""
+        return [buffer[s.start : s.stop].view(s.shape) for s in self.table]
+
+    def piece(self, r: int, n: int) -> Segments:
+        """The r-th of n pieces of every segment, over the same buffer.
+
+        All pieces but the last ones have ⌈numel/(8n)⌉·8 elements (whole bytes when packed to bits); the last may be shorter or empty: there is no padding inside.
+        """
+        if n == 1:
+            return self
+        return self._pieces(n)[r]
+
+    def _pieces(self, n: int) -> tuple[Segments, ...]:
+        cache: dict[int, tuple[Segments, ...]] = self.__dict__.setdefault("_piece_cache", {})
+        if n not in cache:
+            tables: list[list[Segment]] = [[] for _ in range(n)]
+            for s in self.table:
+                length = -(-s.numel // (8 * n)) * 8
+                for r in range(n):
+                    low, high = min(r * length, s.numel), min((r + 1) * length, s.numel)
+                    tables[r].append(Segment(s.name, s.start + low, high - low, (high - low,), r))
+            cache[n] = tuple(replace(self, table=tuple(t)) for t in tables)
+        return cache[n]
+
+    @cached_property
+    def compact(self) -> Segments:
+        """The same segments laid one after the other in a buffer of their own, of `numel` elements."""
+        table, start = [], 0
+        for s in self.table:
+            table.append(replace(s, start=start))
+            start += s.numel
+        return replace(self, table=tuple(table))
+
+    def empty(self) -> torch.Tensor:
+        """An uninitialised compact buffer."""
+        return torch.empty(self.numel, dtype=self.dtype, device=self.device)
+
+    def zeros(self) -> torch.Tensor:
+        """A zero compact buffer."""
+        return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Names one draw of randomness: (seed, step, stage[, rank]) and, from the segment, parameter name and piece.
+
+    Counter-based: the same key gives the same numbers in any process and order, so a resumed or skipped step cannot bring ranks apart.
+    `rank` is None for randomness shared by all ranks. `stage` tells the passes of an exchange apart.
+    """
+
+    seed: int
+    step: int
+    rank: int | None = None
+    stage: str = ""
+
+    def bits(self, segment: Segment, label: str = "") -> int:
+        """64 uniform bits for this segment."""
+        text = f"{self.seed}|{self.step}|{self.rank}|{self.stage}|{segment.piece}|{label}|{segment.name}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+    def below(self, segment: Segment, n: int, label: str = "") -> int:
+        """A uniform integer in [0, n)."""
+        return (self.bits(segment, label) * n) >> 64
+
+    def generator(self, segment: Segment, device: torch.device | str = "cpu", label: str = "") -> torch.Generator:
+        """A torch generator of its own for many draws; the global generator is never touched."""
+        return torch.Generator(device=device).manual_seed(self.bits(segment, label) >> 1)

@@ -1,0 +1,84 @@
+"""The Transport protocol: what an exchange may ask of a network. Implementations: `self_`, `simulated`, `horovod`, and `mpi_backend.transport`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar, runtime_checkable
+
+import torch
+
+__all__ = ["Handle", "Ready", "Transport"]
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Handle(Protocol[T_co]):
+    """A started collective."""
+
+    def done(self) -> bool:
+        """True when `wait` would not block. May make progress, never blocks."""
+        ...
+
+    def wait(self) -> T_co:
+        """Block until finished and return the result; safe to call again. Raises `TransportError` when the collective failed."""
+        ...
+
+
+class Ready(Generic[T]):
+    """A handle that was finished from the start."""
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> T:
+        return self._value
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """Collectives over a private group of workers. It sums, never averages; every call carries a name.
+
+    Calls return at once. On our own transports every rank must start the same collectives in the same order (names are checked where that is
+    cheap, and appear in errors); on Horovod names are what matches them. A tensor handed over must not be written to until the handle is
+    finished. Tensors are contiguous, on CPU or on the device the transport supports, and of any dtype. Results never depend on timing: sums
+    are formed in the same order on every rank, so all ranks receive the same bits.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def divisor(self) -> int:
+        """What the result of `allreduce_` is divided by for a mean: `size`, except where the network averages by itself."""
+        ...
+
+    def allreduce_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
+        """Sum over ranks, in place; the result is `t`. fp16 and bf16 are summed in float32 and rounded once."""
+        ...
+
+    def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        """Everybody's tensor, by rank. First dimensions may differ; give `sizes` (first dimension by rank) when they are known, to save a round."""
+        ...
+
+    def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        """Rows `splits[r]` of `t` go to rank r; the result is what came, by rank. Give `received` (rows by rank) when known, to save a round."""
+        ...
+
+    def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:
+        """Exchange tensors of one shape and dtype with `peer` (which names this rank as its peer)."""
+        ...
+
+    def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
+        """Root's values, in place; the result is `t`."""
+        ...
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        ...

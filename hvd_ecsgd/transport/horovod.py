@@ -1,0 +1,127 @@
+"""Unmodified Horovod as a transport, and the part of it that travels in Horovod's own all-reduce.
+
+Horovod is imported inside functions only: importing this module needs torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from ..errors import TransportError
+from .base import Handle, Ready
+
+__all__ = ["HorovodTransport", "SlotHandle", "SlotTransport"]
+
+T = TypeVar("T")
+
+
+class _HorovodHandle(Generic[T]):
+    def __init__(self, hvd: Any, started: Any, finish: Callable[[Any], T]) -> None:
+        self._hvd, self._started, self._finish = hvd, started, finish
+        self._result: list[T] = []
+
+    def done(self) -> bool:
+        return bool(self._result) or bool(self._hvd.poll(self._started))
+
+    def wait(self) -> T:
+        if not self._result:  # Horovod forgets a handle once it was synchronised
+            self._result.append(self._finish(self._hvd.synchronize(self._started)))
+        return self._result[0]
+
+
+class HorovodTransport:
+    """Collectives of `horovod.torch`, matched by name (prefix `hvd_ecsgd.`), so ranks may start them in different orders.
+
+    `process_set`: a `horovod.torch.ProcessSet`; all processes by default.
+    """
+
+    def __init__(self, process_set: Any = None) -> None:
+        try:
+            import horovod.torch as hvd
+        except ImportError as error:
+            raise TransportError(
+                "Horovod's torch API cannot be imported, and this compression object was called through Horovod's compress(). "
+                "Install it (launch/install_horovod.sh), or use `import mpi_backend as hvd`, which needs no Horovod."
+            ) from error
+        if not hvd.is_initialized():
+            raise TransportError("Horovod is not initialised; call hvd.init() before training.")
+        self._hvd = hvd
+        self._set = hvd.global_process_set if process_set is None else process_set
+        self._options = {"process_set": self._set}
+        self.rank: int = self._set.rank()
+        self.size: int = self._set.size()
+
+    @property
+    def divisor(self) -> int:
+        return self.size
+
+    def allreduce_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
+        handle = self._hvd.allreduce_async_(t, name=f"hvd_ecsgd.{name}", op=self._hvd.Sum, **self._options)
+        return _HorovodHandle(self._hvd, handle, lambda result: t)
+
+    def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        data = self._hvd.allgather_async(t, name=f"hvd_ecsgd.{name}", **self._options)
+        if sizes is not None:
+            known = list(sizes)
+            return _HorovodHandle(self._hvd, data, lambda result: list(result.split(known)))
+        rows = self._hvd.allgather_async(torch.tensor([t.shape[0]]), name=f"hvd_ecsgd.{name}.rows", **self._options)
+        return _HorovodHandle(self._hvd, data, lambda result: list(result.split(self._hvd.synchronize(rows).tolist())))
+
+    def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        if len(splits) != self.size or sum(splits) != t.shape[0]:
+            raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be {self.size} numbers that add up to {t.shape[0]} rows.")
+        handle = self._hvd.alltoall_async(t, splits=torch.tensor(list(splits), dtype=torch.int32), name=f"hvd_ecsgd.{name}", **self._options)
+        return _HorovodHandle(self._hvd, handle, lambda result: list(result[0].split(result[1].tolist())))
+
+    def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:
+        # Horovod has no point-to-point call; an all-to-all with one non-empty split moves the same bytes.
+        flat = t.reshape(-1)
+        splits = [flat.numel() if r == peer else 0 for r in range(self.size)]
+        handle = self._hvd.alltoall_async(flat, splits=torch.tensor(splits, dtype=torch.int32), name=f"hvd_ecsgd.{name}", **self._options)
+        return _HorovodHandle(self._hvd, handle, lambda result: result[0].view(t.shape))
+
+    def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
+        ranks = getattr(self._set, "ranks", None)  # Horovod wants the global rank, also in a process set
+        handle = self._hvd.broadcast_async_(t, ranks[root] if ranks else root, name=f"hvd_ecsgd.{name}", **self._options)
+        return _HorovodHandle(self._hvd, handle, lambda result: t)
+
+    def barrier(self) -> None:
+        self._hvd.barrier(**self._options)
+
+
+class SlotHandle(Ready[torch.Tensor]):
+    """A payload that waits for Horovod's own all-reduce; `wait` gives what `decompress` was handed."""
+
+    def __init__(self, payload: torch.Tensor) -> None:
+        super().__init__(payload)
+        self.payload = payload
+        self.arrived = False
+
+    def arrive(self, reduced: torch.Tensor) -> None:
+        self._value = reduced
+        self.arrived = True
+
+    def done(self) -> bool:
+        return self.arrived
+
+    def wait(self) -> torch.Tensor:
+        if not self.arrived:
+            raise TransportError("internal: a payload in Horovod's all-reduce was asked for before decompress() got it.")
+        return super().wait()
+
+
+class SlotTransport(HorovodTransport):
+    """As `HorovodTransport`, but an all-reduce is left to Horovod: its payload is what `compress` returns.
+
+    Horovod applies the operation the user chose (Average, Sum), so nothing is divided here.
+    """
+
+    @property
+    def divisor(self) -> int:
+        return 1
+
+    def allreduce_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
+        return SlotHandle(t)

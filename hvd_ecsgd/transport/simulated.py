@@ -1,0 +1,157 @@
+"""n workers in one process, one thread each: the same code as on n machines, with every sum formed in rank order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from ..errors import TransportError
+from .base import Handle
+
+__all__ = ["SimulatedTransport", "run_simulated"]
+
+T = TypeVar("T")
+
+
+class _Hub:
+    """Where the workers meet. Collective number i of one rank belongs to number i of the others; the names must agree."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.size = size
+        self.timeout = timeout
+        self.changed = threading.Condition()
+        self.posted: dict[int, dict[int, tuple[str, Any]]] = {}
+        self.taken: dict[int, int] = {}
+        self.failure: str | None = None
+
+    def fail(self, why: str) -> None:
+        with self.changed:
+            self.failure = self.failure or why
+            self.changed.notify_all()
+
+    def post(self, number: int, rank: int, name: str, value: Any) -> None:
+        with self.changed:
+            slot = self.posted.setdefault(number, {})
+            for other, (other_name, _) in slot.items():
+                if other_name != name:
+                    self.failure = self.failure or f"collective {number}: rank {rank} started '{name}', rank {other} '{other_name}'; every rank must start the same collectives in the same order."
+            slot[rank] = (name, value)
+            self.changed.notify_all()
+
+    def complete(self, number: int) -> bool:
+        if self.failure is not None:
+            raise TransportError(self.failure)
+        return len(self.posted.get(number, {})) == self.size
+
+    def collect(self, number: int, name: str) -> list[Any]:
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.complete(number), self.timeout):
+                missing = sorted(set(range(self.size)) - set(self.posted.get(number, {})))
+                self.failure = f"'{name}': ranks {missing} did not start it within {self.timeout:g} s."
+                self.changed.notify_all()
+                raise TransportError(self.failure)
+            parts = [self.posted[number][r][1] for r in range(self.size)]
+            self.taken[number] = self.taken.get(number, 0) + 1
+            if self.taken[number] == self.size:  # everybody has it: let the memory go
+                del self.posted[number], self.taken[number]
+            return parts
+
+
+class _Handle(Generic[T]):
+    def __init__(self, hub: _Hub, number: int, name: str, finish: Callable[[list[Any]], T]) -> None:
+        self._hub, self._number, self._name, self._finish = hub, number, name, finish
+        self._result: list[T] = []
+
+    def done(self) -> bool:
+        with self._hub.changed:
+            return bool(self._result) or self._hub.complete(self._number)
+
+    def wait(self) -> T:
+        if not self._result:
+            self._result.append(self._finish(self._hub.collect(self._number, self._name)))
+        return self._result[0]
+
+
+class SimulatedTransport:
+    """Worker `rank` of a simulated group; made by `run_simulated`.
+
+    What is handed over is copied at once, as a network would; all-reduce sums in rank order (16-bit types in float32, rounded once).
+    """
+
+    def __init__(self, hub: _Hub, rank: int) -> None:
+        self.rank = rank
+        self.size = hub.size
+        self.divisor = hub.size
+        self._hub = hub
+        self._number = 0
+
+    def _start(self, name: str, value: Any, finish: Callable[[list[Any]], T]) -> Handle[T]:
+        number = self._number
+        self._number += 1
+        self._hub.post(number, self.rank, name, value)
+        return _Handle(self._hub, number, name, finish)
+
+    def allreduce_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
+        def finish(parts: list[torch.Tensor]) -> torch.Tensor:
+            for r, part in enumerate(parts):
+                if part.shape != t.shape or part.dtype != t.dtype:
+                    raise TransportError(f"all-reduce '{name}': rank {self.rank} holds {tuple(t.shape)} {t.dtype}, rank {r} sent {tuple(part.shape)} {part.dtype}.")
+            wide = torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
+            total = parts[0].to(wide, copy=True)
+            for part in parts[1:]:
+                total.add_(part)
+            return t.copy_(total)
+
+        return self._start(name, t.clone(), finish)
+
+    def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        return self._start(name, t.clone(), lambda parts: list(parts))
+
+    def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        if len(splits) != self.size or sum(splits) != t.shape[0]:
+            raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be {self.size} numbers that add up to {t.shape[0]} rows.")
+        return self._start(name, list(torch.split(t.clone(), list(splits))), lambda parts: [sent[self.rank] for sent in parts])
+
+    def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:
+        def finish(parts: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+            if parts[peer][0] != self.rank:
+                raise TransportError(f"sendrecv '{name}': rank {self.rank} names {peer} as its peer, which names {parts[peer][0]}.")
+            return parts[peer][1]
+
+        return self._start(name, (peer, t.clone()), finish)
+
+    def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
+        return self._start(name, t.clone() if self.rank == root else None, lambda parts: t.copy_(parts[root]))
+
+    def barrier(self) -> None:
+        self._start("barrier", None, lambda parts: None).wait()
+
+
+def run_simulated(size: int, worker: Callable[[SimulatedTransport], T], timeout: float = 120.0) -> list[T]:
+    """Run `worker(transport)` on `size` threads and return the results by rank.
+
+    The first exception of a worker is raised here, after the others were told. A collective that some rank does not start within `timeout`
+    seconds is an error. Workers share the process: draw data from generators of their own, not from the global one.
+    """
+    hub = _Hub(size, timeout)
+    results: dict[int, T] = {}
+    errors: list[tuple[int, BaseException]] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = worker(SimulatedTransport(hub, rank))
+        except BaseException as error:
+            errors.append((rank, error))
+            hub.fail(f"rank {rank} failed: {error!r}")
+
+    threads = [threading.Thread(target=run, args=(r,), name=f"worker-{r}", daemon=True) for r in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0][1]
+    return [results[r] for r in range(size)]
