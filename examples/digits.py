@@ -83,7 +83,16 @@ def accuracy(model: torch.nn.Module, data: Data) -> float:
 
 
 def train(
-    hvd: ModuleType, method: str, data: Data, *, ratio: float = 64.0, epochs: int = 10, lr: float = 0.05, batch: int = 16, seed: int = 0, tick: Callable[[], None] = lambda: None
+    hvd: ModuleType,
+    method: str,
+    data: Data,
+    *,
+    ratio: float = 64.0,
+    epochs: int = 10,
+    lr: float = 0.05,
+    batch: int = 16,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
 ) -> Result:
     """Train on this rank's share of the data; `hvd` is horovod.torch or mpi_backend. `tick` is called after every step."""
     torch.manual_seed(seed)

@@ -1,6 +1,6 @@
 """The comparison that `launch/quickstart.sh` runs: five ways to exchange gradients, on real images, over MPI. Ends with a table and a plot.
 
-    mpirun -n 2 python examples/quickstart.py --out results
+mpirun -n 2 python examples/quickstart.py --out results
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def plot(results: dict[str, Result], file: Path) -> None:
         by_bytes.plot([r.megabytes_sent * e / len(r.curve) for e in epochs], r.curve, marker=".", label=name)
     by_epoch.set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1.02))
     by_bytes.set(xlabel="MB sent per worker", ylabel="test accuracy", xscale="log", ylim=(0, 1.02))
+    by_epoch.xaxis.get_major_locator().set_params(integer=True)
     by_epoch.legend(loc="lower right", fontsize=8)
     for axes in (by_epoch, by_bytes):
         axes.grid(alpha=0.3)
@@ -81,7 +82,10 @@ def main() -> None:
         (args.out / "quickstart.json").write_text(json.dumps({name: dataclasses.asdict(r) for name, r in results.items()}, indent=1))
         plot(results, args.out / "quickstart.png")
         print(f"\n{table(results)}\n\nAll {hvd.size()} workers hold the same bits after every run. Plot: {args.out / 'quickstart.png'}")
-        print("Seconds: all workers share this machine, where nothing is slower than memory, so dense is hard to beat here;\nwhat compression saves is the megabytes, and on a slow link the time for them.")
+        print(
+            "Seconds: all workers share this machine, where nothing is slower than memory, so dense is hard to beat here;\nwhat "
+            "compression saves is the megabytes, and on a slow link the time for them."
+        )
 
 
 if __name__ == "__main__":

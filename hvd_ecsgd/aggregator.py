@@ -41,7 +41,11 @@ class Method:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for role, part, protocol in (("compressor", self.compressor, Compressor), ("feedback", self.feedback, Feedback), ("exchange", self.exchange, Exchange)):
+        for role, part, protocol in (
+            ("compressor", self.compressor, Compressor),
+            ("feedback", self.feedback, Feedback),
+            ("exchange", self.exchange, Exchange),
+        ):
             if not isinstance(part, protocol):
                 raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
         self.exchange.check(self.compressor)
@@ -80,11 +84,22 @@ class Bucket:
     previous_lr: float | None = None
     versions: list[int] = field(default_factory=list)
     """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
+    results: list[torch.Tensor] = field(default_factory=list)
+    """Buffers that results are decoded into, kept because fresh memory of this size costs more than the pass that fills it."""
 
     def allocate(self, rank: int, size: int) -> None:
         if self.state is None:
             self.state = self.method.feedback.init(self.segments)
             self.exchange_state = self.method.exchange.init(self.segments, rank, size)
+
+    def result_buffer(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A kept buffer that the gradients do not live in: after `zero_grad(set_to_none=False)` they are views of the last result."""
+        used = {g.untyped_storage().data_ptr() for g in gradients}
+        for buffer in self.results:
+            if buffer.untyped_storage().data_ptr() not in used:
+                return buffer
+        self.results.append(self.segments.empty())
+        return self.results[-1]
 
 
 def wire_dtype(parameter: torch.Tensor) -> torch.dtype:
@@ -153,7 +168,8 @@ class Aggregator:
     """Residuals by parameter name, step counter, seed and traffic counters of one bound method.
 
     `named`: (name, parameter) pairs that require gradients. `group_of` gives a parameter's group index and `settings` the
-    hyper-parameters of a bucket's group now. `bucket_bytes` = 0 makes one bucket of each parameter (Horovod calls us so); results do not depend on it.
+    hyper-parameters of a bucket's group now. `bucket_bytes` = 0 makes one bucket of each parameter (Horovod calls us so); results do not depend
+    on it.
     """
 
     def __init__(
@@ -217,15 +233,21 @@ class Aggregator:
 
     @torch.no_grad()
     def start(self, bucket: Bucket, gradients: Sequence[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> Reduction | None:
-        """Accumulate, extract and start to send. None when the learning rate is 0: nothing is sent and residuals stay as they are."""
+        """Accumulate, extract and start to send; the mean goes to the flat `out`, or to a buffer that the bucket keeps.
+
+        None when the learning rate is 0: nothing is sent, and residuals and momentum stay as they are.
+        """
         for segment, gradient in zip(bucket.segments, gradients, strict=True):
             if tuple(gradient.shape) != segment.shape:
                 raise CompressionError(
-                    f"the gradient of parameter '{segment.name}' has shape {tuple(gradient.shape)}, but it was bound with shape {segment.shape}; its residual cannot be carried over. "
+                    f"the gradient of parameter '{segment.name}' has shape {tuple(gradient.shape)}, but it was bound with shape "
+                    f"{segment.shape}; its residual cannot be carried over. "
                     "Bind again after changing a parameter's shape."
                 )
             if gradient.is_sparse:
-                raise CompressionError(f"the gradient of parameter '{segment.name}' is sparse; use sparse=False in the embedding, or sparse_as_dense=True.")
+                raise CompressionError(
+                    f"the gradient of parameter '{segment.name}' is sparse; use sparse=False in the embedding, or sparse_as_dense=True."
+                )
         bucket.allocate(transport.rank, transport.size)
         assert bucket.state is not None and bucket.exchange_state is not None
         feedback = bucket.method.feedback
@@ -250,7 +272,7 @@ class Aggregator:
             name=bucket.name,
             segments=bucket.segments,
             buffer=buffer,
-            out=out,
+            out=bucket.result_buffer(gradients) if out is None else out,
             compressor=bucket.method.compressor,
             state=bucket.exchange_state,
             ctx=ctx,
@@ -275,7 +297,8 @@ class Aggregator:
         if not finite:
             self.undone += 1
             warnings.warn(
-                f"a gradient or a payload held an inf or NaN on some rank: step {self.step - 1} was undone on all ranks ({self.undone} so far). With a GradScaler this happens now and then.",
+                f"a gradient or a payload held an inf or NaN on some rank: step {self.step - 1} was undone on all ranks ({self.undone} so "
+                "far). With a GradScaler this happens now and then.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -316,7 +339,10 @@ class Aggregator:
             for bucket in self.buckets:
                 feedback = bucket.method.feedback
                 if point == "virtual" and feedback.unit != "update":
-                    raise CompressionError(f"at('virtual') is defined for update-unit methods (EF with local momentum, DEF, SAEF); this one is {feedback}. Use at('averaged').")
+                    raise CompressionError(
+                        f"at('virtual') is defined for update-unit methods (EF with local momentum, DEF, SAEF); this one is {feedback}. "
+                        "Use at('averaged')."
+                    )
                 if point == "local" or bucket.state is None or not isinstance(feedback, LocalMomentum):
                     continue
                 if bucket.versions != [p._version for p in bucket.parameters] and feedback.shifts:
@@ -398,17 +424,29 @@ class Aggregator:
                 for segment in bucket.method.exchange.state_segments(bucket.segments, rank, size):
                     for slot, t in bucket.exchange_state.items():
                         parameters[segment.name][slot] = t[segment.start : segment.stop].clone()
-        return {"format": 1, "method": repr(self.method), "rank": rank, "size": size, "step": self.step, "undone": self.undone, "parameters": parameters}
+        return {
+            "format": 1,
+            "method": repr(self.method),
+            "rank": rank,
+            "size": size,
+            "step": self.step,
+            "undone": self.undone,
+            "parameters": parameters,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], rank: int, size: int) -> None:
         """Take over state saved by `state_dict` on the same rank of a group of the same size. Nothing is changed when an error is raised."""
         if state.get("format") != 1:
             raise CompressionError(f"this is not a state of format 1 of hvd_ecsgd: format {state.get('format')!r}.")
         if state["method"] != repr(self.method):
-            raise CompressionError(f"the state was saved by another method.\n  saved: {state['method']}\n  now:   {self.method!r}\nBind with the saved settings, or start without this state.")
+            raise CompressionError(
+                f"the state was saved by another method.\n  saved: {state['method']}\n  now:   {self.method!r}\nBind with the saved "
+                "settings, or start without this state."
+            )
         if (state["rank"], state["size"]) != (rank, size) and state["parameters"]:
             raise CompressionError(
-                f"the state was saved by rank {state['rank']} of {state['size']}, and this is rank {rank} of {size}. Residuals belong to their rank: save one file per rank and load one's own."
+                f"the state was saved by rank {state['rank']} of {state['size']}, and this is rank {rank} of {size}. Residuals belong to "
+                "their rank: save one file per rank and load one's own."
             )
         staged: list[tuple[Bucket, State, State, float | None]] = []
         saved = state["parameters"]
@@ -430,7 +468,8 @@ class Aggregator:
                         value = saved[segment.name].get(slot)
                         if not isinstance(value, torch.Tensor) or value.numel() != segment.numel:
                             raise CompressionError(
-                                f"'{slot}' of parameter '{segment.name}': expected {segment.numel} elements, the state holds {value.numel() if isinstance(value, torch.Tensor) else value!r}."
+                                f"'{slot}' of parameter '{segment.name}': expected {segment.numel} elements, the state holds "
+                                f"{value.numel() if isinstance(value, torch.Tensor) else value!r}."
                             )
                         target[segment.start : segment.stop] = value.reshape(-1).to(target)
             staged.append((bucket, feedback_state, exchange_state, saved[present[0]]["previous_lr"]))
@@ -443,4 +482,3 @@ class Aggregator:
                 bucket.versions = [p._version for p in bucket.parameters]
         self.step, self.undone = int(state["step"]), int(state["undone"])
         self._agreed = False
-

@@ -190,7 +190,8 @@ class BoundCompression:
 
     def _update_unit_message(self) -> str:
         return (
-            f"{self.method.feedback} applies momentum, weight decay and the update itself (parameter '{self.named[0][0]}' and all others), which an unmodified Horovod optimizer would do again. "
+            f"{self.method.feedback} applies momentum, weight decay and the update itself (parameter '{self.named[0][0]}' and all "
+            "others), which an unmodified Horovod optimizer would do again. "
             "Use hvd_ecsgd.DistributedOptimizer(optimizer, compression=…) or `import mpi_backend as hvd`."
         )
 
@@ -223,7 +224,10 @@ class BoundCompression:
             raise CompressionError(self._update_unit_message())
         bound = {id(p) for _, p in self.named}
         if not any(id(p) in bound for group in optimizer.param_groups for p in group["params"]):
-            raise CompressionError(f"attach(): the optimizer holds none of the bound parameters ('{self.named[0][0]}', …). Pass the optimizer that hvd.DistributedOptimizer returned for this model.")
+            raise CompressionError(
+                f"attach(): the optimizer holds none of the bound parameters ('{self.named[0][0]}', …). Pass the optimizer that "
+                "hvd.DistributedOptimizer returned for this model."
+            )
         self._optimizer = optimizer
         return self
 
@@ -231,13 +235,17 @@ class BoundCompression:
         if self._optimizer is None:
             if not self._warned and self.method.feedback.keeps_residual:
                 self._warned = True
-                warnings.warn("the learning rate is taken to be constant; call compression.attach(optimizer) if it changes.", UserWarning, stacklevel=2)
+                warnings.warn(
+                    "the learning rate is taken to be constant; call compression.attach(optimizer) if it changes.", UserWarning, stacklevel=2
+                )
             return GroupSettings()
         parameter = bucket.parameters[0]
         for group in self._optimizer.param_groups:  # looked up live: load_state_dict replaces the groups, add_param_group adds some
             if any(p is parameter for p in group["params"]):
                 return GroupSettings(lr=float(group["lr"]))
-        raise CompressionError(f"parameter '{bucket.segments.names[0]}' is in no param group of the attached optimizer; attach the optimizer that trains it.")
+        raise CompressionError(
+            f"parameter '{bucket.segments.names[0]}' is in no param group of the attached optimizer; attach the optimizer that trains it."
+        )
 
     # -- state -------------------------------------------------------------------------------------------------------------------
 
@@ -264,7 +272,10 @@ class BoundCompression:
         return self._aggregator.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over state saved by the same rank of a group of the same size. Raises `CompressionError`, with nothing changed, when it does not fit."""
+        """Take over state saved by the same rank of a group of the same size.
+
+        Raises `CompressionError`, with nothing changed, when it does not fit.
+        """
         if self._aggregator is None:
             if state.get("format") == 1 and state["method"] != repr(self.method):  # say the commonest mistake at once
                 Aggregator(self.method, self.named).load_state_dict(state, 0, 1)
@@ -311,9 +322,14 @@ def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[t
         if name in names:
             raise CompressionError(f"bind(): two parameters are named '{name}'; give them different names, e.g. prefixed by their module's.")
         if id(parameter) in owners:
-            raise CompressionError(f"bind(): '{name}' and '{owners[id(parameter)]}' are the same (tied) parameter; bind it once. model.named_parameters() lists it once.")
+            raise CompressionError(
+                f"bind(): '{name}' and '{owners[id(parameter)]}' are the same (tied) parameter; bind it once. model.named_parameters() lists it once."
+            )
         if parameter.is_complex():
-            raise CompressionError(f"bind(): parameter '{name}' is {parameter.dtype}; complex gradients are not supported. Keep real and imaginary part as two parameters (torch.view_as_real).")
+            raise CompressionError(
+                f"bind(): parameter '{name}' is {parameter.dtype}; complex gradients are not supported. Keep real and imaginary part as "
+                "two parameters (torch.view_as_real)."
+            )
         if parameter.requires_grad and not parameter.is_leaf:
             raise CompressionError(f"bind(): '{name}' is not a leaf tensor and never gets a gradient; pass the parameter it was computed from.")
         names.add(name)

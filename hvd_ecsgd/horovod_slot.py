@@ -58,9 +58,14 @@ class HorovodSlot:
     def compress(self, gradient: torch.Tensor) -> tuple[torch.Tensor, _Pending]:
         name = self._name_of(gradient)
         if self._draining:
-            raise CompressionError(f"parameter '{name}' is compressed before the results of the step before were all taken; call optimizer.step() from one thread only.")
+            raise CompressionError(
+                f"parameter '{name}' is compressed before the results of the step before were all taken; call optimizer.step() from one thread only."
+            )
         if name in self._pending:
-            raise CompressionError(f"parameter '{name}' was compressed twice in one step. Give each Horovod optimizer a compression object of its own: Compression.….bind(model).")
+            raise CompressionError(
+                f"parameter '{name}' was compressed twice in one step. Give each Horovod optimizer a compression object of its own: "
+                "Compression.….bind(model)."
+            )
         if not self._pending:
             self._begin_step(name, gradient)
         self._in_backward = self._in_backward or _inside_backward()
@@ -94,17 +99,22 @@ class HorovodSlot:
             if parameter.grad is gradient:
                 return name
             if parameter is gradient:
-                raise CompressionError(f"parameter '{name}': Adasum combines parameters non-linearly and cannot carry error feedback; use op=hvd.Average.")
+                raise CompressionError(
+                    f"parameter '{name}': Adasum combines parameters non-linearly and cannot carry error feedback; use op=hvd.Average."
+                )
         dense_copies = [n for n, p in candidates if p.grad is not None and p.grad.is_sparse and n not in self._pending]
         if len(dense_copies) == 1:
             return dense_copies[0]
         if dense_copies:
             raise UnboundParameterError(
-                f"sparse_as_dense: parameters {dense_copies} have the same shape {tuple(gradient.shape)} and cannot be told apart; use sparse=False in the embeddings."
+                f"sparse_as_dense: parameters {dense_copies} have the same shape {tuple(gradient.shape)} and cannot be told apart; use "
+                "sparse=False in the embeddings."
             )
         for name, parameter in self._frozen:
             if parameter.grad is gradient:
-                raise UnboundParameterError(f"parameter '{name}' was frozen when the compression was bound; bind again after unfreezing it (and make a new optimizer).")
+                raise UnboundParameterError(
+                    f"parameter '{name}' was frozen when the compression was bound; bind again after unfreezing it (and make a new optimizer)."
+                )
         raise UnboundParameterError(
             f"a gradient of shape {tuple(gradient.shape)} belongs to no bound parameter. Bind the model that Horovod's optimizer trains: "
             f"compression = Compression.….bind(model). Bound: {[n for n, _ in candidates] or 'no parameter of this shape'}."

@@ -18,7 +18,7 @@ __all__ = ["DistributedOptimizer"]
 BUCKET_BYTES = 25 * 2**20
 
 
-def DistributedOptimizer(  # noqa: N802 (Horovod's name)
+def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
     compression: AnyCompression = Compression.none,
@@ -27,6 +27,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     backward_passes_per_step: int = 1,
     bucket_bytes: int = BUCKET_BYTES,
     sum_gradients: bool = False,
+    sparse_as_dense: bool = False,
 ) -> Any:
     """Wrap `optimizer` so that `step()` uses the (compressed) mean of all workers' gradients.
 
@@ -34,7 +35,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     bytes start to travel as soon as their gradients are complete, in the same order on every rank, while the backward pass goes on.
     A worker without a gradient for some parameter takes part with zeros. `compression`: any preset, bound or not; update-unit methods
     (`local_momentum`, `detached`) need a plain `torch.optim.SGD`, whose lr, momentum and weight_decay they apply themselves.
-    `sum_gradients`: the sum instead of the mean (gradient-unit methods only).
+    `sum_gradients`: the sum instead of the mean (gradient-unit methods only). `sparse_as_dense`: sparse gradients become dense first.
 
     Attributes beside the optimizer's: `compression` (the bound object), `synchronize()`, `skip_synchronize()`.
     Raises `CompressionError` for parameters without a name, duplicate names, or a method that cannot work with this optimizer;
@@ -47,7 +48,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     cls: Any = type(own.__name__, (_Distributed, own), {"__module__": own.__module__})
     wrapped: _Distributed = object.__new__(cls)
     wrapped.__dict__.update(optimizer.__dict__)
-    wrapped._setup(optimizer, named_parameters, compression, transport, backward_passes_per_step, bucket_bytes, sum_gradients)
+    wrapped._setup(optimizer, named_parameters, compression, transport, backward_passes_per_step, bucket_bytes, sum_gradients, sparse_as_dense)
     return wrapped
 
 
@@ -65,12 +66,14 @@ class _Distributed(torch.optim.Optimizer):
         passes: int,
         bucket_bytes: int,
         sum_gradients: bool,
+        sparse_as_dense: bool,
     ) -> None:
         if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
             raise CompressionError(f"backward_passes_per_step must be an integer ≥ 1, got {passes!r}.")
         self._inner = inner
         self._transport = transport
         self._sum = sum_gradients
+        self._sparse_as_dense = sparse_as_dense
         owned = {id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
         if named_parameters is not None:
             named = [(n, p) for n, p in named_parameters]
@@ -84,18 +87,25 @@ class _Distributed(torch.optim.Optimizer):
         if unnamed:
             g, i = owned[min(unnamed)]
             raise CompressionError(
-                f"parameter {i} of param group {g} (shape {tuple(self.param_groups[g]['params'][i].shape)}) has no name; pass named_parameters=model.named_parameters() with all of them."
+                f"parameter {i} of param group {g} (shape {tuple(self.param_groups[g]['params'][i].shape)}) has no name; pass "
+                "named_parameters=model.named_parameters() with all of them."
             )
         lost = {id(p) for n, p in named if p.requires_grad and id(p) in owned} - {id(p) for _, p in trained}
         if lost:
             name = next(n for n, p in named if id(p) in lost)
-            raise CompressionError(f"parameter '{name}' is optimised but not bound: it was frozen, or another model was bound. Bind again: Compression.….bind(model).")
+            raise CompressionError(
+                f"parameter '{name}' is optimised but not bound: it was frozen, or another model was bound. Bind again: Compression.….bind(model)."
+            )
         if not trained:
-            raise CompressionError("DistributedOptimizer(): none of the bound parameters belongs to the optimizer; was the compression bound to another model?")
+            raise CompressionError(
+                "DistributedOptimizer(): none of the bound parameters belongs to the optimizer; was the compression bound to another model?"
+            )
 
         self._updates = self.compression.method.feedback.unit == "update"
         self._check_optimizer()
-        self._aggregator = Aggregator(self.compression.method, trained, bucket_bytes=bucket_bytes, group_of=lambda p: owned[id(p)][0], settings=self._settings)
+        self._aggregator = Aggregator(
+            self.compression.method, trained, bucket_bytes=bucket_bytes, group_of=lambda p: owned[id(p)][0], settings=self._settings
+        )
         self.compression.adopt(self._aggregator, transport.rank, transport.size)
         self._bound_ids = {id(p) for _, p in trained}
         self._passes = passes
@@ -120,7 +130,9 @@ class _Distributed(torch.optim.Optimizer):
             return
         method = self.compression.method.feedback
         if not isinstance(self, torch.optim.SGD):
-            raise CompressionError(f"{method} works with torch.optim.SGD, whose lr, momentum and weight_decay it applies itself; got {type(self._inner).__name__}.")
+            raise CompressionError(
+                f"{method} works with torch.optim.SGD, whose lr, momentum and weight_decay it applies itself; got {type(self._inner).__name__}."
+            )
         if self._sum:
             raise CompressionError(f"{method} averages updates; summing gradients (op=Sum) is not defined for it.")
         for g, group in enumerate(self.param_groups):
@@ -139,7 +151,8 @@ class _Distributed(torch.optim.Optimizer):
         if left < 0:
             name = next(n for n, p in self._aggregator.named if p is parameter)
             raise CompressionError(
-                f"parameter '{name}' got gradients from more than backward_passes_per_step={self._passes} backward passes before step(); raise backward_passes_per_step to accumulate locally."
+                f"parameter '{name}' got gradients from more than backward_passes_per_step={self._passes} backward passes before step(); "
+                "raise backward_passes_per_step to accumulate locally."
             )
         if left == 0:
             self._waiting_for[id(self._bucket_of[id(parameter)])] -= 1
@@ -154,8 +167,13 @@ class _Distributed(torch.optim.Optimizer):
                 return
             if not self._started:
                 self._aggregator.use(self._transport)
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.parameters]
+            gradients = [self._gradient(p) for p in bucket.parameters]
             self._started.append(self._aggregator.start(bucket, gradients, self._transport))
+
+    def _gradient(self, parameter: torch.Tensor) -> torch.Tensor:
+        if parameter.grad is None:  # not used in this step on this rank; others may have used it
+            return torch.zeros_like(parameter)
+        return parameter.grad.to_dense() if parameter.grad.is_sparse and self._sparse_as_dense else parameter.grad
 
     # -- step --------------------------------------------------------------------------------------------------------------------
 
@@ -165,11 +183,14 @@ class _Distributed(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.requires_grad and id(p) not in self._bound_ids:
                     raise CompressionError(
-                        f"a parameter of shape {tuple(p.shape)} takes part in training but was frozen or absent when this optimizer was made, so ranks would drift apart; "
+                        f"a parameter of shape {tuple(p.shape)} takes part in training but was frozen or absent when this optimizer was "
+                        "made, so ranks would drift apart; "
                         "make a new DistributedOptimizer after unfreezing or adding parameters."
                     )
         if self._results is not None:
-            raise CompressionError("synchronize(): this step's exchange is done already. Call step() inside `with optimizer.skip_synchronize():` after synchronize().")
+            raise CompressionError(
+                "synchronize(): this step's exchange is done already. Call step() inside `with optimizer.skip_synchronize():` after synchronize()."
+            )
         self._start_ready(everything=True)
         started, self._started = self._started, []
         self._reset_counts()
@@ -226,7 +247,10 @@ class _Distributed(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the optimizer's. Raises between the start of a backward pass's exchange and `step()`."""
         if self._started:
-            raise CompressionError("zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. Call it after step().")
+            raise CompressionError(
+                "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
+                "Call it after step()."
+            )
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -237,5 +261,7 @@ class _Distributed(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not after wrapping: buckets are fixed. Raises `CompressionError`."""
         if "_aggregator" in self.__dict__:
-            raise CompressionError("add_param_group(): parameters cannot be added to a distributed optimizer; add them to the optimizer first and wrap it then.")
+            raise CompressionError(
+                "add_param_group(): parameters cannot be added to a distributed optimizer; add them to the optimizer first and wrap it then."
+            )
         super().add_param_group(param_group)

@@ -85,11 +85,18 @@ class Feedback(Protocol):
 
     def init(self, segments: Segments) -> State: ...
 
-    def accumulate_(self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> torch.Tensor:
-        """Return the flat buffer to extract from: A·residual + what this step adds. `gradients` are in the order of the segments, of the parameters' shapes."""
+    def accumulate_(
+        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> torch.Tensor:
+        """Return the flat buffer to extract from: A·residual + what this step adds.
+
+        `gradients` are in the order of the segments, of the parameters' shapes.
+        """
         ...
 
-    def undo_(self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def undo_(
+        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> None:
         """Reverse `accumulate_`, to rounding; called after everything extracted was added back. Without `gradients`, all but what they added."""
         ...
 
@@ -174,7 +181,7 @@ class Task:
     name: str
     segments: Segments
     buffer: torch.Tensor
-    out: torch.Tensor | None
+    out: torch.Tensor
     compressor: Compressor
     state: State
     ctx: StepContext
@@ -193,6 +200,8 @@ class Task:
         key = self.ctx.key(self.compressor, stage)
         if self.poisoned:
             return poison(self.compressor, segments, key)
+        if self.compressor.lossless and not self.reversible and segments.numel == self.buffer.numel():
+            return self.buffer  # a scratch copy of the gradients that nobody reads again: it can travel as it is
         payload = self.compressor.extract_(self.buffer, segments, key)
         if self.reversible and not self.compressor.lossless:
             self.undo_by_adding(self.buffer, self.compressor, payload.clone() if travels_in_place else payload, segments, key, 1.0)
@@ -222,12 +231,8 @@ class Task:
         self._reversals.clear()
 
     def result(self) -> torch.Tensor:
-        """The zeroed tensor to decode into: allocated as late as possible, because it is as large as the gradients."""
-        if self.out is None:
-            self.out = self.segments.zeros()
-        else:
-            self.out.zero_()
-        return self.out
+        """The zeroed tensor to decode into. Gradients may live in it (Horovod), so ask for it once nothing reads them any more."""
+        return self.out.zero_()
 
 
 def poison(compressor: Compressor, segments: Segments, key: Key) -> torch.Tensor:

@@ -86,7 +86,8 @@ class Segments:
     def piece(self, r: int, n: int) -> Segments:
         """The r-th of n pieces of every segment, over the same buffer.
 
-        All pieces but the last ones have ⌈numel/(8n)⌉·8 elements (whole bytes when packed to bits); the last may be shorter or empty: there is no padding inside.
+        All pieces but the last ones have ⌈numel/(8n)⌉·8 elements (whole bytes when packed to bits); the last may be shorter or empty: there is
+        no padding inside.
         """
         if n == 1:
             return self

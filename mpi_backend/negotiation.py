@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -90,13 +89,12 @@ class Negotiator:
     def __init__(self, comm: MPI.Comm | None = None) -> None:
         self._records = MPITransport(comm)
         self.transport = MPITransport(comm)
-        self._numbers = itertools.count()
-        self._names = itertools.count()
+        self._submitted = 0
         self._waiting: deque[Pending[Any]] = deque()
 
     def automatic_name(self, kind: str) -> str:
-        """A name for a collective the user gave none; equal on all ranks as long as they call the same things."""
-        return f"{kind}.noname.{next(self._names)}"
+        """A name for the next collective, which the user gave none; equal on all ranks as long as they request the same number of them."""
+        return f"{kind}.noname.{self._submitted}"
 
     def submit(self, request: str, rows: int, start: Callable[[list[int]], Handle[R]], finish: Callable[[R], T]) -> Pending[T]:
         """Request a collective. `request` must be equal on every rank, `rows` (first dimension, or anything) need not.
@@ -110,7 +108,8 @@ class Negotiator:
             text = text[: _RECORD - _HEADER.size - len(mark)] + mark
         record = bytearray(_HEADER.pack(digest, rows) + text).ljust(_RECORD, b"\0")
         handle = self._records.allgather(torch.frombuffer(record, dtype=torch.uint8), "record", [_RECORD] * self._records.size)
-        pending = Pending(self, next(self._numbers), handle, start, finish)
+        pending = Pending(self, self._submitted, handle, start, finish)
+        self._submitted += 1
         self._waiting.append(pending)
         self.advance()
         return pending
@@ -123,7 +122,7 @@ class Negotiator:
 
     def close(self) -> None:
         """Complete what was requested and free the communicators; collective."""
-        self.advance(through=next(self._numbers))
+        self.advance(through=self._submitted)
         self._records.close()
         self.transport.close()
 

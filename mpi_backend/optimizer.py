@@ -16,7 +16,7 @@ from .functions import Average, Sum
 __all__ = ["DistributedOptimizer"]
 
 
-def DistributedOptimizer(  # noqa: N802 (Horovod's name)
+def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
     compression: AnyCompression = Compression.none,

@@ -29,11 +29,9 @@ Reduction = Literal["sum", "min", "max", "product"]
 _LARGEST = 2**30
 """Elements in one message. Open MPI 5 has no calls with counts above a C int, so what is larger travels in pieces, or in larger units."""
 
-_NUMBERS = {
-    torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int8: MPI.INT8_T, torch.uint8: MPI.UINT8_T,
-    torch.int16: MPI.INT16_T, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T,
-}  # fmt: skip
-_HALVES = (torch.float16, torch.bfloat16)
+_REDUCED_BY_MPI = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T}
+_HALVES = (torch.float16, torch.bfloat16)  # MPI has no sum of these that rounds once
+_SMALL = (torch.int8, torch.uint8, torch.int16)  # Open MPI's vector code saturates their sums, its scalar code wraps: it depends on the element's place
 _UNITS = {1: MPI.BYTE, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}  # by element size, where nothing is computed
 _OPS = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX, "product": MPI.PROD}
 _COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
@@ -186,15 +184,16 @@ class MPITransport:
     def allreduce_(self, t: torch.Tensor, name: str, op: Reduction = "sum") -> Handle[torch.Tensor]:
         """Reduce over ranks, in place; the result is `t`. Shape and dtype must be equal on every rank; every rank receives the same bits.
 
-        fp32, fp64 and integers (wrapping) go through MPI's all-reduce. Open MPI gives every rank the same bits: it reduces each element in one
-        place and passes the result on (`tests/mpi` verifies it). Its recursive doubling, which has to be asked for, does not for the bits of NaNs.
-        fp16 and bf16, for which MPI has no sum that rounds once, and CUDA tensors, which Open MPI cannot reduce without blocking, travel as
-        equal chunks: all-to-all, reduction of one's own chunk in rank order (halves in float32, rounded once), all-gather: a ring's bytes.
+        fp32, fp64, int32 and int64 go through MPI's all-reduce. Open MPI gives every rank the same bits: it reduces each element in one place and
+        passes the result on (`tests/mpi` verifies it). Its recursive doubling, which has to be asked for, does not for the bits of NaNs.
+        fp16, bf16, 8 and 16 bit integers (they wrap), and CUDA tensors, which Open MPI cannot reduce without blocking, travel as equal chunks:
+        all-to-all, reduction of one's own chunk in rank order (halves in float32, rounded once), all-gather. That is as many bytes as a ring's.
         """
         what = f"allreduce_ {name!r}"
         flat = self._flat(t, what)
-        if t.dtype not in _NUMBERS and t.dtype not in _HALVES:
-            known = ", ".join(map(str, (*_NUMBERS, *_HALVES)))
+        known_types = (*_REDUCED_BY_MPI, *_HALVES, *_SMALL)
+        if t.dtype not in known_types:
+            known = ", ".join(map(str, known_types))
             raise TransportError(f"{what}: {t.dtype} cannot be reduced; expected one of {known}. Convert it first.")
         if self.size == 1 or flat.numel() == 0:
             return Ready(t)
@@ -205,9 +204,9 @@ class MPITransport:
                 flat.copy_(work)
             return t
 
-        if t.dtype in _HALVES or work.is_cuda:
+        if t.dtype not in _REDUCED_BY_MPI or work.is_cuda:
             return self._allreduce_chunks(work, what, op, finish)
-        kind = _NUMBERS[t.dtype]
+        kind = _REDUCED_BY_MPI[t.dtype]
         requests = [self._first.Iallreduce(MPI.IN_PLACE, [_memory(piece), piece.numel(), kind], _OPS[op]) for piece in torch.split(work, _LARGEST)]
         return self._start(what, requests, finish)
 

@@ -16,7 +16,9 @@ __all__ = ["FloatPayload", "check_ratio", "kept"]
 def check_ratio(ratio: float, who: str) -> None:
     """Raise unless `ratio` (elements in ÷ elements sent) is a finite number ≥ 1."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio < 1:
-        raise CompressionError(f"{who}: ratio must be a finite number ≥ 1 (elements in ÷ elements sent), got {ratio!r}. To send 1 % of the elements write ratio=100.")
+        raise CompressionError(
+            f"{who}: ratio must be a finite number ≥ 1 (elements in ÷ elements sent), got {ratio!r}. To send 1 % of the elements write ratio=100."
+        )
 
 
 def kept(numel: int, ratio: float) -> int:

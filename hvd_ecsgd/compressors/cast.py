@@ -56,4 +56,3 @@ class Cast:
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
         _PLAIN.add_(out, payload, segments, key, alpha)
-

@@ -60,7 +60,9 @@ class TopK:
         at = 0
         for s, view in zip(segments, segments.views(buffer), strict=True):
             if s.numel >= _MAX_SEGMENT:
-                raise CompressionError(f"top_k: parameter '{s.name}' has {s.numel} elements; positions are sent as int32, so at most {_MAX_SEGMENT - 1} are supported.")
+                raise CompressionError(
+                    f"top_k: parameter '{s.name}' has {s.numel} elements; positions are sent as int32, so at most {_MAX_SEGMENT - 1} are supported."
+                )
             k = self._k(s.numel)
             if k == 0:
                 continue

@@ -18,7 +18,8 @@ __all__ = ["TwoPass"]
 class TwoPass:
     """Every segment is cut in n pieces; rank r is the server of the r-th pieces.
 
-    Pass 1 (all-to-all): the worker sends C(v_i), piece by piece. The server of a piece forms v = mean_i C(v_i) + (η_{t-1}/η_t)·E, sends D(v) in pass 2
+    Pass 1 (all-to-all): the worker sends C(v_i), piece by piece. The server of a piece forms v = mean_i C(v_i) + (η_{t-1}/η_t)·E, sends D(v) in
+    pass 2
     (all-gather) and keeps E = v − D(v). `server_compressor` D is C by default; `server_feedback=False` forgets E. Payload per worker does not
     grow with n. Equal to a central server that compresses piece by piece. Tang et al. 2019: DoubleSqueeze, algorithm 1.
 

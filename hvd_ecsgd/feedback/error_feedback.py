@@ -38,14 +38,18 @@ class ErrorFeedback:
     def init(self, segments: Segments) -> State:
         return {"residual": segments.zeros()}
 
-    def accumulate_(self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> torch.Tensor:
+    def accumulate_(
+        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> torch.Tensor:
         residual = state["residual"]
         if ctx.carry != 1.0:
             residual.mul_(ctx.carry)
         torch._foreach_add_(segments.shaped_views(residual), list(gradients))
         return residual
 
-    def undo_(self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def undo_(
+        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> None:
         residual = state["residual"]
         if gradients is not None:
             torch._foreach_sub_(segments.shaped_views(residual), list(gradients))

