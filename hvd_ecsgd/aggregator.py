@@ -15,13 +15,15 @@ import torch
 from .compressors import Identity
 from .errors import CompressionError, DisagreementError
 from .exchange import AllReduce
-from .feedback import LocalMomentum
 from .kernels import all_finite
 from .protocols import Compressor, Exchange, Feedback, State, StepContext, Steps, Task, Traffic
 from .segments import Segments
 from .transport.base import Handle, Transport
 
 __all__ = ["Aggregator", "Bucket", "GroupSettings", "Method", "Reduction", "drive"]
+
+_DIGEST = 16
+"""Bytes of the hash of settings and step that ranks compare."""
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -187,7 +189,7 @@ class Aggregator:
         self.undone = 0
         self.traffic = Traffic()
         self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
-        self._agreed = False
+        self._static_digest: bytes | None = None
         self._transport: Transport | None = None
         self.buckets = self._plan(bucket_bytes, group_of or (lambda parameter: 0))
 
@@ -218,12 +220,18 @@ class Aggregator:
     # -- one step ----------------------------------------------------------------------------------------------------------------
 
     def use(self, transport: Transport) -> None:
-        """Bind to a transport (collective at first): compare settings across ranks, allocate state, take over loaded state."""
+        """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective)."""
         if self._transport is None:
             self._transport = transport
-        if not self._agreed:
-            self._agreed = True
-            self._check_agreement(transport)
+            self._raise_on_difference(transport, transport.allgather(self._digest(), "agreement", [_DIGEST] * transport.size))
+
+    def compare(self, transport: Transport) -> Callable[[], None]:
+        """Start to compare settings and step across ranks; the function returned finishes, and raises `DisagreementError` on every rank.
+
+        Steps can come apart when state is loaded on some ranks only. The comparison travels beside the payloads, so it costs no waiting.
+        """
+        handle = transport.allgather(self._digest(), "agreement", [_DIGEST] * transport.size)
+        return lambda: self._raise_on_difference(transport, handle)
 
     @property
     def transport(self) -> Transport:
@@ -318,7 +326,7 @@ class Aggregator:
     def _recapture(self, bucket: Bucket) -> None:
         """Read x at the first step, and again when somebody else (a loaded checkpoint, a broadcast) wrote to the parameters."""
         feedback = bucket.method.feedback
-        if isinstance(feedback, LocalMomentum) and feedback.shifts and bucket.versions != [p._version for p in bucket.parameters]:
+        if feedback.shifts and bucket.versions != [p._version for p in bucket.parameters]:
             assert bucket.state is not None
             with torch.no_grad():
                 feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
@@ -334,7 +342,7 @@ class Aggregator:
         """
         if point not in ("averaged", "virtual", "local"):
             raise CompressionError(f"at(): expected 'averaged', 'virtual' or 'local', got {point!r}.")
-        moved: list[tuple[Bucket, list[torch.Tensor]]] = []
+        moved: list[tuple[Bucket, bool, list[torch.Tensor]]] = []
         with torch.no_grad():
             for bucket in self.buckets:
                 feedback = bucket.method.feedback
@@ -343,19 +351,19 @@ class Aggregator:
                         f"at('virtual') is defined for update-unit methods (EF with local momentum, DEF, SAEF); this one is {feedback}. "
                         "Use at('averaged')."
                     )
-                if point == "local" or bucket.state is None or not isinstance(feedback, LocalMomentum):
+                if point == "local" or bucket.state is None:
                     continue
-                if bucket.versions != [p._version for p in bucket.parameters] and feedback.shifts:
-                    continue  # somebody wrote to the parameters since the last step: what they hold is x
+                # When somebody wrote to the parameters since the last step, what they hold is x.
+                shifted = feedback.shifts and bucket.versions == [p._version for p in bucket.parameters]
                 mean_error: torch.Tensor | None = None
-                if point == "virtual" and not feedback.dense:
+                if point == "virtual" and not bucket.method.compressor.lossless:
                     mean_error = bucket.state["residual"].clone()
                     self.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
                     mean_error.div_(self.transport.size)
-                if mean_error is None and not feedback.shifts:
+                if mean_error is None and not shifted:
                     continue
-                moved.append((bucket, [p.detach().clone() for p in bucket.parameters]))
-                if feedback.shifts:
+                moved.append((bucket, shifted, [p.detach().clone() for p in bucket.parameters]))
+                if shifted:
                     torch._foreach_copy_(list(bucket.parameters), bucket.segments.shaped_views(bucket.state["x"]))
                 if mean_error is not None:
                     torch._foreach_sub_(list(bucket.parameters), bucket.segments.shaped_views(mean_error))
@@ -363,14 +371,15 @@ class Aggregator:
             yield
         finally:
             with torch.no_grad():
-                for bucket, saved in moved:
+                for bucket, shifted, saved in moved:
                     torch._foreach_copy_(list(bucket.parameters), saved)
-                    bucket.versions = [p._version for p in bucket.parameters]
+                    if shifted:
+                        bucket.versions = [p._version for p in bucket.parameters]
 
     # -- agreement ---------------------------------------------------------------------------------------------------------------
 
-    def describe(self) -> dict[str, Any]:
-        """Everything that must be equal on all ranks."""
+    def _description(self) -> dict[str, Any]:
+        """Everything but the step that must be equal on all ranks."""
         return {
             "compressor": repr(self.method.compressor),
             "feedback": repr(self.method.feedback),
@@ -378,18 +387,27 @@ class Aggregator:
             "dense_below": self.method.dense_below,
             "dense_1d": self.method.dense_1d,
             "seed": self.method.seed,
-            "step": self.step,
-            **{f"parameter '{name}'": f"{tuple(p.shape)} {p.dtype}" for name, p in self.named},
+            "buckets": len(self.buckets),
+            **{
+                f"parameter '{segment.name}'": f"{segment.shape} {parameter.dtype} in param group {bucket.group}"
+                for bucket in self.buckets
+                for segment, parameter in zip(bucket.segments, bucket.parameters, strict=True)
+            },
         }
 
-    def _check_agreement(self, transport: Transport) -> None:
-        mine = self.describe()
-        # Two hashes of 32 bytes first; the text travels only when they differ. Order matters too: it fixes the buckets.
-        text = json.dumps(list(mine.items())).encode()
-        digest = torch.frombuffer(bytearray(blake2b(text, digest_size=32).digest()), dtype=torch.uint8)
-        digests = transport.allgather(digest, "agreement", [32] * transport.size).wait()
-        if all(torch.equal(d, digests[0]) for d in digests):
+    def _digest(self) -> torch.Tensor:
+        if self._static_digest is None:
+            text = json.dumps(list(self._description().items()))  # order matters too: it fixes the buckets
+            self._static_digest = blake2b(text.encode(), digest_size=_DIGEST).digest()
+        digest = blake2b(self._static_digest + self.step.to_bytes(8, "little"), digest_size=_DIGEST).digest()
+        return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+    def _raise_on_difference(self, transport: Transport, digests: Handle[list[torch.Tensor]]) -> None:
+        parts = digests.wait()
+        if all(torch.equal(d, parts[0]) for d in parts):
             return
+        # Seen by every rank, so all of them send their texts now.
+        text = json.dumps(list({**self._description(), "step": self.step}.items())).encode()
         texts = transport.allgather(torch.frombuffer(bytearray(text), dtype=torch.uint8), "disagreement").wait()
         first = dict(json.loads(bytes(texts[0].tolist())))
         for r, t in enumerate(texts):
@@ -476,9 +494,8 @@ class Aggregator:
         for bucket, feedback_state, exchange_state, previous_lr in staged:
             bucket.state, bucket.exchange_state, bucket.previous_lr = feedback_state, exchange_state, previous_lr
             feedback = bucket.method.feedback
-            if isinstance(feedback, LocalMomentum) and feedback.shifts:
+            if feedback.shifts:
                 with torch.no_grad():
                     feedback.shift_(feedback_state, bucket.parameters, bucket.segments)
                 bucket.versions = [p._version for p in bucket.parameters]
         self.step, self.undone = int(state["step"]), int(state["undone"])
-        self._agreed = False

@@ -113,6 +113,7 @@ class _Distributed(torch.optim.Optimizer):
         self._started: list[Reduction | None] = []
         self._results: list[Reduction] | None = None
         self._stands = True
+        self._comparison: Callable[[], None]
         self._should_synchronize = True
         self._reset_counts()
         for _, parameter in trained:
@@ -167,6 +168,7 @@ class _Distributed(torch.optim.Optimizer):
                 return
             if not self._started:
                 self._aggregator.use(self._transport)
+                self._comparison = self._aggregator.compare(self._transport)
             gradients = [self._gradient(p) for p in bucket.parameters]
             self._started.append(self._aggregator.start(bucket, gradients, self._transport))
 
@@ -196,6 +198,7 @@ class _Distributed(torch.optim.Optimizer):
         self._reset_counts()
         reductions = [r for r in started if r is not None]
         drive(reductions)
+        self._comparison()
         self._stands = self._aggregator.finish_step(reductions)
         self._results = reductions
         if self._updates:

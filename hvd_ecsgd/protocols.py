@@ -104,6 +104,19 @@ class Feedback(Protocol):
         """After the exchange: update-unit rules apply `out` to the parameters here."""
         ...
 
+    @property
+    def shifts(self) -> bool:
+        """Between steps the parameters hold a shifted point, and the state has a slot `x` for the one that is equal on all ranks."""
+        ...
+
+    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
+        """x ← what the parameters hold now: at the first step, and after somebody else wrote to them."""
+        ...
+
+    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
+        """Parameters ← the shifted point."""
+        ...
+
 
 @runtime_checkable
 class Exchange(Protocol):

@@ -5,6 +5,8 @@ Importing it does not initialise MPI; `init()` does.
 
 from __future__ import annotations
 
+from hvd_ecsgd.compression import Compression
+
 from .functions import (
     Average,
     Max,
@@ -48,9 +50,11 @@ from .functions import (
     size,
     synchronize,
 )
+from .optimizer import DistributedOptimizer
 from .runtime import init, is_initialized, shutdown
 
 __all__ = [
+    "Compression", "DistributedOptimizer",
     "init", "is_initialized", "shutdown",
     "Average", "Max", "Min", "Product", "Sum",
     "rank", "size", "local_rank", "local_size", "cross_rank", "cross_size", "is_homogeneous",

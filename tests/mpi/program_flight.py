@@ -1,0 +1,109 @@
+"""Many collectives in flight, of one and two stages, waited for and polled in another order on every rank.
+
+With the argument `wrong-order` ranks launch the second stages in orders of their own: the control, which must not pass.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hvd_ecsgd.transport.base import Handle
+from mpi_backend.transport import MPITransport
+from tests.mpi.verdict import Verdict, sample
+
+verdict = Verdict()
+
+
+class WrongOrder(MPITransport):
+    def progress(self, through: int = -1) -> None:
+        waiting = list(self._unlaunched)
+        for operation in reversed(waiting) if self.rank % 2 else waiting:
+            if operation.launch(block=operation.number <= through):
+                self._unlaunched.remove(operation)
+
+
+transport = (WrongOrder if "wrong-order" in sys.argv else MPITransport)()
+rank, size = transport.rank, transport.size
+Check = Callable[[Any, str], None]
+
+
+def halves(seed: int, n: int) -> tuple[Handle[Any], Check]:
+    dtype = (torch.float16, torch.bfloat16)[seed % 2]
+    total = torch.zeros(n)
+    for r in range(size):
+        total += sample((n,), dtype, seed + r)
+    return transport.allreduce_(sample((n,), dtype, seed + rank), str(seed)), lambda out, what: verdict.equal(out, total.to(dtype), what)
+
+
+def integers(seed: int, n: int) -> tuple[Handle[Any], Check]:
+    total = sum(sample((n,), torch.int64, seed + r) for r in range(size))
+    return transport.allreduce_(sample((n,), torch.int64, seed + rank), str(seed)), lambda out, what: verdict.equal(out, total, what)
+
+
+def gather(seed: int, n: int) -> tuple[Handle[Any], Check]:
+    everyone = [sample(((seed + 3 * r) % n, 2), torch.uint8, seed + r) for r in range(size)]
+    sizes = None if seed % 3 else [e.shape[0] for e in everyone]
+    return transport.allgather(everyone[rank], str(seed), sizes), lambda out, what: verdict.equal(torch.cat(out), torch.cat(everyone), what)
+
+
+def scatter(seed: int, n: int) -> tuple[Handle[Any], Check]:
+    def rows(a: int) -> list[int]:
+        return [(seed + a * b) % n for b in range(size)]
+
+    def sent(a: int) -> torch.Tensor:
+        return sample((sum(rows(a)),), torch.float32, seed + a)
+
+    expected = torch.cat([sent(a).split(rows(a))[rank] for a in range(size)])
+    return transport.alltoall(sent(rank), rows(rank), str(seed)), lambda out, what: verdict.equal(torch.cat(out), expected, what)
+
+
+def exchange(seed: int, n: int) -> tuple[Handle[Any], Check]:
+    peer = (seed - rank) % size
+    return transport.sendrecv(sample((n,), torch.float64, seed + rank), peer, str(seed)), lambda out, what: verdict.equal(
+        out, sample((n,), torch.float64, seed + peer), what
+    )
+
+
+def broadcast(seed: int, n: int) -> tuple[Handle[Any], Check]:
+    root = seed % size
+    return transport.broadcast_(sample((n,), torch.bfloat16, seed + rank), root, str(seed)), lambda out, what: verdict.equal(
+        out, sample((n,), torch.bfloat16, seed + root), what
+    )
+
+
+shared, own = random.Random(1), random.Random(100 + rank)
+for round_ in range(8):
+    started: list[tuple[str, Handle[Any], Check]] = []
+    for i in range(60):
+        kind = shared.choice([halves, halves, gather, gather, scatter, integers, exchange, broadcast])
+        n = shared.choice([1, 3, 50, 1000, 40000])
+        handle, check = kind(1000 * round_ + 10 * i, n)
+        if shared.random() < 0.15:
+            del handle  # nobody will ask: it has to run all the same, and its memory has to live until then
+        else:
+            started.append((f"{kind.__name__} {i} of round {round_}, {n}", handle, check))
+        if own.random() < 0.1:
+            time.sleep(own.random() * 0.005)
+    gc.collect()
+    own.shuffle(started)
+    if round_ % 4 == 3:
+        transport.barrier()  # while everything is still in flight
+    if round_ % 2:  # by polling alone
+        while started:
+            finished = [entry for entry in started if entry[1].done()]
+            started = [entry for entry in started if entry not in finished]
+            for what, handle, check in finished:
+                check(handle.wait(), what)
+    else:
+        for what, handle, check in started:
+            check(handle.wait(), what)
+
+transport.close()
+verdict.conclude()

@@ -1,0 +1,155 @@
+"""Every call of MPITransport, for every dtype; plain, staged as CUDA tensors are, and with messages cut as those of 2^30 elements are."""
+
+from __future__ import annotations
+
+import torch
+
+from hvd_ecsgd.errors import TransportError
+from hvd_ecsgd.transport.base import Handle, Transport
+from mpi_backend import transport as module
+from mpi_backend.transport import MPITransport
+from tests.mpi.verdict import DTYPES, Verdict, sample
+
+verdict = Verdict()
+
+
+class Staged(MPITransport):
+    """Copies CPU tensors as it would CUDA tensors."""
+
+    def _stages(self, t: torch.Tensor) -> bool:
+        return True
+
+
+def finished(handle: Handle[torch.Tensor]) -> torch.Tensor:
+    result = handle.wait()
+    verdict.expect(handle.done() and handle.wait() is result, "a finished handle stays finished")
+    return result
+
+
+def check_allreduce(t: MPITransport, label: str) -> None:
+    for dtype in (*DTYPES, torch.int8, torch.int16, torch.int32):
+        for shape in ((), (1,), (0,), (7,), (5, 3), (1001,)):
+            mine = [sample(shape, dtype, 10 * r) for r in range(t.size)]
+            what = f"{label} allreduce_ {dtype} {shape}"
+            x = mine[t.rank].clone()
+            out = finished(t.allreduce_(x, "x"))
+            verdict.expect(out is x, f"{what}: the result is the argument")
+            verdict.same_bits(out, what)
+            wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+            total = mine[0].to(wide, copy=True)
+            for other in mine[1:]:
+                total += other  # small integers wrap
+            if dtype in (torch.float32, torch.float64):
+                verdict.expect(torch.allclose(out, total, rtol=1e-5, atol=1e-5), f"{what}: is not the sum")
+            else:
+                verdict.equal(out, total.to(dtype), what)
+            lowest, highest = torch.stack(mine).amin(0), torch.stack(mine).amax(0)
+            verdict.equal(finished(t.allreduce_(mine[t.rank].clone(), "x", "min")), lowest, f"{what} min")
+            verdict.equal(finished(t.allreduce_(mine[t.rank].clone(), "x", "max")), highest, f"{what} max")
+            ones = torch.full(shape, 2).to(dtype)
+            verdict.equal(finished(t.allreduce_(ones, "x", "product")), torch.full(shape, 2**t.size).to(dtype), f"{what} product")
+    # One rounding: 2048 + 1 + 1 is 2050 in fp16, but 2048 when rounded after each addition.
+    x = torch.tensor([2048.0 if t.rank == 0 else 1.0] * 5, dtype=torch.float16)
+    verdict.equal(finished(t.allreduce_(x, "x")), torch.tensor([2048.0 + t.size - 1] * 5, dtype=torch.float16), f"{label} halves are rounded once")
+    # What CUDA-aware MPI does with float32 is the same scheme.
+    for n in (1, 2, 10):
+        x = sample((n,), torch.float32, t.rank)
+        if t.size > 1:
+            t._allreduce_chunks(x, "chunks", "sum", lambda x=x: x).wait()
+        total = torch.zeros(n)
+        for r in range(t.size):
+            total += sample((n,), torch.float32, r)
+        verdict.equal(x, total, f"{label} float32 in chunks")
+
+
+def check_allgather(t: MPITransport, label: str) -> None:
+    for dtype in (*DTYPES, torch.bool, torch.complex64, torch.complex128, torch.int16):
+        for trailing in ((), (3,), (2, 2), (0,)):
+            for rows in ([4] * t.size, [2 * r for r in range(t.size)], [0] * t.size, [(r == t.size - 1) * 5 for r in range(t.size)]):
+                mine = [sample((n, *trailing), dtype, 7 + r) for r, n in enumerate(rows)]
+                for sizes in (None, rows):
+                    out = t.allgather(mine[t.rank], "x", sizes).wait()
+                    for r in range(t.size):
+                        verdict.equal(out[r], mine[r], f"{label} allgather {dtype} {rows} {trailing} of rank {r}")
+                    verdict.equal(t.allgather_concatenated(mine[t.rank], "x", sizes).wait(), torch.cat(mine), f"{label} concatenated {dtype} {rows}")
+
+
+def check_alltoall(t: MPITransport, label: str) -> None:
+    for dtype in DTYPES:
+        for trailing in ((), (3,)):
+            for rows_to in (lambda a, b: 2, lambda a, b: a + 2 * b, lambda a, b: 0, lambda a, b: 3 * (b == 0)):
+                splits = [[rows_to(a, b) for b in range(t.size)] for a in range(t.size)]
+                sent = [sample((sum(splits[a]), *trailing), dtype, a) for a in range(t.size)]
+                for received in (None, [splits[a][t.rank] for a in range(t.size)]):
+                    out = t.alltoall(sent[t.rank], splits[t.rank], "x", received).wait()
+                    for a in range(t.size):
+                        verdict.equal(out[a], sent[a].split(splits[a])[t.rank], f"{label} alltoall {dtype} {splits} from {a}")
+
+
+def check_sendrecv_and_broadcast(t: MPITransport, label: str) -> None:
+    for dtype in (*DTYPES, torch.bool):
+        for shape in ((), (0,), (1,), (6, 3)):
+            # Everybody with everybody, oneself included: k pairs ranks a and k - a.
+            handles = [((k - t.rank) % t.size, t.sendrecv(sample(shape, dtype, t.rank + 5 * k), (k - t.rank) % t.size, "x")) for k in range(t.size)]
+            for k, (peer, handle) in enumerate(handles):
+                verdict.equal(handle.wait(), sample(shape, dtype, peer + 5 * k), f"{label} sendrecv {dtype} {shape} with {peer}")
+            for root in range(t.size):
+                x = sample(shape, dtype, t.rank)
+                verdict.expect(finished(t.broadcast_(x, root, "x")) is x, f"{label} broadcast_: the result is the argument")
+                verdict.equal(x, sample(shape, dtype, root), f"{label} broadcast_ {dtype} {shape} from {root}")
+    t.barrier()
+
+
+def check_errors(t: MPITransport) -> None:
+    """Calls that are refused before anything is sent, and what is found out while sizes are exchanged; the transport works on afterwards."""
+    n, refuse = t.size, lambda call, what, *fragments: verdict.raises(TransportError, call, what, *fragments)
+    refuse(lambda: t.allreduce_(torch.ones(3, 4).t(), "weight"), "not contiguous", "allreduce_ 'weight'", "contiguous()")
+    refuse(lambda: t.allreduce_(torch.eye(3).to_sparse(), "weight"), "sparse", "to_dense()")
+    refuse(lambda: t.allreduce_(torch.ones(3, dtype=torch.bool), "mask"), "bool", "allreduce_ 'mask'", "torch.bool", "Convert")
+    refuse(lambda: t.allgather(torch.tensor(1.0), "scalar"), "0-D", "reshape(1)")
+    refuse(lambda: t.allgather(torch.ones(2), "x", [3] * n), "sizes", "2 rows", "pass None")
+    refuse(lambda: t.alltoall(torch.ones(n), [1] * (n + 1), "x"), "too many splits", f"{n} ranks")
+    refuse(lambda: t.alltoall(torch.ones(n + 1), [1] * n, "x"), "splits that do not add up", "adding up")
+    refuse(lambda: t.alltoall(torch.ones(n), [1] * n, "x", [2] * n), "received", "pass None")
+    refuse(lambda: t.sendrecv(torch.ones(1), n, "x"), "no such peer", f"expected a peer from 0 to {n - 1}")
+    refuse(lambda: t.broadcast_(torch.ones(1), -1, "x"), "no such root", f"expected a root from 0 to {n - 1}")
+    if n > 1:
+        last = t.rank == n - 1
+        refuse(lambda: t.allgather(torch.ones(2, 4 if last else 3), "x").wait(), "trailing shapes", "allgather 'x'", "another shape")
+        refuse(lambda: t.allgather(torch.ones(2, dtype=torch.int32 if last else torch.float32), "x").wait(), "dtypes", "another dtype")
+        refuse(lambda: t.allgather(torch.ones(2), "b" if last else "a").wait(), "names", "equal names")
+        refuse(lambda: t.alltoall(torch.ones(n, 4 if last else 3), [1] * n, "x").wait(), "trailing shapes", "alltoall 'x'", "another shape")
+    if n > 1 and t.rank < 2:
+        peer = 1 - t.rank
+        refuse(lambda: t.sendrecv(torch.ones(2 + t.rank), peer, "x").wait(), "another size at the peer", f"sendrecv 'x' with rank {peer}")
+    t.barrier()
+    verdict.equal(t.allreduce_(torch.ones(3), "x").wait(), torch.full((3,), float(n)), "after errors")
+
+
+plain, staged = MPITransport(), Staged()
+verdict.expect(isinstance(plain, Transport), "MPITransport is a Transport")
+for transport, label in ((plain, "plain"), (staged, "staged")):
+    for check in (check_allreduce, check_allgather, check_alltoall, check_sendrecv_and_broadcast):
+        check(transport, label)
+check_errors(plain)
+
+# Cut into pieces of 4. Parts of more than 16 altogether are counted in units of a common factor; without one they cannot be sent.
+module._LARGEST = 4
+check_allreduce(plain, "cut")
+check_sendrecv_and_broadcast(plain, "cut")
+n = plain.size
+module._LARGEST = 16
+for rows in ([8] * n, [4 * r for r in range(n)], [6] * n):
+    mine = [sample((r, 2), torch.float16, r) for r in rows]
+    verdict.equal(plain.allgather_concatenated(mine[plain.rank], "x").wait(), torch.cat(mine), f"cut allgather {rows}")
+out = plain.alltoall(torch.arange(12 * n) + 100 * plain.rank, [12] * n, "x").wait()
+for r in range(n):
+    verdict.equal(out[r], torch.arange(12) + 12 * plain.rank + 100 * r, "cut alltoall")
+if n > 1:
+    verdict.raises(TransportError, lambda: plain.allgather(torch.ones(17), "x", [17] * n), "no common factor", "pad the parts")
+module._LARGEST = 2**30
+
+plain.allgather(torch.ones(plain.rank), "left for close")
+plain.close()
+staged.close()
+verdict.conclude()

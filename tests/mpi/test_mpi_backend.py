@@ -1,0 +1,86 @@
+"""mpi_backend under mpirun, and as a single process without it. What is checked is in the programs; each prints one line from rank 0."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import REPO, mpirun, rank_environment, require_mpirun, run_job
+
+HERE = Path(__file__).parent
+
+
+def last_line(output: str) -> str:
+    return [line for line in output.splitlines() if line.strip()][-1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("program", ["transport", "bits", "flight", "functions", "state"])
+def test_program(program: str, n: int) -> None:
+    output = mpirun(n, HERE / f"program_{program}.py")
+    assert last_line(output).startswith("ok "), output
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_mismatch_is_an_error_on_every_rank(n: int) -> None:
+    output = mpirun(n, HERE / "program_mismatch.py", timeout=60)
+    assert last_line(output).startswith("ok "), output
+
+
+@pytest.mark.parametrize("program", ["transport", "functions", "state"])
+def test_one_process_without_mpirun(program: str) -> None:
+    require_mpirun()
+    output = run_job([], HERE / f"program_{program}.py")
+    assert last_line(output).startswith("ok "), output
+
+
+def test_second_stages_in_different_orders_do_not_pass() -> None:
+    """The control for the discipline that the `flight` program tests: without it, results are wrong, or the job fails or hangs."""
+    with pytest.raises(AssertionError):
+        mpirun(2, HERE / "program_flight.py", "wrong-order", timeout=20)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_an_uncaught_exception_ends_the_job(n: int) -> None:
+    output = mpirun(n, HERE / "program_crash.py", timeout=60, expect_failure=True, bare=True)
+    raised = re.search(r"raised at (\d+\.\d+)", output)
+    assert raised and time.time() - float(raised[1]) < 10, output
+    assert "rank fails on purpose" in output and "Traceback" in output
+    assert f"uncaught exception on rank {n - 1} of {n}" in output
+    assert "got through" not in output
+
+
+def test_the_previous_hook_still_runs() -> None:
+    output = mpirun(2, HERE / "program_crash.py", "chained", timeout=60, expect_failure=True, bare=True)
+    assert "the previous hook saw RuntimeError: rank fails on purpose" in output
+
+
+def test_without_the_hook_the_job_hangs() -> None:
+    """The control: the end of the job in the test above is the hook's doing."""
+    with pytest.raises(AssertionError, match=r"time limit of 15 s(.|\n)*raised at"):
+        mpirun(2, HERE / "program_crash.py", "unhooked", timeout=15, bare=True)
+
+
+def test_importing_does_not_initialise_mpi() -> None:
+    require_mpirun()
+    code = """
+import sys
+import mpi_backend
+assert "mpi4py.MPI" not in sys.modules, "import mpi_backend imports mpi4py.MPI"
+from mpi4py import rc
+rc.initialize = False
+from mpi4py import MPI
+assert not MPI.Is_initialized()
+mpi_backend.init()
+assert MPI.Is_initialized() and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+assert mpi_backend.size() == 1
+import atexit
+print("ok", flush=True)
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=rank_environment(), cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0 and result.stdout.strip() == "ok" and not result.stderr, result.stdout + result.stderr

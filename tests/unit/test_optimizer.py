@@ -1,0 +1,416 @@
+"""hvd_ecsgd.DistributedOptimizer on simulated workers: hooks, buckets, schedules, and ranks that disagree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer
+from hvd_ecsgd.compressors import RandomBlock, Sign, TopK
+from hvd_ecsgd.exchange import AllGather, TwoPass
+from hvd_ecsgd.feedback import NoFeedback
+from hvd_ecsgd.transport import Transport, run_simulated
+from tests.cases import ALL, CASES, Case, bound_method, by_name, ids
+from tests.problems import batch, mlp, same_bits, simulate, train, weights
+
+N = 3
+
+
+def loss_at(model: torch.nn.Module, rank: int) -> float:
+    return sum(torch.nn.functional.cross_entropy(model(batch(rank, s)[0]), batch(rank, s)[1]).item() for s in range(4))
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_training_converges_with_the_same_bits_on_all_ranks(case: Case) -> None:
+    def after(model: torch.nn.Module, optimizer: Any, transport: Transport) -> Any:
+        with optimizer.compression.at("averaged"):
+            return weights(model), loss_at(model, transport.rank), optimizer.compression.traffic
+
+    results = simulate(N, case.make, range(60), lr=0.05, after=after)
+    assert same_bits(w for w, *_ in results)
+    start = sum(loss_at(mlp(), r) for r in range(N))
+    assert sum(loss for _, loss, _ in results) < case.converges * start
+
+
+def test_uncompressed_training_is_training_on_all_data() -> None:
+    """`none` on three workers is torch.optim.SGD on the mean of their losses."""
+    model = mlp(torch.float64)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    for step in range(12):
+        sgd.zero_grad()
+        losses = [torch.nn.functional.cross_entropy(model(x), y) for x, y in (batch(r, step, torch.float64) for r in range(N))]
+        torch.stack(losses).mean().backward()
+        sgd.step()
+    assert (simulate(N, lambda: Compression.none, dtype=torch.float64)[0] - weights(model)).abs().max() < 1e-13
+    assert (simulate(2, lambda: Compression.none, dtype=torch.float64)[0] - weights(model)).abs().max() > 1e-3, "control: other data"
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_traffic_is_counted(case: Case) -> None:
+    """Bytes per worker: what the payloads of twelve steps hold; a compressing method sends less than a dense one."""
+    traffic = simulate(N, case.make, after=lambda m, o, t: o.compression.traffic)
+    dense = simulate(N, lambda: Compression.none, after=lambda m, o, t: o.compression.traffic)[0]
+    total = sum(p.numel() for p in mlp().parameters())
+    assert dense.payload == 12 * 4 * total
+    assert dense.ratio == pytest.approx(1.0)
+    if case.name not in ("none", "local_momentum-dense"):
+        assert all(t.payload < dense.payload for t in traffic)
+        assert all(t.ratio > 1.0 for t in traffic)
+    assert all(t.dense == dense.dense for t in traffic)
+
+
+# -- buckets ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_results_do_not_depend_on_buckets(case: Case) -> None:
+    """One bucket per parameter, several, and one for all: the same bits (segments, not buckets, are what compressors see)."""
+    runs = [simulate(N, case.make, bucket_bytes=b)[0] for b in (0, 1000, 25 * 2**20)]
+    assert same_bits(runs)
+
+
+def test_buckets_group_what_may_travel_together() -> None:
+    """One bucket for one param group, type and kind; with bucket_bytes=0 one for each parameter."""
+
+    def count(**options: Any) -> int:
+        model = torch.nn.Sequential(mlp(), mlp(torch.float64))
+        groups = [{"params": list(model[0].parameters())}, {"params": list(model[1].parameters()), "lr": 0.2}]
+        optimizer = DistributedOptimizer(torch.optim.SGD(groups, lr=0.1), model.named_parameters(), Compression.top_k(), **options)
+        return len(optimizer._aggregator.buckets)
+
+    assert count(bucket_bytes=0) == 8
+    assert count() == 4  # two groups × (compressed, dense)
+
+
+# -- gradients that are late, shared, or do not come -----------------------------------------------------------------------------
+
+
+class Branching(torch.nn.Module):
+    """`tied` is used twice, `frozen` does not train, `sometimes` is used when told, `never` not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        for name in ("tied", "frozen", "sometimes", "never"):
+            setattr(self, name, torch.nn.Parameter(torch.randn(40, 40, generator=generator) / 6))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, branch: bool) -> torch.Tensor:
+        x = torch.tanh(x @ self.tied @ self.frozen)
+        if branch:
+            x = torch.tanh(x @ self.sometimes)
+        return x @ self.tied
+
+
+def run_branching(
+    make: Callable[[], Any], branch: Callable[[int, int], bool], steps: int = 6, weight_decay: float = 0.0
+) -> list[dict[str, torch.Tensor]]:
+    def worker(transport: Transport) -> Any:
+        model = Branching()
+        sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=weight_decay)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(), transport=transport)
+        for step in range(steps):
+            optimizer.zero_grad()
+            x = torch.randn(8, 40, generator=torch.Generator().manual_seed(10 * step + transport.rank))
+            model(x, branch(transport.rank, step)).square().sum().backward()
+            optimizer.step()
+        with optimizer.compression.at("averaged"):
+            return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    return run_simulated(N, worker)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_frozen_tied_and_unused_parameters(case: Case) -> None:
+    """Used by one rank only, by all, or by none: no hang, the same bits, frozen and never used ones stay."""
+    results = run_branching(case.make, lambda rank, step: (rank + step) % N == 0)
+    start = dict(Branching().named_parameters())
+    for name in start:
+        assert same_bits(r[name] for r in results), name
+    for name in ("frozen", "never"):
+        assert torch.equal(results[0][name], start[name])
+    for name in ("tied", "sometimes"):
+        assert not torch.equal(results[0][name], start[name])
+
+
+def test_a_rank_without_a_gradient_counts_as_zero() -> None:
+    """The mean divides by all workers: with `none`, one rank's use of a parameter is a third of its gradient."""
+    used_by_one = run_branching(lambda: Compression.none, lambda rank, step: rank == 0, steps=1)[0]["sometimes"]
+    alone = Branching()
+    alone(torch.randn(8, 40, generator=torch.Generator().manual_seed(0)), True).square().sum().backward()
+    assert alone.sometimes.grad is not None
+    torch.testing.assert_close(used_by_one, (alone.sometimes - 0.1 * alone.sometimes.grad / N).detach())
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_two_backward_passes_per_step(case: Case) -> None:
+    """The sum of two passes is what is exchanged: the run of one pass over the sum of both losses, to rounding."""
+
+    def run(passes: int) -> Any:
+        def worker(transport: Transport) -> Any:
+            model = mlp(torch.float64)
+            sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+            optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport, backward_passes_per_step=passes)
+            for step in range(6):
+                optimizer.zero_grad()
+                losses = [
+                    torch.nn.functional.cross_entropy(model(x), y) for x, y in (batch(transport.rank, 2 * step + i, torch.float64) for i in (0, 1))
+                ]
+                for loss in losses if passes == 2 else [losses[0] + losses[1]]:
+                    loss.backward()
+                optimizer.step()
+            return weights(model, optimizer.compression)
+
+        return run_simulated(2, worker)
+
+    two, one = run(2), run(1)
+    assert same_bits(two)
+    assert (two[0] - one[0]).abs().max() < (1e-12 if case.exact else 1e-3)
+
+
+def test_one_pass_too_many_is_an_error() -> None:
+    model = mlp()
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+    model(batch(0, 0)[0]).sum().backward()
+    with pytest.raises(CompressionError, match="backward_passes_per_step=1"):
+        model(batch(0, 0)[0]).sum().backward()
+    assert optimizer is not None
+
+
+# -- synchronize and step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["none", "top_k", "double_squeeze", "random_block"])
+def test_clipping_between_synchronize_and_step(name: str) -> None:
+    """The mean is what is clipped: the update has the clipped norm on every rank, and is not exchanged again."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1.0), model.named_parameters(), by_name(name).make(), transport=transport
+        )
+        norms = []
+        for step in range(3):
+            optimizer.zero_grad()
+            x, y = batch(transport.rank, step)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.synchronize()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            before = weights(model)
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            norms.append((weights(model) - before).norm().item())
+        return weights(model), norms, optimizer.compression.state_dict()["step"]
+
+    results = run_simulated(N, worker)
+    assert same_bits(w for w, *_ in results)
+    for _, norms, steps in results:
+        assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+        assert steps == 3
+
+
+def test_the_order_of_calls_is_checked() -> None:
+    model = mlp()
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression.top_k())
+    with pytest.raises(CompressionError, match="synchronize"), optimizer.skip_synchronize():
+        optimizer.step()
+    model(batch(0, 0)[0]).sum().backward()
+    with pytest.raises(CompressionError, match="zero_grad"):
+        optimizer.zero_grad()
+    optimizer.synchronize()
+    with pytest.raises(CompressionError, match="skip_synchronize"):
+        optimizer.step()
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_zero_grad_either_way(case: Case, set_to_none: bool) -> None:
+    """Gradients that are kept and zeroed give the run of gradients that are dropped."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), case.make(), transport=transport)
+        for step in range(4):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            x, y = batch(transport.rank, step)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return weights(model, optimizer.compression)
+
+    assert torch.equal(run_simulated(2, worker)[0], simulate(2, case.make, range(4), momentum=0, weight_decay=0)[0])
+
+
+def test_closures() -> None:
+    """Evaluated once, its value is returned, and the step is the ordinary one."""
+    values = []
+
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), Compression.top_k(10), transport=transport)
+        for step in range(12):
+            calls = []
+
+            def closure(step: int = step, calls: list[int] = calls) -> torch.Tensor:
+                calls.append(step)
+                optimizer.zero_grad()
+                x, y = batch(transport.rank, step)
+                loss = torch.nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            values.append(optimizer.step(closure).item())
+            assert calls == [step]
+        return weights(model)
+
+    assert torch.equal(run_simulated(2, worker)[0], simulate(2, by_name("top_k").make)[0])
+    assert values
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if bound_method(c).feedback.unit == "gradient"], ids=ids)
+def test_sums_are_n_times_means(case: Case) -> None:
+    """With a learning rate divided by n (a power of two: exact) the run with sums is the run with means."""
+    means = simulate(2, case.make, lr=0.125, weight_decay=0)
+    sums = simulate(2, case.make, lr=0.0625, weight_decay=0, sum_gradients=True)
+    assert torch.equal(means[0], sums[0])
+    assert not torch.equal(means[0], simulate(2, case.make, lr=0.0625, weight_decay=0)[0]), "control: half the step"
+
+
+# -- schedules -------------------------------------------------------------------------------------------------------------------
+
+
+def scheduled(make: Callable[[], Any], before_wrapping: bool | None, reload_at: int | None = None) -> list[Any]:
+    """Ten steps with StepLR made for the inner optimizer before or after wrapping, for the wrapped one (None)."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        schedule: Any = torch.optim.lr_scheduler.StepLR(inner, 3, 0.5) if before_wrapping else None
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), make(), transport=transport)
+        schedule = schedule or torch.optim.lr_scheduler.StepLR(optimizer if before_wrapping is None else inner, 3, 0.5)
+        for step in range(10):
+            if step == reload_at:
+                optimizer.load_state_dict(optimizer.state_dict())
+            train(model, optimizer, transport.rank, [step])
+            schedule.step()
+        return weights(model, optimizer.compression), optimizer.param_groups[0]["lr"]
+
+    return run_simulated(2, worker)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+@pytest.mark.parametrize("name", ["none", "top_k", "double_squeeze", "detached"])
+def test_schedules_are_followed(name: str) -> None:
+    """Made for the wrapped optimizer or for the one inside, before or after wrapping, and after load_state_dict: one and the same run."""
+    make = by_name(name).make
+    (reference, rate), other = scheduled(make, None)
+    assert rate == pytest.approx(0.1 * 0.5**3)
+    assert torch.equal(reference, other[0])
+    for before_wrapping in (None, False, True):
+        for reload_at in (None, 4):
+            results = scheduled(make, before_wrapping, reload_at)
+            assert same_bits(w for w, _ in results), (before_wrapping, reload_at)
+            assert torch.equal(results[0][0], reference), (before_wrapping, reload_at)
+
+
+def test_the_wrapped_optimizer_is_of_the_optimizers_class() -> None:
+    """isinstance, state and param groups are shared with the optimizer that was wrapped; other classes of optimizers work in gradient units."""
+    for cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop):
+        model = mlp()
+        inner = cls(model.parameters(), lr=0.01)
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), Compression.top_k(10))
+        assert isinstance(optimizer, cls)
+        assert optimizer.param_groups is inner.param_groups
+        before = weights(model)
+        train(model, optimizer, 0, range(3))
+        assert not torch.equal(weights(model), before)
+
+
+def test_param_groups_have_learning_rates_of_their_own() -> None:
+    """A group with learning rate 0 stands still while the other trains, and its residual keeps."""
+    model = mlp()
+    groups = [{"params": [model[0].weight, model[0].bias], "lr": 0.1}, {"params": [model[2].weight, model[2].bias], "lr": 0.0}]
+    optimizer = DistributedOptimizer(torch.optim.SGD(groups), model.named_parameters(), Compression.top_k(10, **ALL))
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, optimizer, 0, range(3))
+    assert not torch.equal(model[0].weight, start["0.weight"])
+    assert torch.equal(model[2].weight, start["2.weight"])
+    saved = optimizer.compression.state_dict()["parameters"]
+    assert saved["0.weight"]["residual"].any()
+    assert "2.weight" not in saved or not saved["2.weight"]["residual"].any()
+
+
+# -- ranks that disagree ---------------------------------------------------------------------------------------------------------
+
+DISAGREEMENTS: dict[str, tuple[Callable[[bool], Any], str]] = {
+    "ratio": (lambda odd: Compression.random_block(8 if odd else 4), "compressor.*ratio=4.*ratio=8"),
+    "compressor": (lambda odd: Compression(Sign() if odd else TopK(), exchange=AllGather()), "compressor"),
+    "scale": (lambda odd: Compression.one_bit("l2" if odd else "l1"), "compressor.*l1.*l2"),
+    "feedback": (lambda odd: Compression.top_k(error_feedback=not odd), "feedback"),
+    "lambda": (lambda odd: Compression.detached(8, 0.5 if odd else 0.3), "feedback"),
+    "exchange": (lambda odd: Compression(Sign(), exchange=TwoPass() if odd else AllGather()), "exchange"),
+    "server": (lambda odd: Compression.double_squeeze(Sign(), RandomBlock(4) if odd else None), "exchange"),
+    "seed": (lambda odd: Compression.random_block(8, seed=int(odd)), "seed.*0.*1"),
+    "dense_below": (lambda odd: Compression.one_bit(dense_below=10 if odd else 20), "dense_below"),
+    "dense_1d": (lambda odd: Compression.one_bit(dense_1d=odd), "dense_1d"),
+    "no compression": (lambda odd: Compression.none if odd else Compression(TopK(), NoFeedback()), "compressor"),
+}
+
+
+def disagreement(make: Callable[[bool], Any], model_of: Callable[[bool], torch.nn.Module]) -> list[Any]:
+    def worker(transport: Transport) -> Any:
+        odd = transport.rank == N - 1
+        model = model_of(odd)
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), make(odd), transport=transport)
+        before = weights(model)
+        try:
+            train(model, optimizer, transport.rank, range(1))
+        except DisagreementError as error:
+            return str(error), torch.equal(weights(model), before)
+        return "nothing was raised", False
+
+    return run_simulated(N, worker, timeout=20)
+
+
+@pytest.mark.parametrize("what", DISAGREEMENTS)
+def test_every_rank_names_the_setting_that_differs(what: str) -> None:
+    make, message = DISAGREEMENTS[what]
+    results = disagreement(make, lambda odd: mlp())
+    for said, unchanged in results:
+        assert re.search(message, said), said
+        assert "rank 0" in said
+        assert f"rank {N - 1}" in said
+        assert unchanged
+
+
+def reordered(odd: bool) -> torch.nn.Module:
+    """The same parameters, listed in another order."""
+    model = mlp()
+    if odd:
+        first = model._modules.pop("0")
+        model._modules["0"] = first
+        model.forward = lambda x: first(x) @ torch.zeros(64, 5)  # type: ignore[method-assign, assignment]
+    return model
+
+
+def wider(odd: bool) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(20, 64 if odd else 32), torch.nn.Linear(64 if odd else 32, 5))
+
+
+@pytest.mark.parametrize(("model_of", "message"), [(wider, r"'0\.weight'.*\(32, 20\).*\(64, 20\)"), (reordered, "order")])
+def test_every_rank_names_the_parameter_that_differs(model_of: Any, message: str) -> None:
+    for said, unchanged in disagreement(lambda odd: Compression.top_k(), model_of):
+        assert re.search(message, said), said
+        assert unchanged
+
+
+def test_ranks_that_agree_are_left_alone() -> None:
+    """Control: the same check on equal settings."""
+    assert all(said == "nothing was raised" for said, _ in disagreement(lambda odd: Compression.top_k(), lambda odd: mlp()))

@@ -1,0 +1,232 @@
+"""Imports point down only. The rooms and their order are docs/design.md's; each rule is also tried on a planted violation."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+BOTTOM = {"segments", "errors", "version", "protocols", "transport"}
+BELOW_AGGREGATOR = {"exchange", "feedback", "compressors", "kernels", *BOTTOM}
+# room (a module or a folder of hvd_ecsgd) → the other rooms of hvd_ecsgd that it may import
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "version": set(),
+    "segments": {"errors"},
+    "transport": {"segments", "errors", "version"},
+    "protocols": {"segments", "errors", "version", "transport"},
+    "kernels": {"segments", "errors", "version", "protocols"},
+    "compressors": {"kernels", "protocols", "segments", "errors"},
+    "feedback": {"compressors", "kernels", *BOTTOM},
+    "exchange": {"compressors", "kernels", *BOTTOM},
+    "aggregator": BELOW_AGGREGATOR,
+    "horovod_slot": {"aggregator", *BELOW_AGGREGATOR},
+    "compression": {"horovod_slot", "aggregator", *BELOW_AGGREGATOR},
+    "optimizer": {"compression", "aggregator", *BELOW_AGGREGATOR},
+}
+# The package itself and the command line may import every room.
+MAY_IMPORT["__init__"] = MAY_IMPORT["cli"] = MAY_IMPORT["__main__"] = {"__init__", "cli", *MAY_IMPORT}
+
+NEVER = {
+    "hvd_ecsgd": {"mpi_backend", "mpi4py", "horovod", "tests", "examples", "benchmarks", "launch"},
+    "mpi_backend": {"horovod", "tests", "examples", "benchmarks", "launch"},
+}
+# The one exception, inside functions only: importing that module must work without Horovod.
+HOROVOD_IN_FUNCTIONS = "hvd_ecsgd/transport/horovod.py"
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # absolute and dotted, e.g. hvd_ecsgd.transport.base
+    names: tuple[str, ...]  # of `from module import …`
+    line: int
+    in_function: bool
+
+
+def imports_of(file: Path, root: Path) -> Iterator[Import]:
+    """All imports of a file: at any depth, relative ones resolved, and the literal ones of importlib.import_module and __import__."""
+    package = list(file.relative_to(root).parent.parts)
+
+    def visit(node: ast.AST, in_function: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, (), node.lineno, in_function)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield Import(".".join([*base, *filter(None, [node.module])]), tuple(a.name for a in node.names), node.lineno, in_function)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                name = node.args[0].value
+                level = len(name) - len(name.lstrip("."))
+                base = package[: len(package) - level + 1] if level else []
+                yield Import(".".join([*base, name.lstrip(".")]), (), node.lineno, in_function)
+        inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    yield from visit(ast.parse(file.read_text(encoding="utf-8"), str(file)), False)
+
+
+def rooms_imported(found: Import, root: Path) -> set[str]:
+    """The rooms of hvd_ecsgd an import reaches; `from hvd_ecsgd import x` reaches room x, or the package itself when x is no module."""
+    first, *rest = found.module.split(".")
+    if first != "hvd_ecsgd":
+        return set()
+    if rest:
+        return {rest[0]}
+    if not found.names:
+        return {"__init__"}
+    package = root / "hvd_ecsgd"
+    return {n if (package / n).is_dir() or (package / f"{n}.py").exists() else "__init__" for n in found.names}
+
+
+def violations(root: Path) -> list[str]:
+    problems = []
+    for top, never in NEVER.items():
+        for file in sorted((root / top).rglob("*.py")):
+            path = file.relative_to(root).as_posix()
+            room = file.relative_to(root / top).parts[0].removesuffix(".py")
+            if top == "hvd_ecsgd" and room not in MAY_IMPORT:
+                remedy = "give it one in MAY_IMPORT of tests/unit/test_rooms.py and in docs/design.md"
+                problems.append(f"{path}: '{room}' has no place in the order of rooms; {remedy}")
+                continue
+            for found in imports_of(file, root):
+                outside = found.module.split(".")[0]
+                if outside in never and not (outside == "horovod" and path == HOROVOD_IN_FUNCTIONS and found.in_function):
+                    problems.append(f"{path}:{found.line}: imports {found.module}, which {top} never does")
+                if top == "hvd_ecsgd":
+                    for target in sorted(rooms_imported(found, root) - MAY_IMPORT[room] - {room}):
+                        problems.append(f"{path}:{found.line}: '{room}' imports '{target}', which is not below it")
+    return problems
+
+
+def test_imports_point_down_only() -> None:
+    assert not violations(REPO), "\n" + "\n".join(violations(REPO))
+
+
+def test_the_order_of_rooms_has_no_cycle() -> None:
+    """Of the rooms below the package and the command line."""
+    top = {"__init__", "__main__", "cli"}
+    edges = {(room, target) for room, targets in MAY_IMPORT.items() for target in targets if room not in top}
+    nodes = {n for edge in edges for n in edge}
+    while nodes:  # take the lowest floors off until nothing is left
+        lowest = {n for n in nodes if not any(a == n and b in nodes for a, b in edges)}
+        assert lowest, f"a cycle among {sorted(nodes)}"
+        nodes -= lowest
+
+
+VIOLATIONS = {
+    "hvd_ecsgd/aggregator.py": [
+        ("import mpi_backend", "imports mpi_backend"),
+        ("def f():\n    from mpi4py import MPI", "imports mpi4py"),
+        ("import horovod.torch as hvd", "imports horovod.torch"),
+        ("def f():\n    import horovod.torch", "imports horovod.torch"),
+        ("import importlib\nimportlib.import_module('horovod.torch')", "imports horovod.torch"),
+        ("from hvd_ecsgd.compression import Compression", "imports 'compression'"),
+        ("from . import optimizer", "imports 'optimizer'"),
+        ("from hvd_ecsgd import __version__", "imports '__init__'"),
+        ("import hvd_ecsgd", "imports '__init__'"),
+        ("def f():\n    import hvd_ecsgd.cli", "imports 'cli'"),
+    ],
+    "hvd_ecsgd/transport/horovod.py": [
+        ("import horovod.torch", "imports horovod.torch"),
+        ("class A:\n    import horovod", "imports horovod"),
+        ("def f():\n    import mpi4py", "imports mpi4py"),
+        ("from ..kernels import cpu", "imports 'kernels'"),
+    ],
+    "hvd_ecsgd/transport/torch_dist.py": [("def f():\n    import horovod", "imports horovod")],
+    "hvd_ecsgd/transport/base.py": [("from ..protocols import Task", "imports 'protocols'")],
+    "hvd_ecsgd/exchange/two_pass.py": [
+        ("from ..feedback.none import N", "imports 'feedback'"),
+        ("from .. import aggregator", "imports 'aggregator'"),
+    ],
+    "hvd_ecsgd/feedback/none.py": [("from hvd_ecsgd.exchange import base", "imports 'exchange'")],
+    "hvd_ecsgd/compressors/top_k.py": [
+        ("from ..transport.base import Transport", "imports 'transport'"),
+        ("from ..exchange import x", "imports 'exchange'"),
+    ],
+    "hvd_ecsgd/kernels/cuda.py": [
+        ("from ..compressors.base import B", "imports 'compressors'"),
+        ("from ..transport import base", "imports 'transport'"),
+    ],
+    "hvd_ecsgd/horovod_slot.py": [("from .compression import Compression", "imports 'compression'")],
+    "hvd_ecsgd/compression.py": [("def f():\n    from .optimizer import D", "imports 'optimizer'"), ("from .cli import main", "imports 'cli'")],
+    "hvd_ecsgd/optimizer.py": [("from .cli import main", "imports 'cli'")],
+    "hvd_ecsgd/segments.py": [("from .protocols import P", "imports 'protocols'")],
+    "hvd_ecsgd/errors.py": [("from .segments import Key", "imports 'segments'")],
+    "hvd_ecsgd/attic.py": [("", "'attic' has no place")],
+    "mpi_backend/runtime.py": [("def f():\n    import horovod", "imports horovod"), ("from tests.ranks import mpirun", "imports tests.ranks")],
+}
+ALLOWED = {
+    "hvd_ecsgd/__init__.py": "from .compression import Compression\nfrom .optimizer import DistributedOptimizer\nfrom .version import __version__",
+    "hvd_ecsgd/transport/horovod.py": "from .base import Transport\ndef f():\n    import horovod.torch as hvd",
+    "hvd_ecsgd/exchange/two_pass.py": "from .base import E\nfrom ..compressors.base import B\nfrom hvd_ecsgd import segments",
+    "hvd_ecsgd/compressors/top_k.py": "import math, torch\nfrom ..kernels import cpu\nfrom ..protocols import Compressor\nfrom ..segments import Key",
+    "hvd_ecsgd/optimizer.py": "from .compression import Compression\nfrom .aggregator import Aggregator",
+    "hvd_ecsgd/cli.py": "import hvd_ecsgd\nfrom . import compression, optimizer",
+    "mpi_backend/runtime.py": "from mpi4py import MPI\nfrom hvd_ecsgd.compression import Compression",
+}
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    for name in [*VIOLATIONS, *ALLOWED]:  # the modules that `from . import x` may name
+        if "attic" not in name:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).touch()
+    for name, text in files.items():
+        (root / name).write_text(textwrap.dedent(text), encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize(("file", "source", "message"), [(f, s, m) for f, cases in VIOLATIONS.items() for s, m in cases])
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, message: str) -> None:
+    found = violations(plant(tmp_path, {file: source}))
+    assert len(found) == 1
+    assert found[0].startswith(file)
+    assert message in found[0]
+
+
+def test_what_is_allowed_is_no_violation(tmp_path: Path) -> None:
+    assert violations(plant(tmp_path, ALLOWED)) == []
+
+
+def unwanted_after(statement: str, folder: Path) -> list[str]:
+    """The modules of Horovod and MPI in sys.modules after a statement, in a fresh process."""
+    code = f"{statement}\nimport sys\nprint(' '.join(sorted(m for m in sys.modules if m.split('.')[0] in ('horovod', 'mpi4py', 'mpi_backend'))))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_importing_the_library_imports_neither_horovod_nor_mpi() -> None:
+    assert unwanted_after("import hvd_ecsgd", REPO) == []
+
+
+def test_importing_every_module_of_the_library_imports_neither_horovod_nor_mpi() -> None:
+    files = [f.relative_to(REPO) for f in sorted((REPO / "hvd_ecsgd").rglob("*.py")) if f.name != "__main__.py"]
+    modules = [".".join(f.with_suffix("").parts).removesuffix(".__init__") for f in files]
+    code = f"""
+        import importlib
+        for module in {modules}:
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name != "triton":          # the CUDA kernels need it, and it is not everywhere
+                    raise
+    """
+    assert unwanted_after(textwrap.dedent(code), REPO) == []
+
+
+def test_an_import_of_them_would_be_seen(tmp_path: Path) -> None:
+    (tmp_path / "mpi4py.py").touch()
+    (tmp_path / "library.py").write_text("import mpi4py")
+    assert unwanted_after("import library", tmp_path) == ["mpi4py"]

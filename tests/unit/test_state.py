@@ -1,0 +1,273 @@
+"""Saving and loading, and how much memory a method takes."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hvd_ecsgd import BoundCompression, Compression, CompressionError, DisagreementError, DistributedOptimizer
+from hvd_ecsgd.compressors import TopK
+from hvd_ecsgd.transport import Transport, run_simulated
+from tests.cases import ALL, CASES, Case, bound_method, by_name, ids
+from tests.problems import mlp, same_bits, train, weights
+
+N = 3
+
+
+class Setup:
+    """Model, optimizer, schedule: what a training script holds."""
+
+    def __init__(self, case: Case, transport: Transport) -> None:
+        self.model = mlp()
+        sgd = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        self.optimizer = DistributedOptimizer(sgd, self.model.named_parameters(), case.make(), transport=transport)
+        self.compression: BoundCompression = self.optimizer.compression
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, 0.3)
+        self.rank = transport.rank
+
+    def train(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            train(self.model, self.optimizer, self.rank, [step])
+            self.schedule.step()
+
+    def save(self) -> dict[str, Any]:
+        with self.compression.at("averaged"):
+            model = copy.deepcopy(self.model.state_dict())
+        parts = {
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "compression": self.compression.state_dict(),
+        }
+        file = io.BytesIO()
+        torch.save(parts, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
+
+    def load(self, saved: dict[str, Any], order: str = "model optimizer schedule compression") -> None:
+        for part in order.split():
+            getattr(self, part).load_state_dict(saved[part])
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
+@pytest.mark.parametrize(
+    "order", ["model optimizer schedule compression", "compression schedule optimizer model"], ids=["compression last", "compression first"]
+)
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_a_resumed_run_is_the_run(case: Case, order: str) -> None:
+    """5 steps, save, new objects, load, 4 steps: bit for bit 9 steps, and the same state; through torch.save with weights_only."""
+
+    def worker(transport: Transport) -> Any:
+        through = Setup(case, transport)
+        through.train(0, 9)
+        first = Setup(case, transport)
+        first.train(0, 5)
+        saved = first.save()
+        second = Setup(case, transport)
+        second.load(saved, order)
+        assert equal(second.compression.state_dict(), saved["compression"]), "saved again before any step"
+        second.train(5, 9)
+        return through.save(), second.save()
+
+    results = run_simulated(N, worker)
+    for through, resumed in results:
+        assert equal(through["model"], resumed["model"])
+        assert equal(through["compression"], resumed["compression"])
+        assert equal(through["optimizer"], resumed["optimizer"])
+    assert same_bits(resumed["model"]["0.weight"] for _, resumed in results)
+
+
+@pytest.mark.parametrize("name", ["top_k", "random_block", "double_squeeze", "local_momentum", "detached"])
+def test_a_run_resumed_without_the_state_is_another(name: str) -> None:
+    """Control: residuals, or the step that seeds the blocks, matter."""
+
+    def worker(transport: Transport) -> Any:
+        through, first = Setup(by_name(name), transport), Setup(by_name(name), transport)
+        through.train(0, 9)
+        first.train(0, 5)
+        second = Setup(by_name(name), transport)
+        second.load(first.save(), "model optimizer schedule")
+        second.train(5, 9)
+        return torch.equal(weights(through.model, through.compression), weights(second.model, second.compression))
+
+    assert not any(run_simulated(N, worker))
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_state_is_a_copy(case: Case) -> None:
+    """What was saved does not change when training goes on."""
+
+    def worker(transport: Transport) -> bool:
+        setup = Setup(case, transport)
+        setup.train(0, 2)
+        saved = setup.compression.state_dict()
+        kept = copy.deepcopy(saved)
+        setup.train(2, 4)
+        return equal(saved, kept)
+
+    assert all(run_simulated(2, worker))
+
+
+def test_state_before_the_first_step() -> None:
+    """Nothing was sent yet: an empty state, which loads."""
+    bound = Compression.top_k().bind(mlp())
+    saved = bound.state_dict()
+    assert saved["parameters"] == {}
+    assert saved["step"] == 0
+    bound.load_state_dict(saved)
+    assert equal(bound.state_dict(), saved)
+
+
+def test_state_loaded_before_the_optimizer_exists_is_taken_over() -> None:
+    """bind, load, then wrap: as loading after wrapping."""
+
+    def worker(transport: Transport) -> Any:
+        first = Setup(by_name("top_k"), transport)
+        first.train(0, 3)
+        saved = first.save()
+        finals = []
+        for early in (True, False):
+            model = mlp()
+            model.load_state_dict(saved["model"])
+            bound = Compression.top_k(10).bind(model)
+            if early:
+                bound.load_state_dict(saved["compression"])
+                assert equal(bound.state_dict(), saved["compression"])
+            optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), compression=bound, transport=transport)
+            if not early:
+                bound.load_state_dict(saved["compression"])
+            train(model, optimizer, transport.rank, range(3, 6))
+            finals.append(weights(model))
+        return finals
+
+    for early, late in run_simulated(2, worker):
+        assert torch.equal(early, late)
+
+
+# -- states that do not fit ------------------------------------------------------------------------------------------------------
+
+
+def without(saved: dict[str, Any], name: str, slot: str) -> dict[str, Any]:
+    changed = copy.deepcopy(saved)
+    del changed["parameters"][name][slot]
+    return changed
+
+
+def with_value(saved: dict[str, Any], name: str, slot: str, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(saved)
+    changed["parameters"].setdefault(name, {})[slot] = value
+    return changed
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "format": (lambda s: {**s, "format": 99}, "format"),
+    "no format": (lambda s: {}, "format"),
+    "method": (lambda s: {**s, "method": "another"}, "another method"),
+    "rank": (lambda s: {**s, "rank": (s["rank"] + 1) % N}, "rank"),
+    "size": (lambda s: {**s, "size": N + 1}, f"of {N + 1}"),
+    "unknown parameter": (lambda s: with_value(s, "no.such", "residual", torch.zeros(3)), "no.such"),
+    "too few elements": (lambda s: with_value(s, "0.weight", "residual", torch.zeros(3)), "0.weight"),
+    "slot missing": (lambda s: without(s, "2.bias", "residual"), "2.bias"),
+    "server's part missing": (lambda s: without(s, "0.weight", "server_residual"), "0.weight"),
+    "not a tensor": (lambda s: with_value(s, "0.weight", "residual", 1.0), "0.weight"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_state_that_does_not_fit_changes_nothing(what: str) -> None:
+    """The error names what does not fit; state and parameters are as before, and training goes on as if nothing had been tried."""
+    change, message = WRONG[what]
+
+    def worker(transport: Transport) -> Any:
+        finals = []
+        for attempt in (True, False):
+            setup = Setup(by_name("double_squeeze-everything"), transport)
+            setup.train(0, 3)
+            saved, held = setup.compression.state_dict(), weights(setup.model)
+            if attempt:
+                with pytest.raises(CompressionError, match=message):
+                    setup.compression.load_state_dict(change(saved))
+            assert equal(setup.compression.state_dict(), saved)
+            assert torch.equal(weights(setup.model), held)
+            setup.train(3, 5)
+            finals.append(weights(setup.model))
+        return finals
+
+    for a, b in run_simulated(N, worker):
+        assert torch.equal(a, b)
+
+
+def test_state_of_another_step_on_one_rank_is_found() -> None:
+    """One rank that loads an older state is noticed by every rank at the next step, before anything is sent."""
+
+    def worker(transport: Transport) -> Any:
+        setup = Setup(by_name("random_block"), transport)
+        setup.train(0, 2)
+        older = setup.compression.state_dict()
+        setup.train(2, 4)
+        newer = setup.compression.state_dict()
+        resumed = Setup(by_name("random_block"), transport)
+        resumed.compression.load_state_dict(older if transport.rank == 1 else newer)
+        held = weights(resumed.model)
+        with pytest.raises(DisagreementError, match="step"):
+            resumed.train(4, 5)
+        return torch.equal(held, weights(resumed.model))
+
+    assert all(run_simulated(N, worker))
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_memory_is_what_the_table_says(case: Case, n: int) -> None:
+    """State elements over elements of compressed parameters: `slots`, and 1/n of `server_slots` (up to 7 elements and a whole byte more per segment)."""
+
+    def worker(transport: Transport) -> Any:
+        setup = Setup(case, transport)
+        setup.train(0, 2)
+        method = bound_method(case)
+        compressed = dense = elements = dense_elements = server = 0
+        saved = setup.compression.state_dict()["parameters"]
+        for name, p in setup.compression.named:
+            slots = {k: v.numel() for k, v in saved[name].items() if isinstance(v, torch.Tensor)}
+            if method.is_dense(p):
+                dense, dense_elements = dense + sum(slots.values()), dense_elements + p.numel()
+            else:
+                compressed, elements = compressed + p.numel(), elements + sum(v for k, v in slots.items() if k != "server_residual")
+                server += slots.get("server_residual", 0)
+        return compressed, elements, server, dense, dense_elements
+
+    results = run_simulated(n, worker)
+    for compressed, elements, server, dense, dense_elements in results:
+        assert elements == case.slots * compressed
+        assert server <= case.server_slots * (compressed / n + 8 * 4)
+        assert dense <= min(case.slots, 2) * dense_elements, "dense parameters keep no more than the others, and no x"
+    assert sum(r[2] for r in results) == case.server_slots * results[0][0], "the servers' parts are the whole"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_state_of_16_bit_parameters_is_float32(dtype: torch.dtype) -> None:
+    p = torch.nn.Parameter(torch.ones(64, dtype=dtype))
+    optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=0.5), [("p", p)], Compression(TopK(8), **ALL))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (p * torch.arange(64, dtype=dtype)).sum().backward()
+        optimizer.step()
+    residual = optimizer.compression.state_dict()["parameters"]["p"]["residual"]
+    assert residual.dtype == torch.float32
+    assert residual.any()
+    assert p.dtype == p.grad.dtype == dtype  # type: ignore[union-attr]
