@@ -148,7 +148,7 @@ def main() -> None:
     if hvd.rank() == 0:
         print(
             f"{args.backend} {args.method}: test accuracy {result.accuracy:.3f}, {result.megabytes_sent:.2f} MB sent per worker, "
-            f"{result.ratio:.1f}x less than dense, {result.seconds:.1f} s, weights {result.weights_hash}"
+            f"compression {result.ratio:.1f}x, {result.seconds:.1f} s, weights {result.weights_hash}"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def table(results: dict[str, Result]) -> str:
     lines = [f"{'method':<{width}}  test accuracy  MB sent per worker  compression  seconds"]
     lines.append("-" * len(lines[0]))
     for name, r in results.items():
-        lines.append(f"{name:<{width}}  {r.accuracy:>13.3f}  {r.megabytes_sent:>18.2f}  {r.ratio:>10.1f}x  {r.seconds:>7.1f}")
+        ratio = "–" if math.isnan(r.ratio) else f"{r.ratio:.1f}x"
+        lines.append(f"{name:<{width}}  {r.accuracy:>13.3f}  {r.megabytes_sent:>18.2f}  {ratio:>11}  {r.seconds:>7.1f}")
     return "\n".join(lines)
 
 

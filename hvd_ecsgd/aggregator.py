@@ -48,7 +48,7 @@ class Method:
             ("feedback", self.feedback, Feedback),
             ("exchange", self.exchange, Exchange),
         ):
-            if not isinstance(part, protocol):
+            if isinstance(part, type) or not isinstance(part, protocol):  # a class has the attributes too
                 raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
         self.exchange.check(self.compressor)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -179,12 +179,15 @@ class Aggregator:
         method: Method,
         named: NamedParameters,
         *,
+        rank: int = 0,
+        size: int = 1,
         bucket_bytes: int = 0,
         group_of: Callable[[torch.nn.Parameter], int] | None = None,
         settings: Callable[[Bucket], GroupSettings] | None = None,
     ) -> None:
         self.method = method
         self.named = list(named)
+        self.rank, self.size = rank, size
         self.step = 0
         self.undone = 0
         self.traffic = Traffic()
@@ -380,6 +383,7 @@ class Aggregator:
 
     def _description(self) -> dict[str, Any]:
         """Everything but the step that must be equal on all ranks."""
+        groups = {name: bucket.group for bucket in self.buckets for name in bucket.segments.names}
         return {
             "compressor": repr(self.method.compressor),
             "feedback": repr(self.method.feedback),
@@ -388,11 +392,7 @@ class Aggregator:
             "dense_1d": self.method.dense_1d,
             "seed": self.method.seed,
             "buckets": len(self.buckets),
-            **{
-                f"parameter '{segment.name}'": f"{segment.shape} {parameter.dtype} in param group {bucket.group}"
-                for bucket in self.buckets
-                for segment, parameter in zip(bucket.segments, bucket.parameters, strict=True)
-            },
+            **{f"parameter '{name}'": f"{tuple(p.shape)} {p.dtype} in param group {groups[name]}" for name, p in self.named},
         }
 
     def _digest(self) -> torch.Tensor:
@@ -429,7 +429,7 @@ class Aggregator:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all state, by parameter name; plain dictionaries, numbers and tensors. Differs between ranks: save one per rank."""
-        rank, size = (0, 1) if self._transport is None else (self._transport.rank, self._transport.size)
+        rank, size = self.rank, self.size
         parameters: dict[str, dict[str, Any]] = {}
         for bucket in self.buckets:
             if bucket.state is None:
@@ -452,7 +452,7 @@ class Aggregator:
             "parameters": parameters,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], rank: int, size: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over state saved by `state_dict` on the same rank of a group of the same size. Nothing is changed when an error is raised."""
         if state.get("format") != 1:
             raise CompressionError(f"this is not a state of format 1 of hvd_ecsgd: format {state.get('format')!r}.")
@@ -461,6 +461,7 @@ class Aggregator:
                 f"the state was saved by another method.\n  saved: {state['method']}\n  now:   {self.method!r}\nBind with the saved "
                 "settings, or start without this state."
             )
+        rank, size = self.rank, self.size
         if (state["rank"], state["size"]) != (rank, size) and state["parameters"]:
             raise CompressionError(
                 f"the state was saved by rank {state['rank']} of {state['size']}, and this is rank {rank} of {size}. Residuals belong to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
@@ -161,7 +162,7 @@ class BoundCompression:
         self._optimizer: torch.optim.Optimizer | None = None
         self._warned = False
         if method.feedback.unit == "update":
-            self._refuse_other_optimizers()
+            _claim(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.method}, {len(self.named)} parameters>"
@@ -183,8 +184,8 @@ class BoundCompression:
             if self.method.feedback.unit == "update":
                 raise CompressionError(self._update_unit_message())
             transport = SlotTransport(self._process_set)
-            aggregator = Aggregator(self.method, self.named, settings=self._settings)
-            self.adopt(aggregator, transport.rank, transport.size)
+            aggregator = Aggregator(self.method, self.named, rank=transport.rank, size=transport.size, settings=self._settings)
+            self.adopt(aggregator)
             self._slot = HorovodSlot(aggregator, transport, self._frozen)
         return self._slot
 
@@ -195,19 +196,9 @@ class BoundCompression:
             "Use hvd_ecsgd.DistributedOptimizer(optimizer, compression=…) or `import mpi_backend as hvd`."
         )
 
-    def _refuse_other_optimizers(self) -> None:
-        """With one process Horovod never calls compress: without this check an update-unit method would vanish silently."""
-        mine = {id(p) for _, p in self.named}
-        this = weakref.ref(self)
-
-        def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            bound = this()
-            if bound is None:
-                hook.remove()
-            elif bound._aggregator is None and any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-                raise CompressionError(bound._update_unit_message())
-
-        hook = register_optimizer_step_pre_hook(check)
+    def step_refused(self) -> str | None:
+        """Why a step of an optimizer that is not ours must not happen, or None."""
+        return self._update_unit_message() if self._aggregator is None else None
 
     # -- hyper-parameters --------------------------------------------------------------------------------------------------------
 
@@ -249,15 +240,14 @@ class BoundCompression:
 
     # -- state -------------------------------------------------------------------------------------------------------------------
 
-    def adopt(self, aggregator: Aggregator, rank: int, size: int) -> None:
+    def adopt(self, aggregator: Aggregator) -> None:
         """For optimizers: the aggregator that holds this object's state from now on. State loaded before is handed over."""
         if self._aggregator is not None:
             raise CompressionError("this compression object belongs to another optimizer already; bind one for each.")
         self._aggregator = aggregator
-        self._rank, self._size = rank, size
         if self._waiting is not None:
             state, self._waiting = self._waiting, None
-            aggregator.load_state_dict(state, rank, size)
+            aggregator.load_state_dict(state)
 
     @property
     def aggregator(self) -> Aggregator:
@@ -278,10 +268,10 @@ class BoundCompression:
         """
         if self._aggregator is None:
             if state.get("format") == 1 and state["method"] != repr(self.method):  # say the commonest mistake at once
-                Aggregator(self.method, self.named).load_state_dict(state, 0, 1)
+                Aggregator(self.method, self.named).load_state_dict(state)
             self._waiting = state
         else:
-            self._aggregator.load_state_dict(state, self._rank, self._size)
+            self._aggregator.load_state_dict(state)
 
     def at(self, point: Literal["averaged", "virtual", "local"]) -> AbstractContextManager[None]:
         """Hold the parameters at a point for evaluation or saving; see `Aggregator.at`."""
@@ -298,6 +288,39 @@ class BoundCompression:
     def undone_steps(self) -> int:
         """Steps that were undone on all ranks because some rank held an inf or NaN."""
         return self._aggregator.undone if self._aggregator is not None else 0
+
+
+# With one process an unmodified Horovod never calls compress, and an update-unit method would vanish silently. So steps of optimizers that
+# are not ours are refused for parameters bound to such a method. The hook is registered at the first such bind and never removed: torch
+# iterates over its hooks unlocked.
+_claims: dict[int, weakref.ref[BoundCompression]] = {}
+_claims_lock = threading.Lock()
+_claims_watched = False
+
+
+def _claim(bound: BoundCompression) -> None:
+    global _claims_watched
+    with _claims_lock:
+        if not _claims_watched:
+            register_optimizer_step_pre_hook(_refuse_claimed)
+            _claims_watched = True
+        for _, parameter in bound.named:
+            _claims[id(parameter)] = weakref.ref(bound)
+
+
+def _refuse_claimed(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            claim = _claims.get(id(parameter))
+            if claim is None:
+                continue
+            bound = claim()
+            if bound is None or not any(p is parameter for _, p in bound.named):  # gone, and the id is used again
+                _claims.pop(id(parameter), None)
+                continue
+            why = bound.step_refused()
+            if why is not None:
+                raise CompressionError(why)
 
 
 AnyCompression = _Bare | Compression | BoundCompression

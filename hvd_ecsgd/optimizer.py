@@ -47,7 +47,8 @@ def DistributedOptimizer(
     own = optimizer.__class__
     cls: Any = type(own.__name__, (_Distributed, own), {"__module__": own.__module__})
     wrapped: _Distributed = object.__new__(cls)
-    wrapped.__dict__.update(optimizer.__dict__)
+    # A scheduler made before wrapping has put a `step` of its own on the instance; it would bypass ours.
+    wrapped.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
     wrapped._setup(optimizer, named_parameters, compression, transport, backward_passes_per_step, bucket_bytes, sum_gradients, sparse_as_dense)
     return wrapped
 
@@ -104,9 +105,15 @@ class _Distributed(torch.optim.Optimizer):
         self._updates = self.compression.method.feedback.unit == "update"
         self._check_optimizer()
         self._aggregator = Aggregator(
-            self.compression.method, trained, bucket_bytes=bucket_bytes, group_of=lambda p: owned[id(p)][0], settings=self._settings
+            self.compression.method,
+            trained,
+            rank=transport.rank,
+            size=transport.size,
+            bucket_bytes=bucket_bytes,
+            group_of=lambda p: owned[id(p)][0],
+            settings=self._settings,
         )
-        self.compression.adopt(self._aggregator, transport.rank, transport.size)
+        self.compression.adopt(self._aggregator)
         self._bound_ids = {id(p) for _, p in trained}
         self._passes = passes
         self._bucket_of = {id(p): bucket for bucket in self._aggregator.buckets for p in bucket.parameters}
@@ -148,6 +155,7 @@ class _Distributed(torch.optim.Optimizer):
         self._waiting_for = {id(b): len(b.parameters) for b in self._aggregator.buckets}
 
     def _gradient_ready(self, parameter: torch.Tensor) -> None:
+        self._results = None  # synchronised, but never stepped: a GradScaler found an overflow
         left = self._passes_left[id(parameter)] = self._passes_left[id(parameter)] - 1
         if left < 0:
             name = next(n for n, p in self._aggregator.named if p is parameter)
@@ -245,6 +253,7 @@ class _Distributed(torch.optim.Optimizer):
             self._aggregator.apply_updates(results)
         else:
             super().step()
+        self._inner._opt_called = True  # type: ignore[attr-defined]  # what such a scheduler looks at before it warns
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -254,6 +263,7 @@ class _Distributed(torch.optim.Optimizer):
                 "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
                 "Call it after step()."
             )
+        self._results = None
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: Any) -> None:

@@ -107,7 +107,11 @@ def context() -> Context:
 
 
 def transport() -> MPITransport:
-    """The transport for an optimizer's exchanges; every rank must start the same ones on it in the same order. Raises ValueError before init()."""
+    """The transport for an optimizer's exchanges. Raises ValueError before init().
+
+    Every rank must start the same collectives on it in the same order. Waiting for one does not carry on what the package's functions have in
+    flight, nor the other way round: between an optimizer's step and `synchronize` of a handle, all ranks wait in the same order.
+    """
     return context().transport
 
 

@@ -184,8 +184,8 @@ class MPITransport:
     def allreduce_(self, t: torch.Tensor, name: str, op: Reduction = "sum") -> Handle[torch.Tensor]:
         """Reduce over ranks, in place; the result is `t`. Shape and dtype must be equal on every rank; every rank receives the same bits.
 
-        fp32, fp64, int32 and int64 go through MPI's all-reduce. Open MPI gives every rank the same bits: it reduces each element in one place and
-        passes the result on (`tests/mpi` verifies it). Its recursive doubling, which has to be asked for, does not for the bits of NaNs.
+        fp32, fp64, int32 and int64 go through MPI's all-reduce. The MPI standard only recommends that all ranks get the same bits; Open MPI's
+        non-blocking algorithms do it, down to the bits of NaNs (verified by `tests/mpi`). The order of the additions is MPI's own there.
         fp16, bf16, 8 and 16 bit integers (they wrap), and CUDA tensors, which Open MPI cannot reduce without blocking, travel as equal chunks:
         all-to-all, reduction of one's own chunk in rank order (halves in float32, rounded once), all-gather. That is as many bytes as a ring's.
         """

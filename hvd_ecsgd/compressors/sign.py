@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from ..errors import CompressionError
-from ..kernels import all_finite, pack_bits, unpack_bits
+from ..kernels import all_finite, negative, pack_bits, signs, unpack_bits
 from ..segments import Key, Segments, aligned
 
 __all__ = ["Sign"]
@@ -54,10 +54,10 @@ class Sign:
             if view.numel() == 0:
                 continue
             scales[i] = view.abs().mean() if self.scale == "l1" else torch.linalg.vector_norm(view) / view.numel() ** 0.5
-            negative = view < 0
+            bits = negative(view)
             n_bytes = -(-view.numel() // 8)
-            payload[at : at + n_bytes] = pack_bits(negative)
-            view.sub_(torch.where(negative, -scales[i], scales[i]))
+            payload[at : at + n_bytes] = pack_bits(bits)
+            view.sub_(signs(bits, scales[i]))
             at += n_bytes
         return payload
 
@@ -67,8 +67,7 @@ class Sign:
             if view.numel() == 0:
                 continue
             n_bytes = -(-view.numel() // 8)
-            negative = unpack_bits(payload[at : at + n_bytes], view.numel())
-            view.add_(torch.where(negative, -scales[i], scales[i]), alpha=alpha)
+            view.add_(signs(unpack_bits(payload[at : at + n_bytes], view.numel()), scales[i]), alpha=alpha)
             at += n_bytes
 
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-__all__ = ["all_finite", "pack_bits", "top_k_indices", "unpack_bits"]
+__all__ = ["all_finite", "negative", "pack_bits", "signs", "top_k_indices", "unpack_bits"]
 
 
 def all_finite(t: torch.Tensor) -> bool:
@@ -15,6 +15,19 @@ def all_finite(t: torch.Tensor) -> bool:
     total = t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
     # A finite sum proves it; an infinite one may be the overflow of finite numbers.
     return bool(torch.isfinite(total)) or bool(torch.isfinite(t).all())
+
+
+def negative(v: torch.Tensor) -> torch.Tensor:
+    """Bool vector: v < 0. NumPy's comparison is an order of magnitude faster than torch's on CPU."""
+    if v.device.type == "cpu":
+        return torch.from_numpy(np.less(v.numpy(), 0))
+    return v < 0
+
+
+def signs(bits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """-scale where `bits` (bool) is set and +scale elsewhere, exactly, in the type of the 0-dim `scale`."""
+    # Arithmetic, because torch.where takes ten times as long on CPU.
+    return bits.view(torch.uint8).to(scale.dtype).mul_(-2 * scale).add_(scale)
 
 
 def pack_bits(bits: torch.Tensor) -> torch.Tensor:
@@ -40,12 +53,12 @@ def top_k_indices(v: torch.Tensor, k: int) -> torch.Tensor:
     """Ascending positions (int64) of the k elements of largest magnitude of the 1-D `v`; ties go to the lowest index, NaN counts as largest."""
     magnitude = v.abs()
     values, indices = torch.topk(magnitude, k, sorted=False)
-    smallest = values.min()  # NaN if any is NaN: everything compares as "not smaller" then, and the tie rule below decides
-    at_least = ~(magnitude < smallest)
-    if int(at_least.sum()) == k:
+    smallest = values.min()
+    if smallest.isnan():  # topk takes NaN as largest, comparisons do not
+        magnitude.nan_to_num_(nan=float("inf"), posinf=float("inf"))
+        smallest = values.nan_to_num_(nan=float("inf"), posinf=float("inf")).min()
+    if int((magnitude >= smallest).sum()) == k:
         return indices.sort().values
-    larger = (~(magnitude <= smallest)).nonzero().view(-1)[:k]
-    if larger.numel() == k:
-        return larger
+    larger = (magnitude > smallest).nonzero().view(-1)
     equal = (magnitude == smallest).nonzero().view(-1)[: k - larger.numel()]
     return torch.cat([larger, equal]).sort().values

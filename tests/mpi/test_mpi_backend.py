@@ -26,6 +26,14 @@ def test_program(program: str, n: int) -> None:
     assert last_line(output).startswith("ok "), output
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("algorithm", ["ring", "binomial", "rabenseifner", "recursive_doubling"])
+def test_all_ranks_receive_the_same_bits_from_each_algorithm_of_open_mpi(algorithm: str, n: int) -> None:
+    output = mpirun(n, HERE / "program_bits.py", env={"OMPI_MCA_coll_libnbc_iallreduce_algorithm": algorithm})
+    assert last_line(output).startswith("ok "), output
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_mismatch_is_an_error_on_every_rank(n: int) -> None:
     output = mpirun(n, HERE / "program_mismatch.py", timeout=60)

@@ -1,0 +1,99 @@
+"""One rank of: every method over MPI against its simulation (`methods [NAME…]`), or the three-worker counterexample (`counterexample`)."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from hvd_ecsgd import Compression, DistributedOptimizer
+from mpi_backend.transport import MPITransport
+from tests.cases import ALL, CASES, Case
+from tests.problems import mlp, simulate, slot, train, weights
+
+STEPS = 12
+WORLD = MPI.COMM_WORLD
+
+
+def same_on_all(w: torch.Tensor) -> bool:
+    return len(set(WORLD.allgather(w.contiguous().numpy().tobytes()))) == 1
+
+
+def method(transport: MPITransport, case: Case) -> str:
+    """What is wrong, or nothing. Two ranks give the simulation's bits; on more, MPI sums in another order."""
+
+    def after(model: Any, optimizer: Any, _: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return weights(model, optimizer.compression), slot(optimizer.compression, "residual"), optimizer.compression.traffic.sent
+
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport)
+    train(model, optimizer, transport.rank, range(STEPS))
+    w, residual, sent = after(model, optimizer, None)
+    expected = simulate(transport.size, case.make, range(STEPS), after=after)[transport.rank]
+    if not same_on_all(w):
+        return "ranks hold different bits"
+    if sent != expected[2]:
+        return f"{sent} bytes sent, {expected[2]} in the simulation"
+    tolerance = 0.0 if transport.size == 2 else 2e-5 if case.exact else 5e-3
+    for what, a, b in (("weights", w, expected[0]), ("residual", residual, expected[1])):
+        difference = (a - b).abs().max().item()
+        if not difference <= tolerance:
+            return f"{what}: {difference} from the simulation, allowed {tolerance}"
+    return ""
+
+
+def methods(transport: MPITransport, names: list[str]) -> bool:
+    good = True
+    for case in CASES:
+        if names and case.name not in names:
+            continue
+        problems = WORLD.allgather(method(transport, case))
+        if transport.rank == 0:
+            print(f"passed {case.name}" if not any(problems) else f"FAILED {case.name}: {problems}", flush=True)
+        good = good and not any(problems)
+    return good
+
+
+# ALGORITHMS §10: f_i(x) = ⟨a_i, x⟩² + ¼‖x‖²
+A = torch.tensor([[-3.0, 2.0, 2.0], [2.0, -3.0, 2.0], [2.0, 2.0, -3.0]], dtype=torch.float64)
+
+
+def descend(transport: MPITransport, make: Callable[[], Any], steps: int = 3000) -> tuple[float, int]:
+    """‖x‖ after `steps` steps of η = .005 from (1, 1, 1), and the first step at which it passed 1e6 (or -1)."""
+    x = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = DistributedOptimizer(torch.optim.SGD([x], lr=0.005), [("x", x)], make(), transport=transport)
+    passed = -1
+    for step in range(steps):
+        optimizer.zero_grad()
+        ((A[transport.rank] @ x) ** 2 + 0.25 * (x @ x)).backward()
+        optimizer.step()
+        if passed < 0 and x.detach().norm() > 1e6:
+            passed = step
+    assert same_on_all(x.detach()), "ranks hold different bits"
+    return x.detach().norm().item(), passed
+
+
+def counterexample(transport: MPITransport) -> bool:
+    for name, make in {
+        "identity": lambda: Compression.none,
+        "top-1 with feedback": lambda: Compression.top_k(k=1, **ALL),
+        "sign with feedback": lambda: Compression.one_bit(**ALL),
+        "random-1 with feedback": lambda: Compression.random_block(3, **ALL),
+        "top-1 without feedback": lambda: Compression.top_k(k=1, error_feedback=False, **ALL),
+    }.items():
+        norm, passed = descend(transport, make)
+        if transport.rank == 0:
+            print(f"{name}: {norm:.3e} {passed}", flush=True)
+    return True
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    task, names = sys.argv[1], sys.argv[2:]
+    transport = MPITransport()
+    sys.exit(0 if (methods(transport, names) if task == "methods" else counterexample(transport)) else 1)
