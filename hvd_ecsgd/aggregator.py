@@ -70,6 +70,7 @@ class GroupSettings:
     lr: float = 1.0
     momentum: float = 0.0
     weight_decay: float = 0.0
+    nesterov: bool = False
 
 
 @dataclass
@@ -273,6 +274,7 @@ class Aggregator:
             previous_lr=(group.lr or 1.0) if bucket.previous_lr is None else bucket.previous_lr,
             momentum=group.momentum,
             weight_decay=group.weight_decay,
+            nesterov=group.nesterov,
         )
         if group.lr == 0:
             return None
@@ -318,7 +320,7 @@ class Aggregator:
     # -- parameters that are shifted (DEF) ----------------------------------------------------------------------------------------
 
     def apply_updates(self, reductions: Sequence[Reduction]) -> None:
-        """Update-unit methods: x ← x − mean update, and shift."""
+        """Methods that apply the update themselves: move x, and shift."""
         with torch.no_grad():
             for reduction in reductions:
                 bucket = reduction.bucket

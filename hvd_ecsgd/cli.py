@@ -16,7 +16,7 @@ from .version import __version__
 
 __all__ = ["main"]
 
-PRESETS: tuple[str, ...] = ("none", "fp16", "random_block", "top_k", "one_bit", "double_squeeze", "local_momentum", "detached")
+PRESETS: tuple[str, ...] = ("none", "fp16", "random_block", "top_k", "one_bit", "double_squeeze", "dist_ef_sgd", "local_momentum", "detached")
 
 
 def presets() -> dict[str, Compression]:
@@ -30,7 +30,7 @@ def methods() -> int:
     for name, compression in presets().items():
         m = compression.method
         parts = [repr(part) for part in (m.compressor, m.feedback, m.exchange)]
-        rows.append((name, *parts, m.feedback.unit, "yes" if m.feedback.unit == "gradient" else "no"))
+        rows.append((name, *parts, m.feedback.unit, "no" if m.feedback.applies_update else "yes"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

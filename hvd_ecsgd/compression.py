@@ -16,7 +16,7 @@ from .aggregator import Aggregator, Bucket, GroupSettings, Method
 from .compressors import Cast, Identity, RandomBlock, Sign, TopK
 from .errors import CompressionError
 from .exchange import AllGather, AllReduce, TwoPass
-from .feedback import ErrorFeedback, LocalMomentum, NoFeedback
+from .feedback import DistEFSGD, ErrorFeedback, LocalMomentum, NoFeedback
 from .horovod_slot import HorovodSlot
 from .protocols import Compressor, Exchange, Feedback, Traffic
 from .transport.horovod import SlotTransport
@@ -107,6 +107,24 @@ class Compression:
         return Compression(Sign() if compressor is None else compressor, ErrorFeedback(), TwoPass(server_compressor), **options)
 
     @staticmethod
+    def dist_ef_sgd(
+        compressor: Compressor | None = None,
+        server_compressor: Compressor | None = None,
+        *,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
+        nesterov: bool = False,
+        **options: Any,
+    ) -> Compression:
+        """dist-EF-SGD(M) (Zheng, Huang, Kwok 2019): worker momentum before two-pass compression; signs with scale ‖v‖₁/d both ways by default.
+
+        Without `momentum` and `weight_decay` the SGD optimizer's are read live (hvd_ecsgd's or mpi_backend's DistributedOptimizer). On an
+        unmodified Horovod give them here, 0 in the optimizer, and call `attach`.
+        """
+        feedback = DistEFSGD(momentum, weight_decay, nesterov)
+        return Compression(Sign() if compressor is None else compressor, feedback, TwoPass(server_compressor), **options)
+
+    @staticmethod
     def local_momentum(ratio: float = 64.0, **options: Any) -> Compression:
         """EF with momentum on the worker, in update units, with random blocks. Needs hvd_ecsgd's or mpi_backend's DistributedOptimizer over SGD."""
         return Compression(RandomBlock(ratio), LocalMomentum(0.0), AllReduce(), **options)
@@ -161,7 +179,7 @@ class BoundCompression:
         self._waiting: Mapping[str, Any] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._warned = False
-        if method.feedback.unit == "update":
+        if method.feedback.owns_momentum:
             _claim(self)
 
     def __repr__(self) -> str:
@@ -181,24 +199,33 @@ class BoundCompression:
         if self._slot is None:
             if self._aggregator is not None:
                 raise CompressionError("this compression object belongs to another optimizer; bind one for each.")
-            if self.method.feedback.unit == "update":
-                raise CompressionError(self._update_unit_message())
+            if self.method.feedback.applies_update:
+                raise CompressionError(self._own_optimizer_message())
             transport = SlotTransport(self._process_set)
             aggregator = Aggregator(self.method, self.named, rank=transport.rank, size=transport.size, settings=self._settings)
             self.adopt(aggregator)
             self._slot = HorovodSlot(aggregator, transport, self._frozen)
         return self._slot
 
-    def _update_unit_message(self) -> str:
+    def _own_optimizer_message(self) -> str:
         return (
             f"{self.method.feedback} applies momentum, weight decay and the update itself (parameter '{self.named[0][0]}' and all "
             "others), which an unmodified Horovod optimizer would do again. "
-            "Use hvd_ecsgd.DistributedOptimizer(optimizer, compression=…) or `import mpi_backend as hvd`."
+            "Use hvd_ecsgd.DistributedOptimizer(optimizer, compression=…) or `import mpi_backend as hvd`; dist_ef_sgd also runs here with "
+            "momentum= and weight_decay= given to the preset (0 is a value) and 0 in the optimizer."
         )
 
     def step_refused(self) -> str | None:
         """Why a step of an optimizer that is not ours must not happen, or None."""
-        return self._update_unit_message() if self._aggregator is None else None
+        if self._aggregator is not None:
+            return None
+        if self.method.feedback.applies_update:
+            return self._own_optimizer_message()
+        return (
+            f"{self.method.feedback} keeps momentum and weight decay itself, but has not been given a single gradient of parameter "
+            f"'{self.named[0][0]}': Horovod does not compress with one process, and the step would be plain SGD without momentum. "
+            "Use hvd_ecsgd.DistributedOptimizer, or no compression with one process."
+        )
 
     # -- hyper-parameters --------------------------------------------------------------------------------------------------------
 
@@ -206,33 +233,45 @@ class BoundCompression:
         """Read learning rates live from `optimizer` (Horovod's, the one that steps). May be called again. Returns self.
 
         Own optimizers attach by themselves. Without it, methods in gradient units assume a constant learning rate and say so once.
-        Raises `CompressionError` when the optimizer holds none of the bound parameters, or for a method in update units.
+        Raises `CompressionError` when the optimizer holds none of the bound parameters, for a method that applies the update itself, and
+        for momentum both in the method and in the optimizer (looked at again in every step).
         """
         ours: object = getattr(optimizer, "compression", None)
         if ours is self:  # ours: attached already
             return self
-        if self.method.feedback.unit == "update":
-            raise CompressionError(self._update_unit_message())
+        feedback = self.method.feedback
+        if feedback.applies_update:
+            raise CompressionError(self._own_optimizer_message())
         bound = {id(p) for _, p in self.named}
         if not any(id(p) in bound for group in optimizer.param_groups for p in group["params"]):
             raise CompressionError(
                 f"attach(): the optimizer holds none of the bound parameters ('{self.named[0][0]}', …). Pass the optimizer that "
                 "hvd.DistributedOptimizer returned for this model."
             )
+        for g, group in enumerate(optimizer.param_groups):
+            if any(id(p) in bound for p in group["params"]):
+                feedback.check_group(group, f"param group {g}")
         self._optimizer = optimizer
         return self
 
     def _settings(self, bucket: Bucket) -> GroupSettings:
+        feedback = self.method.feedback
         if self._optimizer is None:
-            if not self._warned and self.method.feedback.keeps_residual:
+            if feedback.owns_momentum:
+                raise CompressionError(
+                    f"{feedback} keeps momentum and weight decay itself and must see that the optimizer has none (parameter "
+                    f"'{bucket.segments.names[0]}'): call compression.attach(optimizer) before the first backward pass."
+                )
+            if not self._warned and feedback.keeps_residual:
                 self._warned = True
                 warnings.warn(
                     "the learning rate is taken to be constant; call compression.attach(optimizer) if it changes.", UserWarning, stacklevel=2
                 )
             return GroupSettings()
         parameter = bucket.parameters[0]
-        for group in self._optimizer.param_groups:  # looked up live: load_state_dict replaces the groups, add_param_group adds some
+        for g, group in enumerate(self._optimizer.param_groups):  # looked up live: load_state_dict replaces the groups, add_param_group adds some
             if any(p is parameter for p in group["params"]):
+                feedback.check_group(group, f"param group {g}")
                 return GroupSettings(lr=float(group["lr"]))
         raise CompressionError(
             f"parameter '{bucket.segments.names[0]}' is in no param group of the attached optimizer; attach the optimizer that trains it."
@@ -290,7 +329,7 @@ class BoundCompression:
         return self._aggregator.undone if self._aggregator is not None else 0
 
 
-# With one process an unmodified Horovod never calls compress, and an update-unit method would vanish silently. So steps of optimizers that
+# With one process an unmodified Horovod never calls compress, and a method with momentum inside would vanish silently. So steps of optimizers that
 # are not ours are refused for parameters bound to such a method. The hook is registered at the first such bind and never removed: torch
 # iterates over its hooks unlocked.
 _claims: dict[int, weakref.ref[BoundCompression]] = {}

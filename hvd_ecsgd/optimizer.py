@@ -1,4 +1,4 @@
-"""DistributedOptimizer over any transport: buckets, gradient hooks, and update-unit methods applied by themselves."""
+"""DistributedOptimizer over any transport: buckets, gradient hooks, and methods that apply the update themselves."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def DistributedOptimizer(
 
     The result is an instance of the optimizer's own class and shares its param groups and state. Buckets of about `bucket_bytes`
     bytes start to travel as soon as their gradients are complete, in the same order on every rank, while the backward pass goes on.
-    A worker without a gradient for some parameter takes part with zeros. `compression`: any preset, bound or not; update-unit methods
-    (`local_momentum`, `detached`) need a plain `torch.optim.SGD`, whose lr, momentum and weight_decay they apply themselves.
-    `sum_gradients`: the sum instead of the mean (gradient-unit methods only). `sparse_as_dense`: sparse gradients become dense first.
+    A worker without a gradient for some parameter takes part with zeros. `compression`: any preset, bound or not; methods that apply the update
+    themselves (`local_momentum`, `detached`, `dist_ef_sgd()`) need a plain `torch.optim.SGD`, whose lr, momentum and weight_decay they read.
+    `sum_gradients`: the sum instead of the mean (not for those methods). `sparse_as_dense`: sparse gradients become dense first.
 
     Attributes beside the optimizer's: `compression` (the bound object), `synchronize()`, `skip_synchronize()`.
     Raises `CompressionError` for parameters without a name, duplicate names, or a method that cannot work with this optimizer;
@@ -102,7 +102,7 @@ class _Distributed(torch.optim.Optimizer):
                 "DistributedOptimizer(): none of the bound parameters belongs to the optimizer; was the compression bound to another model?"
             )
 
-        self._updates = self.compression.method.feedback.unit == "update"
+        self._updates = self.compression.method.feedback.applies_update
         self._check_optimizer()
         self._aggregator = Aggregator(
             self.compression.method,
@@ -130,23 +130,21 @@ class _Distributed(torch.optim.Optimizer):
 
     def _settings(self, bucket: Bucket) -> GroupSettings:
         group = self.param_groups[bucket.group]
-        return GroupSettings(float(group["lr"]), float(group.get("momentum", 0.0)), float(group.get("weight_decay", 0.0)))
+        return GroupSettings(
+            float(group["lr"]), float(group.get("momentum", 0.0)), float(group.get("weight_decay", 0.0)), bool(group.get("nesterov", False))
+        )
 
     def _check_optimizer(self) -> None:
-        """Update-unit methods do what SGD does; anything it would do beyond that is an error, not silently different."""
-        if not self._updates:
-            return
+        """What the optimizer would do beyond the method, or a second time, is an error, not silently different."""
         method = self.compression.method.feedback
-        if not isinstance(self, torch.optim.SGD):
+        if self._updates and not isinstance(self, torch.optim.SGD):
             raise CompressionError(
                 f"{method} works with torch.optim.SGD, whose lr, momentum and weight_decay it applies itself; got {type(self._inner).__name__}."
             )
-        if self._sum:
+        if self._updates and self._sum:
             raise CompressionError(f"{method} averages updates; summing gradients (op=Sum) is not defined for it.")
         for g, group in enumerate(self.param_groups):
-            for option, plain in (("dampening", 0), ("nesterov", False), ("maximize", False)):
-                if group.get(option, plain) != plain:
-                    raise CompressionError(f"{method}: param group {g} has {option}={group[option]}; it supports {option}={plain} only.")
+            method.check_group(group, f"param group {g}")
 
     # -- hooks -------------------------------------------------------------------------------------------------------------------
 
@@ -188,7 +186,7 @@ class _Distributed(torch.optim.Optimizer):
     # -- step --------------------------------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        """Finish the exchange. Gradient-unit methods then hold the mean in `p.grad` (NaN in it when the step was undone)."""
+        """Finish the exchange. Methods that leave the update to the optimizer then hold the mean in `p.grad` (NaN in it when the step was undone)."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad and id(p) not in self._bound_ids:
@@ -248,8 +246,8 @@ class _Distributed(torch.optim.Optimizer):
         assert results is not None
         if not self._stands:
             return loss
+        self._check_optimizer()
         if self._updates:
-            self._check_optimizer()
             self._aggregator.apply_updates(results)
         else:
             super().step()

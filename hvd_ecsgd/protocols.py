@@ -6,7 +6,7 @@ all state is plain dictionaries of flat tensors that the aggregator owns, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -73,7 +73,21 @@ class Feedback(Protocol):
 
     @property
     def unit(self) -> Literal["gradient", "update"]:
-        """What the buffer measures: gradients, or parameter updates (learning rate included; then this rule applies the update itself)."""
+        """What the buffer measures: gradients, or parameter updates (learning rate included)."""
+        ...
+
+    @property
+    def applies_update(self) -> bool:
+        """`finish_` moves the parameters itself, in place of the optimizer, with the SGD param group's settings: own optimizers only."""
+        ...
+
+    @property
+    def owns_momentum(self) -> bool:
+        """Momentum and weight decay are applied in here, so an optimizer that goes on to apply its own would do it twice."""
+        ...
+
+    def check_group(self, options: Mapping[str, Any], where: str) -> None:
+        """Raise `CompressionError` when the optimizer's param group (named `where`) says what this rule cannot do, or would do twice."""
         ...
 
     @property
@@ -101,7 +115,7 @@ class Feedback(Protocol):
         ...
 
     def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        """After the exchange: update-unit rules apply `out` to the parameters here."""
+        """After the exchange: rules that apply the update themselves move the parameters by `out` here."""
         ...
 
     @property
@@ -151,6 +165,7 @@ class StepContext:
     previous_lr: float = 1.0
     momentum: float = 0.0
     weight_decay: float = 0.0
+    nesterov: bool = False
 
     @property
     def carry(self) -> float:

@@ -1,7 +1,8 @@
 """One file per accumulate rule. A rule is a frozen dataclass that implements `hvd_ecsgd.protocols.Feedback`."""
 
+from .dist_ef_sgd import DistEFSGD
 from .error_feedback import ErrorFeedback
 from .local_momentum import LocalMomentum
 from .none import NoFeedback
 
-__all__ = ["ErrorFeedback", "LocalMomentum", "NoFeedback"]
+__all__ = ["DistEFSGD", "ErrorFeedback", "LocalMomentum", "NoFeedback"]

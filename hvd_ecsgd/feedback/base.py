@@ -1,16 +1,49 @@
-"""What most accumulate rules share: they measure gradients, and do nothing but accumulate."""
+"""What accumulate rules share: who applies the update, worker momentum, and what most rules do not do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
+from ..errors import CompressionError
 from ..protocols import State, StepContext
 from ..segments import Segments
 
-__all__ = ["GradientUnit", "Unshifted"]
+__all__ = ["AppliesUpdate", "GradientUnit", "Unshifted", "add_to_momentum_", "refuse_options", "take_from_momentum_"]
+
+
+def refuse_options(rule: object, options: Mapping[str, Any], where: str, plain: Mapping[str, Any], remedy: str = "") -> None:
+    """Raise for the first option of a param group that is not as in `plain`. Options that the group does not have are plain."""
+    for option, value in plain.items():
+        if options.get(option, value) != value:
+            raise CompressionError(f"{rule}: {where} has {option}={options[option]}; it supports {option}={value} only.{remedy and f' {remedy}'}")
+
+
+def add_to_momentum_(
+    momentum: torch.Tensor, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, mu: float, wd: float
+) -> None:
+    """m ← μm + g + wd·x, coupled weight decay at the point where the gradient was taken."""
+    momentum.mul_(mu)
+    views = segments.shaped_views(momentum)
+    torch._foreach_add_(views, list(gradients))
+    if wd:
+        torch._foreach_add_(views, list(parameters), alpha=wd)
+
+
+def take_from_momentum_(
+    momentum: torch.Tensor, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, mu: float, wd: float
+) -> None:
+    """Reverse `add_to_momentum_`, to rounding. With μ = 0 nothing is left of what was before, and nobody asks for it."""
+    if mu == 0:
+        momentum.zero_()
+        return
+    views = segments.shaped_views(momentum)
+    if wd:
+        torch._foreach_add_(views, list(parameters), alpha=-wd)
+    torch._foreach_sub_(views, list(gradients))
+    momentum.div_(mu)
 
 
 class Unshifted:
@@ -34,5 +67,39 @@ class GradientUnit(Unshifted):
     def unit(self) -> Literal["gradient", "update"]:
         return "gradient"
 
+    @property
+    def applies_update(self) -> bool:
+        return False
+
+    @property
+    def owns_momentum(self) -> bool:
+        return False
+
+    def check_group(self, options: Mapping[str, Any], where: str) -> None:
+        """Any optimizer can follow."""
+
     def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
         """The optimizer applies the mean."""
+
+
+class AppliesUpdate:
+    """Mixin: update units; the rule moves the parameters itself, by what SGD's param group says without the options it does not have."""
+
+    @property
+    def unit(self) -> Literal["gradient", "update"]:
+        return "update"
+
+    @property
+    def applies_update(self) -> bool:
+        return True
+
+    @property
+    def owns_momentum(self) -> bool:
+        return True
+
+    @property
+    def keeps_residual(self) -> bool:
+        return True
+
+    def check_group(self, options: Mapping[str, Any], where: str) -> None:
+        refuse_options(self, options, where, {"dampening": 0, "nesterov": False, "maximize": False})

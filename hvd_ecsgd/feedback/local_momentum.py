@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
 from ..errors import CompressionError
 from ..protocols import Feedback, State, StepContext
 from ..segments import Segments
+from .base import AppliesUpdate, add_to_momentum_, take_from_momentum_
 
 __all__ = ["LocalMomentum"]
 
 
 @dataclass(frozen=True)
-class LocalMomentum:
+class LocalMomentum(AppliesUpdate):
     """p = x − λe;  g = ∇F(p) + wd·p;  m = μm + g;  u = e + ηm;  c = C(u);  e = u − c;  x = x − mean c.  Unit: update.
 
     λ = 0 is error feedback with local momentum (EF), 0 < λ < 1 detached error feedback (DEF; the authors use .3), λ = 1 step-ahead error feedback
@@ -41,14 +41,6 @@ class LocalMomentum:
             raise CompressionError(f"lambda_ must be in [0, 1] (0: EF, 1: SAEF, between: DEF), got {self.lambda_!r}.")
 
     @property
-    def unit(self) -> Literal["gradient", "update"]:
-        return "update"
-
-    @property
-    def keeps_residual(self) -> bool:
-        return True
-
-    @property
     def shifts(self) -> bool:
         """The parameters hold p = x − λe between steps."""
         return self.lambda_ > 0 and not self.dense
@@ -64,11 +56,7 @@ class LocalMomentum:
         self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
     ) -> torch.Tensor:
         momentum, residual = state["momentum"], state["residual"]
-        momentum.mul_(ctx.momentum)
-        views = segments.shaped_views(momentum)
-        torch._foreach_add_(views, list(gradients))
-        if ctx.weight_decay:
-            torch._foreach_add_(views, list(parameters), alpha=ctx.weight_decay)
+        add_to_momentum_(momentum, gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
         residual.add_(momentum, alpha=ctx.lr)
         return residual
 
@@ -79,14 +67,7 @@ class LocalMomentum:
         if gradients is None:
             return  # momentum and residual keep this worker's finite gradients
         residual.sub_(momentum, alpha=ctx.lr)
-        if ctx.momentum == 0:
-            momentum.zero_()
-            return
-        views = segments.shaped_views(momentum)
-        if ctx.weight_decay:
-            torch._foreach_add_(views, list(parameters), alpha=-ctx.weight_decay)
-        torch._foreach_sub_(views, list(gradients))
-        momentum.div_(ctx.momentum)
+        take_from_momentum_(momentum, gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
 
     def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
         if self.shifts:

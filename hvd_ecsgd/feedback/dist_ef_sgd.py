@@ -1,0 +1,131 @@
+"""Error feedback in gradient units with momentum on the worker: dist-EF-SGD and dist-EF-SGDM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import CompressionError
+from ..protocols import Feedback, State, StepContext
+from ..segments import Segments
+from .base import GradientUnit, add_to_momentum_, refuse_options, take_from_momentum_
+
+__all__ = ["DistEFSGD"]
+
+
+@dataclass(frozen=True)
+class DistEFSGD(GradientUnit):
+    """g = ∇F(x) + wd·x;  m = μm + g;  p = m (Nesterov: g + μm) + (η_{t-1}/η_t)·e;  Δ = C(p);  e = p − Δ;  x = x − η·D.  Unit: gradient.
+
+    D is what the exchange makes of the workers' Δ; over `TwoPass` the server's residual follows the same rule. Weight decay is coupled: it is
+    added locally, before momentum and compression. Zheng, Huang, Kwok 2019, algorithms 1 and 2 (the ratio of learning rates as corrected in
+    arXiv:2003.04706).
+
+    Without arguments, μ, wd and Nesterov are read from the SGD optimizer's param group at every step, and the update is applied here; that needs
+    hvd_ecsgd's or mpi_backend's DistributedOptimizer. With `momentum` or `weight_decay` given (0 is a value), those are used, D becomes the
+    gradient, and the optimizer, whose own momentum and weight decay must be 0, applies it; that is for an unmodified Horovod too. Gradients
+    must not be loss-scaled: a `GradScaler` would weigh them against wd·x and older momentum.
+
+    Slots: `residual`, `momentum`. Memory beside parameters and gradients: 2 times the parameters.
+    """
+
+    momentum: float | None = None
+    weight_decay: float | None = None
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("momentum", self.momentum), ("weight_decay", self.weight_decay)):
+            wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0)
+            if value is not None and wrong:
+                raise CompressionError(f"dist_ef_sgd: {name} must be a finite number ≥ 0, or None to read the optimizer's, got {value!r}.")
+        if not isinstance(self.nesterov, bool) or (self.nesterov and not self.momentum):
+            raise CompressionError(
+                f"dist_ef_sgd: nesterov={self.nesterov!r} needs momentum > 0 beside it, got momentum={self.momentum!r}; without arguments the "
+                "SGD optimizer's nesterov is used."
+            )
+
+    @property
+    def applies_update(self) -> bool:
+        """With the optimizer's momentum, read from its param group; the optimizer itself applies D when momentum is given here."""
+        return self.momentum is None and self.weight_decay is None
+
+    @property
+    def owns_momentum(self) -> bool:
+        return True
+
+    @property
+    def keeps_residual(self) -> bool:
+        return True
+
+    def check_group(self, options: Mapping[str, Any], where: str) -> None:
+        if self.applies_update:
+            refuse_options(self, options, where, {"dampening": 0, "maximize": False})
+            return
+        twice = (
+            "Momentum inside the compressor and in the optimizer at the same time is refused: leave it to the compression and make the optimizer "
+            "with momentum=0, weight_decay=0."
+        )
+        refuse_options(self, options, where, {"momentum": 0, "weight_decay": 0, "nesterov": False, "maximize": False}, twice)
+        if "betas" in options:
+            raise CompressionError(f"{self}: {where} belongs to an optimizer with betas={options['betas']}, expected torch.optim.SGD. {twice}")
+
+    def for_dense(self) -> Feedback:
+        return self
+
+    def init(self, segments: Segments) -> State:
+        return {"residual": segments.zeros(), "momentum": segments.zeros()}
+
+    def _settings(self, ctx: StepContext) -> tuple[float, float, bool]:
+        """(μ, wd, Nesterov) of this step."""
+        if self.applies_update:
+            return ctx.momentum, ctx.weight_decay, ctx.nesterov
+        return self.momentum or 0.0, self.weight_decay or 0.0, self.nesterov
+
+    def accumulate_(
+        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> torch.Tensor:
+        momentum, residual = state["momentum"], state["residual"]
+        mu, wd, nesterov = self._settings(ctx)
+        if ctx.carry != 1.0:
+            residual.mul_(ctx.carry)
+        add_to_momentum_(momentum, gradients, parameters, segments, mu, wd)
+        residual.add_(momentum, alpha=mu if nesterov else 1.0)
+        if nesterov:
+            self._add_gradients_(residual, gradients, parameters, segments, wd, 1.0)
+        return residual
+
+    def undo_(
+        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> None:
+        momentum, residual = state["momentum"], state["residual"]
+        mu, wd, nesterov = self._settings(ctx)
+        if gradients is not None:  # otherwise momentum and residual keep this worker's finite gradients
+            if nesterov:
+                self._add_gradients_(residual, gradients, parameters, segments, wd, -1.0)
+            residual.sub_(momentum, alpha=mu if nesterov else 1.0)
+            take_from_momentum_(momentum, gradients, parameters, segments, mu, wd)
+        if ctx.carry != 1.0:
+            residual.div_(ctx.carry)
+
+    @staticmethod
+    def _add_gradients_(
+        residual: torch.Tensor,
+        gradients: Sequence[torch.Tensor],
+        parameters: Sequence[torch.Tensor],
+        segments: Segments,
+        wd: float,
+        sign: float,
+    ) -> None:
+        """residual += sign·(∇F + wd·x)."""
+        views = segments.shaped_views(residual)
+        torch._foreach_add_(views, list(gradients), alpha=sign)
+        if wd:
+            torch._foreach_add_(views, list(parameters), alpha=sign * wd)
+
+    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+        """x ← x − η·D, when the optimizer does not."""
+        torch._foreach_add_(list(parameters), segments.shaped_views(out), alpha=-ctx.lr)

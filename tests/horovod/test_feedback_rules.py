@@ -1,0 +1,15 @@
+"""Rules with momentum inside, on real ranks of an unmodified Horovod."""
+
+from __future__ import annotations
+
+import re
+
+from tests.ranks import horovodrun
+
+METHODS = ["dist_ef_sgd"]
+
+
+def test_momentum_inside_on_unmodified_horovod() -> None:
+    """The simulation's bits on two ranks; momentum in both places, no `attach`, and a rule that would apply the update are errors."""
+    said = horovodrun(2, "tests/horovod/program_feedback_rules.py", timeout=120)
+    assert re.findall(r"^passed (.+)$", said, re.MULTILINE) == [*METHODS, "mistakes"]
