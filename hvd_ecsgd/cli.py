@@ -16,7 +16,7 @@ from .version import __version__
 
 __all__ = ["main"]
 
-PRESETS: tuple[str, ...] = ("none", "fp16", "random_block", "top_k", "one_bit", "double_squeeze", "dist_ef_sgd", "local_momentum", "detached")
+PRESETS: tuple[str, ...] = ("none", "fp16", "random_block", "top_k", "one_bit", "double_squeeze", "dist_ef_sgd", "local_momentum", "detached", "pef")
 
 
 def presets() -> dict[str, Compression]:

@@ -16,7 +16,7 @@ from .aggregator import Aggregator, Bucket, GroupSettings, Method
 from .compressors import Cast, Identity, RandomBlock, Sign, TopK
 from .errors import CompressionError
 from .exchange import AllGather, AllReduce, TwoPass
-from .feedback import DistEFSGD, ErrorFeedback, LocalMomentum, NoFeedback
+from .feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, NoFeedback
 from .horovod_slot import HorovodSlot
 from .protocols import Compressor, Exchange, Feedback, Traffic
 from .transport.horovod import SlotTransport
@@ -133,6 +133,12 @@ class Compression:
     def detached(ratio: float = 64.0, lambda_: float = 0.3, **options: Any) -> Compression:
         """DEF with random blocks (Xu, Huang 2021); λ=1 is SAEF. Needs hvd_ecsgd's or mpi_backend's DistributedOptimizer over SGD."""
         return Compression(RandomBlock(ratio), LocalMomentum(lambda_), AllReduce(), **options)
+
+    @staticmethod
+    def pef(ratio: float = 64.0, **options: Any) -> Compression:
+        """PEF with random blocks (Xu, Huang 2021, baseline): momentum after the exchange. Needs hvd_ecsgd's or mpi_backend's
+        DistributedOptimizer over SGD."""
+        return Compression(RandomBlock(ratio), PEF(), AllReduce(), **options)
 
 
 def _feedback(wanted: bool) -> Feedback:

@@ -4,5 +4,6 @@ from .dist_ef_sgd import DistEFSGD
 from .error_feedback import ErrorFeedback
 from .local_momentum import LocalMomentum
 from .none import NoFeedback
+from .pef import PEF
 
-__all__ = ["DistEFSGD", "ErrorFeedback", "LocalMomentum", "NoFeedback"]
+__all__ = ["DistEFSGD", "ErrorFeedback", "LocalMomentum", "NoFeedback", "PEF"]

@@ -11,7 +11,7 @@ from ..errors import CompressionError
 from ..protocols import State, StepContext
 from ..segments import Segments
 
-__all__ = ["AppliesUpdate", "GradientUnit", "Unshifted", "add_to_momentum_", "refuse_options", "take_from_momentum_"]
+__all__ = ["AppliesUpdate", "GradientUnit", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_options", "take_from_momentum_"]
 
 
 def refuse_options(rule: object, options: Mapping[str, Any], where: str, plain: Mapping[str, Any], remedy: str = "") -> None:
@@ -44,6 +44,16 @@ def take_from_momentum_(
         torch._foreach_add_(views, list(parameters), alpha=-wd)
     torch._foreach_sub_(views, list(gradients))
     momentum.div_(mu)
+
+
+def add_scaled_(
+    residual: torch.Tensor, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, eta: float, wd: float = 0.0
+) -> None:
+    """e ← e + η·(g + wd·x); with -η, its reverse, to rounding."""
+    views = segments.shaped_views(residual)
+    torch._foreach_add_(views, list(gradients), alpha=eta)
+    if wd:
+        torch._foreach_add_(views, list(parameters), alpha=eta * wd)
 
 
 class Unshifted:
