@@ -16,7 +16,10 @@ from .version import __version__
 
 __all__ = ["main"]
 
-PRESETS: tuple[str, ...] = ("none", "fp16", "random_block", "top_k", "one_bit", "double_squeeze", "dist_ef_sgd", "local_momentum", "detached", "pef")
+PRESETS: tuple[str, ...] = (
+    *("none", "fp16", "random_block", "top_k", "one_bit", "double_squeeze"),
+    *("dist_ef_sgd", "local_momentum", "detached", "pef", "topk_sgd"),
+)
 
 
 def presets() -> dict[str, Compression]:

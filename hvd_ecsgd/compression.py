@@ -13,10 +13,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .aggregator import Aggregator, Bucket, GroupSettings, Method
-from .compressors import Cast, Identity, RandomBlock, Sign, TopK
+from .compressors import BlockTopK, Cast, Identity, RandomBlock, Sign, TopK
 from .errors import CompressionError
 from .exchange import AllGather, AllReduce, TwoPass
-from .feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, NoFeedback
+from .feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, MemSGD, NoFeedback
 from .horovod_slot import HorovodSlot
 from .protocols import Compressor, Exchange, Feedback, Traffic
 from .transport.horovod import SlotTransport
@@ -139,6 +139,12 @@ class Compression:
         """PEF with random blocks (Xu, Huang 2021, baseline): momentum after the exchange. Needs hvd_ecsgd's or mpi_backend's
         DistributedOptimizer over SGD."""
         return Compression(RandomBlock(ratio), PEF(), AllReduce(), **options)
+
+    @staticmethod
+    def topk_sgd(ratio: float = 100.0, *, block: int | None = None, **options: Any) -> Compression:
+        """TopK-SGD (Alistarh et al. 2018): top-k of η·gradient + error, of each parameter or, with `block`, of each block of so many entries
+        (the authors use 512). No momentum. Needs hvd_ecsgd's or mpi_backend's DistributedOptimizer over SGD."""
+        return Compression(TopK(ratio) if block is None else BlockTopK(ratio, block), MemSGD(), AllGather(), **options)
 
 
 def _feedback(wanted: bool) -> Feedback:

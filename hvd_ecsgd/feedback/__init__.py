@@ -3,7 +3,8 @@
 from .dist_ef_sgd import DistEFSGD
 from .error_feedback import ErrorFeedback
 from .local_momentum import LocalMomentum
+from .mem_sgd import MemSGD
 from .none import NoFeedback
 from .pef import PEF
 
-__all__ = ["DistEFSGD", "ErrorFeedback", "LocalMomentum", "NoFeedback", "PEF"]
+__all__ = ["DistEFSGD", "ErrorFeedback", "LocalMomentum", "MemSGD", "NoFeedback", "PEF"]

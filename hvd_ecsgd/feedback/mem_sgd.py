@@ -1,0 +1,57 @@
+"""Error feedback in update units without momentum: what TopK-SGD does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..protocols import Feedback, State, StepContext
+from ..segments import Segments
+from .base import AppliesUpdate, Unshifted, add_scaled_, refuse_options
+
+__all__ = ["MemSGD"]
+
+
+@dataclass(frozen=True)
+class MemSGD(Unshifted, AppliesUpdate):
+    """u = e + η·(g + wd·x);  c = C(u);  e = u − c;  x = x − mean c.  Unit: update. x − mean e moves as uncompressed SGD, whatever η does.
+
+    η and wd are read from the SGD optimizer's param group at every step; momentum is refused, as the method has none. Stich, Cordonnier, Jaggi
+    2018 (Mem-SGD, algorithm 1); Alistarh et al. 2018 (TopK-SGD, algorithm 1), where C is top-k.
+
+    Slot: `residual`. Memory beside parameters and gradients: once the parameters.
+    """
+
+    def check_group(self, options: Mapping[str, Any], where: str) -> None:
+        super().check_group(options, where)
+        refuse_options(
+            self,
+            options,
+            where,
+            {"momentum": 0},
+            "The method has no momentum: make the optimizer with momentum=0, or use local_momentum or dist_ef_sgd.",
+        )
+
+    def for_dense(self) -> Feedback:
+        return self
+
+    def init(self, segments: Segments) -> State:
+        return {"residual": segments.zeros()}
+
+    def accumulate_(
+        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> torch.Tensor:
+        add_scaled_(state["residual"], gradients, parameters, segments, ctx.lr, ctx.weight_decay)
+        return state["residual"]
+
+    def undo_(
+        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> None:
+        if gradients is not None:
+            add_scaled_(state["residual"], gradients, parameters, segments, -ctx.lr, ctx.weight_decay)
+
+    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+        torch._foreach_sub_(list(parameters), segments.shaped_views(out))
