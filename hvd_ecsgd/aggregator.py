@@ -17,7 +17,7 @@ from .errors import CompressionError, DisagreementError
 from .exchange import AllReduce
 from .kernels import all_finite
 from .protocols import Compressor, Exchange, Feedback, State, StepContext, Steps, Task, Traffic
-from .segments import Segments
+from .segments import Segment, Segments
 from .transport.base import Handle, Transport
 
 __all__ = ["Aggregator", "Bucket", "GroupSettings", "Method", "Reduction", "drive"]
@@ -103,6 +103,11 @@ class Bucket:
                 return buffer
         self.results.append(self.segments.empty())
         return self.results[-1]
+
+
+def _part(slot: torch.Tensor, i: int, segment: Segment) -> torch.Tensor:
+    """What a slot of state holds for its i-th segment; a view."""
+    return slot[i] if slot.dim() == 2 else slot[segment.start : segment.stop]
 
 
 def wire_dtype(parameter: torch.Tensor) -> torch.dtype:
@@ -292,6 +297,7 @@ class Aggregator:
             poisoned=poisoned,
             reversible=feedback.keeps_residual,
             server_carry=ctx.carry if feedback.unit == "gradient" else 1.0,
+            step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
         return Reduction(bucket, task, bucket.method.exchange.run(task, transport), list(gradients), group.lr)
 
@@ -320,12 +326,15 @@ class Aggregator:
     # -- parameters that are shifted (DEF) ----------------------------------------------------------------------------------------
 
     def apply_updates(self, reductions: Sequence[Reduction]) -> None:
-        """Methods that apply the update themselves: move x, and shift."""
+        """Methods that apply the update themselves: move x, and shift. Where nothing came back, x stays; the error to shift by has changed."""
         with torch.no_grad():
             for reduction in reductions:
-                bucket = reduction.bucket
+                bucket, feedback = reduction.bucket, reduction.bucket.method.feedback
                 assert reduction.out is not None and bucket.state is not None
-                bucket.method.feedback.finish_(bucket.state, reduction.out, bucket.parameters, bucket.segments, reduction.task.ctx)
+                if reduction.task.skipped:
+                    feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
+                else:
+                    feedback.finish_(bucket.state, reduction.out, bucket.parameters, bucket.segments, reduction.task.ctx)
                 bucket.versions = [p._version for p in bucket.parameters]
 
     def _recapture(self, bucket: Bucket) -> None:
@@ -441,9 +450,9 @@ class Aggregator:
                 entry["previous_lr"] = bucket.previous_lr
                 parameters[segment.name] = entry
             if bucket.exchange_state:
-                for segment in bucket.method.exchange.state_segments(bucket.segments, rank, size):
+                for i, segment in enumerate(bucket.method.exchange.state_segments(bucket.segments, rank, size)):
                     for slot, t in bucket.exchange_state.items():
-                        parameters[segment.name][slot] = t[segment.start : segment.stop].clone()
+                        parameters[segment.name][slot] = _part(t, i, segment).clone()
         return {
             "format": 1,
             "method": repr(self.method),
@@ -483,16 +492,16 @@ class Aggregator:
             tables = [(feedback_state, bucket.segments), (exchange_state, bucket.method.exchange.state_segments(bucket.segments, rank, size))]
             for slots, table in tables:
                 for slot, target in slots.items():
-                    for segment in table:
+                    for i, segment in enumerate(table):
                         if segment.name not in saved:
                             continue  # likewise: its state is still zero
-                        value = saved[segment.name].get(slot)
-                        if not isinstance(value, torch.Tensor) or value.numel() != segment.numel:
+                        value, part = saved[segment.name].get(slot), _part(target, i, segment)
+                        if not isinstance(value, torch.Tensor) or value.numel() != part.numel():
                             raise CompressionError(
-                                f"'{slot}' of parameter '{segment.name}': expected {segment.numel} elements, the state holds "
+                                f"'{slot}' of parameter '{segment.name}': expected {part.numel()} elements, the state holds "
                                 f"{value.numel() if isinstance(value, torch.Tensor) else value!r}."
                             )
-                        target[segment.start : segment.stop] = value.reshape(-1).to(target)
+                        part.copy_(value.reshape(-1))
             staged.append((bucket, feedback_state, exchange_state, saved[present[0]]["previous_lr"]))
         for bucket, feedback_state, exchange_state, previous_lr in staged:
             bucket.state, bucket.exchange_state, bucket.previous_lr = feedback_state, exchange_state, previous_lr

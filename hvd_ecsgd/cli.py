@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 PRESETS: tuple[str, ...] = (
     *("none", "fp16", "random_block", "top_k", "one_bit", "double_squeeze"),
-    *("dist_ef_sgd", "local_momentum", "detached", "pef", "topk_sgd"),
+    *("dist_ef_sgd", "comp_skip", "local_momentum", "detached", "pef", "topk_sgd"),
 )
 
 

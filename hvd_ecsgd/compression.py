@@ -15,7 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .aggregator import Aggregator, Bucket, GroupSettings, Method
 from .compressors import BlockTopK, Cast, Identity, RandomBlock, Sign, TopK
 from .errors import CompressionError
-from .exchange import AllGather, AllReduce, TwoPass
+from .exchange import AllGather, AllReduce, CompSkip, Every, TwoPass
+from .exchange.skip import SkipPolicy
 from .feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, MemSGD, NoFeedback
 from .horovod_slot import HorovodSlot
 from .protocols import Compressor, Exchange, Feedback, Traffic
@@ -125,6 +126,24 @@ class Compression:
         return Compression(Sign() if compressor is None else compressor, feedback, TwoPass(server_compressor), **options)
 
     @staticmethod
+    def comp_skip(
+        worker: SkipPolicy | None = None,
+        server: SkipPolicy | None = None,
+        compressor: Compressor | None = None,
+        server_compressor: Compressor | None = None,
+        *,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
+        nesterov: bool = False,
+        **options: Any,
+    ) -> Compression:
+        """CompSkipDSGD, a reconstruction: dist-EF-SGD in which workers and servers skip steps by `hvd_ecsgd.exchange`'s `Every`, `Bernoulli` or
+        `NormBased`, set independently. By default workers send in every second step, in turns, and servers always. Momentum as in `dist_ef_sgd`."""
+        exchange = CompSkip(Every(2) if worker is None else worker, Every(1) if server is None else server, server_compressor)
+        feedback = DistEFSGD(momentum, weight_decay, nesterov)
+        return Compression(Sign() if compressor is None else compressor, feedback, exchange, **options)
+
+    @staticmethod
     def local_momentum(ratio: float = 64.0, **options: Any) -> Compression:
         """EF with momentum on the worker, in update units, with random blocks. Needs hvd_ecsgd's or mpi_backend's DistributedOptimizer over SGD."""
         return Compression(RandomBlock(ratio), LocalMomentum(0.0), AllReduce(), **options)
@@ -216,15 +235,26 @@ class BoundCompression:
             transport = SlotTransport(self._process_set)
             aggregator = Aggregator(self.method, self.named, rank=transport.rank, size=transport.size, settings=self._settings)
             self.adopt(aggregator)
-            self._slot = HorovodSlot(aggregator, transport, self._frozen)
+            self._slot = HorovodSlot(aggregator, transport, self._frozen, self._check_skip)
         return self._slot
+
+    def _check_skip(self, name: str) -> None:
+        """In a skipped step x must not move; an unmodified Horovod steps its optimizer all the same."""
+        plain = self._optimizer is not None and not any(
+            group.get(option, 0) for group in self._optimizer.param_groups for option in ("momentum", "weight_decay", "betas")
+        )
+        if not plain:
+            raise CompressionError(
+                f"parameter '{name}': this step is skipped, and the optimizer's own momentum and weight decay would move it nevertheless. Call "
+                "compression.attach(optimizer) with momentum=0 and weight_decay=0 in the optimizer; dist_ef_sgd and comp_skip take them instead."
+            )
 
     def _own_optimizer_message(self) -> str:
         return (
             f"{self.method.feedback} applies momentum, weight decay and the update itself (parameter '{self.named[0][0]}' and all "
             "others), which an unmodified Horovod optimizer would do again. "
-            "Use hvd_ecsgd.DistributedOptimizer(optimizer, compression=…) or `import mpi_backend as hvd`; dist_ef_sgd also runs here with "
-            "momentum= and weight_decay= given to the preset (0 is a value) and 0 in the optimizer."
+            "Use hvd_ecsgd.DistributedOptimizer(optimizer, compression=…) or `import mpi_backend as hvd`; dist_ef_sgd and comp_skip also run here "
+            "with momentum= and weight_decay= given to the preset (0 is a value) and 0 in the optimizer."
         )
 
     def step_refused(self) -> str | None:

@@ -12,7 +12,7 @@ of c is seen by every rank; the last element tells what Horovod multiplied by (1
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +37,22 @@ class _Pending:
 
 
 class HorovodSlot:
-    """The compress/decompress pair over an aggregator with one bucket per parameter."""
+    """The compress/decompress pair over an aggregator with one bucket per parameter.
 
-    def __init__(self, aggregator: Aggregator, transport: SlotTransport, frozen: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    `check_skip` is called with a parameter's name when its step is skipped; it raises when the optimizer would move it nevertheless.
+    """
+
+    def __init__(
+        self,
+        aggregator: Aggregator,
+        transport: SlotTransport,
+        frozen: Iterable[tuple[str, torch.nn.Parameter]],
+        check_skip: Callable[[str], None] = lambda name: None,
+    ) -> None:
         self.aggregator = aggregator
         self.transport = transport
         self._frozen = list(frozen)
+        self._check_skip = check_skip
         self._buckets: dict[str, Bucket] = {bucket.segments.names[0]: bucket for bucket in aggregator.buckets}
         self._by_shape: dict[torch.Size, list[tuple[str, torch.nn.Parameter]]] = {}
         for name, parameter in aggregator.named:
@@ -141,6 +151,8 @@ class HorovodSlot:
                 assert reduction.out is not None
                 reduction.out.mul_(factor)
             assert reduction.out is not None
+            if reduction.task.skipped:
+                self._check_skip(pending.name)
             if reduction.out.data_ptr() != gradient.data_ptr():
                 gradient.copy_(reduction.out.view(gradient.shape))
         self._written[pending.name] = weakref.ref(gradient)

@@ -120,6 +120,7 @@ class _Distributed(torch.optim.Optimizer):
         self._started: list[Reduction | None] = []
         self._results: list[Reduction] | None = None
         self._stands = True
+        self._silent = False
         self._comparison: Callable[[], None]
         self._should_synchronize = True
         self._reset_counts()
@@ -207,6 +208,8 @@ class _Distributed(torch.optim.Optimizer):
         self._comparison()
         self._stands = self._aggregator.finish_step(reductions)
         self._results = reductions
+        # A step that nobody sent anything in must not move the model by the optimizer's momentum and weight decay either.
+        self._silent = self._stands and bool(reductions) and all(r.task.skipped for r in reductions)
         if self._updates:
             return
         for bucket, reduction in zip(self._aggregator.buckets, started, strict=True):
@@ -215,6 +218,10 @@ class _Distributed(torch.optim.Optimizer):
                     p.grad = torch.zeros_like(p)
                 continue
             assert reduction.out is not None
+            if reduction.task.skipped and not self._silent:
+                for p in bucket.parameters:
+                    p.grad = None  # the optimizer leaves these alone
+                continue
             if self._sum:
                 reduction.out.mul_(self._transport.size)
             for p, mean in zip(bucket.parameters, bucket.segments.shaped_views(reduction.out), strict=True):
@@ -249,7 +256,7 @@ class _Distributed(torch.optim.Optimizer):
         self._check_optimizer()
         if self._updates:
             self._aggregator.apply_updates(results)
-        else:
+        elif not self._silent:
             super().step()
         self._inner._opt_called = True  # type: ignore[attr-defined]  # what such a scheduler looks at before it warns
         return loss

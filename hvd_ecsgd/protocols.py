@@ -18,7 +18,8 @@ from .transport.base import Handle, Transport
 __all__ = ["Compressor", "Exchange", "Feedback", "State", "Steps", "StepContext", "Task", "Traffic"]
 
 State = dict[str, torch.Tensor]
-"""Slot name → flat tensor. Element i of a slot belongs to element i of the segments the state was made for."""
+"""Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
+segment i (counters)."""
 
 Steps = Generator[Handle[Any], Any, torch.Tensor]
 """An exchange in progress: it yields each handle it waits for, is sent the handle's result, and returns the decoded mean."""
@@ -183,17 +184,19 @@ class Traffic:
 
     `payload`: what this worker contributes. `sent`: what leaves this worker when the collective is bandwidth-optimal (all-reduce: ring,
     2·(n-1)/n of the payload; all-gather: n-1 copies; all-to-all: all pieces but its own). `dense`: what an uncompressed ring all-reduce of the
-    same gradients would send.
+    same gradients would send. `skipped`: payload that was not sent because worker or server stayed silent.
     """
 
     payload: int = 0
     sent: int = 0
     dense: int = 0
+    skipped: int = 0
 
     def __iadd__(self, other: Traffic) -> Traffic:
         self.payload += other.payload
         self.sent += other.sent
         self.dense += other.dense
+        self.skipped += other.skipped
         return self
 
     @property
@@ -219,6 +222,10 @@ class Task:
     finite: bool = True
     server_carry: float = 1.0
     """What a residual kept by the exchange is multiplied by when it is added back: η_{t-1}/η_t in gradient units, 1 in update units."""
+    step_size: float = 1.0
+    """What `out` is multiplied by when it is applied to the parameters: η in gradient units, 1 in update units."""
+    skipped: bool = False
+    """Set by the exchange when nothing came back for any segment, on every rank: x and the optimizer's state must stay as they are."""
     traffic: Traffic = field(default_factory=Traffic)
     _reversals: list[Callable[[], object]] = field(default_factory=list)
 

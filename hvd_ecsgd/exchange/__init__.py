@@ -2,6 +2,8 @@
 
 from .all_gather import AllGather
 from .all_reduce import AllReduce
+from .comp_skip import CompSkip, SkipAllReduce
+from .skip import Bernoulli, Every, NormBased
 from .two_pass import TwoPass
 
-__all__ = ["AllGather", "AllReduce", "TwoPass"]
+__all__ = ["AllGather", "AllReduce", "Bernoulli", "CompSkip", "Every", "NormBased", "SkipAllReduce", "TwoPass"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +12,41 @@ from ..protocols import Compressor, State, Steps, Task, Traffic, poison
 from ..segments import Segments
 from ..transport.base import Transport
 
-__all__ = ["TwoPass"]
+__all__ = ["TwoPass", "absorb_", "answer_", "finite"]
+
+
+def finite(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> bool:
+    """No payload of a worker for this server's pieces decodes to an inf or NaN. One without elements was not sent."""
+    return all(task.compressor.finite(p, mine) for p in received if p.numel())
+
+
+def add_mean_(total: torch.Tensor, task: Task, received: Sequence[torch.Tensor], mine: Segments) -> None:
+    """total += (1/n) Σ C⁻¹(payloads), by rank; n counts workers that sent nothing too."""
+    for r, p in enumerate(received):
+        if p.numel():
+            task.compressor.add_(total, p, mine, task.ctx.key(task.compressor, "push", r), 1.0 / task.ctx.size)
+
+
+def absorb_(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> None:
+    """E ← (η_{t-1}/η_t)·E + (1/n) Σ C⁻¹(payloads), with how to undo it."""
+    residual = task.state["server_residual"]
+    if task.server_carry != 1.0:
+        residual.mul_(task.server_carry)
+        task.undo_by(partial(residual.div_, task.server_carry))
+    total = mine.zeros()
+    add_mean_(total, task, received, mine)
+    residual.add_(total)
+    for r, p in enumerate(received):
+        if p.numel():
+            task.undo_by_adding(residual, task.compressor, p, mine, task.ctx.key(task.compressor, "push", r), -1.0 / task.ctx.size)
+
+
+def answer_(task: Task, server: Compressor, mine: Segments) -> torch.Tensor:
+    """The server's payload D(E); E keeps the rest; with how to undo it."""
+    residual, key = task.state["server_residual"], task.ctx.key(server, "pull")
+    answer = server.extract_(residual, mine, key)
+    task.undo_by_adding(residual, server, answer, mine, key, 1.0)
+    return answer
 
 
 @dataclass(frozen=True)
@@ -50,26 +85,15 @@ class TwoPass:
         task.traffic += Traffic(payload=push.nbytes, sent=push.nbytes - payloads[rank].nbytes)
         received = yield transport.alltoall(push, [p.numel() for p in payloads], f"{task.name}.push", None if expected is None else [expected] * n)
 
-        total = mine.zeros()
-        keys = [ctx.key(worker, "push", r) for r in range(n)]
-        for r, p in enumerate(received):
-            worker.add_(total, p, mine, keys[r], 1.0 / n)
-        pull_key = ctx.key(server, "pull")
-        if all(worker.finite(p, mine) for p in received):
-            if self.server_feedback:
-                residual = task.state["server_residual"]
-                if task.server_carry != 1.0:
-                    residual.mul_(task.server_carry)
-                    task.undo_by(partial(residual.div_, task.server_carry))
-                residual.add_(total)
-                for r, p in enumerate(received):
-                    task.undo_by_adding(residual, worker, p, mine, keys[r], -1.0 / n)
-                answer = server.extract_(residual, mine, pull_key)
-                task.undo_by_adding(residual, server, answer, mine, pull_key, 1.0)
-            else:
-                answer = server.extract_(total, mine, pull_key)
+        if not finite(task, received, mine):
+            answer = poison(server, mine, ctx.key(server, "pull"))
+        elif self.server_feedback:
+            absorb_(task, received, mine)
+            answer = answer_(task, server, mine)
         else:
-            answer = poison(server, mine, pull_key)
+            total = mine.zeros()
+            add_mean_(total, task, received, mine)
+            answer = server.extract_(total, mine, ctx.key(server, "pull"))
         task.traffic += Traffic(payload=answer.nbytes, sent=(n - 1) * answer.nbytes)
         sizes = [server.payload_size(piece) for piece in pieces]
         known = None if any(s is None for s in sizes) else [s for s in sizes if s is not None]

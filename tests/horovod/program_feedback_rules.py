@@ -10,6 +10,9 @@ import horovod.torch as hvd
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
+from hvd_ecsgd.compressors import RandomBlock, TopK
+from hvd_ecsgd.exchange import Bernoulli, CompSkip, Every, NormBased, SkipAllReduce
+from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback
 from hvd_ecsgd.transport import run_simulated
 from tests.problems import batch, flat, mlp
 
@@ -18,6 +21,10 @@ INSIDE: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-3, "nesterov": Tru
 
 METHODS: dict[str, Callable[[], Compression]] = {
     "dist_ef_sgd": lambda: Compression.dist_ef_sgd(**INSIDE, **ALL),
+    "comp_skip": lambda: Compression.comp_skip(Bernoulli(0.5), Bernoulli(0.6), **INSIDE, **ALL),
+    "comp_skip-every": lambda: Compression.comp_skip(Every(3), Every(2), TopK(5), **INSIDE),
+    "comp_skip-norm": lambda: Compression.comp_skip(NormBased(3.0), NormBased(2.0), **INSIDE, **ALL),
+    "skip_all_reduce": lambda: Compression(RandomBlock(4), DistEFSGD(**INSIDE), SkipAllReduce(Every(2)), **ALL),
 }
 
 
@@ -46,7 +53,11 @@ def check(name: str, make: Callable[[], Compression]) -> None:
     def worker(transport: Any) -> torch.Tensor:
         model = mlp()
         named = [(f"{name}/{n}", p) for n, p in model.named_parameters()]
-        return train(model, DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), named, make(), transport=transport), transport.rank)
+        return train(
+            model,
+            DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), named, make(), transport=transport, bucket_bytes=0),
+            transport.rank,
+        )
 
     model, optimizer = stock(name, make())
     w = train(model, optimizer, hvd.rank())
@@ -70,6 +81,8 @@ def mistakes() -> None:
     refused("attach(optimizer)", lambda: train(*stock("no attach", METHODS["dist_ef_sgd"](), attach=False), hvd.rank()))
     refused("at the same time", lambda: stock("twice", METHODS["dist_ef_sgd"](), momentum=0.9))
     refused("given to the preset", lambda: stock("reading", Compression.dist_ef_sgd()))
+    skipping = Compression(TopK(5), ErrorFeedback(), CompSkip(Every(1), Every(2)), **ALL)
+    refused("this step is skipped", lambda: train(*stock("skip", skipping, momentum=0.9), hvd.rank()))
     model, optimizer = stock("later", METHODS["dist_ef_sgd"]())
     train(model, optimizer, hvd.rank())
     optimizer.param_groups[0]["momentum"] = 0.9

@@ -6,7 +6,7 @@ import re
 
 from tests.ranks import horovodrun
 
-METHODS = ["dist_ef_sgd"]
+METHODS = ["dist_ef_sgd", "comp_skip", "comp_skip-every", "comp_skip-norm", "skip_all_reduce"]
 
 
 def test_momentum_inside_on_unmodified_horovod() -> None:

@@ -1,0 +1,332 @@
+"""CompSkip: what silent workers and servers keep is not lost, and nobody waits for them (ALGORITHMS §4)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
+from hvd_ecsgd.compressors import Identity, RandomBlock, TopK
+from hvd_ecsgd.exchange import Bernoulli, CompSkip, Every, NormBased, SkipAllReduce
+from hvd_ecsgd.feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, NoFeedback
+from hvd_ecsgd.protocols import StepContext
+from hvd_ecsgd.segments import Key
+from hvd_ecsgd.transport import Transport, run_simulated
+from tests.problems import batch, flat, mlp, same_bits, weights
+from tests.recursions import ALL, CONSTANT, LRS, N, trajectory, violation
+
+NAN = float("nan")
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "in turns": lambda: Compression.comp_skip(**ALL),
+    "every third, together": lambda: Compression.comp_skip(Every(3, offset=0), **ALL),
+    "servers only": lambda: Compression.comp_skip(Every(1), Every(2), **ALL),
+    "drawn": lambda: Compression.comp_skip(Bernoulli(0.5), Bernoulli(0.6, seed=1), TopK(7), **ALL),
+    "drawn, capped": lambda: Compression.comp_skip(Bernoulli(0.2, cap=2), Bernoulli(0.2, cap=1), **ALL),
+    "by norm": lambda: Compression.comp_skip(NormBased(64.0), NormBased(16.0), **ALL),
+    "by norm and drawn": lambda: Compression.comp_skip(NormBased(64.0), Bernoulli(0.5), **ALL),
+    "drawn and by norm": lambda: Compression.comp_skip(Bernoulli(0.5), NormBased(2.0), TopK(7), Identity(), **ALL),
+    "dense small ones": lambda: Compression.comp_skip(Bernoulli(0.5), Bernoulli(0.5)),
+    "all-reduce": lambda: Compression(RandomBlock(8), DistEFSGD(), SkipAllReduce(Bernoulli(0.5)), **ALL),
+}
+
+
+@pytest.mark.parametrize("lrs", [CONSTANT, LRS], ids=["constant", "changing"])
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_lost(name: str, lrs: Sequence[float]) -> None:
+    """y = x − η_{t−1}(E + mean e) is momentum SGD on the mean gradients, whoever was silent; x has the same bits on all ranks."""
+    records = trajectory(METHODS[name], lrs, momentum=0.9, nesterov=True, weight_decay=1e-2)
+    assert all(same_bits(r[0] for r in ranks) for ranks in records)
+    assert violation(records, lrs, nesterov=True, wd=1e-2) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["in turns", "drawn", "by norm"])
+def test_without_the_ratio_of_learning_rates_it_is_lost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control."""
+    monkeypatch.setattr(StepContext, "carry", property(lambda self: 1.0))
+    assert violation(trajectory(METHODS[name], LRS, momentum=0.9), LRS) > 1e-3
+
+
+def test_never_skipping_is_dist_ef_sgd() -> None:
+    """`Every(1)` on both sides, and `Bernoulli(1)`: bit for bit, bytes too. With C' = b·C for a skipping worker (control) it is not."""
+
+    def run(make: Callable[[], Any]) -> Any:
+        def worker(transport: Transport) -> Any:
+            model = mlp()
+            optimizer = trained(model, make(), transport, range(6))
+            return flat(model.parameters()), optimizer.compression.traffic
+
+        return run_simulated(N, worker)[0]
+
+    x, traffic = run(lambda: Compression.dist_ef_sgd(**ALL))
+    for policy in (Every(1), Bernoulli(1.0), NormBased(0.0), Bernoulli(0.1, cap=0)):
+        same, same_traffic = run(lambda policy=policy: Compression.comp_skip(policy, policy, **ALL))
+        assert torch.equal(x, same)
+        assert traffic == same_traffic
+    other, other_traffic = run(lambda: Compression.comp_skip(**ALL))
+    assert not torch.equal(x, other)
+    assert other_traffic.payload < traffic.payload
+
+
+def trained(model: Any, compression: Any, transport: Transport, steps: Any, optimizer: Any = None, bad: Any = None, **sgd: Any) -> Any:
+    """Train; `bad` = (step, rank) puts a NaN there."""
+    sgd = sgd or {"momentum": 0.9}
+    dtype = next(model.parameters()).dtype
+    if optimizer is None:
+        inner = torch.optim.SGD(model.parameters(), lr=0.05, **sgd)
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), compression, transport=transport)
+    for t in steps:
+        optimizer.zero_grad()
+        x, y = batch(transport.rank, t, dtype)
+        (torch.nn.functional.cross_entropy(model(x), y) * (NAN if bad == (t, transport.rank) else 1.0)).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("q", [0.25, 0.5, 1.0])
+def test_bytes_fall_as_q(q: float) -> None:
+    """Payload of workers and servers, over 60 steps, is q of the whole to the byte counted by draws; what was skipped is visible."""
+    steps = 60
+
+    def worker(transport: Transport) -> Any:
+        return trained(mlp(), Compression.comp_skip(Bernoulli(q), Bernoulli(q), **ALL), transport, range(steps)).compression.traffic
+
+    def full(transport: Transport) -> Any:
+        return trained(mlp(), Compression.dist_ef_sgd(**ALL), transport, range(steps)).compression.traffic
+
+    whole = run_simulated(N, full)
+    for rank, traffic in enumerate(run_simulated(N, worker)):
+        alarms = traffic.payload + traffic.skipped - whole[rank].payload
+        assert 0 <= alarms <= steps * 2, "one byte per bucket and step with a skip"
+        assert (traffic.payload - alarms) / whole[rank].payload == pytest.approx(q, abs=0.15)
+        assert (traffic.skipped == 0) == (q == 1.0)
+
+
+def test_a_worker_sends_when_its_policy_says() -> None:
+    """Counted where it is handed to the transport: silent ones hand over no rows, and where nobody sends there is no collective."""
+    calls: list[list[tuple[str, int]]] = [[] for _ in range(N)]
+
+    def worker(transport: Transport) -> None:
+        alltoall, mine = transport.alltoall, calls[transport.rank]
+
+        def spy(t: torch.Tensor, splits: Any, name: str, received: Any = None) -> Any:
+            assert received is not None, "sizes are known: no round to exchange them"
+            mine.append((name, t.numel()))
+            return alltoall(t, splits, name, received)
+
+        transport.alltoall = spy  # type: ignore[method-assign]
+        trained(mlp(), Compression.comp_skip(Every(4), **ALL), transport, range(8))
+
+    run_simulated(N, worker)
+    for rank, mine in enumerate(calls):
+        assert len(mine) == 6, "steps 3 and 7 have no sender"
+        assert [t for t, (_, rows) in enumerate(mine) if rows] == [rank, rank + 3]
+
+
+def test_workers_by_norm_skip_and_do_not_starve() -> None:
+    """A large threshold skips up to the cap; a small one sends always (control)."""
+
+    def sent(policy: Any) -> Any:
+        def worker(transport: Transport) -> Any:
+            c = trained(mlp(), Compression.comp_skip(policy, Every(1), **ALL), transport, range(24)).compression
+            return c.traffic.skipped, max(int(e["skips"][transport.rank]) for e in c.state_dict()["parameters"].values())
+
+        return run_simulated(N, worker)
+
+    for (many, most), (some, _), (none, at_zero) in zip(sent(NormBased(1e9, cap=3)), sent(NormBased(64.0)), sent(NormBased(0.0)), strict=True):
+        assert many > some > none == 0
+        assert 0 <= most <= 3
+        assert at_zero == 0
+
+
+def test_caps_bound_the_skips_in_a_row() -> None:
+    """Bernoulli(0.02) would be silent for long; with a cap of 2 every third step is sent, on every rank alike."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        compression = Compression.comp_skip(Bernoulli(0.02, cap=2), Every(1), **ALL)
+        optimizer, skips = trained(model, compression, transport, []), []
+        for t in range(12):
+            trained(model, None, transport, [t], optimizer)
+            skips.append(next(iter(optimizer.compression.state_dict()["parameters"].values()))["skips"])
+        return torch.stack(skips)
+
+    results = run_simulated(N, worker)
+    assert same_bits(results)
+    assert results[0][:, :N].max() == 2
+    assert results[0][:, N].max() == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_these_methods_do_skip(name: str) -> None:
+    """Control of all tests here: each method is silent now and then, and not always."""
+    results = run_simulated(N, lambda transport: trained(mlp(), METHODS[name](), transport, range(8)).compression.traffic)
+    assert sum(traffic.skipped for traffic in results) > 0
+    assert all(traffic.payload > 100 for traffic in results)
+
+
+# -- x stays in a skipped step ----------------------------------------------------------------------------------------------------
+
+
+RULES: dict[str, Any] = {"ErrorFeedback": ErrorFeedback(), "DistEFSGD": DistEFSGD(), "PEF": PEF(), "LocalMomentum": LocalMomentum(0.3)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("all_reduce", [False, True])
+def test_a_skipped_step_does_not_move_the_model(rule: str, all_reduce: bool) -> None:
+    """Also not by the optimizer's own momentum and weight decay; x moves in the steps that are not skipped (control)."""
+    exchange: Any = SkipAllReduce(Every(2)) if all_reduce else CompSkip(Every(1), Every(2))
+
+    def worker(transport: Transport) -> Any:
+        model = mlp(torch.float64)
+        compression = Compression(RandomBlock(8), RULES[rule], exchange, **ALL)
+        optimizer = trained(model, compression, transport, [], momentum=0.9, weight_decay=0.1)
+        seen = [weights(model)]
+        for t in range(6):
+            trained(model, None, transport, [t], optimizer)
+            seen.append(weights(model, optimizer.compression))
+        return seen
+
+    results = run_simulated(N, worker)
+    for seen in results:
+        assert [torch.equal(a, b) for a, b in itertools.pairwise(seen)] == [False, True] * 3
+    assert same_bits(seen[-1] for seen in results)
+
+
+def test_only_what_was_skipped_is_left_alone() -> None:
+    """Dense parameters go on; a skipped parameter has no gradient, so the optimizer's momentum does not move it."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp(torch.float64)
+        compression = Compression(TopK(8), ErrorFeedback(), CompSkip(Every(1), Every(2)))
+        optimizer = trained(model, compression, transport, [0], momentum=0.9, weight_decay=0.1)
+        before = [p.detach().clone() for p in model.parameters()]
+        trained(model, None, transport, [1], optimizer)
+        return [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)], [p.grad is None for p in model.parameters()]
+
+    for still, without in run_simulated(N, worker):
+        assert still == without == [True, False, False, False]
+
+
+# -- undoing and saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
+@pytest.mark.parametrize("bad_step", [3, 4, 5])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_bad_step_is_undone_everywhere_and_a_resumed_run_is_the_run(name: str, bad_step: int) -> None:
+    """Also when the worker with the NaN was silent, or the servers were. Counters and movement are back, too."""
+
+    def worker(transport: Transport) -> Any:
+        model, other = mlp(torch.float64), mlp(torch.float64)
+        optimizer = trained(model, METHODS[name](), transport, range(bad_step))
+        before, x = optimizer.compression.state_dict(), flat(model.parameters())
+        trained(model, None, transport, [bad_step], optimizer, bad=(bad_step, 1))
+        after = optimizer.compression.state_dict()
+        assert torch.equal(x, flat(model.parameters()))
+        for parameter, entry in before["parameters"].items():
+            for slot, value in entry.items():
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(after["parameters"][parameter][slot], value, rtol=1e-12, atol=1e-13)
+        other.load_state_dict(model.state_dict())
+        resumed = trained(other, METHODS[name](), transport, [])
+        resumed.compression.load_state_dict(after)
+        trained(model, None, transport, range(bad_step + 1, bad_step + 6), optimizer)
+        trained(other, None, transport, range(bad_step + 1, bad_step + 6), resumed)
+        return flat(model.parameters()), flat(other.parameters()), x, optimizer.compression.undone_steps
+
+    results = run_simulated(N, worker)
+    assert same_bits(r[0] for r in results)
+    for went_on, resumed, x, undone in results:
+        assert undone == 1
+        assert torch.equal(went_on, resumed)
+        assert not torch.equal(went_on, x), "control: training went on"
+
+
+def test_counters_are_part_of_the_state() -> None:
+    """Control of the resumed run: without them the caps fall on other steps."""
+
+    def worker(transport: Transport) -> Any:
+        finals = []
+        for forget in (False, True):
+            model, other = mlp(torch.float64), mlp(torch.float64)
+            make = lambda: Compression.comp_skip(Bernoulli(0.01, cap=2), **ALL)  # noqa: E731
+            optimizer = trained(model, make(), transport, range(4))
+            state = optimizer.compression.state_dict()
+            if forget:
+                for entry in state["parameters"].values():
+                    entry["skips"].zero_()
+            other.load_state_dict(model.state_dict())
+            resumed = trained(other, make(), transport, [])
+            resumed.compression.load_state_dict(state)
+            trained(model, None, transport, range(4, 8), optimizer)
+            trained(other, None, transport, range(4, 8), resumed)
+            finals.append(torch.equal(flat(model.parameters()), flat(other.parameters())))
+        return finals
+
+    assert run_simulated(N, worker) == [[True, False]] * N
+
+
+# -- policies ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every() -> None:
+    sends = [[Every(3).sends(Key(0, t, r), NAN, NAN) for t in range(6)] for r in range(3)]
+    assert sends == [[(t - r) % 3 == 0 for t in range(6)] for r in range(3)]
+    assert Every(2).sends(Key(0, 4, None), NAN, NAN)
+    assert not Every(2, offset=1).sends(Key(0, 4, 0), NAN, NAN)
+
+
+def test_bernoulli_is_drawn_from_its_key() -> None:
+    """Mean q; independent of rank and seeds; the same for the same key."""
+    draws = {
+        what: torch.tensor([policy.sends(Key(seed, t, rank, "worker"), NAN, NAN) for t in range(4000)])
+        for what, (policy, seed, rank) in {
+            "a": (Bernoulli(0.3), 0, 0),
+            "again": (Bernoulli(0.3), 0, 0),
+            "rank": (Bernoulli(0.3), 0, 1),
+            "seed": (Bernoulli(0.3), 1, 0),
+            "own seed": (Bernoulli(0.3, seed=1), 0, 0),
+        }.items()
+    }
+    assert torch.equal(draws["a"], draws["again"])
+    for what, drawn in draws.items():
+        assert abs(drawn.double().mean() - 0.3) < 0.04, what  # 5 sd
+        if what not in ("a", "again"):
+            assert abs((drawn & draws["a"]).double().mean() - 0.09) < 0.03
+
+
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "k 0": (lambda: Every(0), "k must be"),
+    "offset": (lambda: Every(2, 0.5), "offset"),  # type: ignore[arg-type]
+    "q 0": (lambda: Bernoulli(0.0), "q must be"),
+    "q 2": (lambda: Bernoulli(2), "q must be"),
+    "seed": (lambda: Bernoulli(0.5, "1"), "seed"),  # type: ignore[arg-type]
+    "threshold": (lambda: NormBased(-1.0), "threshold"),
+    "cap": (lambda: Every(2, cap=-1), "cap"),
+    "policy": (lambda: Compression.comp_skip(0.5), "worker must be a policy"),  # type: ignore[arg-type]
+    "a class": (lambda: Compression.comp_skip(server=Every), "server must be a policy"),  # type: ignore[arg-type]
+    "norm in an all-reduce": (lambda: SkipAllReduce(NormBased()), "one decision"),
+    "signs in an all-reduce": (lambda: Compression(TopK(), exchange=SkipAllReduce()), "all-reduce"),
+    "momentum": (lambda: Compression.comp_skip(momentum=-1), "momentum"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_settings(what: str) -> None:
+    make, message = WRONG[what]
+    with pytest.raises(CompressionError, match=message):
+        make()
+
+
+def test_skipping_without_feedback_is_refused() -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    compression = Compression(TopK(), NoFeedback(), CompSkip(), **ALL)
+    optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=0.1), [("p", p)], compression)
+    with pytest.raises(CompressionError, match="feedback rule that keeps"):
+        p.sum().backward()
+    assert optimizer is not None
