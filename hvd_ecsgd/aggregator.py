@@ -193,6 +193,7 @@ class Aggregator:
         self.traffic = Traffic()
         self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
         self._static_digest: bytes | None = None
+        self._held = False
         self._transport: Transport | None = None
         self.buckets = self._plan(bucket_bytes, group_of or (lambda parameter: 0))
 
@@ -335,6 +336,13 @@ class Aggregator:
                 feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
             bucket.versions = [p._version for p in bucket.parameters]
 
+    @property
+    def shifted(self) -> bool:
+        """The parameters hold a shifted point now, different on every rank."""
+        return not self._held and any(
+            b.method.feedback.shifts and b.state is not None and b.versions == [p._version for p in b.parameters] for b in self.buckets
+        )
+
     @contextmanager
     def at(self, point: Literal["averaged", "virtual", "local"]) -> Iterator[None]:
         """Hold the parameters at a point for evaluation or saving; training goes on from where it was.
@@ -345,6 +353,7 @@ class Aggregator:
         """
         if point not in ("averaged", "virtual", "local"):
             raise CompressionError(f"at(): expected 'averaged', 'virtual' or 'local', got {point!r}.")
+        self._held = True
         moved: list[tuple[Bucket, bool, list[torch.Tensor]]] = []
         with torch.no_grad():
             for bucket in self.buckets:
@@ -373,6 +382,7 @@ class Aggregator:
         try:
             yield
         finally:
+            self._held = False
             with torch.no_grad():
                 for bucket, shifted, saved in moved:
                     torch._foreach_copy_(list(bucket.parameters), saved)

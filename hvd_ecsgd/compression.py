@@ -163,6 +163,8 @@ class BoundCompression:
         self._warned = False
         if method.feedback.unit == "update":
             _claim(self)
+        if method.feedback.shifts and isinstance(model, torch.nn.Module):
+            model.register_state_dict_pre_hook(_ShiftWarning(self))  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.method}, {len(self.named)} parameters>"
@@ -288,6 +290,29 @@ class BoundCompression:
     def undone_steps(self) -> int:
         """Steps that were undone on all ranks because some rank held an inf or NaN."""
         return self._aggregator.undone if self._aggregator is not None else 0
+
+
+class _ShiftWarning:
+    """Says that `model.state_dict()` was called where the parameters are shifted. A copied or unpickled module leaves the warning behind."""
+
+    def __init__(self, bound: BoundCompression | None) -> None:
+        self._bound = (lambda: None) if bound is None else weakref.ref(bound)
+
+    def __call__(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+        bound = self._bound()
+        if bound is not None and bound._aggregator is not None and bound._aggregator.shifted:
+            warnings.warn(
+                f"{bound.method.feedback} holds the parameters at a shifted point that differs between ranks; "
+                "save and evaluate inside `with compression.at('averaged'):`.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def __reduce__(self) -> tuple[type[_ShiftWarning], tuple[None]]:
+        return (_ShiftWarning, (None,))
+
+    def __deepcopy__(self, memo: Any) -> _ShiftWarning:
+        return _ShiftWarning(None)
 
 
 # With one process an unmodified Horovod never calls compress, and an update-unit method would vanish silently. So steps of optimizers that
