@@ -36,8 +36,8 @@ class Case:
     """What is not sent is kept somewhere: the η-ratio invariant (ALGORITHMS §2), or z's (§3), holds to rounding."""
     draws: bool = False
     """Uses randomness, so results depend on step number and parameter name."""
-    converges: float = 0.1
-    """The training loss of `tests.problems` falls below this share of what it was, in 60 steps."""
+    converges: float = 0.15
+    """The training loss of `tests.problems` falls below this share of what it was, in 40 steps."""
 
     def __str__(self) -> str:
         return self.name
@@ -52,16 +52,16 @@ CASES: tuple[Case, ...] = (
     Case("fp16-feedback", lambda: Compression.fp16(error_feedback=True), exact=False, conserves=False),
     Case("random_block", lambda: Compression.random_block(8), draws=True),
     Case("random_block-everything", lambda: Compression.random_block(4, seed=7, **ALL), draws=True),
-    Case("random_block-no_feedback", lambda: Compression.random_block(8, error_feedback=False), slots=0, conserves=False, draws=True, converges=0.3),
+    Case("random_block-no_feedback", lambda: Compression.random_block(8, error_feedback=False), slots=0, conserves=False, draws=True, converges=0.35),
     Case("random_block-all_gather", lambda: Compression(RandomBlock(8), ErrorFeedback(), AllGather()), draws=True),
     Case("top_k", lambda: Compression.top_k(10)),
     Case("top_k-k", lambda: Compression.top_k(k=20, **ALL)),
-    Case("top_k-no_feedback", lambda: Compression.top_k(10, error_feedback=False), slots=0, conserves=False, converges=0.3),
+    Case("top_k-no_feedback", lambda: Compression.top_k(10, error_feedback=False), slots=0, conserves=False, converges=0.35),
     Case("top_k-local_momentum", lambda: Compression(TopK(10), LocalMomentum(0.0), AllGather()), slots=2, stock_horovod=False),
     Case("one_bit", lambda: Compression.one_bit()),
     Case("one_bit-everything", lambda: Compression.one_bit(**ALL)),
     Case("one_bit-l2", lambda: Compression.one_bit("l2")),
-    Case("one_bit-no_feedback", lambda: Compression.one_bit(error_feedback=False), slots=0, conserves=False, converges=0.3),
+    Case("one_bit-no_feedback", lambda: Compression.one_bit(error_feedback=False), slots=0, conserves=False, converges=0.35),
     Case("double_squeeze", lambda: Compression.double_squeeze(), server_slots=1),
     Case("double_squeeze-everything", lambda: Compression.double_squeeze(**ALL), server_slots=1),
     Case("double_squeeze-top_k-random_block", lambda: Compression.double_squeeze(TopK(5), RandomBlock(4)), server_slots=1, draws=True),
@@ -70,14 +70,14 @@ CASES: tuple[Case, ...] = (
         "double_squeeze-no_server_feedback",
         lambda: Compression(Sign(), ErrorFeedback(), TwoPass(server_feedback=False)),
         conserves=False,
-        converges=0.3,
+        converges=0.35,
     ),
     Case(
         "double_squeeze-no_feedback",
         lambda: Compression(Sign(), NoFeedback(), TwoPass(server_feedback=False)),
         slots=0,
         conserves=False,
-        converges=0.3,
+        converges=0.35,
     ),
     Case("double_squeeze-local_momentum", lambda: Compression(Sign(), LocalMomentum(0.0), TwoPass()), slots=2, server_slots=1, stock_horovod=False),
     Case("local_momentum", lambda: Compression.local_momentum(8), slots=2, stock_horovod=False, draws=True),
