@@ -20,16 +20,16 @@ RATES = (0.01, 0.03, 0.1)
 
 
 def test_feedback_pays() -> None:
-    """500 steps of 4 workers, one seed. Measured: at η = .01 none .31, EF .50, DEF .63; best of three rates .50, .50, .69; dense .74."""
+    """500 steps of 4 workers, one seed, each at its best rate of three. Measured: none .36 (η = .1), EF .53 (.01), DEF .72 (.1), dense .77."""
 
     def short(method: str, lr: float) -> float:
         return accuracy(METHODS[method], lr, 0, workers=4, batch=32, steps=500)
 
-    at_small = {method: short(method, 0.01) for method in METHODS}
-    assert at_small["none"] + 0.1 < at_small["EF"], at_small
-    assert at_small["EF"] + 0.05 < at_small["DEF"], at_small
-    at_large = {method: short(method, 0.1) for method in ("none", "DEF")}
-    assert max(at_small["none"], at_large["none"]) + 0.1 < max(at_small["DEF"], at_large["DEF"]), (at_small, at_large)
+    none, ef, detached = short("none", 0.1), short("EF", 0.01), short("DEF", 0.1)
+    assert none + 0.1 < ef, (none, ef)
+    assert ef + 0.1 < detached, (ef, detached)
+    at_efs_rate = {method: short(method, 0.01) for method in ("none", "DEF")}
+    assert at_efs_rate["none"] + 0.1 < ef <= at_efs_rate["DEF"], (at_efs_rate, ef)
 
 
 @pytest.mark.full
