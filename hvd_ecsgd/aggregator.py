@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -51,6 +51,8 @@ class Method:
             if isinstance(part, type) or not isinstance(part, protocol):  # a class has the attributes too
                 raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
         self.exchange.check(self.compressor)
+        if self.feedback.keeps_residual:
+            self.compressor.check_feedback()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
@@ -201,12 +203,17 @@ class Aggregator:
         buckets: list[Bucket] = []
         open_buckets: dict[Any, list[tuple[str, torch.nn.Parameter]]] = {}
         dense_method = self.method.dense()
+        offsets: dict[str, int] = {}
+        model_numel = 0
+        for name, parameter in self.named:  # in the order bound, whatever the buckets
+            offsets[name] = model_numel
+            if not self.method.is_dense(parameter):
+                model_numel += parameter.numel()
 
         def close(kind: Any) -> None:
             members = open_buckets.pop(kind)
             group, dense, dtype, _ = kind
-            table = Segments.of([(n, p.detach()) for n, p in members])
-            segments = Segments(table.table, dtype, table.device)
+            segments = replace(Segments.of([(n, p.detach()) for n, p in members], offsets, model_numel), dtype=dtype)
             name = members[0][0] if bucket_bytes == 0 else f"bucket{len(buckets)}"
             buckets.append(Bucket(name, dense_method if dense else self.method, segments, [p for _, p in members], group))
 
@@ -407,7 +414,7 @@ class Aggregator:
 
     def _digest(self) -> torch.Tensor:
         if self._static_digest is None:
-            text = json.dumps(list(self._description().items()))  # order matters too: it fixes the buckets
+            text = json.dumps(list(self._description().items()))  # order matters too: it fixes the buckets, and places in the model
             self._static_digest = blake2b(text.encode(), digest_size=_DIGEST).digest()
         digest = blake2b(self._static_digest + self.step.to_bytes(8, "little"), digest_size=_DIGEST).digest()
         return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
