@@ -22,7 +22,7 @@ def test_presets_are_all_of_compression() -> None:
     callables = {
         name
         for name, value in vars(Compression).items()
-        if not name.startswith("_") and (isinstance(value, staticmethod) or name in ("none", "fp16"))
+        if not name.startswith("_") and (isinstance(value, staticmethod) or name in ("none", "fp16", "bf16"))
     }
     assert callables == set(PRESETS)
 
