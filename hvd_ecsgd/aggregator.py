@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -51,6 +51,8 @@ class Method:
             if isinstance(part, type) or not isinstance(part, protocol):  # a class has the attributes too
                 raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
         self.exchange.check(self.compressor)
+        if self.feedback.keeps_residual:
+            self.compressor.check_feedback()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
@@ -199,6 +201,7 @@ class Aggregator:
         self.traffic = Traffic()
         self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
         self._static_digest: bytes | None = None
+        self._held = False
         self._transport: Transport | None = None
         self.buckets = self._plan(bucket_bytes, group_of or (lambda parameter: 0))
 
@@ -206,12 +209,17 @@ class Aggregator:
         buckets: list[Bucket] = []
         open_buckets: dict[Any, list[tuple[str, torch.nn.Parameter]]] = {}
         dense_method = self.method.dense()
+        offsets: dict[str, int] = {}
+        model_numel = 0
+        for name, parameter in self.named:  # in the order bound, whatever the buckets
+            offsets[name] = model_numel
+            if not self.method.is_dense(parameter):
+                model_numel += parameter.numel()
 
         def close(kind: Any) -> None:
             members = open_buckets.pop(kind)
             group, dense, dtype, _ = kind
-            table = Segments.of([(n, p.detach()) for n, p in members])
-            segments = Segments(table.table, dtype, table.device)
+            segments = replace(Segments.of([(n, p.detach()) for n, p in members], offsets, model_numel), dtype=dtype)
             name = members[0][0] if bucket_bytes == 0 else f"bucket{len(buckets)}"
             buckets.append(Bucket(name, dense_method if dense else self.method, segments, [p for _, p in members], group))
 
@@ -346,6 +354,13 @@ class Aggregator:
                 feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
             bucket.versions = [p._version for p in bucket.parameters]
 
+    @property
+    def shifted(self) -> bool:
+        """The parameters hold a shifted point now, different on every rank."""
+        return not self._held and any(
+            b.method.feedback.shifts and b.state is not None and b.versions == [p._version for p in b.parameters] for b in self.buckets
+        )
+
     @contextmanager
     def at(self, point: Literal["averaged", "virtual", "local"]) -> Iterator[None]:
         """Hold the parameters at a point for evaluation or saving; training goes on from where it was.
@@ -356,6 +371,7 @@ class Aggregator:
         """
         if point not in ("averaged", "virtual", "local"):
             raise CompressionError(f"at(): expected 'averaged', 'virtual' or 'local', got {point!r}.")
+        self._held = True
         moved: list[tuple[Bucket, bool, list[torch.Tensor]]] = []
         with torch.no_grad():
             for bucket in self.buckets:
@@ -384,6 +400,7 @@ class Aggregator:
         try:
             yield
         finally:
+            self._held = False
             with torch.no_grad():
                 for bucket, shifted, saved in moved:
                     torch._foreach_copy_(list(bucket.parameters), saved)
@@ -408,7 +425,7 @@ class Aggregator:
 
     def _digest(self) -> torch.Tensor:
         if self._static_digest is None:
-            text = json.dumps(list(self._description().items()))  # order matters too: it fixes the buckets
+            text = json.dumps(list(self._description().items()))  # order matters too: it fixes the buckets, and places in the model
             self._static_digest = blake2b(text.encode(), digest_size=_DIGEST).digest()
         digest = blake2b(self._static_digest + self.step.to_bytes(8, "little"), digest_size=_DIGEST).digest()
         return torch.frombuffer(bytearray(digest), dtype=torch.uint8)

@@ -17,8 +17,25 @@ from .version import __version__
 __all__ = ["main"]
 
 PRESETS: tuple[str, ...] = (
-    *("none", "fp16", "random_block", "top_k", "one_bit", "double_squeeze"),
-    *("dist_ef_sgd", "comp_skip", "local_momentum", "detached", "pef", "topk_sgd"),
+    "none",
+    "fp16",
+    "bf16",
+    "random_block",
+    "global_random_block",
+    "random_k",
+    "top_k",
+    "threshold",
+    "one_bit",
+    "ternary",
+    "qsgd",
+    "natural",
+    "double_squeeze",
+    "dist_ef_sgd",
+    "comp_skip",
+    "local_momentum",
+    "detached",
+    "pef",
+    "topk_sgd",
 )
 
 

@@ -13,14 +13,14 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .aggregator import Aggregator, Bucket, GroupSettings, Method
-from .compressors import BlockTopK, Cast, Identity, RandomBlock, Sign, TopK
+from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from .errors import CompressionError
 from .exchange import AllGather, AllReduce, CompSkip, Every, TwoPass
 from .exchange.skip import SkipPolicy
 from .feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, MemSGD, NoFeedback
 from .horovod_slot import HorovodSlot
 from .protocols import Compressor, Exchange, Feedback, Traffic
-from .transport.horovod import SlotTransport
+from .transport.horovod import SlotTransport, horovod_is_running
 
 __all__ = ["AnyCompression", "BoundCompression", "Compression", "bind"]
 
@@ -65,7 +65,7 @@ class Compression:
     # Horovod calls these two on whatever it is given as `compression=`.
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """For methods without state only (`none()`, `fp16()`); all others need `bind`."""
+        """For methods without state only (`none()`, `fp16()`, `bf16()`); all others need `bind`."""
         return self._stateless().compress(tensor)
 
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
@@ -76,7 +76,7 @@ class Compression:
             if isinstance(self.method.compressor, Identity):
                 return Compression.none
             if isinstance(self.method.compressor, Cast):
-                return Compression.fp16
+                return Compression.fp16 if self.method.compressor.dtype == torch.float16 else Compression.bf16
         raise CompressionError(f"{self!r} keeps state by parameter name: pass compression=Compression.….bind(model), not the unbound method.")
 
     # -- presets -----------------------------------------------------------------------------------------------------------------
@@ -87,20 +87,68 @@ class Compression:
     fp16: ClassVar[_Bare]
     """Gradients rounded to float16; bare or called. `Compression.fp16(error_feedback=True).bind(model)` keeps the rounding errors."""
 
+    bf16: ClassVar[_Bare]
+    """Gradients rounded to bfloat16, summed in float32 by the servers of the pieces, and rounded once more: the bytes of a 16-bit all-reduce.
+
+    Bound (`Compression.bf16.bind(model)`) it works everywhere; bare it does with our own optimizers, but not on Horovod, which cannot reduce
+    bfloat16. `bf16(error_feedback=True).bind(model)` keeps the rounding errors of both ways.
+    """
+
     @staticmethod
     def random_block(ratio: float = 64.0, *, error_feedback: bool = True, **options: Any) -> Compression:
         """A random block of each parameter, d/ratio elements, the same on all workers; rides Horovod's own all-reduce."""
         return Compression(RandomBlock(ratio), _feedback(error_feedback), AllReduce(), **options)
 
     @staticmethod
-    def top_k(ratio: float = 100.0, *, k: int | None = None, error_feedback: bool = True, **options: Any) -> Compression:
-        """The d/ratio (or `k`) largest entries of each parameter; all-gather, so bytes received grow with n."""
-        return Compression(TopK(ratio, k), _feedback(error_feedback), AllGather(), **options)
+    def global_random_block(ratio: float = 64.0, blocks: int = 1024, *, error_feedback: bool = True, **options: Any) -> Compression:
+        """`blocks`/ratio blocks of the whole model, the same on all workers; rides Horovod's own all-reduce, where payload sizes vary by step."""
+        return Compression(GlobalRandomBlock(ratio, blocks), _feedback(error_feedback), AllReduce(), **options)
 
     @staticmethod
-    def one_bit(scale: Literal["l1", "l2"] = "l1", *, error_feedback: bool = True, **options: Any) -> Compression:
-        """Signs and one scale per parameter; all-gather. With many workers prefer `double_squeeze()`, whose payload does not grow with n."""
-        return Compression(Sign(scale), _feedback(error_feedback), AllGather(), **options)
+    def random_k(ratio: float = 64.0, *, unbiased: bool = False, error_feedback: bool | None = None, **options: Any) -> Compression:
+        """d/ratio random entries of each parameter, the same on all workers; rides Horovod's own all-reduce.
+
+        `unbiased` scales them by d/k; then without error feedback only.
+        """
+        return Compression(RandomK(ratio, unbiased), _feedback(not unbiased if error_feedback is None else error_feedback), AllReduce(), **options)
+
+    @staticmethod
+    def top_k(ratio: float = 100.0, *, k: int | None = None, block: int | None = None, error_feedback: bool = True, **options: Any) -> Compression:
+        """The d/ratio (or `k`) largest entries of each parameter, or of each `block` of entries; all-gather, so bytes received grow with n."""
+        if k is not None and block is not None:
+            raise CompressionError("top_k: give k (entries of a parameter) or block (then ratio says how many of its entries), not both.")
+        return Compression(TopK(ratio, k) if block is None else BlockTopK(ratio, block), _feedback(error_feedback), AllGather(), **options)
+
+    @staticmethod
+    def threshold(ratio: float = 100.0, sample: float = 0.01, *, error_feedback: bool = True, **options: Any) -> Compression:
+        """Gradient dropping: about d/ratio largest entries of each parameter, by a threshold from a sample; all-gather of variable size."""
+        return Compression(Threshold(ratio, sample), _feedback(error_feedback), AllGather(), **options)
+
+    @staticmethod
+    def one_bit(scale: Literal["l1", "l2"] = "l1", *, block: int | None = None, error_feedback: bool = True, **options: Any) -> Compression:
+        """Signs and one scale per parameter, or per `block` of entries; all-gather.
+
+        With many workers prefer `double_squeeze()`, whose payload does not grow with n.
+        """
+        return Compression(Sign(scale, block), _feedback(error_feedback), AllGather(), **options)
+
+    @staticmethod
+    def ternary(scale: Literal["l1", "l2"] = "l1", *, error_feedback: bool = True, **options: Any) -> Compression:
+        """Signs, zeros stay zero, and one scale per parameter; all-gather.
+
+        The DoubleSqueeze authors' own 1-bit is `double_squeeze(Ternary("l2"))`.
+        """
+        return Compression(Ternary(scale), _feedback(error_feedback), AllGather(), **options)
+
+    @staticmethod
+    def qsgd(levels: int = 127, bucket: int = 512, norm: Literal["l2", "max"] = "l2", *, error_feedback: bool = False, **options: Any) -> Compression:
+        """QSGD (Alistarh et al. 2017): unbiased, so without feedback by default; 8 bits per entry, 4 for levels ≤ 7, 2 for 1; all-gather."""
+        return Compression(QSGD(levels, bucket, norm), _feedback(error_feedback), AllGather(), **options)
+
+    @staticmethod
+    def natural(*, error_feedback: bool = False, **options: Any) -> Compression:
+        """Powers of two (Horváth et al. 2019): unbiased, so without feedback by default; 9 bits per entry; all-gather."""
+        return Compression(Natural(), _feedback(error_feedback), AllGather(), **options)
 
     @staticmethod
     def double_squeeze(compressor: Compressor | None = None, server_compressor: Compressor | None = None, **options: Any) -> Compression:
@@ -171,13 +219,14 @@ def _feedback(wanted: bool) -> Feedback:
 
 
 class _Bare:
-    """`Compression.none` and `Compression.fp16`: compressors in Horovod's sense as they stand, and callable like every other preset."""
+    """`Compression.none`, `.fp16` and `.bf16`: compressors in Horovod's sense as they stand, and callable like every other preset."""
 
     def __init__(self, compressor: Compressor, dtype: torch.dtype | None) -> None:
         self._compressor, self._dtype = compressor, dtype
 
     def __call__(self, *, error_feedback: bool = False, **options: Any) -> Compression:
-        return Compression(self._compressor, _feedback(error_feedback), AllReduce(), **options)
+        exchange = TwoPass(server_feedback=error_feedback) if self._dtype == torch.bfloat16 else AllReduce()
+        return Compression(self._compressor, _feedback(error_feedback), exchange, **options)
 
     def bind(self, model: Named, process_set: Any = None) -> BoundCompression:
         """As `none().bind(model)`."""
@@ -185,6 +234,11 @@ class _Bare:
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
         """The tensor as it travels, and its own type."""
+        if self._dtype == torch.bfloat16 and horovod_is_running():
+            raise CompressionError(
+                "Compression.bf16 as it stands returns bfloat16 tensors, which Horovod cannot reduce; pass "
+                "compression=Compression.bf16.bind(model), which sends them by itself."
+            )
         return (tensor if self._dtype is None or not tensor.is_floating_point() else tensor.to(self._dtype)), tensor.dtype
 
     def decompress(self, tensor: torch.Tensor, ctx: torch.dtype) -> torch.Tensor:
@@ -193,6 +247,7 @@ class _Bare:
 
 Compression.none = _Bare(Identity(), None)
 Compression.fp16 = _Bare(Cast(), torch.float16)
+Compression.bf16 = _Bare(Cast(torch.bfloat16), torch.bfloat16)
 
 
 class BoundCompression:
@@ -212,6 +267,8 @@ class BoundCompression:
         self._warned = False
         if method.feedback.owns_momentum:
             _claim(self)
+        if method.feedback.shifts and isinstance(model, torch.nn.Module):
+            model.register_state_dict_pre_hook(_ShiftWarning(self))  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.method}, {len(self.named)} parameters>"
@@ -369,6 +426,29 @@ class BoundCompression:
     def undone_steps(self) -> int:
         """Steps that were undone on all ranks because some rank held an inf or NaN."""
         return self._aggregator.undone if self._aggregator is not None else 0
+
+
+class _ShiftWarning:
+    """Says that `model.state_dict()` was called where the parameters are shifted. A copied or unpickled module leaves the warning behind."""
+
+    def __init__(self, bound: BoundCompression | None) -> None:
+        self._bound = (lambda: None) if bound is None else weakref.ref(bound)
+
+    def __call__(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+        bound = self._bound()
+        if bound is not None and bound._aggregator is not None and bound._aggregator.shifted:
+            warnings.warn(
+                f"{bound.method.feedback} holds the parameters at a shifted point that differs between ranks; "
+                "save and evaluate inside `with compression.at('averaged'):`.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def __reduce__(self) -> tuple[type[_ShiftWarning], tuple[None]]:
+        return (_ShiftWarning, (None,))
+
+    def __deepcopy__(self, memo: Any) -> _ShiftWarning:
+        return _ShiftWarning(None)
 
 
 # With one process an unmodified Horovod never calls compress, and a method with momentum inside would vanish silently. So steps of optimizers that

@@ -15,7 +15,7 @@ import torch
 from .segments import Key, Segments
 from .transport.base import Handle, Transport
 
-__all__ = ["Compressor", "Exchange", "Feedback", "State", "Steps", "StepContext", "Task", "Traffic"]
+__all__ = ["Compressor", "Exchange", "Feedback", "State", "Steps", "StepContext", "Task", "Traffic", "UnbiasedCompressor"]
 
 State = dict[str, torch.Tensor]
 """Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
@@ -44,12 +44,28 @@ class Compressor(Protocol):
         """The residual is always exactly zero."""
         ...
 
+    @property
+    def unbiased(self) -> bool:
+        """E C(v) = v. Such a compressor is an `UnbiasedCompressor`, and needs no feedback."""
+        ...
+
+    def check_feedback(self) -> None:
+        """Called when what C leaves is to be kept and added back. Raises `CompressionError` when that diverges, warns once when it may."""
+        ...
+
+    def delta(self, v: torch.Tensor) -> float:
+        """1 − E‖C(v) − v‖²/‖v‖² of the 1-D `v`, exactly, the mean being over C's randomness; 1 of a zero vector.
+
+        `v` is one segment (for `GlobalRandomBlock` the model). C contracts at `v` where this is positive.
+        """
+        ...
+
     def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Type of the payload's elements for a buffer of `dtype`; uint8 for packed formats."""
         ...
 
     def payload_size(self, segments: Segments) -> int | None:
-        """Elements of the payload; None when it depends on the values."""
+        """Elements of the payload; None when it depends on the values or on the draw."""
         ...
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
@@ -65,6 +81,15 @@ class Compressor(Protocol):
 
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         """False when decoding would give an inf or NaN."""
+        ...
+
+
+@runtime_checkable
+class UnbiasedCompressor(Compressor, Protocol):
+    """E C(v) = v."""
+
+    def omega(self, d: int) -> float:
+        """An upper bound of E‖C(v) − v‖²/‖v‖² over all v of `d` elements, so that δ(v) ≥ 1 − ω."""
         ...
 
 

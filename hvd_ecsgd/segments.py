@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 
 __all__ = ["Key", "Segment", "Segments", "PAYLOAD_ALIGNMENT", "aligned"]
@@ -25,7 +26,8 @@ class Segment:
     """One parameter (or one piece of it), as the range `[start, start + numel)` of a flat buffer.
 
     `name` is the parameter's name and seeds its randomness; `piece` says which of a segment's pieces this is (two-pass), and seeds too.
-    `shape` is the parameter's own shape, for methods that see matrices; a piece is 1-D.
+    `shape` is the parameter's own shape, for methods that see matrices; a piece is 1-D. `offset` is the place of the first element in the
+    model: the compressed parameters, one after the other, in the order they were bound.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Segment:
     numel: int
     shape: tuple[int, ...] = ()
     piece: int = 0
+    offset: int = 0
 
     @property
     def stop(self) -> int:
@@ -43,22 +46,24 @@ class Segment:
 class Segments:
     """The segments of one flat buffer: one dtype, one device. Iterates over `Segment`s.
 
-    `table` need not cover the buffer: `piece(r, n)` is a table over the *same* buffer that names only the r-th pieces.
+    `table` need not cover the buffer: `piece(r, n)` is a table over the *same* buffer that names only the r-th pieces. `model_numel`: elements
+    of the model in which the segments have their offsets.
     """
 
     table: tuple[Segment, ...]
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
+    model_numel: int = 0
 
     @staticmethod
-    def of(named: Sequence[tuple[str, torch.Tensor]]) -> Segments:
-        """Segments laid one after the other, in the order given, for tensors of one dtype and device."""
+    def of(named: Sequence[tuple[str, torch.Tensor]], offsets: Mapping[str, int] | None = None, model_numel: int = 0) -> Segments:
+        """Segments laid one after the other, in the order given, for tensors of one dtype and device. Without `offsets` they are the model."""
         table, start = [], 0
         for name, t in named:
-            table.append(Segment(name, start, t.numel(), tuple(t.shape)))
+            table.append(Segment(name, start, t.numel(), tuple(t.shape), offset=start if offsets is None else offsets[name]))
             start += t.numel()
         first = named[0][1]
-        return Segments(tuple(table), first.dtype, first.device)
+        return Segments(tuple(table), first.dtype, first.device, start if offsets is None else model_numel)
 
     def __iter__(self) -> Iterator[Segment]:
         return iter(self.table)
@@ -101,7 +106,7 @@ class Segments:
                 length = -(-s.numel // (8 * n)) * 8
                 for r in range(n):
                     low, high = min(r * length, s.numel), min((r + 1) * length, s.numel)
-                    tables[r].append(Segment(s.name, s.start + low, high - low, (high - low,), r))
+                    tables[r].append(Segment(s.name, s.start + low, high - low, (high - low,), r, s.offset + low))
             cache[n] = tuple(replace(self, table=tuple(t)) for t in tables)
         return cache[n]
 
@@ -148,3 +153,7 @@ class Key:
     def generator(self, segment: Segment, device: torch.device | str = "cpu", label: str = "") -> torch.Generator:
         """A torch generator of its own for many draws; the global generator is never touched."""
         return torch.Generator(device=device).manual_seed(self.bits(segment, label) >> 1)
+
+    def words(self, segment: Segment, label: str = "") -> np.random.Philox:
+        """A source of 64-bit words (`random_raw`) that are the same on every platform and in every version: for draws all ranks must share."""
+        return np.random.Philox(key=self.bits(segment, label))

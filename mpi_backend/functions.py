@@ -615,6 +615,9 @@ def _write(work: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`out`, with the values of `work`, which may share its memory."""
     if work.data_ptr() != out.data_ptr():
         out.detach().copy_(work)
+    elif not out.is_inference():
+        # MPI wrote behind torch's back; autograd, and methods that keep a copy of the parameters, look at the version. On root too: all alike.
+        torch.autograd.graph.increment_version(out)
     return out
 
 

@@ -7,9 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from hvd_ecsgd import Compression
-from hvd_ecsgd.compressors import Cast, Identity, RandomBlock, Sign, TopK
+from hvd_ecsgd.compressors import (
+    QSGD,
+    BlockTopK,
+    Cast,
+    GlobalRandomBlock,
+    Identity,
+    Natural,
+    RandomBlock,
+    RandomK,
+    Sign,
+    Ternary,
+    Threshold,
+    TopK,
+)
 from hvd_ecsgd.exchange import AllGather, AllReduce, TwoPass
 from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum, NoFeedback
 
@@ -36,8 +50,8 @@ class Case:
     """What is not sent is kept somewhere: the η-ratio invariant (ALGORITHMS §2), or z's (§3), holds to rounding."""
     draws: bool = False
     """Uses randomness, so results depend on step number and parameter name."""
-    converges: float = 0.1
-    """The training loss of `tests.problems` falls below this share of what it was, in 60 steps."""
+    converges: float = 0.15
+    """The training loss of `tests.problems` falls below this share of what it was, in 40 steps."""
 
     def __str__(self) -> str:
         return self.name
@@ -52,16 +66,16 @@ CASES: tuple[Case, ...] = (
     Case("fp16-feedback", lambda: Compression.fp16(error_feedback=True), exact=False, conserves=False),
     Case("random_block", lambda: Compression.random_block(8), draws=True),
     Case("random_block-everything", lambda: Compression.random_block(4, seed=7, **ALL), draws=True),
-    Case("random_block-no_feedback", lambda: Compression.random_block(8, error_feedback=False), slots=0, conserves=False, draws=True, converges=0.3),
+    Case("random_block-no_feedback", lambda: Compression.random_block(8, error_feedback=False), slots=0, conserves=False, draws=True, converges=0.35),
     Case("random_block-all_gather", lambda: Compression(RandomBlock(8), ErrorFeedback(), AllGather()), draws=True),
     Case("top_k", lambda: Compression.top_k(10)),
     Case("top_k-k", lambda: Compression.top_k(k=20, **ALL)),
-    Case("top_k-no_feedback", lambda: Compression.top_k(10, error_feedback=False), slots=0, conserves=False, converges=0.3),
+    Case("top_k-no_feedback", lambda: Compression.top_k(10, error_feedback=False), slots=0, conserves=False, converges=0.35),
     Case("top_k-local_momentum", lambda: Compression(TopK(10), LocalMomentum(0.0), AllGather()), slots=2, stock_horovod=False),
     Case("one_bit", lambda: Compression.one_bit()),
     Case("one_bit-everything", lambda: Compression.one_bit(**ALL)),
     Case("one_bit-l2", lambda: Compression.one_bit("l2")),
-    Case("one_bit-no_feedback", lambda: Compression.one_bit(error_feedback=False), slots=0, conserves=False, converges=0.3),
+    Case("one_bit-no_feedback", lambda: Compression.one_bit(error_feedback=False), slots=0, conserves=False, converges=0.35),
     Case("double_squeeze", lambda: Compression.double_squeeze(), server_slots=1),
     Case("double_squeeze-everything", lambda: Compression.double_squeeze(**ALL), server_slots=1),
     Case("double_squeeze-top_k-random_block", lambda: Compression.double_squeeze(TopK(5), RandomBlock(4)), server_slots=1, draws=True),
@@ -70,16 +84,35 @@ CASES: tuple[Case, ...] = (
         "double_squeeze-no_server_feedback",
         lambda: Compression(Sign(), ErrorFeedback(), TwoPass(server_feedback=False)),
         conserves=False,
-        converges=0.3,
+        converges=0.35,
     ),
     Case(
         "double_squeeze-no_feedback",
         lambda: Compression(Sign(), NoFeedback(), TwoPass(server_feedback=False)),
         slots=0,
         conserves=False,
-        converges=0.3,
+        converges=0.35,
     ),
     Case("double_squeeze-local_momentum", lambda: Compression(Sign(), LocalMomentum(0.0), TwoPass()), slots=2, server_slots=1, stock_horovod=False),
+    Case("bf16", lambda: Compression.bf16, slots=0, conserves=False),
+    Case("bf16-feedback", lambda: Compression.bf16(error_feedback=True), server_slots=1),
+    Case("global_random_block", lambda: Compression.global_random_block(8, 64), draws=True),
+    Case("global_random_block-everything", lambda: Compression.global_random_block(4, 32, **ALL), draws=True, converges=0.3),
+    Case("global_random_block-double_squeeze", lambda: Compression.double_squeeze(GlobalRandomBlock(4, 32)), server_slots=1, draws=True),
+    Case("random_k", lambda: Compression.random_k(8), draws=True),
+    Case("random_k-unbiased", lambda: Compression.random_k(4, unbiased=True), slots=0, conserves=False, draws=True, converges=0.3),
+    Case("random_k-double_squeeze-everything", lambda: Compression.double_squeeze(RandomK(4), **ALL), server_slots=1, draws=True, converges=0.2),
+    Case("top_k-block", lambda: Compression.top_k(10, block=64)),
+    Case("threshold", lambda: Compression.threshold(10), draws=True),
+    Case("threshold-double_squeeze-everything", lambda: Compression.double_squeeze(Threshold(5), **ALL), server_slots=1, draws=True),
+    Case("one_bit-block", lambda: Compression.one_bit(block=100)),
+    Case("ternary", lambda: Compression.ternary()),
+    Case("ternary-double_squeeze", lambda: Compression.double_squeeze(Ternary("l2")), server_slots=1),
+    Case("qsgd", lambda: Compression.qsgd(), slots=0, conserves=False, draws=True),
+    Case("qsgd-4_bits", lambda: Compression.qsgd(7, 64, "max"), slots=0, conserves=False, draws=True, converges=0.3),
+    Case("qsgd-feedback-double_squeeze", lambda: Compression.double_squeeze(QSGD(15, 64, "max"), **ALL), server_slots=1, draws=True),
+    Case("natural", lambda: Compression.natural(), slots=0, conserves=False, draws=True),
+    Case("natural-feedback", lambda: Compression.natural(error_feedback=True), draws=True),
     Case("local_momentum", lambda: Compression.local_momentum(8), slots=2, stock_horovod=False, draws=True),
     Case("local_momentum-dense", lambda: Compression(Identity(), LocalMomentum(0.0), AllReduce()), slots=2, stock_horovod=False),
     Case("detached", lambda: Compression.detached(8), slots=3, stock_horovod=False, draws=True),
@@ -136,4 +169,18 @@ COMPRESSORS: tuple[CompressorCase, ...] = (
     CompressorCase("top_k-k", TopK(k=3), lambda v: 1 - min(3, v.size) / v.size),
     CompressorCase("sign-l1", Sign("l1"), lambda v: 1 - _l1_share(v) ** 2, selects=False),
     CompressorCase("sign-l2", Sign("l2"), lambda v: 2 - 2 * _l1_share(v), selects=False),
+    CompressorCase("cast-bf16", Cast(torch.bfloat16), lambda v: 2.0**-16, selects=False),
+    CompressorCase("global_random_block", GlobalRandomBlock(3, 7), lambda v: 1.0, sees_everything=False),
+    CompressorCase("random_k-3", RandomK(3), lambda v: 1.0, sees_everything=False),
+    CompressorCase("random_k-1", RandomK(1), lambda v: 0.0),
+    CompressorCase("random_k-unbiased", RandomK(3, unbiased=True), lambda v: max(1.0, (v.size / max(1, v.size // 3) - 1) ** 2), False, False),
+    CompressorCase("threshold", Threshold(4), lambda v: 1 - max(1, v.size // 4) / v.size),
+    CompressorCase("block_top_k", BlockTopK(4, 16), lambda v: 1 - 1 / 7),
+    CompressorCase("sign-blocks", Sign("l1", 8), lambda v: 1.0, selects=False),
+    CompressorCase("ternary-l1", Ternary("l1"), lambda v: 1 - _l1_share(v[v != 0]) ** 2, selects=False),
+    CompressorCase("ternary-l2", Ternary("l2"), lambda v: 2 - 2 * _l1_share(v[v != 0]), selects=False),
+    CompressorCase("qsgd-2_bits", QSGD(1, 16), lambda v: min(v.size, 16), selects=False),
+    CompressorCase("qsgd-4_bits-max", QSGD(7, 16, "max"), lambda v: min(v.size, 16) / 49, selects=False),
+    CompressorCase("qsgd-8_bits", QSGD(), lambda v: v.size / 127**2, selects=False),
+    CompressorCase("natural", Natural(), lambda v: 1 / 4, selects=False),
 )

@@ -2,9 +2,28 @@
 
 from .block_top_k import BlockTopK
 from .cast import Cast
+from .global_random_block import GlobalRandomBlock
 from .identity import Identity
+from .natural import Natural
+from .qsgd import QSGD
 from .random_block import RandomBlock
+from .random_k import RandomK
 from .sign import Sign
+from .ternary import Ternary
+from .threshold import Threshold
 from .top_k import TopK
 
-__all__ = ["BlockTopK", "Cast", "Identity", "RandomBlock", "Sign", "TopK"]
+__all__ = [
+    "BlockTopK",
+    "Cast",
+    "GlobalRandomBlock",
+    "Identity",
+    "Natural",
+    "QSGD",
+    "RandomBlock",
+    "RandomK",
+    "Sign",
+    "Ternary",
+    "Threshold",
+    "TopK",
+]

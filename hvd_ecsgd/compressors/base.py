@@ -1,16 +1,35 @@
-"""What several compressors share: a ratio and the number of elements it leaves, and the finiteness of plain payloads."""
+"""What several compressors share: defaults, the number of elements a ratio leaves, shared random positions, blocks, exact contractions."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 
+import numpy as np
 import torch
 
 from ..errors import CompressionError
 from ..kernels import all_finite
-from ..segments import Segments
+from ..segments import Key, Segment, Segments
 
-__all__ = ["FloatPayload", "check_ratio", "kept"]
+__all__ = [
+    "BytePayload",
+    "FloatPayload",
+    "Operator",
+    "check_count",
+    "check_ratio",
+    "below",
+    "contraction",
+    "distinct_below",
+    "kept",
+    "n_rows",
+    "rows",
+    "warn_once",
+]
+
+_ZERO_KEY = Key(0, 0)
+_warned: set[str] = set()
 
 
 def check_ratio(ratio: float, who: str) -> None:
@@ -21,12 +40,106 @@ def check_ratio(ratio: float, who: str) -> None:
         )
 
 
+def check_count(count: int, who: str, what: str, most: int) -> None:
+    """Raise unless `count` is an integer from 1 to `most`."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+        raise CompressionError(f"{who}: {what} must be an integer from 1 to {most}, got {count!r}.")
+
+
 def kept(numel: int, ratio: float) -> int:
     """max(1, ⌊numel/ratio⌋) elements; 0 of an empty segment."""
     return min(numel, max(1, int(numel / ratio)))
 
 
-class FloatPayload:
+def rows(v: torch.Tensor, width: int) -> list[torch.Tensor]:
+    """The 1-D `v` cut in blocks of `width`: a matrix with a row for each full block, and one with the last block when that is shorter."""
+    full = v.numel() // width * width
+    parts = [v[:full].view(-1, width), v[full:].view(1, -1)]
+    return [part for part in parts if part.numel()]
+
+
+def n_rows(numel: int, width: int) -> int:
+    """Blocks of `width` that `numel` elements are cut in."""
+    return -(-numel // width)
+
+
+def below(words: np.ndarray, n: int) -> np.ndarray:
+    """⌊word·n/2⁶⁴⌋ for uint64 words and n < 2³²: uniform integers in [0, n); no probability is further than 2⁻⁶⁴ from 1/n."""
+    high, low = words >> np.uint64(32), words & np.uint64(0xFFFFFFFF)
+    return ((high * np.uint64(n) + (low * np.uint64(n) >> np.uint64(32))) >> np.uint64(32)).astype(np.int64)
+
+
+def distinct_below(key: Key, segment: Segment, n: int, k: int, label: str) -> np.ndarray:
+    """k distinct integers in [0, n), every subset equally likely, ascending (int64). n < 2³².
+
+    Integers are drawn one after the other until k different ones have come (of more than n/2, those that stay away are drawn), so the cost is
+    O(k log k) and not O(n). Only whole numbers are computed, from a generator whose words are fixed: the same on every platform.
+    """
+    if 2 * k > n:
+        absent = np.ones(n, dtype=bool)
+        absent[distinct_below(key, segment, n, n - k, label)] = False
+        return np.flatnonzero(absent)
+    chosen = np.empty(0, dtype=np.int64)
+    source = key.words(segment, label)
+    while chosen.size < k:  # never draws more than are missing, so it ends with exactly the first k different ones
+        drawn = np.concatenate([chosen, below(source.random_raw(k - chosen.size), n)])
+        drawn.sort()
+        first = np.ones(drawn.size, dtype=bool)
+        np.not_equal(drawn[1:], drawn[:-1], out=first[1:])
+        chosen = drawn[first]
+    return chosen
+
+
+def contraction(v: torch.Tensor, left: float) -> float:
+    """1 − left/‖v‖², where `left` is E‖C(v) − v‖²; 1 of a zero vector."""
+    norm = float(v.double().square().sum())
+    return 1.0 - left / norm if norm else 1.0
+
+
+def warn_once(message: str) -> None:
+    """A UserWarning that points at the caller of this package, the first time this message comes in this process."""
+    if message in _warned:
+        return
+    _warned.add(message)
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("hvd_ecsgd."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+class Operator:
+    """Mixin: what is true of most compressors. A class says where it differs."""
+
+    @property
+    def summable(self) -> bool:
+        return False
+
+    @property
+    def shared_key(self) -> bool:
+        return False
+
+    @property
+    def lossless(self) -> bool:
+        return False
+
+    @property
+    def unbiased(self) -> bool:
+        return False
+
+    def check_feedback(self) -> None:
+        """It is a contraction."""
+
+    def delta(self, v: torch.Tensor) -> float:
+        """1 − ‖C(v) − v‖²/‖v‖², by compressing a float64 copy: for compressors without randomness."""
+        residual = v.detach().to(torch.float64, copy=True)
+        self.extract_(residual, Segments.of([("v", residual)]), _ZERO_KEY)
+        return contraction(v, float(residual.square().sum()))
+
+    def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class FloatPayload(Operator):
     """Mixin for payloads that are floating-point elements of the buffer's own type and nothing else."""
 
     def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -34,3 +147,10 @@ class FloatPayload:
 
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         return all_finite(payload)
+
+
+class BytePayload(Operator):
+    """Mixin for packed payloads: bytes, in multiples of `PAYLOAD_ALIGNMENT`."""
+
+    def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.uint8

@@ -6,20 +6,21 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import CompressionError
-from ..kernels import all_finite
+from ..kernels import all_finite, top_k_rows
 from ..segments import Key, Segments, aligned
-from .base import check_ratio, kept
+from .base import BytePayload, check_count, check_ratio, kept, rows
 
 __all__ = ["BlockTopK"]
 
 
 @dataclass(frozen=True)
-class BlockTopK:
+class BlockTopK(BytePayload):
     """The max(1, ⌊block/ratio⌋) entries of largest magnitude in each block of `block` consecutive entries; ties to the lowest index.
 
-    The last block of a segment may be shorter; k is computed from its own length. Payload (bytes): the values of all segments in the buffer's
-    type, then their positions within the block as int16. Alistarh et al. 2018 (TopK-SGD), who select per block of 512.
+    The last block of a segment may be shorter; k is computed from its own length. δ ≥ the smallest k/length of a block. Positions within a block take
+    2 bytes, and all blocks are searched at once.
+    Payload (bytes): the values of all segments in the buffer's type, then their positions within the block as int16.
+    Alistarh et al. 2018 (Top-K SGD); Renggli et al. 2019 (per bucket of 512).
     """
 
     ratio: float = 100.0
@@ -27,49 +28,27 @@ class BlockTopK:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "top_k")
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or not 1 <= self.block <= 2**15:
-            raise CompressionError(f"top_k: block must be an integer from 1 to {2**15} (positions are sent as int16), got {self.block!r}.")
-
-    @property
-    def summable(self) -> bool:
-        return False
-
-    @property
-    def shared_key(self) -> bool:
-        return False
-
-    @property
-    def lossless(self) -> bool:
-        return False
-
-    def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.uint8
+        check_count(self.block, "top_k", "block", 2**15)
 
     def payload_size(self, segments: Segments) -> int:
-        return aligned(self._total(segments) * (segments.dtype.itemsize + 2))
+        return aligned(sum(self._total(s.numel) for s in segments) * (segments.dtype.itemsize + 2))
 
-    def _total(self, segments: Segments) -> int:
-        """Entries sent."""
-        counts = (divmod(s.numel, self.block) for s in segments)
-        return sum(full * kept(self.block, self.ratio) + kept(rest, self.ratio) for full, rest in counts)
-
-    def _rows(self, view: torch.Tensor) -> list[torch.Tensor]:
-        """The segment as a matrix of whole blocks, and one of the shorter last one; views."""
-        whole = view.numel() // self.block * self.block
-        parts = [view[:whole].view(-1, self.block), view[whole:].view(1, -1)]
-        return [p for p in parts if p.numel()]
+    def _total(self, numel: int) -> int:
+        """Entries sent of a segment."""
+        full, rest = divmod(numel, self.block)
+        return full * kept(self.block, self.ratio) + kept(rest, self.ratio)
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
         values, positions = self._parts(payload, segments)
         at = 0
         for view in segments.views(buffer):
-            for part in self._rows(view):
+            for part in rows(view, self.block):
                 k = kept(part.shape[1], self.ratio)
                 n = part.shape[0] * k
-                chosen = part.abs().sort(dim=1, descending=True, stable=True).indices[:, :k]  # NaN counts as largest
+                chosen = top_k_rows(part, k)
                 values[at : at + n] = part.gather(1, chosen).view(-1)
-                positions[at : at + n] = chosen.reshape(-1)
+                positions[at : at + n] = chosen.view(-1)
                 part.scatter_(1, chosen, 0.0)
                 at += n
         return payload
@@ -78,7 +57,7 @@ class BlockTopK:
         values, positions = self._parts(payload, segments)
         at = 0
         for view in segments.views(out):
-            for part in self._rows(view):
+            for part in rows(view, self.block):
                 n, k = part.shape[0], kept(part.shape[1], self.ratio)
                 part.scatter_add_(1, positions[at : at + n * k].view(n, k).long(), values[at : at + n * k].view(n, k) * alpha)
                 at += n * k
@@ -88,5 +67,5 @@ class BlockTopK:
 
     def _parts(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
         """(values, positions): views of the payload."""
-        total, width = self._total(segments), segments.dtype.itemsize
+        total, width = sum(self._total(s.numel) for s in segments), segments.dtype.itemsize
         return payload[: total * width].view(segments.dtype), payload[total * width : total * (width + 2)].view(torch.int16)

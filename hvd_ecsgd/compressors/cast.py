@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import CompressionError
 from ..kernels import all_finite
 from ..segments import Key, Segments
+from .base import Operator
 from .identity import Identity
 
 __all__ = ["Cast"]
@@ -16,27 +18,26 @@ _PLAIN = Identity()
 
 
 @dataclass(frozen=True)
-class Cast:
-    """C(v) = v rounded to float16; δ ≈ 1 within its range.
+class Cast(Operator):
+    """C(v) = v rounded to float16 or bfloat16, to nearest; δ ≈ 1 in range (1 − δ ≤ 2⁻²² and 2⁻¹⁶ among normal numbers of the type).
 
-    A finite element beyond ±65504 is sent as inf, so that every rank sees the overflow, and stays whole in the residual. The sum of
-    an all-reduce can overflow too, with the same effect.
+    Payload: the rounded elements of all segments, in that type. A finite element beyond the type's range (±65504, ±3.39e38) is sent as inf, so
+    that every rank sees the overflow, and stays whole in the residual. The sum of an all-reduce can overflow too, with the same effect.
+    bfloat16 sums in an all-reduce of our own transports only; Horovod has none, see `Compression.bf16`.
     """
+
+    dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float16, torch.bfloat16):
+            raise CompressionError(f"cast: dtype must be torch.float16 or torch.bfloat16, got {self.dtype!r}.")
 
     @property
     def summable(self) -> bool:
         return True
 
-    @property
-    def shared_key(self) -> bool:
-        return False
-
-    @property
-    def lossless(self) -> bool:
-        return False
-
     def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float16
+        return self.dtype
 
     def payload_size(self, segments: Segments) -> int:
         return segments.numel
@@ -45,7 +46,7 @@ class Cast:
         return all_finite(payload)
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        payload = torch.empty(segments.numel, dtype=torch.float16, device=buffer.device)
+        payload = torch.empty(segments.numel, dtype=self.dtype, device=buffer.device)
         at = 0
         for view in segments.views(buffer):
             part = payload[at : at + view.numel()]

@@ -14,19 +14,22 @@ __all__ = ["Identity"]
 
 @dataclass(frozen=True)
 class Identity(FloatPayload):
-    """C(v) = v; δ = 1. The payload is the segments' elements, one after the other."""
+    """C(v) = v; δ = 1, ω = 0. The payload is the segments' elements, one after the other."""
 
     @property
     def summable(self) -> bool:
         return True
 
     @property
-    def shared_key(self) -> bool:
-        return False
-
-    @property
     def lossless(self) -> bool:
         return True
+
+    @property
+    def unbiased(self) -> bool:
+        return True
+
+    def omega(self, d: int) -> float:
+        return 0.0
 
     def payload_size(self, segments: Segments) -> int:
         return segments.numel

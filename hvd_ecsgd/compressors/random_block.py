@@ -33,9 +33,8 @@ class RandomBlock(FloatPayload):
     def shared_key(self) -> bool:
         return True
 
-    @property
-    def lossless(self) -> bool:
-        return False
+    def delta(self, v: torch.Tensor) -> float:
+        return kept(v.numel(), self.ratio) / v.numel() if bool(v.any()) else 1.0
 
     def payload_size(self, segments: Segments) -> int:
         return sum(kept(s.numel, self.ratio) for s in segments)

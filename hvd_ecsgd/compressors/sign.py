@@ -10,70 +10,90 @@ import torch
 from ..errors import CompressionError
 from ..kernels import all_finite, negative, pack_bits, signs, unpack_bits
 from ..segments import Key, Segments, aligned
+from .base import BytePayload, check_count, n_rows, rows, warn_once
 
 __all__ = ["Sign"]
 
 
 @dataclass(frozen=True)
-class Sign:
-    """s·sign(v) with sign(0) = +1 and one scale per segment: ‖v‖₁/d (`"l1"`) or ‖v‖₂/√d (`"l2"`).
+class Sign(BytePayload):
+    """s·sign(v) with sign(0) = +1 and one scale per segment, or per block of `block` entries of it: ‖v‖₁/d (`"l1"`) or ‖v‖₂/√d (`"l2"`).
 
-    δ = ‖v‖₁²/(d‖v‖₂²) for the ℓ1 scale. With the ℓ2 scale δ = 2‖v‖₁/(√d‖v‖₂) − 1, which may be negative: not a contraction in general.
+    d is the length of what has a scale; a segment's last block may be shorter. For one scale δ = ‖v‖₁²/(d‖v‖₂²) with ℓ1. With ℓ2
+    δ = 2‖v‖₁/(√d‖v‖₂) − 1, which is negative when ‖v‖₁ < √d‖v‖₂/2 (few entries hold most of the norm): not a contraction in general, so a
+    warning with error feedback.
+    With blocks 1 − δ is the mean of the blocks' 1 − δ, weighted by their ‖v‖₂².
     Payload (bytes): the scales of all segments in the buffer's type, then each segment's signs, 8 to a byte, set bit = negative.
-    Seide et al. 2014; Karimireddy et al. 2019 (ℓ1 scale).
+    Seide et al. 2014; Karimireddy et al. 2019 (ℓ1 scale); Zheng, Huang, Kwok 2019 (blockwise).
     """
 
     scale: Literal["l1", "l2"] = "l1"
+    block: int | None = None
 
     def __post_init__(self) -> None:
         if self.scale not in ("l1", "l2"):
             raise CompressionError(f"one_bit: scale must be 'l1' or 'l2', got {self.scale!r}.")
+        if self.block is not None:
+            check_count(self.block, "one_bit", "block", 2**31 - 1)
 
-    @property
-    def summable(self) -> bool:
-        return False
-
-    @property
-    def shared_key(self) -> bool:
-        return False
-
-    @property
-    def lossless(self) -> bool:
-        return False
-
-    def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.uint8
+    def check_feedback(self) -> None:
+        if self.scale == "l2":
+            warn_once(
+                f"{self} with error feedback: δ(v) = 2‖v‖₁/(√d‖v‖₂) − 1 is negative when few entries hold most of the norm, so it is not a "
+                "contraction in general and residuals may grow; scale='l1' always is one."
+            )
 
     def payload_size(self, segments: Segments) -> int:
-        return aligned(len(segments) * segments.dtype.itemsize + sum(-(-s.numel // 8) for s in segments))
+        return aligned(self._n_scales(segments) * segments.dtype.itemsize + sum(-(-s.numel // 8) for s in segments))
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
         scales, at = self._scales(payload, segments)
-        for i, view in enumerate(segments.views(buffer)):
+        i = 0
+        for view in segments.views(buffer):
             if view.numel() == 0:
+                i += self._blocks(0)
                 continue
-            scales[i] = view.abs().mean() if self.scale == "l1" else torch.linalg.vector_norm(view) / view.numel() ** 0.5
             bits = negative(view)
             n_bytes = -(-view.numel() // 8)
             payload[at : at + n_bytes] = pack_bits(bits)
-            view.sub_(signs(bits, scales[i]))
             at += n_bytes
+            for part, part_bits in self._rows(view, bits):
+                s = scales[i : i + part.shape[0]]
+                s.copy_(part.abs().mean(1) if self.scale == "l1" else torch.linalg.vector_norm(part, dim=1) / part.shape[1] ** 0.5)
+                part.sub_(signs(part_bits, s.nan_to_num(0.0, 0.0, 0.0).unsqueeze(1)))  # what has no finite scale stays whole
+                i += part.shape[0]
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
         scales, at = self._scales(payload, segments)
-        for i, view in enumerate(segments.views(out)):
+        i = 0
+        for view in segments.views(out):
             if view.numel() == 0:
+                i += self._blocks(0)
                 continue
             n_bytes = -(-view.numel() // 8)
-            view.add_(signs(unpack_bits(payload[at : at + n_bytes], view.numel()), scales[i]), alpha=alpha)
+            bits = unpack_bits(payload[at : at + n_bytes], view.numel())
             at += n_bytes
+            for part, part_bits in self._rows(view, bits):
+                part.add_(signs(part_bits, scales[i : i + part.shape[0]].unsqueeze(1)), alpha=alpha)
+                i += part.shape[0]
 
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         return all_finite(self._scales(payload, segments)[0])
 
+    def _rows(self, view: torch.Tensor, bits: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        width = view.numel() if self.block is None else self.block
+        return list(zip(rows(view, width), rows(bits, width), strict=True))
+
+    def _blocks(self, numel: int) -> int:
+        """Scales of a segment; one, which is zero, of an empty segment."""
+        return max(1, n_rows(numel, self.block)) if self.block else 1
+
+    def _n_scales(self, segments: Segments) -> int:
+        return sum(self._blocks(s.numel) for s in segments)
+
     def _scales(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, int]:
         """The scales, as a view of the payload, and where the bits begin."""
-        n_bytes = len(segments) * segments.dtype.itemsize
+        n_bytes = self._n_scales(segments) * segments.dtype.itemsize
         return payload[:n_bytes].view(segments.dtype), n_bytes

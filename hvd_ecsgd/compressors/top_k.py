@@ -9,7 +9,7 @@ import torch
 from ..errors import CompressionError
 from ..kernels import all_finite, top_k_indices
 from ..segments import Key, Segments, aligned
-from .base import check_ratio, kept
+from .base import BytePayload, check_ratio, kept
 
 __all__ = ["TopK"]
 
@@ -17,7 +17,7 @@ _MAX_SEGMENT = 2**31
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(BytePayload):
     """k entries of largest magnitude of each segment, ties to the lowest index; δ ≥ k/d.
 
     k = max(1, ⌊d/ratio⌋), or the number given as `k`. Payload (bytes): the values of all segments in the buffer's type, then their
@@ -32,24 +32,9 @@ class TopK:
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise CompressionError(f"top_k: k must be an integer ≥ 1, got {self.k!r}.")
 
-    @property
-    def summable(self) -> bool:
-        return False
-
-    @property
-    def shared_key(self) -> bool:
-        return False
-
-    @property
-    def lossless(self) -> bool:
-        return False
-
     def _k(self, numel: int) -> int:
         """A `k` larger than a segment keeps all of it: small parameters must not make a setting for large ones an error."""
         return kept(numel, self.ratio) if self.k is None else min(self.k, numel)
-
-    def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.uint8
 
     def payload_size(self, segments: Segments) -> int:
         return aligned(sum(self._k(s.numel) for s in segments) * (segments.dtype.itemsize + 4))

@@ -99,7 +99,8 @@ class CompSkip:
         _check_policy("server", self.server)
 
     def check(self, compressor: Compressor) -> None:
-        """Any compressor can travel this way, on either side."""
+        """Any compressor can travel this way, on either side; the server's must bear feedback, which it always has."""
+        (compressor if self.server_compressor is None else self.server_compressor).check_feedback()
 
     def init(self, segments: Segments, rank: int, size: int) -> State:
         mine = self.state_segments(segments, rank, size)
@@ -164,7 +165,7 @@ class CompSkip:
         if alarm is not None and any(bool(a) for a in (yield alarm)):
             return _spoiled(task)
         task.finite = all(server.finite(a, piece) for a, piece in zip(answers, pieces, strict=True) if a.numel())
-        task.skipped = not any(a.numel() for a in answers)
+        task.skipped = not serves if self.server.predictable else not any(a.numel() for a in answers)
         out = task.result()
         for r, a in enumerate(answers):
             if a.numel():

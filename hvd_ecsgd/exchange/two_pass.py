@@ -65,7 +65,9 @@ class TwoPass:
     server_feedback: bool = True
 
     def check(self, compressor: Compressor) -> None:
-        """Any compressor can travel this way, on either side."""
+        """Any compressor can travel this way, on either side; the server's must bear feedback when the server has it."""
+        if self.server_feedback:
+            (compressor if self.server_compressor is None else self.server_compressor).check_feedback()
 
     def init(self, segments: Segments, rank: int, size: int) -> State:
         return {"server_residual": self.state_segments(segments, rank, size).zeros()} if self.server_feedback else {}

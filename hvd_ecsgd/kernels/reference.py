@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-__all__ = ["all_finite", "negative", "pack_bits", "signs", "top_k_indices", "unpack_bits"]
+__all__ = ["all_finite", "negative", "pack_bits", "pack_codes", "signs", "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]
 
 
 def all_finite(t: torch.Tensor) -> bool:
@@ -49,6 +49,43 @@ def unpack_bits(packed: torch.Tensor, numel: int) -> torch.Tensor:
     return ((packed.unsqueeze(1) & weights) != 0).view(-1)[:numel]
 
 
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack a uint8 vector of d codes below 2^bits (`bits` 2 or 4) into ⌈d·bits/8⌉ bytes, first code in the lowest bits, the last byte filled
+    with zeros."""
+    per_byte = 8 // bits
+    numel = codes.numel()
+    if numel % per_byte:
+        codes = torch.cat([codes, codes.new_zeros(per_byte - numel % per_byte)])
+    if codes.device.type == "cpu":
+        lanes = codes.numpy().reshape(-1, per_byte)
+        packed = lanes[:, 0].copy()
+        for i in range(1, per_byte):
+            packed |= lanes[:, i] << bits * i
+        return torch.from_numpy(packed)
+    columns = codes.view(-1, per_byte)
+    result = columns[:, 0].clone()
+    for i in range(1, per_byte):
+        result |= columns[:, i] << bits * i
+    return result
+
+
+def unpack_codes(packed: torch.Tensor, numel: int, bits: int) -> torch.Tensor:
+    """The uint8 vector of `numel` codes that `pack_codes` packed."""
+    if packed.device.type == "cpu":
+        return torch.from_numpy(_CODES_OF_BYTE[bits][packed.numpy()].view(np.uint8)[:numel])
+    mask = (1 << bits) - 1
+    return torch.stack([(packed >> bits * i) & mask for i in range(8 // bits)], 1).view(-1)[:numel]
+
+
+def _codes_of_byte(bits: int) -> np.ndarray:
+    """For each byte its codes, as one number of the memory layout [first code, second code, …]."""
+    codes = (np.arange(256)[:, None] >> np.arange(0, 8, bits)) & ((1 << bits) - 1)
+    return codes.astype(np.uint8).view(np.uint16 if bits == 4 else np.uint32).reshape(256)
+
+
+_CODES_OF_BYTE = {bits: _codes_of_byte(bits) for bits in (2, 4)}
+
+
 def top_k_indices(v: torch.Tensor, k: int) -> torch.Tensor:
     """Ascending positions (int64) of the k elements of largest magnitude of the 1-D `v`; ties go to the lowest index, NaN counts as largest."""
     magnitude = v.abs()
@@ -62,3 +99,14 @@ def top_k_indices(v: torch.Tensor, k: int) -> torch.Tensor:
     larger = (magnitude > smallest).nonzero().view(-1)
     equal = (magnitude == smallest).nonzero().view(-1)[: k - larger.numel()]
     return torch.cat([larger, equal]).sort().values
+
+
+def top_k_rows(m: torch.Tensor, k: int) -> torch.Tensor:
+    """For each row of the matrix `m` the ascending positions (int64) of its k elements of largest magnitude, ties and NaN as `top_k_indices`."""
+    magnitude = m.abs()
+    values, indices = torch.topk(magnitude, k, dim=1, sorted=False)
+    smallest = values.min(1, keepdim=True).values
+    tied = (~(magnitude < smallest)).sum(1) != k  # also true of rows with a NaN, unless all is taken
+    if bool(tied.any()):
+        indices[tied] = torch.sort(magnitude[tied], dim=1, descending=True, stable=True).indices[:, :k]
+    return indices.sort(dim=1).values

@@ -5,17 +5,46 @@ Horovod is imported inside functions only: importing this module needs torch alo
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from ..errors import TransportError
+from ..errors import CompressionError, TransportError
 from .base import Handle, Ready
 
-__all__ = ["HorovodTransport", "SlotHandle", "SlotTransport"]
+__all__ = ["HorovodTransport", "SlotHandle", "SlotTransport", "horovod_is_running"]
 
 T = TypeVar("T")
+
+
+def horovod_is_running() -> bool:
+    """True when this process has initialised `horovod.torch`."""
+    hvd: Any = sys.modules.get("horovod.torch")
+    return hvd is not None and bool(hvd.is_initialized())
+
+
+def _refuse_bfloat16(t: torch.Tensor, name: str) -> None:
+    if t.dtype == torch.bfloat16:
+        raise CompressionError(
+            f"'{name}': Horovod cannot all-reduce bfloat16. Use Compression.bf16(), or exchange=TwoPass(server_feedback=False) or AllGather() with "
+            "this compressor, which send its bytes."
+        )
+
+
+def _wired(t: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What Horovod's all-gather and all-to-all can carry of `t`: bfloat16, which they do not know, as bytes; and how many rows one row becomes."""
+    if t.dtype != torch.bfloat16:
+        return t, 1
+    return t.reshape(-1).view(torch.uint8), t.element_size() * math.prod(t.shape[1:])
+
+
+def _parts(wire: Any, rows: Sequence[int], like: torch.Tensor) -> list[torch.Tensor]:
+    """`wire` cut in parts of so many rows, as the type that went in."""
+    parts = list(wire.split(list(rows)))
+    return parts if like.dtype == wire.dtype else [p.view(like.dtype).view(-1, *like.shape[1:]) for p in parts]
 
 
 class _HorovodHandle(Generic[T]):
@@ -59,22 +88,26 @@ class HorovodTransport:
         return self.size
 
     def allreduce_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
+        _refuse_bfloat16(t, name)
         handle = self._hvd.allreduce_async_(t, name=f"hvd_ecsgd.{name}", op=self._hvd.Sum, **self._options)
         return _HorovodHandle(self._hvd, handle, lambda result: t)
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
-        data = self._hvd.allgather_async(t, name=f"hvd_ecsgd.{name}", **self._options)
+        wire, width = _wired(t)
+        data = self._hvd.allgather_async(wire, name=f"hvd_ecsgd.{name}", **self._options)
         if sizes is not None:
-            known = list(sizes)
-            return _HorovodHandle(self._hvd, data, lambda result: list(result.split(known)))
-        rows = self._hvd.allgather_async(torch.tensor([t.shape[0]]), name=f"hvd_ecsgd.{name}.rows", **self._options)
-        return _HorovodHandle(self._hvd, data, lambda result: list(result.split(self._hvd.synchronize(rows).tolist())))
+            known = [width * n for n in sizes]
+            return _HorovodHandle(self._hvd, data, lambda result: _parts(result, known, t))
+        rows = self._hvd.allgather_async(torch.tensor([wire.shape[0]]), name=f"hvd_ecsgd.{name}.rows", **self._options)
+        return _HorovodHandle(self._hvd, data, lambda result: _parts(result, self._hvd.synchronize(rows).tolist(), t))
 
     def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         if len(splits) != self.size or sum(splits) != t.shape[0]:
             raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be {self.size} numbers that add up to {t.shape[0]} rows.")
-        handle = self._hvd.alltoall_async(t, splits=torch.tensor(list(splits), dtype=torch.int32), name=f"hvd_ecsgd.{name}", **self._options)
-        return _HorovodHandle(self._hvd, handle, lambda result: list(result[0].split(result[1].tolist())))
+        wire, width = _wired(t)
+        rows = torch.tensor([width * n for n in splits], dtype=torch.int32)
+        handle = self._hvd.alltoall_async(wire, splits=rows, name=f"hvd_ecsgd.{name}", **self._options)
+        return _HorovodHandle(self._hvd, handle, lambda result: _parts(result[0], result[1].tolist(), t))
 
     def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:
         # Horovod has no point-to-point call; an all-to-all with one non-empty split moves the same bytes.
@@ -124,4 +157,5 @@ class SlotTransport(HorovodTransport):
         return 1
 
     def allreduce_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
+        _refuse_bfloat16(t, name)
         return SlotHandle(t)

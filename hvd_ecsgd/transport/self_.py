@@ -26,6 +26,8 @@ class SelfTransport:
         return Ready([t])
 
     def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        if list(splits) != [t.shape[0]]:
+            raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be 1 number that adds up to {t.shape[0]} rows.")
         return Ready([t])
 
     def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:

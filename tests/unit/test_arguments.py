@@ -78,7 +78,7 @@ def test_settings_at_their_bounds_are_right() -> None:
 
 
 def test_every_preset_has_a_case() -> None:
-    presets = {n for n, v in vars(Compression).items() if isinstance(v, staticmethod)} | {"none", "fp16"}
+    presets = {n for n, v in vars(Compression).items() if isinstance(v, staticmethod)} | {"none", "fp16", "bf16"}
     assert presets == {c.name.split("-")[0] for c in CASES}
     assert len({c.name for c in CASES}) == len(CASES)
 
@@ -250,7 +250,7 @@ def test_attach_names_the_wrong_optimizer() -> None:
     assert own.compression.attach(own) is own.compression
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name not in ("none", "fp16")], ids=ids)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in ("none", "fp16", "bf16")], ids=ids)
 def test_unbound_methods_with_state_cannot_compress(case: Case) -> None:
     with pytest.raises(CompressionError, match="bind"):
         case.make().compress(torch.ones(3))

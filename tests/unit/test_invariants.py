@@ -236,7 +236,7 @@ def test_training_may_begin_with_learning_rate_zero() -> None:
 
 @pytest.mark.parametrize("case", UPDATE_UNITS, ids=ids)
 def test_points_of_evaluation(case: Case) -> None:
-    """`averaged` is x, equal everywhere; `virtual` is x − mean e; `local` is x − λe, what the parameters hold. Training goes on as if not looked at."""
+    """`averaged` is x, equal everywhere; `virtual` is x − mean e; `local` is x − λe, as held. Training goes on as if not looked at."""
     lambda_ = bound_method(case).feedback.lambda_
 
     def run(looking: bool) -> list[Any]:

@@ -30,9 +30,9 @@ def test_training_converges_with_the_same_bits_on_all_ranks(case: Case) -> None:
         with optimizer.compression.at("averaged"):
             return weights(model), loss_at(model, transport.rank), optimizer.compression.traffic
 
-    results = simulate(N, case.make, range(60), lr=0.05, after=after)
+    results = simulate(2, case.make, range(40), lr=0.05, after=after)
     assert same_bits(w for w, *_ in results)
-    start = sum(loss_at(mlp(), r) for r in range(N))
+    start = sum(loss_at(mlp(), r) for r in range(2))
     assert sum(loss for _, loss, _ in results) < case.converges * start
 
 
@@ -60,7 +60,7 @@ def test_traffic_is_counted(case: Case) -> None:
     if case.name not in ("none", "local_momentum-dense"):
         assert all(t.payload < dense.payload for t in traffic)
         assert all(t.ratio > 1.0 for t in traffic)
-    assert all(t.dense == dense.dense for t in traffic)
+    assert all(t.dense == pytest.approx(dense.dense, rel=1e-3) for t in traffic)  # rounded down to bytes, bucket by bucket
 
 
 # -- buckets ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def run_branching(
         for step in range(steps):
             optimizer.zero_grad()
             x = torch.randn(8, 40, generator=torch.Generator().manual_seed(10 * step + transport.rank))
-            model(x, branch(transport.rank, step)).square().sum().backward()
+            model(x, branch(transport.rank, step)).square().mean().backward()
             optimizer.step()
         with optimizer.compression.at("averaged"):
             return {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -141,7 +141,7 @@ def test_a_rank_without_a_gradient_counts_as_zero() -> None:
     """The mean divides by all workers: with `none`, one rank's use of a parameter is a third of its gradient."""
     used_by_one = run_branching(lambda: Compression.none, lambda rank, step: rank == 0, steps=1)[0]["sometimes"]
     alone = Branching()
-    alone(torch.randn(8, 40, generator=torch.Generator().manual_seed(0)), True).square().sum().backward()
+    alone(torch.randn(8, 40, generator=torch.Generator().manual_seed(0)), True).square().mean().backward()
     assert alone.sometimes.grad is not None
     torch.testing.assert_close(used_by_one, (alone.sometimes - 0.1 * alone.sometimes.grad / N).detach())
 
@@ -401,10 +401,10 @@ def reordered(odd: bool) -> torch.nn.Module:
 
 
 def wider(odd: bool) -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.Linear(20, 64 if odd else 32), torch.nn.Linear(64 if odd else 32, 5))
+    return torch.nn.Sequential(torch.nn.Linear(20, 128 if odd else 64), torch.nn.Linear(128 if odd else 64, 5))
 
 
-@pytest.mark.parametrize(("model_of", "message"), [(wider, r"'0\.weight'.*\(32, 20\).*\(64, 20\)"), (reordered, "order")])
+@pytest.mark.parametrize(("model_of", "message"), [(wider, r"'0\.weight'.*\(64, 20\).*\(128, 20\)"), (reordered, "order")])
 def test_every_rank_names_the_parameter_that_differs(model_of: Any, message: str) -> None:
     for said, unchanged in disagreement(lambda odd: Compression.top_k(), model_of):
         assert re.search(message, said), said

@@ -62,23 +62,28 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize(
-    "order", ["model optimizer schedule compression", "compression schedule optimizer model"], ids=["compression last", "compression first"]
-)
-@pytest.mark.parametrize("case", CASES, ids=ids)
+LAST, FIRST = "model optimizer schedule compression", "compression schedule optimizer model"
+ORDERS = [*((case, LAST) for case in CASES), *((by_name(name), FIRST) for name in ("top_k", "double_squeeze", "local_momentum"))]
+
+
+@pytest.mark.parametrize(("case", "order"), ORDERS, ids=lambda v: v.split()[0] + " first" if isinstance(v, str) else v.name)
 def test_a_resumed_run_is_the_run(case: Case, order: str) -> None:
-    """5 steps, save, new objects, load, 4 steps: bit for bit 9 steps, and the same state; through torch.save with weights_only."""
+    """6 steps, save, new objects, load, 3 steps: bit for bit 9 steps, and the same state; through torch.save with weights_only.
+
+    The learning rate changes just there, so the units of the residual must have been saved too.
+
+    The order of loading does not matter, except for methods that shift the model (detached): the model first, then the compression.
+    """
 
     def worker(transport: Transport) -> Any:
         through = Setup(case, transport)
         through.train(0, 9)
         first = Setup(case, transport)
-        first.train(0, 5)
+        first.train(0, 6)
         saved = first.save()
         second = Setup(case, transport)
         second.load(saved, order)
-        assert equal(second.compression.state_dict(), saved["compression"]), "saved again before any step"
-        second.train(5, 9)
+        second.train(6, 9)
         return through.save(), second.save()
 
     results = run_simulated(N, worker)
@@ -87,6 +92,20 @@ def test_a_resumed_run_is_the_run(case: Case, order: str) -> None:
         assert equal(through["compression"], resumed["compression"])
         assert equal(through["optimizer"], resumed["optimizer"])
     assert same_bits(resumed["model"]["0.weight"] for _, resumed in results)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_a_loaded_state_is_saved_again_as_it_was(case: Case) -> None:
+    """Before any step is taken: an evaluation job that loads and saves does not damage the checkpoint."""
+
+    def worker(transport: Transport) -> bool:
+        first, second = Setup(case, transport), Setup(case, transport)
+        first.train(0, 3)
+        saved = first.save()
+        second.load(saved)
+        return equal(second.compression.state_dict(), saved["compression"])
+
+    assert all(run_simulated(N, worker))
 
 
 @pytest.mark.parametrize("name", ["top_k", "random_block", "double_squeeze", "local_momentum", "detached"])
@@ -231,10 +250,10 @@ def test_state_of_another_step_on_one_rank_is_found() -> None:
 # -- memory ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_memory_is_what_the_table_says(case: Case, n: int) -> None:
-    """State elements over elements of compressed parameters: `slots`, and 1/n of `server_slots` (up to 7 elements and a whole byte more per segment)."""
+    """State elements over elements of compressed parameters: `slots`, and 1/n of `server_slots` (a piece is up to 7 elements longer)."""
 
     def worker(transport: Transport) -> Any:
         setup = Setup(case, transport)

@@ -1,0 +1,105 @@
+"""Stochastic rounding to powers of two."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels import all_finite, negative, pack_bits, unpack_bits
+from ..segments import Key, Segments, aligned
+from .base import BytePayload, contraction
+
+__all__ = ["Natural"]
+
+_SMALLEST = 2.0**-126
+_NOT_FINITE = 255
+
+
+@dataclass(frozen=True)
+class Natural(BytePayload):
+    """Every entry rounded to one of the two powers of two around its magnitude, at random so that E C(v) = v; the sign is kept.
+
+    2ᵉ ≤ |v| < 2ᵉ⁺¹ becomes 2ᵉ⁺¹ with probability f = |v|/2ᵉ − 1, else 2ᵉ. E‖C(v) − v‖² = Σ 4ᵉ·f(1 − f): ω ≤ 1/8, hence δ ≥ 7/8 (Gaussian v: .082
+    is left), so it bears error feedback.
+    Exponents are float32's. Zero stays zero. Below 2⁻¹²⁶ (float32's subnormals) an entry becomes 0 or 2⁻¹²⁶, with probability |v|·2¹²⁶: still
+    unbiased, but the relative bound ω does not hold there. What would become 2¹²⁸ or more has no finite representation: it is sent as NaN, so
+    that every rank sees the overflow, and stays whole in the residual.
+    Payload (bytes): for all segments the 8 exponent bits of each entry (0: zero, 255: not finite); then each segment's signs, 8 to a byte, set bit
+    = negative. Every rank rounds with randomness of its own, and decoding needs none. Horváth et al. 2019.
+    """
+
+    @property
+    def unbiased(self) -> bool:
+        return True
+
+    def omega(self, d: int) -> float:
+        """1/8, of vectors without entries below 2⁻¹²⁶ (but zeros)."""
+        return 0.125
+
+    def delta(self, v: torch.Tensor) -> float:
+        """1 − Σ 4ᵉ·f(1 − f)/‖v‖² ≥ 7/8; less, or negative, for entries below 2⁻¹²⁶ only. NaN when an entry may overflow."""
+        magnitude = v.detach().double().abs()
+        if bool((magnitude > 2.0**127).any()):
+            return math.nan
+        at_least = magnitude.clamp(min=_SMALLEST)
+        step = at_least / (2 * torch.frexp(at_least).mantissa)
+        fraction = (magnitude / step).frac()
+        return contraction(v, float((step.square() * fraction * (1 - fraction)).sum()))
+
+    def payload_size(self, segments: Segments) -> int:
+        return aligned(segments.numel + sum(-(-s.numel // 8) for s in segments))
+
+    def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
+        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        first, at = 0, segments.numel
+        for s, view in zip(segments, segments.views(buffer), strict=True):
+            exponents = payload[first : first + s.numel]
+            generator = key.generator(s, buffer.device, "powers")
+            exponents.copy_(_rounded_32(view, generator) if view.dtype == torch.float32 else _rounded_64(view, generator))
+            bits = negative(view)
+            n_bytes = -(-s.numel // 8)
+            payload[at : at + n_bytes] = pack_bits(bits)
+            decoded = _decoded(exponents, bits, view.dtype)
+            view.sub_(decoded if all_finite(decoded) else decoded.nan_to_num_(0.0))
+            first += s.numel
+            at += n_bytes
+        return payload
+
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        first, at = 0, segments.numel
+        for view in segments.views(out):
+            n_bytes = -(-view.numel() // 8)
+            bits = unpack_bits(payload[at : at + n_bytes], view.numel())
+            view.add_(_decoded(payload[first : first + view.numel()], bits, out.dtype), alpha=alpha)
+            first += view.numel()
+            at += n_bytes
+
+    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+        return segments.numel == 0 or int(payload[: segments.numel].max()) < _NOT_FINITE
+
+
+def _rounded_32(v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Exponent codes. Adding 23 random bits to the mantissa carries into the exponent with exactly the right probability, subnormals included."""
+    magnitude = (v.view(torch.int32) & 0x7FFFFFFF).clamp_(max=_NOT_FINITE << 23)  # a NaN as inf, or the sum would overflow
+    magnitude += torch.randint(1 << 23, v.shape, generator=generator, dtype=torch.int32, device=v.device)
+    return magnitude >> 23
+
+
+def _rounded_64(v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Exponent codes, likewise with 52 random bits; out of float32's range, as the class says."""
+    bits = v.view(torch.int64) & 0x7FFFFFFFFFFFFFFF
+    noise = torch.randint(1 << 52, v.shape, generator=generator, dtype=torch.int64, device=v.device)
+    codes = ((bits + noise) >> 52) - (1023 - 127)
+    magnitude = v.abs()
+    rounded_up = noise < magnitude * (2.0**126 * 2.0**52)
+    codes = torch.where(magnitude < _SMALLEST, rounded_up.to(torch.int64), codes)
+    return torch.where(magnitude < math.inf, codes, _NOT_FINITE).clamp_(0, _NOT_FINITE)
+
+
+def _decoded(exponents: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    words = exponents.to(torch.int32)
+    quiet = words.add(1).bitwise_right_shift_(8).bitwise_left_shift_(22)  # makes NaN of 255, where the bits alone would be inf
+    words = words.bitwise_left_shift_(23).bitwise_or_(quiet)
+    return words.bitwise_or_(bits.to(torch.int32).bitwise_left_shift_(31)).view(torch.float32).to(dtype)

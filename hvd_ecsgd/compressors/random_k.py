@@ -1,0 +1,90 @@
+"""Random positions that all workers share, so that payloads line up and ride an ordinary all-reduce."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CompressionError
+from ..segments import Key, Segment, Segments
+from .base import FloatPayload, check_ratio, distinct_below, kept
+
+__all__ = ["RandomK"]
+
+_MAX_SEGMENT = 2**32
+
+
+@dataclass(frozen=True)
+class RandomK(FloatPayload):
+    """k = max(1, ⌊d/ratio⌋) distinct positions of each segment, every subset equally likely, the same on all workers.
+
+    Unscaled (default): δ = k/d in expectation, and error feedback sends the rest later. `unbiased=True` multiplies what is sent by d/k: E C(v) =
+    v, ω = d/k − 1, and δ = 2 − d/k is negative for k < d/2: residuals grow without bound, so it is refused with error feedback.
+    Payload: the values in ascending position, all segments one after the other; positions are drawn again from (seed, step, parameter name, piece)
+    and not sent. Stich, Cordonnier, Jaggi 2018; Wangni et al. 2018.
+    """
+
+    ratio: float = 64.0
+    unbiased: bool = False
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio, "random_k")
+        if not isinstance(self.unbiased, bool):
+            raise CompressionError(f"random_k: unbiased must be True or False, got {self.unbiased!r}.")
+
+    @property
+    def summable(self) -> bool:
+        return True
+
+    @property
+    def shared_key(self) -> bool:
+        return True
+
+    def check_feedback(self) -> None:
+        if self.unbiased:
+            raise CompressionError(
+                f"{self} multiplies what it sends by d/k, and with error feedback that diverges (δ = 2 − d/k). Use unbiased=False, which needs "
+                "the feedback, or no feedback: error_feedback=False, feedback=NoFeedback(), TwoPass(server_feedback=False)."
+            )
+
+    def delta(self, v: torch.Tensor) -> float:
+        """k/d; with `unbiased` 2 − d/k, negative for k < d/2."""
+        if not bool(v.any()):
+            return 1.0
+        share = kept(v.numel(), self.ratio) / v.numel()
+        return 2.0 - 1.0 / share if self.unbiased else share
+
+    def omega(self, d: int) -> float:
+        """d/k − 1 (with `unbiased`)."""
+        return d / kept(d, self.ratio) - 1.0
+
+    def payload_size(self, segments: Segments) -> int:
+        return sum(kept(s.numel, self.ratio) for s in segments)
+
+    def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
+        payload = torch.empty(self.payload_size(segments), dtype=buffer.dtype, device=buffer.device)
+        at = 0
+        for s, view in zip(segments, segments.views(buffer), strict=True):
+            positions = self._positions(s, key, buffer.device)
+            part = payload[at : at + positions.numel()]
+            torch.index_select(view, 0, positions, out=part)
+            if self.unbiased and positions.numel() < s.numel:
+                part.mul_(s.numel / positions.numel())
+                view.index_add_(0, positions, part, alpha=-1.0)
+            else:
+                view.index_fill_(0, positions, 0.0)
+            at += positions.numel()
+        return payload
+
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        at = 0
+        for s, view in zip(segments, segments.views(out), strict=True):
+            positions = self._positions(s, key, out.device)
+            view.index_add_(0, positions, payload[at : at + positions.numel()], alpha=alpha)
+            at += positions.numel()
+
+    def _positions(self, s: Segment, key: Key, device: torch.device) -> torch.Tensor:
+        if s.numel >= _MAX_SEGMENT:
+            raise CompressionError(f"random_k: parameter '{s.name}' has {s.numel} elements; at most {_MAX_SEGMENT - 1} are supported.")
+        return torch.from_numpy(distinct_below(key, s, s.numel, kept(s.numel, self.ratio), "positions")).to(device)

@@ -1,0 +1,81 @@
+"""Three values per entry: a scale with the entry's sign, and zero for zeros."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..errors import CompressionError
+from ..kernels import all_finite, negative, pack_codes, unpack_codes
+from ..segments import Key, Segments, aligned
+from .base import BytePayload, warn_once
+
+__all__ = ["Ternary"]
+
+
+@dataclass(frozen=True)
+class Ternary(BytePayload):
+    """s·sign(v), sign(0) = 0, with one scale per segment: s = ‖v‖₂/√nnz (`"l2"`, the DoubleSqueeze authors' code) or ‖v‖₁/nnz (`"l1"`).
+
+    nnz is the number of entries that are not zero; an all-zero segment has s = 0. δ = 2‖v‖₁/(√nnz‖v‖₂) − 1 with ℓ2, which is negative when
+    ‖v‖₁ < √nnz‖v‖₂/2 (few entries hold most of the norm): not a contraction in general, so a warning with error feedback. With ℓ1
+    δ = ‖v‖₁²/(nnz‖v‖₂²) > 0.
+    Payload (bytes): the scales in the buffer's type, then each segment's codes, 4 to a byte: 0 zero, 1 positive, 2 negative.
+    Tang et al. 2019 (DoubleSqueeze), their 1-bit compression as coded.
+    """
+
+    scale: Literal["l1", "l2"] = "l2"
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("l1", "l2"):
+            raise CompressionError(f"ternary: scale must be 'l1' or 'l2', got {self.scale!r}.")
+
+    def check_feedback(self) -> None:
+        if self.scale == "l2":
+            warn_once(
+                f"{self} with error feedback: δ(v) = 2‖v‖₁/(√nnz‖v‖₂) − 1 is negative when few entries hold most of the norm, so it is not a "
+                "contraction in general and residuals may grow; scale='l1' always is one."
+            )
+
+    def payload_size(self, segments: Segments) -> int:
+        return aligned(len(segments) * segments.dtype.itemsize + sum(-(-s.numel // 4) for s in segments))
+
+    def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
+        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        scales, at = self._scales(payload, segments)
+        for i, view in enumerate(segments.views(buffer)):
+            if view.numel() == 0:
+                continue
+            nonzero = torch.count_nonzero(view).clamp(min=1).to(view.dtype)
+            scales[i] = view.abs().sum() / nonzero if self.scale == "l1" else torch.linalg.vector_norm(view) / nonzero.sqrt()
+            codes = negative(-view).view(torch.uint8).add(negative(view).view(torch.uint8), alpha=2)
+            n_bytes = -(-view.numel() // 4)
+            payload[at : at + n_bytes] = pack_codes(codes, 2)
+            view.sub_(_signs(codes, view.dtype).mul_(scales[i].nan_to_num(0.0, 0.0, 0.0)))  # what has no finite scale stays whole
+            at += n_bytes
+        return payload
+
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        scales, at = self._scales(payload, segments)
+        for i, view in enumerate(segments.views(out)):
+            if view.numel() == 0:
+                continue
+            n_bytes = -(-view.numel() // 4)
+            signs = _signs(unpack_codes(payload[at : at + n_bytes], view.numel(), 2), view.dtype)
+            view.add_(signs.mul_(scales[i]), alpha=alpha)  # a NaN scale times a zero is NaN
+            at += n_bytes
+
+    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+        return all_finite(self._scales(payload, segments)[0])
+
+    def _scales(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, int]:
+        """The scales, as a view of the payload, and where the codes begin."""
+        n_bytes = len(segments) * segments.dtype.itemsize
+        return payload[:n_bytes].view(segments.dtype), n_bytes
+
+
+def _signs(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0, 1, 2 → 0, 1, −1."""
+    return (codes & 1).to(dtype).sub_(codes >> 1)

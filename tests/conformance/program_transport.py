@@ -1,0 +1,33 @@
+"""One rank of the conformance test: `program_transport.py mpi|horovod`."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from tests.conformance.body import FLOATS, INTEGERS, check_all
+
+
+def main(kind: str) -> None:
+    if kind == "mpi":
+        from mpi_backend.transport import MPITransport
+
+        t = MPITransport()
+        check_all(t, (*FLOATS, *INTEGERS), (*FLOATS, *INTEGERS))
+        print(f"conforms: rank {t.rank} of {t.size}")
+        return
+    import horovod.torch as hvd
+
+    from hvd_ecsgd.transport.horovod import HorovodTransport
+
+    hvd.init()
+    h = HorovodTransport()
+    # Stock Horovod: no bfloat16 at all, no (u)int8 in an all-reduce, and half precision is summed in half precision.
+    moves = (torch.float32, torch.float64, torch.float16, *INTEGERS)
+    check_all(h, (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32), moves, wide_halves=False)
+    print(f"conforms: rank {h.rank} of {h.size}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

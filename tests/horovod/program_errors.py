@@ -1,0 +1,164 @@
+"""Mistakes that every rank must be told of, without hanging; and what goes wrong silently where nobody looks (control)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import hvd_ecsgd.aggregator
+import hvd_ecsgd.horovod_slot
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, UnboundParameterError
+from tests.cases import ALL
+from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
+from tests.problems import batch, mlp
+
+
+def told(kind: type[Exception], run: Callable[[], object], *fragments: str) -> None:
+    """This rank raises `kind`, and the message holds the fragments."""
+    try:
+        run()
+    except kind as error:
+        missing = [f for f in fragments if f not in str(error)]
+        assert not missing, f"{missing} not in: {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__} was raised")
+
+
+def one_step(prefix: str, compression: Any, model: Any = None, **options: Any) -> None:
+    model = model or mlp()
+    train_stock(model, stock(model, compression, prefix, **options), range(1))
+
+
+def odd() -> bool:
+    return hvd.rank() == hvd.size() - 1
+
+
+def bound_to(model: Any, prefix: str, compression: Compression) -> Any:
+    return compression.bind(prefixed(model, prefix))
+
+
+def disagreement(prefix: str, make: Callable[[], Compression], *fragments: str) -> None:
+    model = mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    told(DisagreementError, lambda: one_step(prefix, bound_to(model, prefix, make()), model), *fragments)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "no parameter was changed"
+
+
+def ratio() -> None:
+    disagreement("ratio", lambda: Compression.random_block(8 if odd() else 4, **ALL), "ratio=4", "ratio=8", "rank 0")
+
+
+def seed() -> None:
+    disagreement("seed", lambda: Compression.random_block(8, seed=int(odd())), "seed")
+
+
+def method() -> None:
+    disagreement("method", lambda: Compression.one_bit() if odd() else Compression.top_k(), "compressor")
+
+
+def another_step() -> None:
+    """One rank starts from an older state."""
+    prefix, model = "step", mlp()
+    bound = bound_to(model, prefix, Compression.random_block(8))
+    optimizer = stock(model, bound, prefix)
+    train_stock(model, optimizer, range(2))
+    older = bound.state_dict()
+    train_stock(model, optimizer, range(2, 4))
+    newer = bound.state_dict()
+    model = mlp()
+    resumed = bound_to(model, prefix, Compression.random_block(8))
+    resumed.load_state_dict(older if odd() else newer)
+    told(DisagreementError, lambda: one_step(prefix, resumed, model), "step")
+
+
+def another_step_while_running() -> None:
+    """One rank loads an older state between two steps: noticed by all, within a few steps (16 values of the check), never a hang."""
+    for name, make in (("block", lambda: Compression.random_block(8, **ALL)), ("top", lambda: Compression.top_k(10, **ALL))):
+        prefix, model = f"running.{name}", mlp()
+        bound = bound_to(model, prefix, make())
+        optimizer = stock(model, bound, prefix)
+        train_stock(model, optimizer, range(2))
+        older = bound.state_dict()
+        train_stock(model, optimizer, range(2, 4))
+        if odd():
+            bound.load_state_dict(older)
+        told(DisagreementError, lambda model=model, optimizer=optimizer: train_stock(model, optimizer, range(4, 10)), "step")  # type: ignore[misc]
+
+
+def unbound() -> None:
+    told(CompressionError, lambda: one_step("unbound", Compression.top_k()), "bind")
+
+
+def another_model() -> None:
+    told(UnboundParameterError, lambda: one_step("another", bound_to(mlp(), "another", Compression.top_k())), "no bound parameter", "bind(model)")
+
+
+def update_units() -> None:
+    model = mlp()
+    told(CompressionError, lambda: one_step("update", bound_to(model, "update", Compression.detached()), model), "DistributedOptimizer")
+
+
+def averaged_twice() -> None:
+    """synchronize() and then step(), as without compression is only slow."""
+    for name, make in (("block", Compression.random_block), ("top", Compression.top_k)):
+        prefix, model = f"twice.{name}", mlp()
+        optimizer = stock(model, bound_to(model, prefix, make()), prefix)
+        for step in range(2):  # right
+            optimizer.zero_grad()
+            x, y = batch(hvd.rank(), step)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.synchronize()
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.synchronize()
+        told(CompressionError, optimizer.step, "skip_synchronize")
+
+
+def adasum() -> None:
+    """Where stock Horovod has Adasum for this number of ranks."""
+    model = mlp()
+    try:
+        optimizer = stock(model, bound_to(model, "adasum", Compression.top_k()), "adasum", momentum=0.0, op=hvd.Adasum)
+    except NotImplementedError:
+        return
+    told(CompressionError, lambda: train_stock(model, optimizer, range(1)), "Adasum")
+
+
+def frozen() -> None:
+    """Frozen when it was bound, unfrozen before Horovod's optimizer was made."""
+    model = mlp()
+    model[2].bias.requires_grad_(False)
+    bound = bound_to(model, "frozen", Compression.top_k())
+    model[2].bias.requires_grad_(True)
+    told(UnboundParameterError, lambda: one_step("frozen", bound, model), "frozen", "2.bias")
+
+
+def unchecked() -> None:
+    """Control: with the comparison of settings and the checksum taken out, another seed on one rank trains to other weights, silently."""
+    reference_model = mlp()
+    reference = train_stock(
+        reference_model, stock(reference_model, bound_to(reference_model, "unchecked", Compression.random_block(8, **ALL)), "unchecked"), range(8)
+    )
+    aggregator, slot = hvd_ecsgd.aggregator.Aggregator, hvd_ecsgd.horovod_slot.HorovodSlot
+    kept = aggregator._raise_on_difference, slot._check
+    aggregator._raise_on_difference = lambda self, transport, handle: handle.wait() and None  # type: ignore[method-assign]
+    slot._check = lambda self, reduced, name: 1.0  # type: ignore[method-assign]
+    try:
+        model = mlp()
+        bound = bound_to(model, "unchecked", Compression.random_block(8, seed=int(odd()), **ALL))
+        w = train_stock(model, stock(model, bound, "unchecked"), range(8))
+    finally:
+        aggregator._raise_on_difference, slot._check = kept  # type: ignore[method-assign]
+    assert not same_on_all(w, "unchecked")
+    assert (w - reference).abs().max() > 1e-3
+
+
+if __name__ == "__main__":
+    hvd.init()
+    checks = (ratio, seed, method, another_step, another_step_while_running, unbound, another_model, update_units)
+    checks += (averaged_twice, adasum, frozen, unchecked)
+    run_checks({check.__name__: check for check in checks})

@@ -1,0 +1,328 @@
+"""What users do with Horovod's optimizer, against the same on simulated workers; and that a resumed run is the run."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hvd_ecsgd import Compression, DistributedOptimizer
+from hvd_ecsgd.transport import run_simulated
+from tests.cases import by_name
+from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
+from tests.problems import batch, flat, mlp
+
+METHODS = ("random_block-everything", "top_k-k", "double_squeeze-everything")
+"""In Horovod's own all-reduce; beside it; in two passes beside it."""
+
+Loss = Callable[[Any, int, int], torch.Tensor]
+
+
+def close(a: torch.Tensor, b: torch.Tensor, what: str, tolerance: float | None = None) -> None:
+    limit = (0.0 if hvd.size() == 2 else 2e-5) if tolerance is None else tolerance
+    difference = (a - b).abs().max().item()
+    assert difference <= limit, f"{what}: {difference} from the simulation, allowed {limit}"
+
+
+def compare(
+    name: str,
+    model_of: Callable[[], torch.nn.Module],
+    loss_of: Loss,
+    steps: int = 8,
+    stock_options: dict[str, Any] | None = None,
+    own_options: dict[str, Any] | None = None,
+    keep_gradients: bool = False,
+    tolerance: float | None = None,
+) -> None:
+    """Train with every kind of exchange on the stock optimizer and simulated: same bits on all ranks, same weights."""
+    passes = (stock_options or {}).get("backward_passes_per_step", 1)
+
+    def train(model: Any, optimizer: Any, rank: int) -> torch.Tensor:
+        for step in range(steps):
+            if keep_gradients:
+                model.zero_grad(set_to_none=False)
+            else:
+                optimizer.zero_grad()
+            for i in range(passes):
+                loss_of(model, rank, passes * step + i).backward()
+            optimizer.step()
+        return flat(p.float() for p in model.parameters())
+
+    for method in METHODS:
+        prefix = f"{name}.{method}"
+
+        def worker(transport: Any, method: str = method, prefix: str = prefix) -> torch.Tensor:
+            model = model_of()
+            sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+            own = DistributedOptimizer(sgd, prefixed(model, prefix), by_name(method).make(), transport=transport, **(own_options or {}))
+            return train(model, own, transport.rank)
+
+        model = model_of()
+        bound = by_name(method).make().bind(prefixed(model, prefix))
+        w = train(model, stock(model, bound, prefix, lr=0.05, **(stock_options or {})), hvd.rank())
+        assert same_on_all(w, prefix), f"{prefix}: ranks hold different bits"
+        assert not torch.equal(w, flat(p.float() for p in model_of().parameters())), f"{prefix}: nothing was trained"
+        close(w, run_simulated(hvd.size(), worker)[0], prefix, tolerance)
+
+
+def mlp_loss(model: Any, rank: int, step: int) -> torch.Tensor:
+    x, y = batch(rank, step)
+    return torch.nn.functional.cross_entropy(model(x), y)
+
+
+class Towers(torch.nn.Module):
+    """Independent towers, so that the order of forward passes is the order of gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        shapes = [(20, 24), (24, 20), (20, 24), (20, 24)]
+        self.towers = torch.nn.ParameterList([torch.randn(s, generator=generator) / 5 for s in shapes])
+
+
+def dynamic_loss(model: Any, rank: int, step: int) -> torch.Tensor:
+    """Rank by rank another order of towers; tower 2 is used by one rank only, tower 3 by rank 0 in odd steps."""
+    order = [0, 1] if (rank + step) % 2 else [1, 0]
+    order += [2] if step % hvd.size() == rank else []
+    order += [3] if rank == 0 and step % 2 else []
+    x = batch(rank, step)[0]
+    total = torch.zeros(())
+    for i in order:
+        w = model.towers[i]
+        total = total + torch.tanh((x if w.shape[0] == 20 else torch.nn.functional.pad(x, (0, 4))) @ w).square().mean()
+    return total
+
+
+def dynamic() -> None:
+    compare("dynamic", Towers, dynamic_loss)
+
+
+def groups() -> None:
+    compare("groups", mlp, mlp_loss, stock_options={"groups": 2})
+
+
+def groups_with_unused() -> None:
+    """Groups that are complete only at synchronize(), with gradients that are zeroed in place."""
+    compare("unused group", Towers, dynamic_loss, stock_options={"groups": 1}, keep_gradients=True)
+
+
+def passes() -> None:
+    options = {"backward_passes_per_step": 2}
+    compare("passes", mlp, mlp_loss, steps=5, stock_options=options, own_options=options)
+
+
+def sums() -> None:
+    compare("sum", mlp, mlp_loss, steps=5, stock_options={"op": hvd.Sum}, own_options={"sum_gradients": True}, tolerance=1e-5)
+
+
+class Images(torch.nn.Module):
+    """Convolutions whose weights and gradients are channels_last: not contiguous in the usual sense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        self.first, self.second = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / 5)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x.contiguous(memory_format=torch.channels_last)))).mean((2, 3))
+
+
+def image_loss(model: Any, rank: int, step: int) -> torch.Tensor:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(100 * rank + step % 3))
+    return torch.nn.functional.cross_entropy(model(x), torch.arange(4))
+
+
+def channels_last() -> None:
+    model = Images()
+    image_loss(model, 0, 0).backward()
+    assert not model.second.weight.grad.is_contiguous(), "the example is what it should be"  # type: ignore[union-attr]
+    compare("channels_last", Images, image_loss)
+
+
+def bfloat16() -> None:
+    def loss(model: Any, rank: int, step: int) -> torch.Tensor:
+        x, y = batch(rank, step, torch.bfloat16)
+        return torch.nn.functional.cross_entropy(model(x).float(), y)
+
+    compare("bfloat16", lambda: mlp(torch.bfloat16), loss, tolerance=0.0 if hvd.size() == 2 else 2e-2)
+
+
+class Words(torch.nn.Module):
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(50, 12, sparse=sparse)
+        self.out = torch.nn.Linear(12, 5)
+        generator = torch.Generator().manual_seed(6)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.table(x).mean(1))
+
+
+def sparse_embedding() -> None:
+    """sparse=True with sparse_as_dense gives the run of sparse=False (which needs no simulation of sparse gradients)."""
+    for method in METHODS:
+        finals = []
+        for sparse in (True, False):
+            model, prefix = Words(sparse), f"sparse.{method}"
+            bound = by_name(method).make().bind(prefixed(model, prefix))
+            optimizer = stock(model, bound, prefix, momentum=0.0, sparse_as_dense=True)
+            for step in range(5):
+                optimizer.zero_grad()
+                words = torch.randint(0, 50, (8, 4), generator=torch.Generator().manual_seed(10 * step + hvd.rank()))
+                torch.nn.functional.cross_entropy(model(words), torch.arange(8) % 5).backward()
+                optimizer.step()
+            finals.append(flat(model.parameters()))
+            assert same_on_all(finals[-1], prefix)
+        close(finals[0], finals[1], f"sparse.{method}", 1e-6)
+
+
+def schedule_run(prefix: str, method: str, attach: bool) -> torch.Tensor:
+    """StepLR on Horovod's optimizer, its state loaded in the middle (which replaces its groups), and a group added."""
+    model = mlp()
+    bound = by_name(method).make().bind(prefixed(model, prefix))
+    optimizer = stock(model, bound, prefix)
+    if attach:
+        assert bound.attach(optimizer) is bound
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.3)
+    for step in range(9):
+        if step == 3:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        if step == 5:
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3), requires_grad=False)], "lr": 7.0})
+            schedule.base_lrs = [group["lr"] for group in optimizer.param_groups]
+            if attach:
+                bound.attach(optimizer)
+        train_stock(model, optimizer, [step])
+        schedule.step()
+    return flat(model.parameters())
+
+
+def schedules() -> None:
+    """The residual follows the learning rate as in the simulation, and does not without attach() (control)."""
+    for method in METHODS:
+        prefix = f"schedule.{method}"
+
+        def worker(transport: Any, method: str = method, prefix: str = prefix) -> torch.Tensor:
+            model = mlp()
+            own = DistributedOptimizer(
+                torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), prefixed(model, prefix), by_name(method).make(), transport=transport
+            )
+            schedule = torch.optim.lr_scheduler.StepLR(own, 2, 0.3)
+            for step in range(9):
+                own.zero_grad()
+                mlp_loss(model, transport.rank, step).backward()
+                own.step()
+                schedule.step()
+            return flat(model.parameters())
+
+        expected = run_simulated(hvd.size(), worker)[0]
+        w = schedule_run(prefix, method, attach=True)
+        assert same_on_all(w, prefix)
+        close(w, expected, prefix)
+        constant = schedule_run(prefix, method, attach=False)
+        assert (constant - expected).abs().max() > 1e-4, "control: without attach() the residual keeps its old units"
+
+
+def resume() -> None:
+    """State saved on every rank after 4 steps and loaded into new objects: bit for bit the run of 8 steps."""
+    for method in (*METHODS, "random_block-no_feedback", "fp16-feedback"):
+        prefix = f"resume.{method}"
+
+        def make(method: str = method, prefix: str = prefix) -> tuple[Any, Any, Any]:
+            model = mlp()
+            bound = by_name(method).make().bind(prefixed(model, prefix))
+            optimizer = stock(model, bound, prefix)
+            return model, bound.attach(optimizer), optimizer
+
+        model, bound, optimizer = make()
+        through = train_stock(model, optimizer, range(8))
+        model, bound, optimizer = make()
+        train_stock(model, optimizer, range(4))
+        file = io.BytesIO()
+        torch.save([model.state_dict(), optimizer.state_dict(), bound.state_dict()], file)
+        file.seek(0)
+        weights, optimizer_state, state = torch.load(file, weights_only=True)
+        model, bound, optimizer = make()
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(optimizer_state)
+        bound.load_state_dict(state)
+        assert torch.equal(train_stock(model, optimizer, range(4, 8)), through), prefix
+        if "no_feedback" not in method:
+            model, bound, optimizer = make()
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(optimizer_state)
+            assert not torch.equal(train_stock(model, optimizer, range(4, 8)), through), f"{prefix}: control without the residuals"
+
+
+def clipping() -> None:
+    """synchronize, clip, step inside skip_synchronize: the mean is clipped, once."""
+    for method in METHODS:
+        prefix = f"clip.{method}"
+        model = mlp()
+        optimizer = stock(model, by_name(method).make().bind(prefixed(model, prefix)), prefix, lr=1.0, momentum=0.0)
+        for step in range(3):
+            optimizer.zero_grad()
+            mlp_loss(model, hvd.rank(), step).backward()
+            optimizer.synchronize()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            before = flat(model.parameters())
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            moved = (flat(model.parameters()) - before).norm().item()
+            assert abs(moved - 0.01) < 1e-5, moved
+        assert same_on_all(flat(model.parameters()), prefix)
+
+
+def bad_gradients() -> None:
+    """A NaN on one rank: every rank's mean is NaN, the step is counted as undone, residuals stay finite, and training goes on."""
+    for method in METHODS:
+        prefix = f"nan.{method}"
+        model = mlp()
+        bound = by_name(method).make().bind(prefixed(model, prefix))
+        optimizer = stock(model, bound, prefix)
+        for step in range(6):
+            optimizer.zero_grad()
+            mlp_loss(model, hvd.rank(), step).backward()
+            if step == 2:
+                # The hooks have taken the gradients already: spoil those of another backward pass.
+                optimizer.synchronize()
+                optimizer.zero_grad()
+                (mlp_loss(model, hvd.rank(), step) * (float("nan") if hvd.rank() == 1 else 1.0)).backward()
+                optimizer.synchronize()
+                assert all(p.grad is not None and p.grad.isnan().any() for p in model.parameters())
+                continue
+            optimizer.step()
+        assert bound.undone_steps == 1
+        w = flat(model.parameters())
+        assert w.isfinite().all()
+        assert same_on_all(w, prefix)
+        for entry in bound.state_dict()["parameters"].values():
+            assert all(t.isfinite().all() for t in entry.values() if isinstance(t, torch.Tensor))
+
+
+def feedback_matters() -> None:
+    """Control of the comparisons: without error feedback the weights are others."""
+    finals = []
+    for feedback in (True, False):
+        model = mlp()
+        compression = Compression.top_k(k=20, error_feedback=feedback, dense_below=0, dense_1d=False)
+        prefix = f"feedback.{feedback}"
+        finals.append(train_stock(model, stock(model, compression.bind(prefixed(model, prefix)), prefix), range(8)))
+    assert (finals[0] - finals[1]).abs().max() > 1e-2
+
+
+if __name__ == "__main__":
+    hvd.init()
+    checks = (dynamic, groups, groups_with_unused, passes, sums, channels_last, bfloat16, sparse_embedding)
+    checks += (schedules, resume, clipping, bad_gradients, feedback_matters)
+    run_checks({check.__name__: check for check in checks})

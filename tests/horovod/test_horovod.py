@@ -1,0 +1,47 @@
+"""hvd_ecsgd on an unmodified Horovod: programs on real ranks, several checks in each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from tests.cases import CASES
+from tests.ranks import horovodrun, mpirun
+
+FOLDER = "tests/horovod"
+
+
+def passed(launch: Callable[..., str], n: int, program: str) -> list[str]:
+    """Names of the checks that passed; a failed one makes the program's status non-zero."""
+    return re.findall(r"^passed (\S+)$", launch(n, f"{FOLDER}/{program}", timeout=150), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("launch", "n"), [(horovodrun, 2), (mpirun, 3)], ids=["horovodrun-2", "mpirun-3"])
+def test_every_method_is_its_simulation(launch: Callable[..., str], n: int) -> None:
+    """Same bits on all ranks; the simulation's bits on two ranks (half precision: to rounding), to rounding on three."""
+    assert passed(launch, n, "program_methods.py") == [*(c.name for c in CASES if c.stock_horovod), "controls"]
+
+
+def test_what_users_do() -> None:
+    """Hook orders, unused parameters, groups, several passes, sums, memory formats, types, sparse gradients, schedules, resuming, clipping, NaN."""
+    assert len(passed(horovodrun, 2, "program_variants.py")) == 13
+
+
+def test_mistakes_are_told_to_every_rank() -> None:
+    assert len(passed(horovodrun, 2, "program_errors.py")) == 12
+
+
+def test_a_failing_check_fails_the_job() -> None:
+    """Control of the programs themselves: a check that fails on one rank only ends the job with a non-zero status on all."""
+    program = """
+        from tests.horovod.programs import hvd, run_checks
+        def check():
+            assert hvd.rank() == 0, "on purpose"
+        hvd.init()
+        run_checks({"check": check})
+    """
+    said = horovodrun(2, program, timeout=60, expect_failure=True)
+    assert "FAILED check" in said
+    assert "on purpose" in said

@@ -1,0 +1,45 @@
+"""What a user's script does around mpi_backend's optimizer, on real ranks."""
+
+from __future__ import annotations
+
+from tests.ranks import mpirun
+
+BROADCAST = """
+import torch, mpi_backend as hvd
+hvd.init()
+torch.manual_seed(hvd.rank())
+model = torch.nn.Linear(64, 64)
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+compression = hvd.Compression.detached(8).bind(model)
+optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), model.named_parameters(), compression)
+data = torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(hvd.rank()))
+
+def steps(n):
+    for i in range(n):
+        optimizer.zero_grad()
+        model(data[i]).square().mean().backward()
+        optimizer.step()
+
+def everyones(what):
+    with compression.at(what):
+        return hvd.allgather(model.weight.detach()[None])
+
+steps(3)
+shifted = everyones("local")
+assert not torch.equal(shifted[0], shifted[1]), "the control: workers are at different points"
+if hvd.rank() == 0:
+    model.weight.data.fill_(5.0)  # behind torch's back: only the broadcast can tell
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+steps(1)
+x = everyones("averaged")
+assert torch.equal(x[0], x[1])
+assert (x[0] - 5).abs().max() < 1, "the step went on from what was broadcast"
+steps(2)
+x = everyones("averaged")
+assert torch.equal(x[0], x[1])
+print("ok", hvd.rank())
+"""
+
+
+def test_a_broadcast_in_the_middle_of_training_is_taken_over_by_def() -> None:
+    assert "ok 0" in mpirun(2, BROADCAST)
