@@ -24,7 +24,7 @@ from hvd_ecsgd.compressors import (
     Threshold,
     TopK,
 )
-from hvd_ecsgd.exchange import AllGather, AllReduce, TwoPass
+from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, NormBased, TwoPass
 from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum, NoFeedback
 
 __all__ = ["CASES", "COMPRESSORS", "Case", "CompressorCase", "by_name", "bound_method", "ids"]
@@ -113,6 +113,19 @@ CASES: tuple[Case, ...] = (
     Case("qsgd-feedback-double_squeeze", lambda: Compression.double_squeeze(QSGD(15, 64, "max"), **ALL), server_slots=1, draws=True),
     Case("natural", lambda: Compression.natural(), slots=0, conserves=False, draws=True),
     Case("natural-feedback", lambda: Compression.natural(error_feedback=True), draws=True),
+    Case("dist_ef_sgd", lambda: Compression.dist_ef_sgd(), slots=2, server_slots=1, stock_horovod=False),
+    Case("dist_ef_sgd-everything", lambda: Compression.dist_ef_sgd(TopK(5), Sign(), **ALL), slots=2, server_slots=1, stock_horovod=False),
+    Case("comp_skip", lambda: Compression.comp_skip(), slots=2, server_slots=1, stock_horovod=False),
+    Case(
+        "comp_skip-drawn-everything",
+        lambda: Compression.comp_skip(Bernoulli(0.7), Bernoulli(0.7), **ALL),
+        slots=2,
+        server_slots=1,
+        stock_horovod=False,
+        draws=True,
+    ),
+    Case("comp_skip-norm", lambda: Compression.comp_skip(NormBased(), NormBased()), slots=2, server_slots=1, stock_horovod=False),
+    Case("pef", lambda: Compression.pef(8), slots=2, stock_horovod=False, draws=True),
     Case("local_momentum", lambda: Compression.local_momentum(8), slots=2, stock_horovod=False, draws=True),
     Case("local_momentum-dense", lambda: Compression(Identity(), LocalMomentum(0.0), AllReduce()), slots=2, stock_horovod=False),
     Case("detached", lambda: Compression.detached(8), slots=3, stock_horovod=False, draws=True),

@@ -11,6 +11,7 @@ import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.compressors import RandomBlock
+from hvd_ecsgd.feedback import LocalMomentum
 from hvd_ecsgd.protocols import StepContext
 from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import Transport, run_simulated
@@ -22,7 +23,7 @@ LRS = (0.1, 0.1, 0.02, 0.3, 0.001, 0.05, 0.05, 0.2)
 CONSTANT = (0.1,) * 8
 
 GRADIENT_UNITS = [c for c in CASES if bound_method(c).feedback.unit == "gradient"]
-UPDATE_UNITS = [c for c in CASES if bound_method(c).feedback.unit == "update"]
+UPDATE_UNITS = [c for c in CASES if isinstance(bound_method(c).feedback, LocalMomentum)]
 
 
 @dataclass
