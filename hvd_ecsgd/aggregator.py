@@ -55,6 +55,8 @@ class Method:
             self.compressor.check_feedback()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
+        if not isinstance(self.dense_1d, bool):
+            raise CompressionError(f"dense_1d must be True or False, got {self.dense_1d!r}.")
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
             raise CompressionError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}.")
 
@@ -73,6 +75,7 @@ class GroupSettings:
     momentum: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
+    loss_scale: float = 1.0
 
 
 @dataclass
@@ -87,6 +90,7 @@ class Bucket:
     state: State | None = None
     exchange_state: State | None = None
     previous_lr: float | None = None
+    previous_loss_scale: float = 1.0
     versions: list[int] = field(default_factory=list)
     """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
     results: list[torch.Tensor] = field(default_factory=list)
@@ -99,6 +103,8 @@ class Bucket:
 
     def result_buffer(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """A kept buffer that the gradients do not live in: after `zero_grad(set_to_none=False)` they are views of the last result."""
+        if self.segments.numel == 0 and self.results:
+            return self.results[0]
         used = {g.untyped_storage().data_ptr() for g in gradients}
         for buffer in self.results:
             if buffer.untyped_storage().data_ptr() not in used:
@@ -120,11 +126,11 @@ def wire_dtype(parameter: torch.Tensor) -> torch.dtype:
 class Reduction:
     """One bucket's step in progress."""
 
-    def __init__(self, bucket: Bucket, task: Task, steps: Steps, gradients: list[torch.Tensor], learning_rate: float) -> None:
+    def __init__(self, bucket: Bucket, task: Task, steps: Steps, gradients: list[torch.Tensor], settings: GroupSettings) -> None:
         self.bucket = bucket
         self.task = task
         self.gradients = gradients
-        self.learning_rate = learning_rate
+        self.settings = settings
         self.pending: Handle[Any] | None = None
         self.out: torch.Tensor | None = None
         self._steps = steps
@@ -160,8 +166,9 @@ class Reduction:
             state["residual"].zero_()  # a lossless payload is not kept for adding back
 
     def commit(self) -> None:
-        """The step stands: remember the learning rate that the residual is measured in, and let the payloads go."""
-        self.bucket.previous_lr = self.learning_rate
+        """The step stands: remember the learning rate and loss scale that the residual is measured in, and let the payloads go."""
+        self.bucket.previous_lr = self.settings.lr or self.bucket.previous_lr
+        self.bucket.previous_loss_scale = self.settings.loss_scale
         self.task.forget_undo()
 
 
@@ -177,9 +184,9 @@ def drive(reductions: Iterable[Reduction]) -> None:
 class Aggregator:
     """Residuals by parameter name, step counter, seed and traffic counters of one bound method.
 
-    `named`: (name, parameter) pairs that require gradients. `group_of` gives a parameter's group index and `settings` the
-    hyper-parameters of a bucket's group now. `bucket_bytes` = 0 makes one bucket of each parameter (Horovod calls us so); results do not depend
-    on it.
+    `named`: (name, parameter) pairs that require gradients. `group_of` gives a parameter's group index and `settings` the hyper-parameters of a
+    bucket's group now; `also` names further things that must be equal on all ranks. `bucket_bytes` = 0 makes one bucket of each parameter
+    (Horovod calls us so); results do not depend on it.
     """
 
     def __init__(
@@ -192,6 +199,8 @@ class Aggregator:
         bucket_bytes: int = 0,
         group_of: Callable[[torch.nn.Parameter], int] | None = None,
         settings: Callable[[Bucket], GroupSettings] | None = None,
+        transport: Transport | None = None,
+        also: Mapping[str, Any] | None = None,
     ) -> None:
         self.method = method
         self.named = list(named)
@@ -202,7 +211,13 @@ class Aggregator:
         self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
         self._static_digest: bytes | None = None
         self._held = False
-        self._transport: Transport | None = None
+        self._moved = False
+        self._transport = transport
+        self._agreed = False
+        self._also = dict(also or {})
+        self._method_text = repr(method)
+        nothing = Segments(())
+        self._stateful = bool(method.feedback.init(nothing)) or bool(method.exchange.init(nothing, 0, 1))
         self.buckets = self._plan(bucket_bytes, group_of or (lambda parameter: 0))
 
     def _plan(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> list[Bucket]:
@@ -238,14 +253,16 @@ class Aggregator:
 
     def use(self, transport: Transport) -> None:
         """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective)."""
-        if self._transport is None:
-            self._transport = transport
+        self._transport = transport
+        if not self._agreed:
+            self._agreed = True
             self._raise_on_difference(transport, transport.allgather(self._digest(), "agreement", [_DIGEST] * transport.size))
 
     def compare(self, transport: Transport) -> Callable[[], None]:
-        """Start to compare settings and step across ranks; the function returned finishes, and raises `DisagreementError` on every rank.
+        """Start to compare settings, hyper-parameters and step across ranks; the function returned raises `DisagreementError` on every rank.
 
-        Steps can come apart when state is loaded on some ranks only. The comparison travels beside the payloads, so it costs no waiting.
+        Steps can come apart when state is loaded on some ranks only, learning rates when schedules differ. The comparison travels ahead of
+        the payloads, so it costs no waiting.
         """
         handle = transport.allgather(self._digest(), "agreement", [_DIGEST] * transport.size)
         return lambda: self._raise_on_difference(transport, handle)
@@ -260,7 +277,7 @@ class Aggregator:
     def start(self, bucket: Bucket, gradients: Sequence[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> Reduction | None:
         """Accumulate, extract and start to send; the mean goes to the flat `out`, or to a buffer that the bucket keeps.
 
-        None when the learning rate is 0: nothing is sent, and residuals and momentum stay as they are.
+        None when the learning rate is 0 and the method keeps state: nothing is sent, and residuals and momentum stay as they are.
         """
         for segment, gradient in zip(bucket.segments, gradients, strict=True):
             if tuple(gradient.shape) != segment.shape:
@@ -273,6 +290,8 @@ class Aggregator:
                 raise CompressionError(
                     f"the gradient of parameter '{segment.name}' is sparse; use sparse=False in the embedding, or sparse_as_dense=True."
                 )
+        if self._moved:
+            raise CompressionError("a training step inside `with compression.at(…):` would be lost; leave the block first.")
         bucket.allocate(transport.rank, transport.size)
         assert bucket.state is not None and bucket.exchange_state is not None
         feedback = bucket.method.feedback
@@ -288,8 +307,10 @@ class Aggregator:
             momentum=group.momentum,
             weight_decay=group.weight_decay,
             nesterov=group.nesterov,
+            loss_scale=group.loss_scale,
+            previous_loss_scale=group.loss_scale if bucket.previous_lr is None else bucket.previous_loss_scale,
         )
-        if group.lr == 0:
+        if group.lr == 0 and self._stateful:
             return None
         poisoned = not all(all_finite(g) for g in gradients)
         # A poisoned step leaves the buffer alone; there is nothing to extract from.
@@ -307,14 +328,14 @@ class Aggregator:
             server_carry=ctx.carry if feedback.unit == "gradient" else 1.0,
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
-        return Reduction(bucket, task, bucket.method.exchange.run(task, transport), list(gradients), group.lr)
+        return Reduction(bucket, task, bucket.method.exchange.run(task, transport), list(gradients), group)
 
     def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False) -> bool:
         """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands."""
         finite = all(r.task.finite for r in reductions)
         for reduction in reductions:
             n = self.transport.size
-            reduction.task.traffic.dense = 2 * (n - 1) * reduction.bucket.segments.numel * reduction.bucket.segments.dtype.itemsize // n
+            reduction.task.traffic.dense = 2 * (n - 1) * reduction.bucket.segments.numel * reduction.bucket.parameters[0].dtype.itemsize // n
             self.traffic += reduction.task.traffic
             if finite:
                 reduction.commit()
@@ -346,13 +367,22 @@ class Aggregator:
                 bucket.versions = [p._version for p in bucket.parameters]
 
     def _recapture(self, bucket: Bucket) -> None:
-        """Read x at the first step, and again when somebody else (a loaded checkpoint, a broadcast) wrote to the parameters."""
+        """Read x at the first step. Later, what somebody else wrote to shifted parameters cannot be told from the shift: an error."""
         feedback = bucket.method.feedback
-        if feedback.shifts and bucket.versions != [p._version for p in bucket.parameters]:
-            assert bucket.state is not None
-            with torch.no_grad():
-                feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
-            bucket.versions = [p._version for p in bucket.parameters]
+        versions = [p._version for p in bucket.parameters]
+        if not feedback.shifts or bucket.versions == versions:
+            return
+        if bucket.versions:
+            name = next(n for n, now, then in zip(bucket.segments.names, versions, bucket.versions, strict=True) if now != then)
+            raise CompressionError(
+                f"parameter '{name}' was written to while {feedback} held it at a shifted point that differs between ranks. Write to parameters "
+                "(clipping, averaging, broadcasting, loading a checkpoint) inside `with compression.at('averaged'):`, which keeps what is "
+                "written; when resuming, load the model before the compression's state and broadcast nothing after it."
+            )
+        assert bucket.state is not None
+        with torch.no_grad():
+            feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
+        bucket.versions = versions
 
     @property
     def shifted(self) -> bool:
@@ -363,49 +393,62 @@ class Aggregator:
 
     @contextmanager
     def at(self, point: Literal["averaged", "virtual", "local"]) -> Iterator[None]:
-        """Hold the parameters at a point for evaluation or saving; training goes on from where it was.
+        """Hold the parameters at a point for evaluation or saving; training goes on from where it was. Not nested; no training step inside.
 
-        `averaged`: x, equal on all ranks. `virtual`: z = x − mean e, which needs one dense all-reduce (update-unit methods; collective).
-        `local`: where this worker evaluates its gradients. They are the same, and nothing is done, for methods that do not shift the model,
-        but for `virtual`. Values written to the parameters inside are lost.
+        `averaged`: x, equal on all ranks; values written to the parameters inside are kept, so write the same on all ranks. `virtual`:
+        z = x − mean e, which needs one dense all-reduce (update-unit methods; collective). `local`: where this worker evaluates its gradients.
+        They are the same, and nothing is done, for methods that do not shift the model, but for `virtual`, inside of which writes are lost.
         """
         if point not in ("averaged", "virtual", "local"):
             raise CompressionError(f"at(): expected 'averaged', 'virtual' or 'local', got {point!r}.")
+        if self._held:
+            raise CompressionError("at(): the parameters are held at a point already; leave that block first.")
+        if point == "virtual" and self.method.feedback.unit != "update":
+            raise CompressionError(
+                f"at('virtual') is defined for update-unit methods (EF with local momentum, DEF, SAEF); this one is {self.method.feedback}. "
+                "Use at('averaged')."
+            )
+        moved: list[tuple[Bucket, list[torch.Tensor], list[int]]] = []
         self._held = True
-        moved: list[tuple[Bucket, bool, list[torch.Tensor]]] = []
-        with torch.no_grad():
-            for bucket in self.buckets:
-                feedback = bucket.method.feedback
-                if point == "virtual" and feedback.unit != "update":
-                    raise CompressionError(
-                        f"at('virtual') is defined for update-unit methods (EF with local momentum, DEF, SAEF); this one is {feedback}. "
-                        "Use at('averaged')."
-                    )
-                if point == "local" or bucket.state is None:
-                    continue
-                # When somebody wrote to the parameters since the last step, what they hold is x.
-                shifted = feedback.shifts and bucket.versions == [p._version for p in bucket.parameters]
-                mean_error: torch.Tensor | None = None
-                if point == "virtual" and not bucket.method.compressor.lossless:
-                    mean_error = bucket.state["residual"].clone()
-                    self.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
-                    mean_error.div_(self.transport.size)
-                if mean_error is None and not shifted:
-                    continue
-                moved.append((bucket, shifted, [p.detach().clone() for p in bucket.parameters]))
-                if shifted:
-                    torch._foreach_copy_(list(bucket.parameters), bucket.segments.shaped_views(bucket.state["x"]))
-                if mean_error is not None:
-                    torch._foreach_sub_(list(bucket.parameters), bucket.segments.shaped_views(mean_error))
         try:
+            with torch.no_grad():
+                for bucket in self.buckets if point != "local" else ():
+                    self._move_to(point, bucket, moved)
+            self._moved = bool(moved)
             yield
         finally:
-            self._held = False
+            self._held = self._moved = False
             with torch.no_grad():
-                for bucket, shifted, saved in moved:
-                    torch._foreach_copy_(list(bucket.parameters), saved)
-                    if shifted:
-                        bucket.versions = [p._version for p in bucket.parameters]
+                for bucket, saved, versions in moved:
+                    feedback = bucket.method.feedback
+                    assert bucket.state is not None
+                    if point == "averaged" and versions != [p._version for p in bucket.parameters]:
+                        feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
+                        feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
+                    else:
+                        torch._foreach_copy_(list(bucket.parameters), saved)
+                    bucket.versions = [p._version for p in bucket.parameters]
+
+    def _move_to(self, point: str, bucket: Bucket, moved: list[tuple[Bucket, list[torch.Tensor], list[int]]]) -> None:
+        """Set the bucket's parameters to x or z; note what they held, and their versions afterwards."""
+        if bucket.state is None:
+            return
+        shifts = bucket.method.feedback.shifts
+        mean_error: torch.Tensor | None = None
+        if point == "virtual" and not bucket.method.compressor.lossless:
+            mean_error = bucket.state["residual"].clone()
+            self.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
+            mean_error.div_(self.transport.size)
+        if shifts:
+            self._recapture(bucket)
+        if mean_error is None and not shifts:
+            return
+        saved = [p.detach().clone() for p in bucket.parameters]
+        if shifts:
+            torch._foreach_copy_(list(bucket.parameters), bucket.segments.shaped_views(bucket.state["x"]))
+        if mean_error is not None:
+            torch._foreach_sub_(list(bucket.parameters), bucket.segments.shaped_views(mean_error))
+        moved.append((bucket, saved, [p._version for p in bucket.parameters]))
 
     # -- agreement ---------------------------------------------------------------------------------------------------------------
 
@@ -419,15 +462,20 @@ class Aggregator:
             "dense_below": self.method.dense_below,
             "dense_1d": self.method.dense_1d,
             "seed": self.method.seed,
+            **self._also,
             "buckets": len(self.buckets),
             **{f"parameter '{name}'": f"{tuple(p.shape)} {p.dtype} in param group {groups[name]}" for name, p in self.named},
         }
+
+    def _now(self) -> dict[str, Any]:
+        """What changes from step to step and must be equal on all ranks."""
+        return {"step": self.step, "hyper-parameters": sorted({repr(self.settings(bucket)) for bucket in self.buckets})}
 
     def _digest(self) -> torch.Tensor:
         if self._static_digest is None:
             text = json.dumps(list(self._description().items()))  # order matters too: it fixes the buckets, and places in the model
             self._static_digest = blake2b(text.encode(), digest_size=_DIGEST).digest()
-        digest = blake2b(self._static_digest + self.step.to_bytes(8, "little"), digest_size=_DIGEST).digest()
+        digest = blake2b(self._static_digest + json.dumps(self._now()).encode(), digest_size=_DIGEST).digest()
         return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
 
     def _raise_on_difference(self, transport: Transport, digests: Handle[list[torch.Tensor]]) -> None:
@@ -435,7 +483,7 @@ class Aggregator:
         if all(torch.equal(d, parts[0]) for d in parts):
             return
         # Seen by every rank, so all of them send their texts now.
-        text = json.dumps(list({**self._description(), "step": self.step}.items())).encode()
+        text = json.dumps(list({**self._description(), **self._now()}.items())).encode()
         texts = transport.allgather(torch.frombuffer(bytearray(text), dtype=torch.uint8), "disagreement").wait()
         first = dict(json.loads(bytes(texts[0].tolist())))
         for r, t in enumerate(texts):
@@ -448,10 +496,10 @@ class Aggregator:
                     )
         raise DisagreementError("ranks list their parameters in different orders; pass model.named_parameters() on every rank.")
 
-    def settings_hash(self) -> int:
-        """16 values that change with settings and step; compared across ranks in every payload."""
-        text = f"{self.method}|{self.step}"
-        return blake2b(text.encode(), digest_size=1).digest()[0] % 16 + 1
+    def settings_hash(self, bucket: Bucket) -> int:
+        """4 bits that change with settings, hyper-parameters and step; compared across ranks in every payload."""
+        text = f"{self._method_text}|{self.step}|{self.settings(bucket)}"
+        return blake2b(text.encode(), digest_size=1).digest()[0] % 16
 
     # -- state -------------------------------------------------------------------------------------------------------------------
 
@@ -465,6 +513,7 @@ class Aggregator:
             for segment in bucket.segments:
                 entry: dict[str, Any] = {slot: t[segment.start : segment.stop].view(segment.shape).clone() for slot, t in bucket.state.items()}
                 entry["previous_lr"] = bucket.previous_lr
+                entry["previous_loss_scale"] = bucket.previous_loss_scale
                 parameters[segment.name] = entry
             if bucket.exchange_state:
                 for i, segment in enumerate(bucket.method.exchange.state_segments(bucket.segments, rank, size)):
@@ -482,8 +531,8 @@ class Aggregator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over state saved by `state_dict` on the same rank of a group of the same size. Nothing is changed when an error is raised."""
-        if state.get("format") != 1:
-            raise CompressionError(f"this is not a state of format 1 of hvd_ecsgd: format {state.get('format')!r}.")
+        if not isinstance(state, Mapping) or state.get("format") != 1 or not {"method", "rank", "size", "step", "undone", "parameters"} <= set(state):
+            raise CompressionError(f"this is not a state of format 1 that compression.state_dict() returned: {state!r:.80}")
         if state["method"] != repr(self.method):
             raise CompressionError(
                 f"the state was saved by another method.\n  saved: {state['method']}\n  now:   {self.method!r}\nBind with the saved "
@@ -495,7 +544,7 @@ class Aggregator:
                 f"the state was saved by rank {state['rank']} of {state['size']}, and this is rank {rank} of {size}. Residuals belong to "
                 "their rank: save one file per rank and load one's own."
             )
-        staged: list[tuple[Bucket, State, State, float | None]] = []
+        staged: list[tuple[Bucket, State, State, Mapping[str, Any]]] = []
         saved = state["parameters"]
         unknown = sorted(set(saved) - {name for name, _ in self.named})
         if unknown:
@@ -519,9 +568,10 @@ class Aggregator:
                                 f"{value.numel() if isinstance(value, torch.Tensor) else value!r}."
                             )
                         part.copy_(value.reshape(-1))
-            staged.append((bucket, feedback_state, exchange_state, saved[present[0]]["previous_lr"]))
-        for bucket, feedback_state, exchange_state, previous_lr in staged:
-            bucket.state, bucket.exchange_state, bucket.previous_lr = feedback_state, exchange_state, previous_lr
+            staged.append((bucket, feedback_state, exchange_state, saved[present[0]]))
+        for bucket, feedback_state, exchange_state, entry in staged:
+            bucket.state, bucket.exchange_state = feedback_state, exchange_state
+            bucket.previous_lr, bucket.previous_loss_scale = entry["previous_lr"], entry["previous_loss_scale"]
             feedback = bucket.method.feedback
             if feedback.shifts:
                 with torch.no_grad():

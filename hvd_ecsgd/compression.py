@@ -7,6 +7,8 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -226,7 +228,8 @@ class _Bare:
 
     def __call__(self, *, error_feedback: bool = False, **options: Any) -> Compression:
         exchange = TwoPass(server_feedback=error_feedback) if self._dtype == torch.bfloat16 else AllReduce()
-        return Compression(self._compressor, _feedback(error_feedback), exchange, **options)
+        compressor = replace(self._compressor, saturate=error_feedback) if isinstance(self._compressor, Cast) else self._compressor
+        return Compression(compressor, _feedback(error_feedback), exchange, **options)
 
     def bind(self, model: Named, process_set: Any = None) -> BoundCompression:
         """As `none().bind(model)`."""
@@ -260,6 +263,13 @@ class BoundCompression:
         self.method = method
         self._process_set = process_set
         self.named, self._frozen = _checked(model)
+        self.ids = frozenset(id(p) for _, p in self.named)
+        self._scaler: Any = None
+        # Two models may use the same names: number the binds of one table of names, which every rank does in the same order.
+        table = blake2b(repr([(n, tuple(p.shape)) for n, p in self.named]).encode(), digest_size=4).hexdigest()
+        with _claims_lock:
+            self._prefix = f"hvd_ecsgd.{table}.{_binds.get(table, 0)}"
+            _binds[table] = _binds.get(table, 0) + 1
         self._aggregator: Aggregator | None = None
         self._slot: HorovodSlot | None = None
         self._waiting: Mapping[str, Any] | None = None
@@ -289,10 +299,11 @@ class BoundCompression:
                 raise CompressionError("this compression object belongs to another optimizer; bind one for each.")
             if self.method.feedback.applies_update:
                 raise CompressionError(self._own_optimizer_message())
-            transport = SlotTransport(self._process_set)
+            transport = SlotTransport(self._process_set, self._prefix)
             aggregator = Aggregator(self.method, self.named, rank=transport.rank, size=transport.size, settings=self._settings)
             self.adopt(aggregator)
             self._slot = HorovodSlot(aggregator, transport, self._frozen, self._check_skip)
+            _claim(self)
         return self._slot
 
     def _check_skip(self, name: str) -> None:
@@ -314,10 +325,14 @@ class BoundCompression:
             "with momentum= and weight_decay= given to the preset (0 is a value) and 0 in the optimizer."
         )
 
-    def step_refused(self) -> str | None:
-        """Why a step of an optimizer that is not ours must not happen, or None."""
-        if self._aggregator is not None:
-            return None
+    def before_step(self) -> None:
+        """Before a step of an optimizer that is not ours: raise when it must not happen, and make it none when it was undone."""
+        if self._slot is not None:
+            self._slot.drop_undone()
+        if self._aggregator is None and self.method.feedback.owns_momentum:
+            raise CompressionError(self._refusal())
+
+    def _refusal(self) -> str:
         if self.method.feedback.applies_update:
             return self._own_optimizer_message()
         return (
@@ -328,13 +343,16 @@ class BoundCompression:
 
     # -- hyper-parameters --------------------------------------------------------------------------------------------------------
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> BoundCompression:
+    def attach(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> BoundCompression:
         """Read learning rates live from `optimizer` (Horovod's, the one that steps). May be called again. Returns self.
+
+        `scaler`: the GradScaler that scales the loss, so that residuals follow its scale.
 
         Own optimizers attach by themselves. Without it, methods in gradient units assume a constant learning rate and say so once.
         Raises `CompressionError` when the optimizer holds none of the bound parameters, for a method that applies the update itself, and
         for momentum both in the method and in the optimizer (looked at again in every step).
         """
+        self._scaler = scaler if scaler is not None else self._scaler
         ours: object = getattr(optimizer, "compression", None)
         if ours is self:  # ours: attached already
             return self
@@ -353,6 +371,11 @@ class BoundCompression:
         self._optimizer = optimizer
         return self
 
+    @property
+    def loss_scale(self) -> float:
+        """What gradients are multiplied by now; 1 without a scaler."""
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
     def _settings(self, bucket: Bucket) -> GroupSettings:
         feedback = self.method.feedback
         if self._optimizer is None:
@@ -366,12 +389,12 @@ class BoundCompression:
                 warnings.warn(
                     "the learning rate is taken to be constant; call compression.attach(optimizer) if it changes.", UserWarning, stacklevel=2
                 )
-            return GroupSettings()
+            return GroupSettings(loss_scale=self.loss_scale)
         parameter = bucket.parameters[0]
         for g, group in enumerate(self._optimizer.param_groups):  # looked up live: load_state_dict replaces the groups, add_param_group adds some
             if any(p is parameter for p in group["params"]):
                 feedback.check_group(group, f"param group {g}")
-                return GroupSettings(lr=float(group["lr"]))
+                return GroupSettings(lr=float(group["lr"]), loss_scale=self.loss_scale)
         raise CompressionError(
             f"parameter '{bucket.segments.names[0]}' is in no param group of the attached optimizer; attach the optimizer that trains it."
         )
@@ -405,7 +428,7 @@ class BoundCompression:
         Raises `CompressionError`, with nothing changed, when it does not fit.
         """
         if self._aggregator is None:
-            if state.get("format") == 1 and state["method"] != repr(self.method):  # say the commonest mistake at once
+            if not isinstance(state, Mapping) or state.get("method") != repr(self.method):  # say the commonest mistakes at once
                 Aggregator(self.method, self.named).load_state_dict(state)
             self._waiting = state
         else:
@@ -451,37 +474,37 @@ class _ShiftWarning:
         return _ShiftWarning(None)
 
 
-# With one process an unmodified Horovod never calls compress, and a method with momentum inside would vanish silently. So steps of optimizers that
-# are not ours are refused for parameters bound to such a method. The hook is registered at the first such bind and never removed: torch
-# iterates over its hooks unlocked.
+# Steps of optimizers that are not ours, for parameters of a method that must know. With one process an unmodified Horovod never calls compress,
+# and a method with momentum inside would vanish silently; and Horovod steps after an undone exchange. The hook is registered at the first such
+# bind and never removed: torch iterates over its hooks unlocked.
 _claims: dict[int, weakref.ref[BoundCompression]] = {}
 _claims_lock = threading.Lock()
 _claims_watched = False
+_binds: dict[str, int] = {}
 
 
 def _claim(bound: BoundCompression) -> None:
     global _claims_watched
     with _claims_lock:
         if not _claims_watched:
-            register_optimizer_step_pre_hook(_refuse_claimed)
+            register_optimizer_step_pre_hook(_before_step)
             _claims_watched = True
         for _, parameter in bound.named:
             _claims[id(parameter)] = weakref.ref(bound)
 
 
-def _refuse_claimed(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    claimed: dict[int, BoundCompression] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             claim = _claims.get(id(parameter))
-            if claim is None:
-                continue
-            bound = claim()
-            if bound is None or not any(p is parameter for _, p in bound.named):  # gone, and the id is used again
+            bound = None if claim is None else claim()
+            if bound is not None and id(parameter) in bound.ids:  # while it lives it holds its parameters, so the id is theirs
+                claimed[id(bound)] = bound
+            elif claim is not None:
                 _claims.pop(id(parameter), None)
-                continue
-            why = bound.step_refused()
-            if why is not None:
-                raise CompressionError(why)
+    for bound in claimed.values():
+        bound.before_step()
 
 
 AnyCompression = _Bare | Compression | BoundCompression
@@ -498,6 +521,8 @@ def bind(compression: AnyCompression, named: Named) -> BoundCompression:
 
 def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[tuple[str, torch.nn.Parameter]]]:
     """(trainable, frozen) pairs, or an error that names the parameter."""
+    if not isinstance(model, (torch.nn.Module, Iterable)):
+        raise CompressionError(f"bind(): expected a module or (name, parameter) pairs such as model.named_parameters(), got {model!r:.100}.")
     pairs = list(model.named_parameters()) if isinstance(model, torch.nn.Module) else list(model)
     names: set[str] = set()
     owners: dict[int, str] = {}

@@ -5,8 +5,8 @@ calls `decompress` for each. A summable payload is returned from `compress` and 
 named collectives are started in `compress`, and finished at the first `decompress` of the step, all of them together, since waiting
 parameter by parameter would deadlock.
 
-Every payload ends in three elements (c, c², 1) with a small integer c that depends on settings and step. After the reduction, a non-zero variance
-of c is seen by every rank; the last element tells what Horovod multiplied by (1 for Average, n for Sum).
+Every payload ends in four bits of a hash of settings and step, as zeros and ones, and a one. After the reduction a bit that is neither 0 nor that of
+the one differed somewhere, which every rank sees; the one tells what Horovod multiplied by (1 for Average, n for Sum).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .transport.horovod import SlotHandle, SlotTransport
 
 __all__ = ["HorovodSlot"]
 
-_TAIL = 3
+_BITS = 4
+_TAIL = _BITS + 1
 
 
 @dataclass
@@ -62,6 +63,18 @@ class HorovodSlot:
         self._in_backward = False
         self._written: dict[str, weakref.ref[torch.Tensor]] = {}
         self._decompressed = 0
+        self._accumulated = False
+        self._undone = False
+        this = weakref.ref(self)
+
+        def accumulated(parameter: torch.Tensor) -> None:
+            slot = this()
+            if slot is not None:
+                slot._accumulated = True
+
+        for _, parameter in aggregator.named:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
 
     # -- compress ----------------------------------------------------------------------------------------------------------------
 
@@ -84,23 +97,24 @@ class HorovodSlot:
         in_place = gradient.is_contiguous() and gradient.dtype == bucket.segments.dtype
         reduction = self.aggregator.start(bucket, [gradient], self.transport, gradient.view(-1) if in_place else None)
         pending = self._pending[name] = _Pending(name, gradient, reduction)
-        c = self.aggregator.settings_hash()
+        c = self.aggregator.settings_hash(bucket)
+        tail = [float(c >> i & 1) for i in range(_BITS)] + [1.0]
         handle = None if reduction is None else reduction.pending
         if not isinstance(handle, SlotHandle):
-            return torch.tensor([c, c * c, 1.0], device=gradient.device), pending
+            return torch.tensor(tail, device=gradient.device), pending
         payload = handle.payload
-        if payload.dtype == torch.float16:
-            c = (c - 1) % 4 + 1  # sums of squares stay exact in half precision
-        return torch.cat([payload, torch.tensor([c, c * c, 1.0], dtype=payload.dtype, device=payload.device)]), pending
+        return torch.cat([payload, torch.tensor(tail, dtype=payload.dtype, device=payload.device)]), pending
 
     def _begin_step(self, name: str, gradient: torch.Tensor) -> None:
         self.aggregator.use(self.transport)
         self._in_backward = _inside_backward()
         written = self._written.get(name)
-        if not self._in_backward and written is not None and written() is gradient and bool(gradient.any()):
+        self._undone = False
+        computed = self._in_backward or self._accumulated
+        if not computed and written is not None and written() is gradient and bool(gradient.any()):
             raise CompressionError(
                 f"the gradient of parameter '{name}' was averaged already, and no backward pass has run since. After optimizer.synchronize(), "
-                "call optimizer.step() inside `with optimizer.skip_synchronize():`."
+                "call optimizer.step() inside `with optimizer.skip_synchronize():`. (Writing gradients by hand? Call zero_grad() first.)"
             )
 
     def _name_of(self, gradient: torch.Tensor) -> str:
@@ -155,6 +169,8 @@ class HorovodSlot:
                 self._check_skip(pending.name)
             if reduction.out.data_ptr() != gradient.data_ptr():
                 gradient.copy_(reduction.out.view(gradient.shape))
+            if not reduction.bucket.parameters[0].requires_grad:
+                gradient.zero_()  # frozen since: what is left of it in the residual must not move it
         self._written[pending.name] = weakref.ref(gradient)
         self._decompressed += 1
         if self._decompressed == len(self._pending):
@@ -166,15 +182,24 @@ class HorovodSlot:
         self._pending = {}
         self._decompressed = 0
         self._draining = False
-        self.aggregator.finish_step(reductions, gradients_gone=True)
+        self._accumulated = False
+        self._undone = not self.aggregator.finish_step(reductions, gradients_gone=True)
+
+    def drop_undone(self) -> None:
+        """Before the inner optimizer steps: take away the gradients of an undone step, so that it changes nothing, momentum included."""
+        if not self._undone:
+            return
+        self._undone = False
+        for name, parameter in self.aggregator.named:
+            written = self._written.get(name)
+            if parameter.grad is not None and written is not None and written() is parameter.grad:
+                parameter.grad = None
 
     def _check(self, reduced: torch.Tensor, name: str) -> float:
-        """Raise on every rank when c differed anywhere; return the factor that Horovod applied to a sum of ones, over n."""
-        mean, mean_square, factor = reduced[-_TAIL:].tolist()
-        variance = mean_square / factor - (mean / factor) ** 2 if factor else float("nan")
-        # n ranks, one of which differs by 1: the variance is (n-1)/n². Rounding is below 16²·1e-6, in half precision 4²·1e-3.
-        tolerance = max(0.25 / self.transport.size, 0.02 if reduced.dtype == torch.float16 else 0.0)
-        if not variance <= tolerance:
+        """Raise on every rank when a bit differed anywhere; return the factor that Horovod applied to a sum of ones, over n."""
+        *bits, factor = reduced[-_TAIL:].tolist()
+        # n ranks, one of which differs: a bit's share is 1/n or 1 - 1/n. Sums of zeros and ones are exact, also in half precision.
+        if not factor or not all(min(abs(bit / factor), abs(bit / factor - 1)) <= 0.4 / self.transport.size for bit in bits):
             raise DisagreementError(
                 f"parameter '{name}': ranks compressed with different settings or at different steps (seen by every rank). "
                 "Use the same Compression arguments everywhere, and load the same step's state on every rank."

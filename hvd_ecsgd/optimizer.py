@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .aggregator import Aggregator, Bucket, GroupSettings, Reduction, drive
 from .compression import AnyCompression, BoundCompression, Compression, bind
@@ -51,6 +54,11 @@ def DistributedOptimizer(
     wrapped.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
     wrapped._setup(optimizer, named_parameters, compression, transport, backward_passes_per_step, bucket_bytes, sum_gradients, sparse_as_dense)
     return wrapped
+
+
+# Parameter → the optimizer that listens to its gradients: making a new one for the same parameters retires the old.
+_wrapped: Any = WeakTensorKeyDictionary()
+_wrapped_lock = threading.Lock()
 
 
 class _Distributed(torch.optim.Optimizer):
@@ -112,6 +120,12 @@ class _Distributed(torch.optim.Optimizer):
             bucket_bytes=bucket_bytes,
             group_of=lambda p: owned[id(p)][0],
             settings=self._settings,
+            transport=transport,
+            also={
+                "optimizer": type(inner).__name__,
+                "gradients": "summed" if sum_gradients else "averaged",
+                "backward_passes_per_step": passes,
+            },
         )
         self.compression.adopt(self._aggregator)
         self._bound_ids = {id(p) for _, p in trained}
@@ -124,21 +138,43 @@ class _Distributed(torch.optim.Optimizer):
         self._comparison: Callable[[], None]
         self._should_synchronize = True
         self._reset_counts()
-        for _, parameter in trained:
-            parameter.register_post_accumulate_grad_hook(self._gradient_ready)  # type: ignore[no-untyped-call]
+        self._in_flight: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._hooks: list[Any] = []
+        with _wrapped_lock:
+            for _, parameter in trained:
+                before = _wrapped.get(parameter)
+                old = None if before is None else before()
+                if old is not None:
+                    old._release()
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient_ready))  # type: ignore[no-untyped-call]
+                _wrapped[parameter] = weakref.ref(self)
+
+    def _release(self) -> None:
+        """Another optimizer has taken over the parameters: listen to their gradients no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._started.clear()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise CompressionError("a distributed optimizer cannot be copied: its hooks and residuals belong to one model. Copy its state_dict().")
 
     # -- settings ----------------------------------------------------------------------------------------------------------------
 
     def _settings(self, bucket: Bucket) -> GroupSettings:
         group = self.param_groups[bucket.group]
         return GroupSettings(
-            float(group["lr"]), float(group.get("momentum", 0.0)), float(group.get("weight_decay", 0.0)), bool(group.get("nesterov", False))
+            float(group["lr"]),
+            float(group.get("momentum", 0.0)),
+            float(group.get("weight_decay", 0.0)),
+            bool(group.get("nesterov", False)),
+            self.compression.loss_scale,
         )
 
     def _check_optimizer(self) -> None:
         """What the optimizer would do beyond the method, or a second time, is an error, not silently different."""
         method = self.compression.method.feedback
-        if self._updates and not isinstance(self, torch.optim.SGD):
+        if self._updates and type(self._inner).step is not torch.optim.SGD.step:
             raise CompressionError(
                 f"{method} works with torch.optim.SGD, whose lr, momentum and weight_decay it applies itself; got {type(self._inner).__name__}."
             )
@@ -177,6 +213,7 @@ class _Distributed(torch.optim.Optimizer):
                 self._aggregator.use(self._transport)
                 self._comparison = self._aggregator.compare(self._transport)
             gradients = [self._gradient(p) for p in bucket.parameters]
+            self._in_flight += [(p, p.grad, p.grad._version) for p in bucket.parameters if p.grad is not None]
             self._started.append(self._aggregator.start(bucket, gradients, self._transport))
 
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -201,16 +238,22 @@ class _Distributed(torch.optim.Optimizer):
                 "synchronize(): this step's exchange is done already. Call step() inside `with optimizer.skip_synchronize():` after synchronize()."
             )
         self._start_ready(everything=True)
+        self._check_untouched()
         started, self._started = self._started, []
         self._reset_counts()
         reductions = [r for r in started if r is not None]
-        drive(reductions)
         self._comparison()
+        drive(reductions)
         self._stands = self._aggregator.finish_step(reductions)
         self._results = reductions
         # A step that nobody sent anything in must not move the model by the optimizer's momentum and weight decay either.
         self._silent = self._stands and bool(reductions) and all(r.task.skipped for r in reductions)
         if self._updates:
+            for done in reductions:
+                assert done.out is not None
+                for p, update in zip(done.bucket.parameters, done.bucket.segments.views(done.out), strict=True):
+                    if not p.requires_grad:
+                        update.zero_()
             return
         for bucket, reduction in zip(self._aggregator.buckets, started, strict=True):
             if reduction is None:  # learning rate 0
@@ -225,7 +268,19 @@ class _Distributed(torch.optim.Optimizer):
             if self._sum:
                 reduction.out.mul_(self._transport.size)
             for p, mean in zip(bucket.parameters, bucket.segments.shaped_views(reduction.out), strict=True):
-                p.grad = mean if mean.dtype == p.dtype else mean.to(p.dtype)
+                # Frozen since: what is left of it in the residual must not move it.
+                p.grad = None if not p.requires_grad else mean if mean.dtype == p.dtype else mean.to(p.dtype)
+
+    def _check_untouched(self) -> None:
+        """Gradients clipped or scaled after their exchange had started would be ignored without a word."""
+        in_flight, self._in_flight = self._in_flight, []
+        for parameter, gradient, version in in_flight:
+            if parameter.grad is not gradient or gradient._version != version:
+                name = next(n for n, p in self._aggregator.named if p is parameter)
+                raise CompressionError(
+                    f"the gradient of parameter '{name}' was changed after its exchange had started in the backward pass. Change gradients "
+                    "(clipping, scaling) after optimizer.synchronize(), then call optimizer.step() inside `with optimizer.skip_synchronize():`."
+                )
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -266,7 +321,7 @@ class _Distributed(torch.optim.Optimizer):
         if self._started:
             raise CompressionError(
                 "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
-                "Call it after step()."
+                "Call it after step(). (After an exception in the backward pass, make a new DistributedOptimizer.)"
             )
         self._results = None
         super().zero_grad(set_to_none)

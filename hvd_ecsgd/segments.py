@@ -133,13 +133,15 @@ class Key:
     """Names one draw of randomness: (seed, step, stage[, rank]) and, from the segment, parameter name and piece.
 
     Counter-based: the same key gives the same numbers in any process and order, so a resumed or skipped step cannot bring ranks apart.
-    `rank` is None for randomness shared by all ranks. `stage` tells the passes of an exchange apart.
+    `rank` is None for randomness shared by all ranks. `stage` tells the passes of an exchange apart. `size`, the number of workers, is no part
+    of the draw.
     """
 
     seed: int
     step: int
     rank: int | None = None
     stage: str = ""
+    size: int = 1
 
     def bits(self, segment: Segment, label: str = "") -> int:
         """64 uniform bits for this segment."""

@@ -49,7 +49,7 @@ def DistributedOptimizer(
         optimizer,
         named_parameters,
         compression,
-        transport=runtime.transport(),
+        transport=runtime.new_transport(),
         backward_passes_per_step=backward_passes_per_step,
         sum_gradients=op == Sum,
         sparse_as_dense=sparse_as_dense,

@@ -36,6 +36,7 @@ class Context:
 
 
 _context: Context | None = None
+_optimizers: list[MPITransport] = []
 _exit_registered = False
 _previous_hook = sys.excepthook
 
@@ -90,6 +91,9 @@ def shutdown() -> None:
         sys.excepthook = _previous_hook
     if not MPI.Is_finalized():
         closing.negotiator.close()
+        for made in _optimizers:
+            made.close()
+        _optimizers.clear()
         closing.transport.close()
         closing.comm.Free()
 
@@ -113,6 +117,18 @@ def transport() -> MPITransport:
     flight, nor the other way round: between an optimizer's step and `synchronize` of a handle, all ranks wait in the same order.
     """
     return context().transport
+
+
+def new_transport() -> MPITransport:
+    """A transport of its own for one optimizer, so that two of them need not start their exchanges in the same order on all ranks.
+
+    Collective; every rank makes its optimizers in the same order. Closed by `shutdown`. Raises ValueError before init().
+    """
+    from .transport import MPITransport
+
+    made = MPITransport(context().comm)
+    _optimizers.append(made)
+    return made
 
 
 def _communicator(comm: MPI.Comm | Sequence[int] | None) -> MPI.Comm:

@@ -23,10 +23,13 @@ class Cast(Operator):
 
     Payload: the rounded elements of all segments, in that type. A finite element beyond the type's range (±65504, ±3.39e38) is sent as inf, so
     that every rank sees the overflow, and stays whole in the residual. The sum of an all-reduce can overflow too, with the same effect.
+    `saturate` (with feedback): an element beyond 1/n of the range is sent as that, so that a sum over n workers stays finite, and what is cut
+    off stays in the residual; without it one overflow would come back with the residual for ever.
     bfloat16 sums in an all-reduce of our own transports only; Horovod has none, see `Compression.bf16`.
     """
 
     dtype: torch.dtype = torch.float16
+    saturate: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float16, torch.bfloat16):
@@ -50,7 +53,12 @@ class Cast(Operator):
         at = 0
         for view in segments.views(buffer):
             part = payload[at : at + view.numel()]
-            part.copy_(view)
+            if self.saturate:
+                info = torch.finfo(self.dtype)
+                limit = info.max / key.size * (1 - info.eps)  # rounding must not push it back over
+                part.copy_(view.clamp(-limit, limit))
+            else:
+                part.copy_(view)
             view.sub_(part if all_finite(part) else part.nan_to_num(0.0, 0.0, 0.0))
             at += view.numel()
         return payload

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from ..errors import CompressionError
 from ..protocols import Compressor, State, Steps, Task, Traffic, poison
 from ..segments import Segments
 from ..transport.base import Transport
@@ -53,16 +54,22 @@ def answer_(task: Task, server: Compressor, mine: Segments) -> torch.Tensor:
 class TwoPass:
     """Every segment is cut in n pieces; rank r is the server of the r-th pieces.
 
-    Pass 1 (all-to-all): the worker sends C(v_i), piece by piece. The server of a piece forms v = mean_i C(v_i) + (η_{t-1}/η_t)·E, sends D(v) in
-    pass 2
-    (all-gather) and keeps E = v − D(v). `server_compressor` D is C by default; `server_feedback=False` forgets E. Payload per worker does not
-    grow with n. Equal to a central server that compresses piece by piece. Tang et al. 2019: DoubleSqueeze, algorithm 1.
+    Pass 1 (all-to-all): the worker sends C(v_i), piece by piece. The server of a piece forms v = mean_i C(v_i) + (η_{t-1}/η_t)·E, sends D(v)
+    in pass 2 (all-gather) and keeps E = v − D(v). `server_compressor` D is C by default; `server_feedback=False` forgets E. Payload per worker
+    does not grow with n. Equal to a central server that compresses piece by piece. Tang et al. 2019: DoubleSqueeze, algorithm 1.
 
     State: `server_residual` (gradient or update units, like the worker's), over this rank's pieces.
     """
 
     server_compressor: Compressor | None = None
     server_feedback: bool = True
+
+    def __post_init__(self) -> None:
+        server = self.server_compressor
+        if server is not None and (isinstance(server, type) or not isinstance(server, Compressor)):
+            raise CompressionError(f"server_compressor: expected an instance from hvd_ecsgd.compressors, or None for the worker's, got {server!r}.")
+        if not isinstance(self.server_feedback, bool):
+            raise CompressionError(f"server_feedback must be True or False, got {self.server_feedback!r}.")
 
     def check(self, compressor: Compressor) -> None:
         """Any compressor can travel this way, on either side; the server's must bear feedback when the server has it."""

@@ -62,12 +62,12 @@ class _HorovodHandle(Generic[T]):
 
 
 class HorovodTransport:
-    """Collectives of `horovod.torch`, matched by name (prefix `hvd_ecsgd.`), so ranks may start them in different orders.
+    """Collectives of `horovod.torch`, matched by name (starting with `prefix`), so ranks may start them in different orders.
 
     `process_set`: a `horovod.torch.ProcessSet`; all processes by default.
     """
 
-    def __init__(self, process_set: Any = None) -> None:
+    def __init__(self, process_set: Any = None, prefix: str = "hvd_ecsgd") -> None:
         try:
             import horovod.torch as hvd
         except ImportError as error:
@@ -78,6 +78,7 @@ class HorovodTransport:
         if not hvd.is_initialized():
             raise TransportError("Horovod is not initialised; call hvd.init() before training.")
         self._hvd = hvd
+        self._prefix = prefix
         self._set = hvd.global_process_set if process_set is None else process_set
         self._options = {"process_set": self._set}
         self.rank: int = self._set.rank()
@@ -89,16 +90,16 @@ class HorovodTransport:
 
     def allreduce_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
         _refuse_bfloat16(t, name)
-        handle = self._hvd.allreduce_async_(t, name=f"hvd_ecsgd.{name}", op=self._hvd.Sum, **self._options)
+        handle = self._hvd.allreduce_async_(t, name=f"{self._prefix}.{name}", op=self._hvd.Sum, **self._options)
         return _HorovodHandle(self._hvd, handle, lambda result: t)
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         wire, width = _wired(t)
-        data = self._hvd.allgather_async(wire, name=f"hvd_ecsgd.{name}", **self._options)
+        data = self._hvd.allgather_async(wire, name=f"{self._prefix}.{name}", **self._options)
         if sizes is not None:
             known = [width * n for n in sizes]
             return _HorovodHandle(self._hvd, data, lambda result: _parts(result, known, t))
-        rows = self._hvd.allgather_async(torch.tensor([wire.shape[0]]), name=f"hvd_ecsgd.{name}.rows", **self._options)
+        rows = self._hvd.allgather_async(torch.tensor([wire.shape[0]]), name=f"{self._prefix}.{name}.rows", **self._options)
         return _HorovodHandle(self._hvd, data, lambda result: _parts(result, self._hvd.synchronize(rows).tolist(), t))
 
     def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
@@ -106,19 +107,19 @@ class HorovodTransport:
             raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be {self.size} numbers that add up to {t.shape[0]} rows.")
         wire, width = _wired(t)
         rows = torch.tensor([width * n for n in splits], dtype=torch.int32)
-        handle = self._hvd.alltoall_async(wire, splits=rows, name=f"hvd_ecsgd.{name}", **self._options)
+        handle = self._hvd.alltoall_async(wire, splits=rows, name=f"{self._prefix}.{name}", **self._options)
         return _HorovodHandle(self._hvd, handle, lambda result: _parts(result[0], result[1].tolist(), t))
 
     def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:
         # Horovod has no point-to-point call; an all-to-all with one non-empty split moves the same bytes.
         flat = t.reshape(-1)
         splits = [flat.numel() if r == peer else 0 for r in range(self.size)]
-        handle = self._hvd.alltoall_async(flat, splits=torch.tensor(splits, dtype=torch.int32), name=f"hvd_ecsgd.{name}", **self._options)
+        handle = self._hvd.alltoall_async(flat, splits=torch.tensor(splits, dtype=torch.int32), name=f"{self._prefix}.{name}", **self._options)
         return _HorovodHandle(self._hvd, handle, lambda result: result[0].view(t.shape))
 
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         ranks = getattr(self._set, "ranks", None)  # Horovod wants the global rank, also in a process set
-        handle = self._hvd.broadcast_async_(t, ranks[root] if ranks else root, name=f"hvd_ecsgd.{name}", **self._options)
+        handle = self._hvd.broadcast_async_(t, ranks[root] if ranks else root, name=f"{self._prefix}.{name}", **self._options)
         return _HorovodHandle(self._hvd, handle, lambda result: t)
 
     def barrier(self) -> None:

@@ -27,9 +27,10 @@ def everyones(what):
 steps(3)
 shifted = everyones("local")
 assert not torch.equal(shifted[0], shifted[1]), "the control: workers are at different points"
-if hvd.rank() == 0:
-    model.weight.data.fill_(5.0)  # behind torch's back: only the broadcast can tell
-hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+with compression.at("averaged"):
+    if hvd.rank() == 0:
+        model.weight.data.fill_(5.0)  # behind torch's back: only the broadcast can tell
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 steps(1)
 x = everyones("averaged")
 assert torch.equal(x[0], x[1])
@@ -37,7 +38,12 @@ assert (x[0] - 5).abs().max() < 1, "the step went on from what was broadcast"
 steps(2)
 x = everyones("averaged")
 assert torch.equal(x[0], x[1])
-print("ok", hvd.rank())
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+try:
+    steps(1)
+except ValueError as error:
+    assert "averaged" in str(error)
+    print("ok", hvd.rank())
 """
 
 
