@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ __all__ = ["Aggregator", "Bucket", "GroupSettings", "Method", "Reduction", "driv
 
 _DIGEST = 16
 """Bytes of the hash of settings and step that ranks compare."""
+
+_PATIENCE = 5.0
+"""Seconds that the first step waits for the other ranks' settings before it sends its own payloads."""
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -214,6 +218,7 @@ class Aggregator:
         self._moved = False
         self._transport = transport
         self._agreed = False
+        self._agreement: Handle[list[torch.Tensor]] | None = None
         self._also = dict(also or {})
         self._method_text = repr(method)
         nothing = Segments(())
@@ -252,11 +257,27 @@ class Aggregator:
     # -- one step ----------------------------------------------------------------------------------------------------------------
 
     def use(self, transport: Transport) -> None:
-        """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective)."""
+        """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective).
+
+        It waits for the other ranks, but not for ever: with two models in one backward pass another rank may be waiting in the other one.
+        `settle` then finishes the comparison.
+        """
         self._transport = transport
-        if not self._agreed:
-            self._agreed = True
-            self._raise_on_difference(transport, transport.allgather(self._digest(), "agreement", [_DIGEST] * transport.size))
+        if self._agreed:
+            return
+        self._agreed = True
+        self._agreement = transport.allgather(self._digest(), "agreement", [_DIGEST] * transport.size)
+        give_up = time.monotonic() + _PATIENCE
+        while not self._agreement.done() and time.monotonic() < give_up:
+            time.sleep(0.001)
+        if self._agreement.done():
+            self.settle()
+
+    def settle(self) -> None:
+        """Finish the first comparison, before anything received is used. Raises `DisagreementError` on every rank."""
+        agreement, self._agreement = self._agreement, None
+        if agreement is not None:
+            self._raise_on_difference(self.transport, agreement)
 
     def compare(self, transport: Transport) -> Callable[[], None]:
         """Start to compare settings, hyper-parameters and step across ranks; the function returned raises `DisagreementError` on every rank.

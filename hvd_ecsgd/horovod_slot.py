@@ -151,6 +151,7 @@ class HorovodSlot:
             raise CompressionError(f"parameter '{pending.name}': decompress() was called with a context of another step.")
         if not self._draining:
             self._draining = True
+            self.aggregator.settle()
             drive(p.reduction for p in self._pending.values() if p.reduction is not None and not isinstance(p.reduction.pending, SlotHandle))
         factor = self._check(reduced, pending.name)
         gradient, reduction = pending.gradient, pending.reduction

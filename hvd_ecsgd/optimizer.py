@@ -242,6 +242,7 @@ class _Distributed(torch.optim.Optimizer):
         started, self._started = self._started, []
         self._reset_counts()
         reductions = [r for r in started if r is not None]
+        self._aggregator.settle()
         self._comparison()
         drive(reductions)
         self._stands = self._aggregator.finish_step(reductions)

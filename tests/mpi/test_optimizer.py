@@ -49,3 +49,36 @@ except ValueError as error:
 
 def test_a_broadcast_in_the_middle_of_training_is_taken_over_by_def() -> None:
     assert "ok 0" in mpirun(2, BROADCAST)
+
+
+TWO_MODELS = """
+import torch, mpi_backend as hvd
+hvd.init()
+
+def make():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 40)
+    return model, hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model.named_parameters(), hvd.Compression.top_k(4))
+
+(a, optimizer_a), (b, optimizer_b) = make(), make()
+x = torch.randn(8, 40, generator=torch.Generator().manual_seed(hvd.rank()))
+for t in range(4):
+    optimizer_a.zero_grad()
+    optimizer_b.zero_grad()
+    first, second = (a, b) if hvd.rank() == 0 else (b, a)
+    loss = first(x).square().mean()
+    if t != 2 or hvd.rank() == 0:  # and once one rank does not use one of the models
+        loss = loss + second(x).abs().mean()
+    loss.backward()
+    optimizer_a.step()
+    optimizer_b.step()
+for model in (a, b):
+    weights = hvd.allgather(model.weight.detach()[None])
+    assert torch.equal(weights[0], weights[1])
+assert not torch.equal(a.weight, b.weight)
+print("ok", hvd.rank())
+"""
+
+
+def test_two_models_in_one_backward_pass_in_different_orders() -> None:
+    assert "ok 1" in mpirun(2, TWO_MODELS)
