@@ -105,7 +105,7 @@ def train(
     )
     compression.attach(optimizer)  # (+) follows the learning-rate schedule
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epochs // 2, epochs * 3 // 4])
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, epochs // 2), max(2, epochs * 3 // 4)])
 
     shuffle = torch.Generator().manual_seed(seed)
     steps = len(data.train_labels) // (batch * hvd.size())

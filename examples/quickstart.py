@@ -85,8 +85,8 @@ def main() -> None:
         plot(results, args.out / "quickstart.png")
         print(f"\n{table(results)}\n\nAll {hvd.size()} workers hold the same bits after every run. Plot: {args.out / 'quickstart.png'}")
         print(
-            "Seconds: all workers share this machine, where nothing is slower than memory, so dense is hard to beat here;\nwhat "
-            "compression saves is the megabytes, and on a slow link the time for them."
+            "Seconds: these workers share one machine, where sending is copying in memory and there is little to gain;\n"
+            "what compression saves is the megabytes, and on a slow link the time they take."
         )
 
 
