@@ -441,6 +441,11 @@ class BoundCompression:
         return self.aggregator.at(point)
 
     @property
+    def replicas(self) -> Literal["equal", "equal_at_x"]:
+        """What is equal on all ranks between steps: the parameters, or (DEF, SAEF) only x, which `at("averaged")` shows."""
+        return "equal_at_x" if self.method.feedback.shifts else "equal"
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes of this worker so far."""
         return self._aggregator.traffic if self._aggregator is not None else Traffic()

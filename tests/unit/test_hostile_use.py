@@ -197,3 +197,19 @@ def test_other_classes_and_types_are_refused() -> None:
     for state in (None, {}, {"format": 1}):
         with pytest.raises(CompressionError):
             Compression.top_k().bind(model).load_state_dict(state)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("compression", "replicas"), [(Compression.random_block(8), "equal"), (Compression.detached(8), "equal_at_x")])
+def test_what_a_method_says_of_its_replicas_is_so(compression: Compression, replicas: str) -> None:
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression, transport=transport)
+        train(model, optimizer, transport.rank, range(4))
+        between = weights(model)
+        with optimizer.compression.at("averaged"):
+            return optimizer.compression.replicas, between, weights(model)
+
+    (said, between, x), (_, other_between, other_x) = run_simulated(2, worker)
+    assert said == replicas
+    assert torch.equal(x, other_x)
+    assert torch.equal(between, other_between) == (replicas == "equal")
