@@ -266,8 +266,8 @@ def marker() -> Iterator[str]:
 def test_a_script_that_is_ended_leaves_no_processes(number: signal.Signals, stubborn: bool, marker: str) -> None:
     ignore = "trap '' INT TERM HUP;" if stubborn else ""
     command = source(f"END_AFTER=2; guarded bash -c \"{ignore} sleep {marker} & sleep {marker}; :\"; echo not reached")
-    # As at a terminal, SIGINT is not ignored in the script (a shell's `&` and some test runners ignore it).
-    script = subprocess.Popen(command, cwd=REPO, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    # As at a terminal, no signal is ignored in the script (a shell's `&`, nohup and some test runners ignore some, and bash cannot undo that).
+    script = subprocess.Popen(command, cwd=REPO, start_new_session=True, preexec_fn=heed_signals)
     try:
         wait_for(lambda: len(sleeping(marker)) == 2)
         script.send_signal(number)
@@ -277,6 +277,11 @@ def test_a_script_that_is_ended_leaves_no_processes(number: signal.Signals, stub
         script.kill()
         for process in sleeping(marker):
             process.kill()
+
+
+def heed_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def sleeping(marker: str) -> list[psutil.Process]:
