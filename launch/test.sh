@@ -7,7 +7,7 @@
 #   VENV=… PYTHON=… MPI=system TORCH_SPEC=…       as in launch/quickstart.sh
 #
 # Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1.
-# The first time takes about 10 minutes, most of it building Horovod; later the environment is there.
+# The first time takes about 20 minutes on 2 cores, 4 to 6 of them to build Horovod; later the environment is there.
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
