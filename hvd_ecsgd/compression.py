@@ -265,6 +265,7 @@ class BoundCompression:
         self.named, self._frozen = _checked(model)
         self.ids = frozenset(id(p) for _, p in self.named)
         self._scaler: Any = None
+        self._places: dict[int, tuple[int, int]] = {}
         # Two models may use the same names: number the binds of one table of names, which every rank does in the same order.
         table = blake2b(repr([(n, tuple(p.shape)) for n, p in self.named]).encode(), digest_size=4).hexdigest()
         with _claims_lock:
@@ -390,14 +391,26 @@ class BoundCompression:
                     "the learning rate is taken to be constant; call compression.attach(optimizer) if it changes.", UserWarning, stacklevel=2
                 )
             return GroupSettings(loss_scale=self.loss_scale)
-        parameter = bucket.parameters[0]
-        for g, group in enumerate(self._optimizer.param_groups):  # looked up live: load_state_dict replaces the groups, add_param_group adds some
-            if any(p is parameter for p in group["params"]):
-                feedback.check_group(group, f"param group {g}")
-                return GroupSettings(lr=float(group["lr"]), loss_scale=self.loss_scale)
+        g = self._group_index(bucket.parameters[0], self._optimizer.param_groups)
+        if g is not None:
+            group = self._optimizer.param_groups[g]
+            feedback.check_group(group, f"param group {g}")
+            return GroupSettings(lr=float(group["lr"]), loss_scale=self.loss_scale)
         raise CompressionError(
             f"parameter '{bucket.segments.names[0]}' is in no param group of the attached optimizer; attach the optimizer that trains it."
         )
+
+    def _group_index(self, parameter: torch.Tensor, groups: list[dict[str, Any]]) -> int | None:
+        """Looked up live, since load_state_dict replaces the groups and add_param_group adds some; where it was last time first."""
+        g, i = self._places.get(id(parameter), (0, 0))
+        if g < len(groups) and i < len(groups[g]["params"]) and groups[g]["params"][i] is parameter:
+            return g
+        for g, group in enumerate(groups):
+            for i, p in enumerate(group["params"]):
+                if p is parameter:
+                    self._places[id(parameter)] = (g, i)
+                    return g
+        return None
 
     # -- state -------------------------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,6 @@ class HorovodSlot:
             self._by_shape.setdefault(parameter.shape, []).append((name, parameter))
         self._pending: dict[str, _Pending] = {}
         self._draining = False
-        self._in_backward = False
         self._written: dict[str, weakref.ref[torch.Tensor]] = {}
         self._decompressed = 0
         self._accumulated = False
@@ -91,7 +90,6 @@ class HorovodSlot:
             )
         if not self._pending:
             self._begin_step(name, gradient)
-        self._in_backward = self._in_backward or _inside_backward()
 
         bucket = self._buckets[name]
         in_place = gradient.is_contiguous() and gradient.dtype == bucket.segments.dtype
@@ -107,10 +105,9 @@ class HorovodSlot:
 
     def _begin_step(self, name: str, gradient: torch.Tensor) -> None:
         self.aggregator.use(self.transport)
-        self._in_backward = _inside_backward()
         written = self._written.get(name)
         self._undone = False
-        computed = self._in_backward or self._accumulated
+        computed = _inside_backward() or self._accumulated
         if not computed and written is not None and written() is gradient and bool(gradient.any()):
             raise CompressionError(
                 f"the gradient of parameter '{name}' was averaged already, and no backward pass has run since. After optimizer.synchronize(), "

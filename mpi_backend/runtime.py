@@ -16,15 +16,14 @@ if TYPE_CHECKING:
     from .negotiation import Negotiator
     from .transport import MPITransport
 
-__all__ = ["Context", "context", "init", "is_initialized", "shutdown", "transport"]
+__all__ = ["Context", "context", "init", "is_initialized", "new_transport", "shutdown"]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What init() found out. `transport` is for the optimizer; the package's functions communicate through `negotiator`."""
+    """What init() found out. The package's functions communicate through `negotiator`; optimizers have transports of their own."""
 
     comm: MPI.Comm
-    transport: MPITransport
     negotiator: Negotiator
     rank: int
     size: int
@@ -61,7 +60,6 @@ def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
         atexit.register(_finalize)
 
     from .negotiation import Negotiator
-    from .transport import MPITransport
 
     own = _communicator(comm)
     rank, size = own.Get_rank(), own.Get_size()
@@ -72,7 +70,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
     homogeneous = len(set(own.allgather(local_size))) == 1
     local.Free()
     cross.Free()
-    _context = Context(own, MPITransport(own), Negotiator(own), rank, size, local_rank, local_size, cross_rank, cross_size, homogeneous)
+    _context = Context(own, Negotiator(own), rank, size, local_rank, local_size, cross_rank, cross_size, homogeneous)
     if not _exit_registered:
         atexit.register(shutdown)
         _exit_registered = True
@@ -94,7 +92,6 @@ def shutdown() -> None:
         for made in _optimizers:
             made.close()
         _optimizers.clear()
-        closing.transport.close()
         closing.comm.Free()
 
 
@@ -110,19 +107,12 @@ def context() -> Context:
     return _context
 
 
-def transport() -> MPITransport:
-    """The transport for an optimizer's exchanges. Raises ValueError before init().
-
-    Every rank must start the same collectives on it in the same order. Waiting for one does not carry on what the package's functions have in
-    flight, nor the other way round: between an optimizer's step and `synchronize` of a handle, all ranks wait in the same order.
-    """
-    return context().transport
-
-
 def new_transport() -> MPITransport:
     """A transport of its own for one optimizer, so that two of them need not start their exchanges in the same order on all ranks.
 
-    Collective; every rank makes its optimizers in the same order. Closed by `shutdown`. Raises ValueError before init().
+    Collective; every rank makes its optimizers in the same order. Closed by `shutdown`. Waiting in it does not carry on
+    what the package's functions have in flight: between an optimizer's step and `synchronize` of a handle, all ranks wait in the same order.
+    Raises ValueError before init().
     """
     from .transport import MPITransport
 
