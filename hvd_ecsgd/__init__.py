@@ -7,7 +7,7 @@
 Importing this package needs torch only; Horovod is imported when Horovod calls us.
 """
 
-from .compression import BoundCompression, Compression
+from .compression import BoundCompression, Compression, double_squeeze_comparison
 from .errors import CompressionError, DisagreementError, TransportError, UnboundParameterError
 from .optimizer import DistributedOptimizer
 from .version import __version__
@@ -21,4 +21,5 @@ __all__ = [
     "TransportError",
     "UnboundParameterError",
     "__version__",
+    "double_squeeze_comparison",
 ]

@@ -24,7 +24,7 @@ from .horovod_slot import HorovodSlot
 from .protocols import Compressor, Exchange, Feedback, Traffic
 from .transport.horovod import SlotTransport, horovod_is_running
 
-__all__ = ["AnyCompression", "BoundCompression", "Compression", "bind"]
+__all__ = ["AnyCompression", "BoundCompression", "Compression", "bind", "double_squeeze_comparison"]
 
 Named = torch.nn.Module | Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -251,6 +251,26 @@ class _Bare:
 Compression.none = _Bare(Identity(), None)
 Compression.fp16 = _Bare(Cast(), torch.float16)
 Compression.bf16 = _Bare(Cast(torch.bfloat16), torch.bfloat16)
+
+
+def double_squeeze_comparison(
+    compressor: Compressor | None = None, server_compressor: Compressor | None = None, **options: Any
+) -> dict[str, Compression]:
+    """The five methods that the DoubleSqueeze paper compares (Tang et al. 2019, section 5), by name, in the order of the paper's argument.
+
+    `vanilla`: no compression. `uncompensated`: compressed both ways, no feedback. `worker_only`: feedback on the worker, and the server compresses
+    again without. `mem_sgd`: feedback on the worker, and the server answers uncompressed (Stich et al. 2018). `double_squeeze`: feedback on both.
+    `compressor` and `server_compressor` are any pair, as in `Compression.double_squeeze`; `options` are those of every preset.
+    """
+    worker = Sign() if compressor is None else compressor
+    lossy_server, dense_server = TwoPass(server_compressor, server_feedback=False), TwoPass(Identity(), server_feedback=False)
+    return {
+        "vanilla": Compression.none(**options),
+        "uncompensated": Compression(worker, NoFeedback(), lossy_server, **options),
+        "worker_only": Compression(worker, ErrorFeedback(), lossy_server, **options),
+        "mem_sgd": Compression(worker, ErrorFeedback(), dense_server, **options),
+        "double_squeeze": Compression.double_squeeze(worker, server_compressor, **options),
+    }
 
 
 class BoundCompression:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_ecsgd import Compression
+from hvd_ecsgd import Compression, double_squeeze_comparison
 from hvd_ecsgd.compressors import (
     QSGD,
     BlockTopK,
@@ -25,7 +25,7 @@ from hvd_ecsgd.compressors import (
     TopK,
 )
 from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, NormBased, TwoPass
-from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum, NoFeedback
+from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum
 
 __all__ = ["CASES", "COMPRESSORS", "Case", "CompressorCase", "by_name", "bound_method", "ids"]
 
@@ -79,20 +79,9 @@ CASES: tuple[Case, ...] = (
     Case("double_squeeze", lambda: Compression.double_squeeze(), server_slots=1),
     Case("double_squeeze-everything", lambda: Compression.double_squeeze(**ALL), server_slots=1),
     Case("double_squeeze-top_k-random_block", lambda: Compression.double_squeeze(TopK(5), RandomBlock(4)), server_slots=1, draws=True),
-    Case("double_squeeze-dense_server", lambda: Compression.double_squeeze(TopK(5), Identity()), server_slots=1),
-    Case(
-        "double_squeeze-no_server_feedback",
-        lambda: Compression(Sign(), ErrorFeedback(), TwoPass(server_feedback=False)),
-        conserves=False,
-        converges=0.35,
-    ),
-    Case(
-        "double_squeeze-no_feedback",
-        lambda: Compression(Sign(), NoFeedback(), TwoPass(server_feedback=False)),
-        slots=0,
-        conserves=False,
-        converges=0.35,
-    ),
+    Case("double_squeeze-mem_sgd", lambda: double_squeeze_comparison(TopK(5))["mem_sgd"]),
+    Case("double_squeeze-worker_only", lambda: double_squeeze_comparison()["worker_only"], conserves=False, converges=0.35),
+    Case("double_squeeze-uncompensated", lambda: double_squeeze_comparison()["uncompensated"], slots=0, conserves=False, converges=0.35),
     Case("double_squeeze-local_momentum", lambda: Compression(Sign(), LocalMomentum(0.0), TwoPass()), slots=2, server_slots=1, stock_horovod=False),
     Case("bf16", lambda: Compression.bf16, slots=0, conserves=False),
     Case("bf16-feedback", lambda: Compression.bf16(error_feedback=True), server_slots=1),

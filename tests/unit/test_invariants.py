@@ -103,7 +103,7 @@ def test_without_the_ratio_of_learning_rates_it_is_lost(name: str, monkeypatch: 
     assert largest_violation(trajectory(by_name(name).make, LRS), LRS) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["top_k-no_feedback", "double_squeeze-no_server_feedback", "double_squeeze-no_feedback"])
+@pytest.mark.parametrize("name", ["top_k-no_feedback", "double_squeeze-worker_only", "double_squeeze-uncompensated"])
 def test_without_feedback_it_is_lost(name: str) -> None:
     """Control: methods that forget what they did not send violate the invariant."""
     assert largest_violation(trajectory(by_name(name).make, CONSTANT), CONSTANT) > 1e-3
