@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 import warnings
+import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,7 +29,10 @@ _DIGEST = 16
 """Bytes of the hash of settings and step that ranks compare."""
 
 _PATIENCE = 5.0
-"""Seconds that the first step waits for the other ranks' settings before it sends its own payloads."""
+"""Seconds that the first step waits for the other ranks' settings while another object here has its first step still to come."""
+
+_newcomers: weakref.WeakSet[Aggregator] = weakref.WeakSet()
+"""The living aggregators of this process that have not taken part in a step yet."""
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -217,8 +222,8 @@ class Aggregator:
         self._held = False
         self._moved = False
         self._transport = transport
-        self._agreed = False
         self._agreement: Handle[list[torch.Tensor]] | None = None
+        _newcomers.add(self)
         self._also = dict(also or {})
         self._method_text = repr(method)
         nothing = Segments(())
@@ -259,25 +264,26 @@ class Aggregator:
     def use(self, transport: Transport) -> None:
         """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective).
 
-        It waits for the other ranks, but not for ever: with two models in one backward pass another rank may be waiting in the other one.
-        `settle` then finishes the comparison.
+        It waits for the slowest rank, however long that loads its data. Only with two models in one backward pass another rank may be waiting
+        in the other one, so while another object of this process has its first step to come, patience ends and `settle` finishes the comparison.
         """
         self._transport = transport
-        if self._agreed:
+        if self not in _newcomers:
             return
-        self._agreed = True
-        self._agreement = transport.allgather(self._digest(), "agreement", [_DIGEST] * transport.size)
+        _newcomers.discard(self)
+        # The whole text, not its digest: a rank that sees a difference can tell at once, and needs nothing more from the others.
+        self._agreement = transport.allgather(self._packed_text(), "agreement")
         give_up = time.monotonic() + _PATIENCE
-        while not self._agreement.done() and time.monotonic() < give_up:
+        while _newcomers and not self._agreement.done() and time.monotonic() < give_up:
             time.sleep(0.001)
-        if self._agreement.done():
+        if not _newcomers or self._agreement.done():
             self.settle()
 
     def settle(self) -> None:
         """Finish the first comparison, before anything received is used. Raises `DisagreementError` on every rank."""
         agreement, self._agreement = self._agreement, None
         if agreement is not None:
-            self._raise_on_difference(self.transport, agreement)
+            self._raise_on_other_texts(agreement)
 
     def compare(self, transport: Transport) -> Callable[[], None]:
         """Start to compare settings, hyper-parameters and step across ranks; the function returned raises `DisagreementError` on every rank.
@@ -504,11 +510,20 @@ class Aggregator:
         if all(torch.equal(d, parts[0]) for d in parts):
             return
         # Seen by every rank, so all of them send their texts now.
+        self._raise_on_other_texts(transport.allgather(self._packed_text(), "disagreement"))
+        raise DisagreementError("ranks do not agree on their settings or step; use the same Compression arguments and state on every rank.")
+
+    def _packed_text(self) -> torch.Tensor:
         text = json.dumps(list({**self._description(), **self._now()}.items())).encode()
-        texts = transport.allgather(torch.frombuffer(bytearray(text), dtype=torch.uint8), "disagreement").wait()
-        first = dict(json.loads(bytes(texts[0].tolist())))
-        for r, t in enumerate(texts):
-            other = dict(json.loads(bytes(t.tolist())))
+        return torch.frombuffer(bytearray(zlib.compress(text, 1)), dtype=torch.uint8)
+
+    def _raise_on_other_texts(self, packed: Handle[list[torch.Tensor]]) -> None:
+        parts = packed.wait()
+        if all(torch.equal(p, parts[0]) for p in parts):
+            return
+        texts = [dict(json.loads(zlib.decompress(bytes(p.tolist())))) for p in parts]
+        first = texts[0]
+        for r, other in enumerate(texts):
             for what in [*first, *(k for k in other if k not in first)]:
                 if first.get(what) != other.get(what):
                     raise DisagreementError(

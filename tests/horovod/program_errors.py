@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,26 @@ def seed() -> None:
 
 def method() -> None:
     disagreement("method", lambda: Compression.one_bit() if odd() else Compression.top_k(), "compressor")
+
+
+def late() -> None:
+    """A rank that comes to its first step long after the others are out of patience: they wait, and all are told."""
+    patience, hvd_ecsgd.aggregator._PATIENCE = hvd_ecsgd.aggregator._PATIENCE, 0.2
+    try:
+        model = mlp()
+        bound = bound_to(model, "late", Compression.random_block(8 if odd() else 4, **ALL))
+        if odd():
+            time.sleep(1.5)
+        told(DisagreementError, lambda: one_step("late", bound, model), "ratio=4", "ratio=8")
+        # Another object that will have its first step later, or never: patience ends, and training goes on.
+        waiting = bound_to(mlp(), "waiting", Compression.top_k())
+        model = mlp()
+        if odd():
+            time.sleep(1.0)
+        one_step("late.2", bound_to(model, "late.2", Compression.one_bit(**ALL)), model)
+        del waiting
+    finally:
+        hvd_ecsgd.aggregator._PATIENCE = patience
 
 
 def another_step() -> None:
@@ -144,21 +165,21 @@ def unchecked() -> None:
         reference_model, stock(reference_model, bound_to(reference_model, "unchecked", Compression.random_block(8, **ALL)), "unchecked"), range(8)
     )
     aggregator, slot = hvd_ecsgd.aggregator.Aggregator, hvd_ecsgd.horovod_slot.HorovodSlot
-    kept = aggregator._raise_on_difference, slot._check
-    aggregator._raise_on_difference = lambda self, transport, handle: handle.wait() and None  # type: ignore[method-assign]
+    kept = aggregator._raise_on_other_texts, slot._check
+    aggregator._raise_on_other_texts = lambda self, packed: packed.wait() and None  # type: ignore[method-assign]
     slot._check = lambda self, reduced, name: 1.0  # type: ignore[method-assign]
     try:
         model = mlp()
         bound = bound_to(model, "unchecked", Compression.random_block(8, seed=int(odd()), **ALL))
         w = train_stock(model, stock(model, bound, "unchecked"), range(8))
     finally:
-        aggregator._raise_on_difference, slot._check = kept  # type: ignore[method-assign]
+        aggregator._raise_on_other_texts, slot._check = kept  # type: ignore[method-assign]
     assert not same_on_all(w, "unchecked")
     assert (w - reference).abs().max() > 1e-3
 
 
 if __name__ == "__main__":
     hvd.init()
-    checks = (ratio, seed, method, another_step, another_step_while_running, unbound, another_model, update_units)
+    checks = (ratio, seed, method, late, another_step, another_step_while_running, unbound, another_model, update_units)
     checks += (averaged_twice, adasum, frozen, unchecked)
     run_checks({check.__name__: check for check in checks})

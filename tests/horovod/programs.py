@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 import warnings
@@ -51,6 +52,7 @@ def run_checks(checks: dict[str, Callable[[], None]]) -> None:
     failed = False
     for name, check in checks.items():
         problem = ""
+        gc.collect()  # what the check before left in cycles with its exceptions
         try:
             check()
         except BaseException:

@@ -30,7 +30,7 @@ def test_what_users_do() -> None:
 
 
 def test_mistakes_are_told_to_every_rank() -> None:
-    assert len(passed(horovodrun, 2, "program_errors.py")) == 12
+    assert len(passed(horovodrun, 2, "program_errors.py")) == 13
 
 
 def test_a_failing_check_fails_the_job() -> None:
