@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .aggregator import Aggregator, Bucket, GroupSettings, Method
 from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from .errors import CompressionError
-from .exchange import AllGather, AllReduce, CompSkip, Every, TwoPass
+from .exchange import AllGather, AllReduce, Central, CompSkip, Every, TwoPass
 from .exchange.skip import SkipPolicy
 from .feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, MemSGD, NoFeedback
 from .horovod_slot import HorovodSlot
@@ -153,9 +153,14 @@ class Compression:
         return Compression(Natural(), _feedback(error_feedback), AllGather(), **options)
 
     @staticmethod
-    def double_squeeze(compressor: Compressor | None = None, server_compressor: Compressor | None = None, **options: Any) -> Compression:
-        """DoubleSqueeze (Tang et al. 2019): compressed in both directions, feedback on both sides. 1-bit signs by default."""
-        return Compression(Sign() if compressor is None else compressor, ErrorFeedback(), TwoPass(server_compressor), **options)
+    def double_squeeze(
+        compressor: Compressor | None = None, server_compressor: Compressor | None = None, *, central: bool = False, **options: Any
+    ) -> Compression:
+        """DoubleSqueeze (Tang et al. 2019): compressed in both directions, feedback on both sides. 1-bit signs by default.
+
+        Every rank is the server of a piece of each parameter; with `central`, rank 0 of everything."""
+        exchange = Central(server_compressor) if central else TwoPass(server_compressor)
+        return Compression(Sign() if compressor is None else compressor, ErrorFeedback(), exchange, **options)
 
     @staticmethod
     def dist_ef_sgd(

@@ -42,6 +42,8 @@ class Case:
     slots: float = 1.0
     """State elements ÷ elements of compressed parameters, with one worker; `server_slots` comes on top, divided by n."""
     server_slots: float = 0.0
+    central: bool = False
+    """Rank 0 holds all of `server_slots`."""
     stock_horovod: bool = True
     """Works on an unmodified Horovod."""
     exact: bool = True
@@ -83,6 +85,14 @@ CASES: tuple[Case, ...] = (
     Case("double_squeeze-worker_only", lambda: double_squeeze_comparison()["worker_only"], conserves=False, converges=0.35),
     Case("double_squeeze-uncompensated", lambda: double_squeeze_comparison()["uncompensated"], slots=0, conserves=False, converges=0.35),
     Case("double_squeeze-local_momentum", lambda: Compression(Sign(), LocalMomentum(0.0), TwoPass()), slots=2, server_slots=1, stock_horovod=False),
+    Case("double_squeeze-central", lambda: Compression.double_squeeze(central=True, **ALL), server_slots=1, central=True),
+    Case(
+        "double_squeeze-central-threshold-global_random_block",
+        lambda: Compression.double_squeeze(Threshold(5), GlobalRandomBlock(4, 32), central=True),
+        server_slots=1,
+        central=True,
+        draws=True,
+    ),
     Case("bf16", lambda: Compression.bf16, slots=0, conserves=False),
     Case("bf16-feedback", lambda: Compression.bf16(error_feedback=True), server_slots=1),
     Case("global_random_block", lambda: Compression.global_random_block(8, 64), draws=True),

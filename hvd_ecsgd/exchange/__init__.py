@@ -2,8 +2,9 @@
 
 from .all_gather import AllGather
 from .all_reduce import AllReduce
+from .central import Central
 from .comp_skip import CompSkip, SkipAllReduce
 from .skip import Bernoulli, Every, NormBased
 from .two_pass import TwoPass
 
-__all__ = ["AllGather", "AllReduce", "Bernoulli", "CompSkip", "Every", "NormBased", "SkipAllReduce", "TwoPass"]
+__all__ = ["AllGather", "AllReduce", "Bernoulli", "Central", "CompSkip", "Every", "NormBased", "SkipAllReduce", "TwoPass"]

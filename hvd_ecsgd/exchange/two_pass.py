@@ -50,6 +50,18 @@ def answer_(task: Task, server: Compressor, mine: Segments) -> torch.Tensor:
     return answer
 
 
+def _nothing(compressor: Compressor, like: Segments) -> torch.Tensor:
+    """The payload for a server whose pieces are empty."""
+    return torch.empty(0, dtype=compressor.payload_dtype(like.dtype), device=like.device)
+
+
+def _sizes(compressor: Compressor, tables: Sequence[Segments]) -> list[int] | None:
+    """Elements of the payloads for the tables; None, on all ranks alike, when they cannot be known."""
+    sizes = [compressor.payload_size(table) for table in tables]
+    known = [size if table.numel else 0 for size, table in zip(sizes, tables, strict=True) if size is not None]
+    return known if len(known) == len(sizes) else None
+
+
 @dataclass(frozen=True)
 class TwoPass:
     """Every segment is cut in n pieces; rank r is the server of the r-th pieces.
@@ -80,21 +92,27 @@ class TwoPass:
         return {"server_residual": self.state_segments(segments, rank, size).zeros()} if self.server_feedback else {}
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
-        return segments.piece(rank, size).compact
+        return self.served(segments, rank, size).compact
+
+    def served(self, segments: Segments, rank: int, size: int) -> Segments:
+        """The part of every segment that rank `rank` is the server of, over the same buffer; it may be empty."""
+        return segments.piece(rank, size)
 
     def run(self, task: Task, transport: Transport) -> Steps:
         n, rank, worker, ctx = transport.size, transport.rank, task.compressor, task.ctx
         server = worker if self.server_compressor is None else self.server_compressor
-        pieces = [task.segments.piece(r, n) for r in range(n)]
+        pieces = [self.served(task.segments, r, n) for r in range(n)]
         mine = pieces[rank].compact
 
-        payloads = [task.extract_("push", piece) for piece in pieces]
+        payloads = [task.extract_("push", piece) if piece.numel else _nothing(worker, mine) for piece in pieces]
         push = torch.cat(payloads) if n > 1 else payloads[0]
-        expected = worker.payload_size(mine)
+        expected = _sizes(worker, [mine] * n)
         task.traffic += Traffic(payload=push.nbytes, sent=push.nbytes - payloads[rank].nbytes)
-        received = yield transport.alltoall(push, [p.numel() for p in payloads], f"{task.name}.push", None if expected is None else [expected] * n)
+        received = yield transport.alltoall(push, [p.numel() for p in payloads], f"{task.name}.push", expected)
 
-        if not finite(task, received, mine):
+        if not mine.numel:
+            answer = _nothing(server, mine)
+        elif not finite(task, received, mine):
             answer = poison(server, mine, ctx.key(server, "pull"))
         elif self.server_feedback:
             absorb_(task, received, mine)
@@ -104,12 +122,11 @@ class TwoPass:
             add_mean_(total, task, received, mine)
             answer = server.extract_(total, mine, ctx.key(server, "pull"))
         task.traffic += Traffic(payload=answer.nbytes, sent=(n - 1) * answer.nbytes)
-        sizes = [server.payload_size(piece) for piece in pieces]
-        known = None if any(s is None for s in sizes) else [s for s in sizes if s is not None]
-        answers = yield transport.allgather(answer, f"{task.name}.pull", known)
+        answers = yield transport.allgather(answer, f"{task.name}.pull", _sizes(server, pieces))
 
-        task.finite = all(server.finite(a, piece) for a, piece in zip(answers, pieces, strict=True))
+        served = [(r, a) for r, a in enumerate(answers) if pieces[r].numel]
+        task.finite = all(server.finite(a, pieces[r]) for r, a in served)
         out = task.result()
-        for r, a in enumerate(answers):
+        for r, a in served:
             server.add_(out, a, pieces[r], ctx.key(server, "pull", r))
         return out

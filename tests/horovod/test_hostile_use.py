@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.ranks import horovodrun, require_horovod
 
-PROGRAM = """
+PROGRAM = '''
 import warnings
 import torch, horovod.torch as hvd
 from hvd_ecsgd import Compression
@@ -97,7 +97,7 @@ for epoch in range(2):
     for p in model.parameters():
         p.grad.zero_()
 print("survived", rank)
-"""
+'''
 
 
 def test_what_happens_between_steps() -> None:

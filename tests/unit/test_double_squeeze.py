@@ -1,18 +1,20 @@
-"""DoubleSqueeze: the paper's comparison (ALGORITHMS §2)."""
+"""DoubleSqueeze: the paper's comparison, and its central form against the sharded one (ALGORITHMS §2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from hvd_ecsgd import DistributedOptimizer, double_squeeze_comparison
-from hvd_ecsgd.compressors import Sign, TopK
+from hvd_ecsgd import Compression, DistributedOptimizer, double_squeeze_comparison
+from hvd_ecsgd.compressors import BlockTopK, Cast, GlobalRandomBlock, Identity, RandomBlock, RandomK, Sign, Ternary, TopK
+from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL
-from tests.problems import same_bits
+from tests.problems import same_bits, simulate
 
 N = 3
 
@@ -58,3 +60,73 @@ def test_both_compensations_are_needed(worker: Any, server: Any) -> None:
     assert distance["vanilla"] < 0.01, "control: it is the minimum"
     assert payload["double_squeeze"] < payload["mem_sgd"] < payload["vanilla"]
     assert payload["double_squeeze"] == payload["worker_only"] == payload["uncompensated"]
+
+
+# -- the central form -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """C applied to each of `n` pieces of every segment: what a central server must use to equal the servers of the pieces."""
+
+    inner: Any
+    n: int = N
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def _tables(self, segments: Segments) -> list[Segments]:
+        return [segments.piece(r, self.n) for r in range(self.n)]
+
+    def payload_size(self, segments: Segments) -> int:
+        return sum(self.inner.payload_size(table) for table in self._tables(segments))
+
+    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+        parts = payload.split([self.inner.payload_size(table) for table in self._tables(segments)])
+        return all(self.inner.finite(part, table) for part, table in zip(parts, self._tables(segments), strict=True))
+
+    def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
+        return torch.cat([self.inner.extract_(buffer, table, key) for table in self._tables(segments)])
+
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        at = 0
+        for table in self._tables(segments):
+            size = self.inner.payload_size(table)
+            self.inner.add_(out, payload[at : at + size], table, key, alpha)
+            at += size
+
+
+def weights_of(compressor: Any, server: Any = None, central: bool = False) -> torch.Tensor:
+    """After 5 steps on N workers, everything compressed; the same bits on all of them."""
+    results = simulate(N, lambda: Compression.double_squeeze(compressor, server, central=central, **ALL), range(5), momentum=0.9)
+    assert same_bits(results)
+    return results[0]  # type: ignore[no-any-return]
+
+
+WHOLE = [Sign(), Ternary(), TopK(4), RandomBlock(4), RandomK(4)]
+
+
+@pytest.mark.parametrize(("worker", "server"), [*zip(WHOLE, WHOLE[1:] + WHOLE[:1], strict=True)], ids=repr)
+def test_sharded_is_central_piece_by_piece(worker: Any, server: Any) -> None:
+    """Bit for bit, for any pair. With C of whole parameters (control) the central form is another method."""
+    sharded = weights_of(worker, server)
+    assert torch.equal(sharded, weights_of(Piecewise(worker), Piecewise(server), central=True))
+    assert not torch.equal(sharded, weights_of(worker, server, central=True))
+
+
+@pytest.mark.parametrize("c", [Cast(), Cast(torch.bfloat16), Sign(block=8), BlockTopK(4, 8), GlobalRandomBlock(4, 32), Identity()], ids=repr)
+def test_sharded_is_central_for_what_does_not_see_the_pieces(c: Any) -> None:
+    """Entry by entry, in blocks that divide the pieces (of a multiple of 8), or by place in the model: the same method. Blocks of 12 (control)
+    do not divide them."""
+    assert torch.equal(weights_of(c), weights_of(c, central=True))
+    assert not torch.equal(weights_of(Sign(block=12)), weights_of(Sign(block=12), central=True))
+
+
+def test_a_central_server_sends_a_copy_to_each() -> None:
+    """Rank 0 sends n − 1 answers, the others one payload each; nothing in a group of one."""
+    traffic = simulate(
+        N, lambda: Compression.double_squeeze(TopK(4), Sign(), central=True, **ALL), range(2), after=lambda m, o, t: o.compression.traffic
+    )
+    assert [t.payload > traffic[1].payload for t in traffic] == [True, False, False]
+    assert traffic[1].sent == traffic[2].sent == traffic[1].payload
+    assert traffic[0].sent == (N - 1) * (traffic[0].payload - traffic[1].payload)

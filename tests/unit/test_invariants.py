@@ -75,13 +75,13 @@ def server_residual(ranks: list[Record]) -> torch.Tensor:
     return flat(torch.cat([r.server[n] for r in ranks]) if n in ranks[0].server else torch.zeros_like(p) for n, p in named)
 
 
-def largest_violation(records: list[list[Record]], lrs: Sequence[float]) -> float:
-    """Of y⁺ = y − η·mean g with y = x − η(E + mean e), relative to the largest update."""
+def largest_violation(records: list[list[Record]], lrs: Sequence[float], unit: Sequence[float] | None = None) -> float:
+    """Of y⁺ = y − η·mean g with y = x − η(E + mean e). The residuals are worth `unit`; the learning rate they were made with by default."""
     x = flat(mlp(torch.float64).parameters())
     y, worst = x, 0.0
-    for ranks, lr in zip(records, lrs, strict=True):
+    for ranks, lr, worth in zip(records, lrs, unit or lrs, strict=True):
         expected = y - lr * mean(r.gradient for r in ranks)
-        y = ranks[0].x - lr * (server_residual(ranks) + mean(r.e for r in ranks))
+        y = ranks[0].x - worth * (server_residual(ranks) + mean(r.e for r in ranks))
         worst = max(worst, (y - expected).abs().max().item())
     return worst
 
@@ -101,6 +101,14 @@ def test_without_the_ratio_of_learning_rates_it_is_lost(name: str, monkeypatch: 
     monkeypatch.setattr(StepContext, "carry", property(lambda self: 1.0))
     assert largest_violation(trajectory(by_name(name).make, CONSTANT), CONSTANT) < 1e-13
     assert largest_violation(trajectory(by_name(name).make, LRS), LRS) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["top_k", "double_squeeze", "double_squeeze-central"])
+def test_with_the_next_learning_rate_it_is_lost(name: str) -> None:
+    """Control: between steps a residual is worth the learning rate of the step that made it, not of the one to come."""
+    records = trajectory(by_name(name).make, LRS)
+    assert largest_violation(records, LRS) < 1e-13
+    assert largest_violation(records, LRS, unit=(*LRS[1:], LRS[-1])) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["top_k-no_feedback", "double_squeeze-worker_only", "double_squeeze-uncompensated"])
