@@ -86,9 +86,17 @@ require_disk() {   # $1: an existing folder
 }
 
 # What Open MPI and horovodrun need of the environment on any machine (checked with Open MPI 5.0.11 from PyPI).
-allow_root_mpi() {
+allow_root_and_tmpdir() {
     # Open MPI refuses root unless told twice; elsewhere this changes nothing.
     if [ "$(id -u)" = 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+    # Open MPI keeps sockets under TMPDIR; a long path does not fit into a socket's name.
+    export TMPDIR=${TMPDIR:-/tmp}
+    if [ "${#TMPDIR}" -gt 50 ]; then export TMPDIR=/tmp; fi
+}
+
+# The same for demonstrations and tests, where ranks share one small machine.
+allow_root_mpi() {
+    allow_root_and_tmpdir
     # Small machines and containers: more ranks than cores is fine for a demonstration and for tests (5.x reads the first name, 4.x the second).
     export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
     export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
@@ -97,9 +105,6 @@ allow_root_mpi() {
     export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy:-none}
     # Ranks of one small machine share its cores; torch's default (all cores for each rank) makes them fight.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    # Open MPI keeps sockets under TMPDIR; a long path does not fit into a socket's name.
-    export TMPDIR=${TMPDIR:-/tmp}
-    if [ "${#TMPDIR}" -gt 50 ]; then export TMPDIR=/tmp; fi
 }
 
 # The interpreter's minor version, as pip sees it: an environment made with another one cannot be refreshed, only replaced.
@@ -195,4 +200,144 @@ setup_venv() {
     export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV
     require_mpirun
     allow_root_mpi
+}
+
+# ---- launching: shared by mpirun.sh, horovodrun.sh and slurm/*.sbatch
+
+# usage FILE: its header, which is its documentation.
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; }
+
+need_value() { [ "$#" -ge 2 ] || die "$1 needs a value." "See $0 --help."; }
+
+whole_number() {   # $1: value  $2: what it is; not below 1
+    case $1 in ''|*[!0-9]*|0*) die "$2 is '$1', expected a whole number of at least 1." "See $0 --help." ;; esac
+}
+
+# The environment to launch in: the one that is active, or else $VENV, if it is there.
+use_environment() {
+    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$VENV/bin/python" ]; then
+        export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV
+    fi
+    command -v python >/dev/null 2>&1 || die "no 'python' on PATH." "Activate your environment, or make one in $VENV: launch/quickstart.sh does."
+    export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+    allow_root_and_tmpdir
+}
+
+# Sets FLAVOUR (openmpi4, openmpi5, mpich) and MPI_VERSION, from what mpirun says of itself. MPI_FLAVOUR overrides it.
+detect_mpi() {
+    local said
+    require_mpirun
+    said=$(mpirun --version 2>&1) || said=${said:-no version}
+    case $said in
+        *HYDRA*) MPI_VERSION="MPICH (Hydra) $(printf '%s\n' "$said" | awk '/ Version:/ { print $2; exit }')" FLAVOUR=mpich ;;
+        *'(Open MPI) '[1-3].*|*'(OpenRTE) '[1-3].*) MPI_VERSION=${said%%$'\n'*} FLAVOUR=unknown ;;
+        *'(Open MPI) 4.'*|*'(OpenRTE) 4.'*) MPI_VERSION=${said%%$'\n'*} FLAVOUR=openmpi4 ;;
+        *'(Open MPI) '*) MPI_VERSION=${said%%$'\n'*} FLAVOUR=openmpi5 ;;
+        *) MPI_VERSION=${said%%$'\n'*} FLAVOUR=unknown ;;
+    esac
+    FLAVOUR=${MPI_FLAVOUR:-$FLAVOUR}
+    case $FLAVOUR in
+        openmpi4|openmpi5|mpich) ;;
+        *) die "this mpirun is not known: '$MPI_VERSION' ($(command -v mpirun))." \
+               "Open MPI 4 and 5 and MPICH are. If yours takes the options of one of them, set MPI_FLAVOUR to openmpi4, openmpi5 or mpich." ;;
+    esac
+}
+
+cores() { env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1; }
+
+is_this_machine() { case $1 in localhost|127.*|"$(uname -n)"|"$(uname -n | cut -d. -f1)") return 0 ;; *) return 1 ;; esac; }
+
+# Sets HOST_NAMES, HOST_SLOTS (arrays), SLOTS (their sum) and REMOTE (1 if another machine is among them) from HOSTS, "name[:slots],…".
+read_hosts() {
+    local entry slots
+    local -a entries
+    HOST_NAMES=() HOST_SLOTS=() SLOTS=0 REMOTE=0
+    IFS=, read -r -a entries <<<"$HOSTS"
+    for entry in ${entries[@]+"${entries[@]}"}; do
+        slots=1
+        case $entry in *:*) slots=${entry##*:} ;; esac
+        whole_number "$slots" "the number of slots in '$entry'"
+        [ -n "${entry%%:*}" ] || die "HOSTS='$HOSTS' has an entry without a name." "Write name[:slots],name[:slots],…, e.g. node1:4,node2:4"
+        HOST_NAMES+=("${entry%%:*}") HOST_SLOTS+=("$slots") SLOTS=$((SLOTS + slots))
+        # shellcheck disable=SC2034  # mpirun.sh reads it
+        is_this_machine "${entry%%:*}" || REMOTE=1
+    done
+}
+
+# Says which ranks run where: consecutive ranks fill the slots of one host after the other.
+say_rank_map() {
+    local i first=0 last
+    if [ "${#HOST_NAMES[@]}" = 0 ]; then
+        if [ -n "${SLURM_JOB_NODELIST:-}" ]; then say "ranks 0-$((RANKS - 1)): on the nodes of Slurm job $SLURM_JOB_ID, $SLURM_JOB_NODELIST"
+        else say "ranks 0-$((RANKS - 1)): on this machine, $(uname -n), with $(cores) cores"; fi
+        return
+    fi
+    for i in "${!HOST_NAMES[@]}"; do
+        last=$((first + HOST_SLOTS[i] - 1))
+        if [ "$last" -ge "$RANKS" ]; then last=$((RANKS - 1)); fi
+        if [ "$first" = "$last" ]; then say "rank $first: on ${HOST_NAMES[i]} (${HOST_SLOTS[i]} slots)"
+        elif [ "$first" -lt "$last" ]; then say "ranks $first-$last: on ${HOST_NAMES[i]} (${HOST_SLOTS[i]} slots)"
+        else say "no rank: on ${HOST_NAMES[i]} (${HOST_SLOTS[i]} slots)"; fi
+        first=$((last + 1))
+    done
+    if [ "$first" -lt "$RANKS" ]; then say "ranks $first-$((RANKS - 1)): beyond the slots, where the launcher puts them"; fi
+}
+
+# Sets INTERFACE, if it is empty and other machines are among the hosts, to the one that the route to the first of them takes; says why.
+choose_interface() {
+    local name address
+    if [ -n "$INTERFACE" ]; then say "network interface: $INTERFACE, as asked"; return; fi
+    for name in ${HOST_NAMES[@]+"${HOST_NAMES[@]}"}; do
+        is_this_machine "$name" && continue
+        address=$(getent ahostsv4 "$name" 2>/dev/null | awk 'NR == 1 { print $1 }') || true
+        [ -z "$address" ] || INTERFACE=$(ip -o route get "$address" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p') || true
+        if [ -n "$INTERFACE" ]; then say "network interface: $INTERFACE, which the route to $name ($address) takes; INTERFACE overrides"
+        else say "network interface: left to the launcher, as no route to $name could be found out; INTERFACE names one"; fi
+        return
+    done
+    say "network interface: left to the launcher, as no other machine is named in HOSTS; INTERFACE names one"
+}
+
+# Threads of each rank: what is set, or this machine's cores shared among the ranks that it gets.
+choose_threads() {
+    local here=$RANKS i
+    for i in ${HOST_NAMES[@]+"${!HOST_NAMES[@]}"}; do if is_this_machine "${HOST_NAMES[i]}"; then here=${HOST_SLOTS[i]}; fi; done
+    if [ "${#HOST_NAMES[@]}" = 0 ]; then here=$(((RANKS + ${SLURM_JOB_NUM_NODES:-1} - 1) / ${SLURM_JOB_NUM_NODES:-1})); fi
+    if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS=$(($(cores) / here)); fi
+    if [ "$OMP_NUM_THREADS" = 0 ]; then OMP_NUM_THREADS=1; fi
+    whole_number "$OMP_NUM_THREADS" "the number of threads"
+    export OMP_NUM_THREADS
+    say "threads of each rank: $OMP_NUM_THREADS"
+}
+
+say_versions() {
+    say "$(python -c '
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+found = [f"Python {platform.python_version()}"]
+for name in ("torch", "mpi4py", "horovod"):
+    try:
+        found.append(f"{name} {version(name)}")
+    except PackageNotFoundError:
+        found.append(f"no {name}")
+print(", ".join(found))')"
+}
+
+# Names of variables that ranks on other machines need: launchers start them with a bare environment.
+exported() {
+    local name
+    for name in PATH LD_LIBRARY_PATH PYTHONPATH PYTHONUNBUFFERED VIRTUAL_ENV OMP_NUM_THREADS ${EXPORT//,/ }; do
+        if [ -n "${!name+set}" ]; then printf '%s\n' "$name"; fi
+    done
+    compgen -e | grep -E '^(MPI_BACKEND|HVD_ECSGD|HOROVOD|NCCL|GLOO)_' || true
+}
+
+# launch COMMAND…: print it if DRY_RUN is 1, else run it; it ends with this script.
+launch() {
+    local line
+    line=$(printf '%q ' "$@")
+    if [ "$DRY_RUN" = 1 ]; then printf '%s\n' "${line% }"; return; fi
+    say "${line% }"
+    guarded "$@"
 }

@@ -1,0 +1,194 @@
+"""launch/mpirun.sh and launch/horovodrun.sh: the command they make for each MPI, with pretended ones; and real jobs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.test_scripts import REPO, environment, run, stub
+from tests.ranks import rank_environment, require_horovod, require_mpirun
+
+VERSIONS = {
+    "openmpi4": "mpirun (Open MPI) 4.1.6\n\nReport bugs to http://www.open-mpi.org/community/help/",
+    "openmpi4-debian": "mpirun.openmpi (OpenRTE) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/",
+    "openmpi5": "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/",
+    "mpich": "HYDRA build details:\n    Version:                                 4.2.1\n    Release Date:                            Wed Apr 17 2024",
+}
+MACHINE = "host-a"  # what the pretended uname says
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> dict[str, str]:
+    """The environment of a pretended machine: host-a, 8 cores, a route to host-b through ib0, mpirun and horovodrun that print their arguments."""
+    bin_ = tmp_path / "bin"
+    show = 'printf "%s\\n" "$@"; echo "threads $OMP_NUM_THREADS, interface ${MPI_BACKEND_INTERFACE:-none}"; exit "${STATUS:-0}"\n'
+    stub(bin_ / "mpirun", f'if [ "${{1:-}}" = --version ]; then cat {tmp_path}/version; exit; fi\n{show}')
+    stub(bin_ / "horovodrun", f"{show}")
+    stub(bin_ / "uname", f"echo {MACHINE}.cluster\n")
+    stub(bin_ / "nproc", "echo 8\n")
+    stub(bin_ / "getent", '[ "$2" = host-b ] && echo "10.1.0.2       STREAM host-b"\n')
+    stub(bin_ / "ip", 'echo "10.1.0.2 dev ib0 src 10.1.0.1 uid 0 \\\\    cache"\n')
+    (bin_ / "python").symlink_to(sys.executable)
+    for tool in ("bash", "env", "dirname", "id", "sed", "awk", "grep", "cut", "cat", "sleep"):
+        (bin_ / tool).symlink_to(shutil.which(tool) or tool)
+    (tmp_path / "version").write_text(VERSIONS["openmpi5"])
+    return environment(bin_, VENV=str(tmp_path / "none"), TMPDIR="/tmp")
+
+
+def command(script: str, machine: dict[str, str], *arguments: str) -> list[str]:
+    """The command that a dry run prints on standard output, and nothing else there."""
+    done = subprocess.run([str(REPO / "launch" / script), "--dry-run", *arguments], env=machine, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = done.stdout.splitlines()
+    return shlex.split(line)
+
+
+EVERYTHING = shlex.split("-H host-a:2,host-b:3 -n 4 --bind core --transport tcp --ssh myssh --tag 1 --timeout=60 -x FOO --mpi-args=--verbose")
+EXPECTED = {
+    "openmpi5": """mpirun -n 4 -H host-a:2,host-b:3 --map-by slot --bind-to core --mca btl_tcp_if_include ib0 --prtemca prte_if_include ib0
+        --mca pml ob1 --mca btl self,sm,tcp --prtemca plm_ssh_agent myssh --output tag --timeout 60
+        -x PATH -x PYTHONPATH -x PYTHONUNBUFFERED -x OMP_NUM_THREADS -x FOO -x HVD_ECSGD_THING -x MPI_BACKEND_INTERFACE --verbose""",
+    "openmpi4": """mpirun -n 4 -H host-a:2,host-b:3 --map-by slot --bind-to core --mca btl_tcp_if_include ib0 --mca oob_tcp_if_include ib0
+        --mca pml ob1 --mca btl self,vader,tcp --mca plm_rsh_agent myssh --tag-output --timeout 60
+        -x PATH -x PYTHONPATH -x PYTHONUNBUFFERED -x OMP_NUM_THREADS -x FOO -x HVD_ECSGD_THING -x MPI_BACKEND_INTERFACE --verbose""",
+    "mpich": """env MPIEXEC_TIMEOUT=60 mpirun -n 4 -hosts host-a:2,host-b:3 -bind-to core -iface ib0 -genv FI_PROVIDER tcp -genv UCX_TLS tcp,sm,self
+        -launcher ssh -launcher-exec myssh -prepend-rank --verbose""",
+}
+EXPECTED["openmpi4-debian"] = EXPECTED["openmpi4"]
+
+
+@pytest.mark.parametrize("mpi", VERSIONS)
+def test_each_mpi_gets_its_own_options(mpi: str, machine: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "version").write_text(VERSIONS[mpi])
+    env = {**machine, "FOO": "1", "HVD_ECSGD_THING": "2", "OTHER": "3"}
+    assert command("mpirun.sh", env, *EVERYTHING, "python", "a b.py", "--tag") == [*EXPECTED[mpi].split(), "python", "a b.py", "--tag"]
+    variables = {
+        "HOSTS": "host-a:2,host-b:3", "RANKS": "4", "BIND": "core", "TRANSPORT": "tcp", "MPI_SSH": "myssh", "TAG": "1", "TIMEOUT": "60",
+        "EXPORT": "FOO", "MPI_ARGS": "--verbose",
+    }  # fmt: skip
+    assert command("mpirun.sh", env | variables, "python", "a b.py", "--tag") == [*EXPECTED[mpi].split(), "python", "a b.py", "--tag"]
+
+
+@pytest.mark.parametrize("mpi", VERSIONS)
+def test_on_one_machine_ranks_may_exceed_cores_and_no_network_is_chosen(mpi: str, machine: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "version").write_text(VERSIONS[mpi])
+    expected = {
+        "openmpi5": "mpirun -n 2 --map-by slot:oversubscribe --bind-to none",
+        "openmpi4": "mpirun -n 2 --map-by slot --bind-to none --oversubscribe",
+        "mpich": "mpirun -n 2 -bind-to none",
+    }
+    assert command("mpirun.sh", machine, "x") == [*expected[mpi.split("-")[0]].split(), "x"]
+
+
+@pytest.mark.parametrize("said", ["mpirun (Open MPI) 3.1.3", "Intel(R) MPI Library for Linux* OS, Version 2021.11", "no such thing"])
+def test_an_unknown_mpi_is_refused_unless_it_is_named(said: str, machine: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "version").write_text(said)
+    done = run(["launch/mpirun.sh", "x"], machine)
+    assert done.returncode == 1
+    assert f"error: this mpirun is not known: '{said}'" in done.stdout and "MPI_FLAVOUR" in done.stdout
+    assert command("mpirun.sh", {**machine, "MPI_FLAVOUR": "mpich"}, "x")[:3] == ["mpirun", "-n", "2"]
+
+
+def test_it_says_versions_ranks_interface_and_threads_and_passes_on_status(machine: dict[str, str]) -> None:
+    done = run(["launch/mpirun.sh", "-H", "host-a:3,host-b:1,host-c:1", "-n", "4", "python", "train.py"], {**machine, "STATUS": "7"})
+    assert done.returncode == 7
+    for text in (
+        "mpirun (Open MPI) 5.0.11 (",
+        f"Python {sys.version.split()[0]}",
+        "ranks 0-2: on host-a (3 slots)",
+        "rank 3: on host-b (1 slots)",
+        "no rank: on host-c (1 slots)",
+        "network interface: ib0, which the route to host-b (10.1.0.2) takes",
+        "threads of each rank: 2",  # 8 cores, 3 ranks
+        "\nthreads 2, interface ib0\n",  # what mpirun was given
+    ):
+        assert text in done.stdout, text
+
+
+def test_in_a_slurm_job_mpirun_takes_its_tasks_and_nodes(machine: dict[str, str]) -> None:
+    env = {**machine, "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2"}
+    done = run(["launch/mpirun.sh", "train"], env)
+    assert "ranks 0-3: on the nodes of Slurm job 5, n[1-2]" in done.stdout and "threads of each rank: 4" in done.stdout
+    assert "\n-x\nPATH\n" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no command to run."),
+        (["-n"], "-n needs a value."),
+        (["-n", "0", "x"], "the number of ranks is '0', expected a whole number of at least 1."),
+        (["--frobnicate", "1", "x"], "unknown option '--frobnicate'."),
+        (["-H", "a:2,b:x", "y"], "the number of slots in 'b:x' is 'x'"),
+        (["-H", ":2", "y"], "HOSTS=':2' has an entry without a name."),
+        (["-H", "a:2,b", "-n", "4", "y"], "4 ranks do not fit the 3 slots of HOSTS='a:2,b'."),
+        (["-t", "many", "x"], "the number of threads is 'many'"),
+    ],
+)
+def test_wrong_arguments_are_worded(script: str, arguments: list[str], message: str, machine: dict[str, str]) -> None:
+    done = run([f"launch/{script}", *arguments], machine)
+    assert done.returncode == 1
+    assert f"error: {message}" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--bind", "--transport", "--controller"])
+def test_unknown_choices_are_refused(option: str, machine: dict[str, str]) -> None:
+    done = run(["launch/horovodrun.sh" if option == "--controller" else "launch/mpirun.sh", option, "best", "x"], machine)
+    assert done.returncode == 1
+    assert f"error: {option[2:].upper()}='best' is not known." in done.stdout
+
+
+def test_horovodrun(machine: dict[str, str]) -> None:
+    assert command("horovodrun.sh", machine, "x") == shlex.split("horovodrun --gloo -np 2 --start-timeout 30 x")
+    every = """-c mpi -H host-a:2,host-b:2 --ssh-port 2222 --start-timeout 9 --fusion-mb 64 --cycle-ms 2 --timeline t.json
+        --log-level INFO --mpi-args=-v"""
+    expected = """horovodrun --mpi -np 4 --start-timeout 9 -H host-a:2,host-b:2 --network-interfaces ib0 --ssh-port 2222 --fusion-threshold-mb 64
+        --cycle-time-ms 2 --timeline-filename t.json --log-level INFO --mpi-args=-v x --y"""
+    assert command("horovodrun.sh", machine, *every.split(), "x", "--y") == expected.split()
+
+
+def test_without_horovod(machine: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "horovodrun").unlink()
+    done = run(["launch/horovodrun.sh", "x"], machine)
+    assert done.returncode == 1 and "error: no horovodrun on PATH." in done.stdout and "launch/mpirun.sh" in done.stdout
+
+
+def test_the_shim_writes_open_mpi_5s_options_and_leaves_the_program_alone(machine: dict[str, str]) -> None:
+    """The command line is what Horovod 0.28.1 makes (horovod/runner/mpi_run.py)."""
+    shim = REPO / "launch" / "shim"
+    env = {**machine, "PATH": f"{shim}:{shim}:{machine['PATH']}"}
+    given = """--allow-run-as-root --tag-output -np 2 -H localhost:2 -bind-to none -map-by slot -mca pml ob1 -mca btl ^openib
+        -mca btl_tcp_if_include lo -x NCCL_SOCKET_IFNAME=lo -x PATH --timeout 5 python -map-by -mca x"""
+    done = run(["mpirun", *given.split()], env)
+    expected = """--allow-run-as-root --output tag -np 2 -H localhost:2 --bind-to none --map-by slot --mca pml ob1 --mca btl ^openib
+        --mca btl_tcp_if_include lo -x NCCL_SOCKET_IFNAME=lo -x PATH --timeout 5 python -map-by -mca x"""
+    assert done.stdout.splitlines()[:-1] == expected.split(), done.stdout
+    assert run(["mpirun", "--version"], env).stdout.startswith("mpirun (Open MPI) 5.0.11")
+
+
+def launched(*arguments: str, env: dict[str, str] | None = None) -> str:
+    done = run([str(a) for a in arguments], rank_environment(env))
+    assert done.returncode == 0, done.stdout
+    found = re.search(r"weights ([0-9a-f]{16})", done.stdout)
+    assert found, done.stdout
+    return found.group(1)
+
+
+def test_a_real_job_of_each_script_gives_the_same_weights() -> None:
+    """Also `horovodrun --mpi`, which Open MPI 5 needs the shim for; the control is that it fails without."""
+    require_mpirun()
+    require_horovod()
+    script = (str(REPO / "examples" / "digits.py"), "--epochs", "1")
+    over_mpi = launched("launch/mpirun.sh", "-n", "2", "--timeout", "100", "python", *script)
+    assert over_mpi == launched("launch/horovodrun.sh", "-n", "2", "python", *script, "--backend", "horovod")
+    assert over_mpi == launched("launch/horovodrun.sh", "-c", "mpi", "-n", "2", "python", *script, "--backend", "horovod")
+    if "(Open MPI) 5" in run(["mpirun", "--version"], rank_environment()).stdout:
+        bare = run(["horovodrun", "--mpi", "-np", "2", "python", *script, "--backend", "horovod"], rank_environment())
+        assert bare.returncode != 0, bare.stdout
