@@ -98,7 +98,7 @@ setup(
     packages=find_packages(include=["hvd_ecsgd", "hvd_ecsgd.*", "mpi_backend", "mpi_backend.*"]),
     package_data={"hvd_ecsgd": ["py.typed"], "mpi_backend": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.2", "numpy"],
+    install_requires=["torch>=2.2", "numpy", "safetensors"],
     extras_require={
         "horovod": ["horovod==0.28.1", *HOROVOD],
         "mpi": MPI,

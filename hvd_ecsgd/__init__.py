@@ -4,16 +4,18 @@
     optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), compression=compression)
     compression.attach(optimizer)
 
-Importing this package needs torch only; Horovod is imported when Horovod calls us.
+Importing this package needs torch and NumPy only; Horovod is imported when Horovod calls us.
 """
 
+from .checkpoint import load_checkpoint, save_checkpoint
 from .compression import BoundCompression, Compression, double_squeeze_comparison
-from .errors import CompressionError, DisagreementError, TransportError, UnboundParameterError
+from .errors import CheckpointError, CompressionError, DisagreementError, TransportError, UnboundParameterError
 from .optimizer import DistributedOptimizer
 from .version import __version__
 
 __all__ = [
     "BoundCompression",
+    "CheckpointError",
     "Compression",
     "CompressionError",
     "DisagreementError",
@@ -21,5 +23,7 @@ __all__ = [
     "TransportError",
     "UnboundParameterError",
     "__version__",
+    "load_checkpoint",
+    "save_checkpoint",
     "double_squeeze_comparison",
 ]

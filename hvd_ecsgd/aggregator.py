@@ -221,6 +221,7 @@ class Aggregator:
         self._static_digest: bytes | None = None
         self._held = False
         self._moved = False
+        self._in_step = False
         self._transport = transport
         self._agreement: Handle[list[torch.Tensor]] | None = None
         _newcomers.add(self)
@@ -319,6 +320,7 @@ class Aggregator:
                 )
         if self._moved:
             raise CompressionError("a training step inside `with compression.at(…):` would be lost; leave the block first.")
+        self._in_step = True
         bucket.allocate(transport.rank, transport.size)
         assert bucket.state is not None and bucket.exchange_state is not None
         feedback = bucket.method.feedback
@@ -360,6 +362,7 @@ class Aggregator:
     def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False) -> bool:
         """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands."""
         finite = all(r.task.finite for r in reductions)
+        self._in_step = False
         for reduction in reductions:
             n = self.transport.size
             reduction.task.traffic.dense = 2 * (n - 1) * reduction.bucket.segments.numel * reduction.bucket.parameters[0].dtype.itemsize // n
@@ -565,8 +568,18 @@ class Aggregator:
             "parameters": parameters,
         }
 
+    def check_between_steps(self, what: str) -> None:
+        """Raise `CompressionError` when a step's exchange is under way: residuals then hold half a step."""
+        if self._in_step:
+            raise CompressionError(f"{what} between a backward pass and its optimizer.step(): the step's exchange is under way; do it after step().")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over state saved by `state_dict` on the same rank of a group of the same size. Nothing is changed when an error is raised."""
+        self.prepare_load(state)()
+
+    def prepare_load(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check `state` and build everything aside; calling the result takes it over and cannot fail. Raises as `load_state_dict`."""
+        self.check_between_steps("state was loaded")
         if not isinstance(state, Mapping) or state.get("format") != 1 or not {"method", "rank", "size", "step", "undone", "parameters"} <= set(state):
             raise CompressionError(f"this is not a state of format 1 that compression.state_dict() returned: {state!r:.80}")
         if state["method"] != repr(self.method):
@@ -605,12 +618,16 @@ class Aggregator:
                             )
                         part.copy_(value.reshape(-1))
             staged.append((bucket, feedback_state, exchange_state, saved[present[0]]))
-        for bucket, feedback_state, exchange_state, entry in staged:
-            bucket.state, bucket.exchange_state = feedback_state, exchange_state
-            bucket.previous_lr, bucket.previous_loss_scale = entry["previous_lr"], entry["previous_loss_scale"]
-            feedback = bucket.method.feedback
-            if feedback.shifts:
-                with torch.no_grad():
-                    feedback.shift_(feedback_state, bucket.parameters, bucket.segments)
-                bucket.versions = [p._version for p in bucket.parameters]
-        self.step, self.undone = int(state["step"]), int(state["undone"])
+
+        def take_over() -> None:
+            for bucket, feedback_state, exchange_state, entry in staged:
+                bucket.state, bucket.exchange_state = feedback_state, exchange_state
+                bucket.previous_lr, bucket.previous_loss_scale = entry["previous_lr"], entry["previous_loss_scale"]
+                feedback = bucket.method.feedback
+                if feedback.shifts:
+                    with torch.no_grad():
+                        feedback.shift_(feedback_state, bucket.parameters, bucket.segments)
+                    bucket.versions = [p._version for p in bucket.parameters]
+            self.step, self.undone = int(state["step"]), int(state["undone"])
+
+        return take_over

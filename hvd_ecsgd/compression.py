@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from hashlib import blake2b
@@ -22,7 +22,8 @@ from .exchange.skip import SkipPolicy
 from .feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, MemSGD, NoFeedback
 from .horovod_slot import HorovodSlot
 from .protocols import Compressor, Exchange, Feedback, Traffic
-from .transport.horovod import SlotTransport, horovod_is_running
+from .transport import SelfTransport, Transport
+from .transport.horovod import HorovodTransport, SlotTransport, horovod_is_running
 
 __all__ = ["AnyCompression", "BoundCompression", "Compression", "bind", "double_squeeze_comparison"]
 
@@ -326,7 +327,7 @@ class BoundCompression:
             if self.method.feedback.applies_update:
                 raise CompressionError(self._own_optimizer_message())
             transport = SlotTransport(self._process_set, self._prefix)
-            aggregator = Aggregator(self.method, self.named, rank=transport.rank, size=transport.size, settings=self._settings)
+            aggregator = Aggregator(self.method, self.named, rank=transport.rank, size=transport.size, settings=self._settings, transport=transport)
             self.adopt(aggregator)
             self._slot = HorovodSlot(aggregator, transport, self._frozen, self._check_skip)
             _claim(self)
@@ -465,12 +466,42 @@ class BoundCompression:
 
         Raises `CompressionError`, with nothing changed, when it does not fit.
         """
-        if self._aggregator is None:
-            if not isinstance(state, Mapping) or state.get("method") != repr(self.method):  # say the commonest mistakes at once
-                Aggregator(self.method, self.named).load_state_dict(state)
-            self._waiting = state
+        if self._aggregator is None and isinstance(state, Mapping) and state.get("method") == repr(self.method):
+            self._waiting = state  # rank and size are not known yet; `adopt` will look at the rest
         else:
-            self._aggregator.load_state_dict(state)
+            self.prepare_load(state)()
+
+    def prepare_load(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check `state` now; calling the result takes it over and cannot fail. Raises as `load_state_dict`."""
+        if self._aggregator is not None:
+            return self._aggregator.prepare_load(state)
+        self.template().prepare_load(state)
+
+        def keep() -> None:
+            self._waiting = state
+
+        return keep
+
+    def template(self) -> Aggregator:
+        """The aggregator, or while no optimizer has one, a stateless one of the same layout."""
+        if self._aggregator is not None:
+            return self._aggregator
+        transport = self.transport if horovod_is_running() else SelfTransport()
+        return Aggregator(self.method, self.named, rank=transport.rank, size=transport.size)
+
+    @property
+    def transport(self) -> Transport:
+        """Between the workers that train together: the optimizer's; on an unmodified Horovod, Horovod's."""
+        if self._aggregator is not None:
+            return self._aggregator.transport
+        if horovod_is_running():
+            return HorovodTransport(self._process_set, self._prefix)
+        raise CompressionError("this compression object has not been used by an optimizer yet; make the DistributedOptimizer first.")
+
+    def check_between_steps(self, what: str) -> None:
+        """Raise `CompressionError` when a step's exchange is under way; `what` says what was tried."""
+        if self._aggregator is not None:
+            self._aggregator.check_between_steps(what)
 
     def at(self, point: Literal["averaged", "virtual", "local"]) -> AbstractContextManager[None]:
         """Hold the parameters at a point for evaluation or saving; see `Aggregator.at`."""

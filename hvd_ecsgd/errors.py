@@ -11,6 +11,10 @@ class UnboundParameterError(CompressionError):
     """A gradient arrived that belongs to no bound parameter (or to two of them)."""
 
 
+class CheckpointError(CompressionError):
+    """A checkpoint is missing, damaged, or not of this training; or it could not be written, and the previous one stands."""
+
+
 class DisagreementError(RuntimeError):
     """Ranks hold different settings, parameters, steps or replicas; raised on every rank."""
 
