@@ -11,6 +11,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .compression import BoundCompression, Compression, double_squeeze_comparison
 from .errors import CheckpointError, CompressionError, DisagreementError, TransportError, UnboundParameterError
 from .optimizer import DistributedOptimizer
+from .schedule import exponential_ratios
 from .version import __version__
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
     "double_squeeze_comparison",
+    "exponential_ratios",
 ]

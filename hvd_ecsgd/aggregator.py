@@ -20,6 +20,7 @@ from .errors import CompressionError, DisagreementError
 from .exchange import AllReduce
 from .kernels import all_finite
 from .protocols import Compressor, Exchange, Feedback, State, StepContext, Steps, Task, Traffic
+from .schedule import at_step, check_ratios
 from .segments import Segment, Segments
 from .transport.base import Handle, Transport
 
@@ -41,7 +42,8 @@ NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 class Method:
     """An algorithm: compressor × feedback × exchange, and what is sent without compression.
 
-    Parameters with fewer than `dense_below` elements, and with `dense_1d` those with one dimension (biases, norms), travel uncompressed.
+    Parameters with fewer than `dense_below` elements, and with `dense_1d` those with one dimension (biases, norms), travel uncompressed. So does
+    everything in the first `warmup_steps` steps. `ratio_schedule`, (step, ratio) pairs, changes the compressor's ratio from these steps on.
     """
 
     compressor: Compressor
@@ -50,6 +52,8 @@ class Method:
     dense_below: int = 1024
     dense_1d: bool = True
     seed: int = 0
+    warmup_steps: int = 0
+    ratio_schedule: Sequence[tuple[int, float]] = ()
 
     def __post_init__(self) -> None:
         for role, part, protocol in (
@@ -68,9 +72,18 @@ class Method:
             raise CompressionError(f"dense_1d must be True or False, got {self.dense_1d!r}.")
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
             raise CompressionError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}.")
+        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
+            raise CompressionError(f"warmup_steps must be a number of steps ≥ 0, got {self.warmup_steps!r}.")
+        object.__setattr__(self, "ratio_schedule", check_ratios(self.compressor, self.ratio_schedule, self.warmup_steps))
 
     def is_dense(self, parameter: torch.Tensor) -> bool:
         return parameter.numel() < self.dense_below or (self.dense_1d and parameter.dim() <= 1)
+
+    def at(self, step: int) -> tuple[Compressor, Exchange]:
+        """What compresses and exchanges in this step."""
+        if step < self.warmup_steps:
+            return Identity(), AllReduce()
+        return at_step(self.compressor, self.ratio_schedule, step), self.exchange
 
     def dense(self) -> Method:
         return Method(Identity(), self.feedback.for_dense(), AllReduce(), self.dense_below, self.dense_1d, self.seed)
@@ -100,6 +113,10 @@ class Bucket:
     exchange_state: State | None = None
     previous_lr: float | None = None
     previous_loss_scale: float = 1.0
+    dense: bool = False
+    """Never compressed: small or one-dimensional parameters."""
+    clean: bool = True
+    """This rank's residual is known to be zero: the last exchange took everything, or there was none."""
     versions: list[int] = field(default_factory=list)
     """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
     results: list[torch.Tensor] = field(default_factory=list)
@@ -171,13 +188,14 @@ class Reduction:
         if self.task.poisoned:
             return
         method.feedback.undo_(state, None if gradients_gone else self.gradients, self.bucket.parameters, self.bucket.segments, self.task.ctx)
-        if method.compressor.lossless and method.feedback.keeps_residual:
-            state["residual"].zero_()  # a lossless payload is not kept for adding back
+        if self.task.flushes and method.feedback.keeps_residual:
+            state["residual"].zero_()  # such a payload is not kept for adding back
 
     def commit(self) -> None:
         """The step stands: remember the learning rate and loss scale that the residual is measured in, and let the payloads go."""
         self.bucket.previous_lr = self.settings.lr or self.bucket.previous_lr
         self.bucket.previous_loss_scale = self.settings.loss_scale
+        self.bucket.clean = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
         self.task.forget_undo()
 
 
@@ -247,7 +265,7 @@ class Aggregator:
             group, dense, dtype, _ = kind
             segments = replace(Segments.of([(n, p.detach()) for n, p in members], offsets, model_numel), dtype=dtype)
             name = members[0][0] if bucket_bytes == 0 else f"bucket{len(buckets)}"
-            buckets.append(Bucket(name, dense_method if dense else self.method, segments, [p for _, p in members], group))
+            buckets.append(Bucket(name, dense_method if dense else self.method, segments, [p for _, p in members], group, dense=dense))
 
         # Gradients become ready from the last layer to the first.
         for name, parameter in reversed(self.named):
@@ -344,20 +362,22 @@ class Aggregator:
         poisoned = not all(all_finite(g) for g in gradients)
         # A poisoned step leaves the buffer alone; there is nothing to extract from.
         buffer = bucket.segments.empty()[:0] if poisoned else feedback.accumulate_(bucket.state, gradients, bucket.parameters, bucket.segments, ctx)
+        compressor, exchange = bucket.method.at(self.step)
         task = Task(
             name=bucket.name,
             segments=bucket.segments,
             buffer=buffer,
             out=bucket.result_buffer(gradients) if out is None else out,
-            compressor=bucket.method.compressor,
+            compressor=compressor,
             state=bucket.exchange_state,
             ctx=ctx,
             poisoned=poisoned,
             reversible=feedback.keeps_residual,
+            flushes=compressor.lossless and bucket.clean,
             server_carry=ctx.carry if feedback.unit == "gradient" else 1.0,
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
-        return Reduction(bucket, task, bucket.method.exchange.run(task, transport), list(gradients), group)
+        return Reduction(bucket, task, exchange.run(task, transport), list(gradients), group)
 
     def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False) -> bool:
         """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands."""
@@ -465,7 +485,7 @@ class Aggregator:
             return
         shifts = bucket.method.feedback.shifts
         mean_error: torch.Tensor | None = None
-        if point == "virtual" and not bucket.method.compressor.lossless:
+        if point == "virtual" and not bucket.dense:
             mean_error = bucket.state["residual"].clone()
             self.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
             mean_error.div_(self.transport.size)
@@ -492,6 +512,8 @@ class Aggregator:
             "dense_below": self.method.dense_below,
             "dense_1d": self.method.dense_1d,
             "seed": self.method.seed,
+            "warmup_steps": self.method.warmup_steps,
+            "ratio_schedule": repr(self.method.ratio_schedule),
             **self._also,
             "buckets": len(self.buckets),
             **{f"parameter '{name}'": f"{tuple(p.shape)} {p.dtype} in param group {groups[name]}" for name, p in self.named},
@@ -623,6 +645,7 @@ class Aggregator:
             for bucket, feedback_state, exchange_state, entry in staged:
                 bucket.state, bucket.exchange_state = feedback_state, exchange_state
                 bucket.previous_lr, bucket.previous_loss_scale = entry["previous_lr"], entry["previous_loss_scale"]
+                bucket.clean = bucket.dense
                 feedback = bucket.method.feedback
                 if feedback.shifts:
                     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from hashlib import blake2b
@@ -36,7 +36,10 @@ class Compression:
     `compressor`: an instance from `hvd_ecsgd.compressors`. `feedback`: from `hvd_ecsgd.feedback` (default: error feedback in gradient units).
     `exchange`: from `hvd_ecsgd.exchange` (default: all-reduce if payloads add up, else all-gather).
     `dense_below`, `dense_1d`: parameters with fewer elements, and one-dimensional ones, are sent uncompressed; 0 and False compress everything.
-    `seed`: for shared randomness; the same on all ranks. Raises `CompressionError` for parts that do not fit together.
+    `seed`: for shared randomness; the same on all ranks.
+    `warmup_steps`: so many first steps are uncompressed. `ratio_schedule`: (step, ratio) pairs; from each of these steps on the compressor has this
+    ratio (`hvd_ecsgd.exponential_ratios` makes some). A `server_compressor` of its own keeps its ratio.
+    Raises `CompressionError` for parts that do not fit together.
     """
 
     def __init__(
@@ -48,14 +51,20 @@ class Compression:
         dense_below: int = 1024,
         dense_1d: bool = True,
         seed: int = 0,
+        warmup_steps: int = 0,
+        ratio_schedule: Sequence[tuple[int, float]] = (),
     ) -> None:
         if exchange is None:
             exchange = AllReduce() if getattr(compressor, "summable", False) else AllGather()
-        self.method = Method(compressor, ErrorFeedback() if feedback is None else feedback, exchange, dense_below, dense_1d, seed)
+        rule = ErrorFeedback() if feedback is None else feedback
+        self.method = Method(compressor, rule, exchange, dense_below, dense_1d, seed, warmup_steps, ratio_schedule)
 
     def __repr__(self) -> str:
         m = self.method
-        return f"Compression({m.compressor}, {m.feedback}, {m.exchange}, dense_below={m.dense_below}, dense_1d={m.dense_1d}, seed={m.seed})"
+        options = f"dense_below={m.dense_below}, dense_1d={m.dense_1d}, seed={m.seed}"
+        if m.warmup_steps or m.ratio_schedule:
+            options += f", warmup_steps={m.warmup_steps}, ratio_schedule={m.ratio_schedule}"
+        return f"Compression({m.compressor}, {m.feedback}, {m.exchange}, {options})"
 
     def bind(self, model: Named, process_set: Any = None) -> BoundCompression:
         """Tie the method to a module's parameters, or to (name, parameter) pairs, and give it state.

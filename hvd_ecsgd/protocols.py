@@ -246,6 +246,8 @@ class Task:
     poisoned: bool = False
     """This rank's gradients hold an inf or NaN: the buffer was left alone, and NaN is sent so that every rank learns of it."""
     reversible: bool = True
+    flushes: bool = False
+    """The residual was zero before, and will be: undoing the extraction is setting it to zero."""
     finite: bool = True
     server_carry: float = 1.0
     """What a residual kept by the exchange is multiplied by when it is added back: η_{t-1}/η_t in gradient units, 1 in update units."""
@@ -253,6 +255,8 @@ class Task:
     """What `out` is multiplied by when it is applied to the parameters: η in gradient units, 1 in update units."""
     skipped: bool = False
     """Set by the exchange when nothing came back for any segment, on every rank: x and the optimizer's state must stay as they are."""
+    extracted: int = 0
+    """Elements of the buffer that were extracted."""
     traffic: Traffic = field(default_factory=Traffic)
     _reversals: list[Callable[[], object]] = field(default_factory=list)
 
@@ -264,8 +268,9 @@ class Task:
             return poison(self.compressor, segments, key)
         if self.compressor.lossless and not self.reversible and segments.numel == self.buffer.numel():
             return self.buffer  # a scratch copy of the gradients that nobody reads again: it can travel as it is
+        self.extracted += segments.numel
         payload = self.compressor.extract_(self.buffer, segments, key)
-        if self.reversible and not self.compressor.lossless:
+        if self.reversible and not self.flushes:
             self.undo_by_adding(self.buffer, self.compressor, payload.clone() if travels_in_place else payload, segments, key, 1.0)
         return payload
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_ecsgd import Compression, double_squeeze_comparison
+from hvd_ecsgd import Compression, double_squeeze_comparison, exponential_ratios
 from hvd_ecsgd.compressors import (
     QSGD,
     BlockTopK,
@@ -51,7 +51,7 @@ class Case:
     conserves: bool = True
     """What is not sent is kept somewhere: the η-ratio invariant (ALGORITHMS §2), or z's (§3), holds to rounding."""
     draws: bool = False
-    """Uses randomness, so results depend on step number and parameter name."""
+    """Results depend on the step number: by randomness (and the parameter's name), or by a schedule."""
     converges: float = 0.15
     """The training loss of `tests.problems` falls below this share of what it was, in 40 steps."""
 
@@ -74,6 +74,8 @@ CASES: tuple[Case, ...] = (
     Case("top_k-k", lambda: Compression.top_k(k=20, **ALL)),
     Case("top_k-no_feedback", lambda: Compression.top_k(10, error_feedback=False), slots=0, conserves=False, converges=0.35),
     Case("top_k-local_momentum", lambda: Compression(TopK(10), LocalMomentum(0.0), AllGather()), slots=2, stock_horovod=False),
+    Case("top_k-warmup-schedule", lambda: Compression.top_k(10, warmup_steps=2, ratio_schedule=[(2, 2), (4, 5), (7, 10)]), draws=True),
+    Case("random_block-schedule", lambda: Compression.random_block(8, ratio_schedule=exponential_ratios(8, 3, 3, first=2), **ALL), draws=True),
     Case("one_bit", lambda: Compression.one_bit()),
     Case("one_bit-everything", lambda: Compression.one_bit(**ALL)),
     Case("one_bit-l2", lambda: Compression.one_bit("l2")),
@@ -93,6 +95,7 @@ CASES: tuple[Case, ...] = (
         central=True,
         draws=True,
     ),
+    Case("double_squeeze-warmup", lambda: Compression.double_squeeze(warmup_steps=3, **ALL), server_slots=1, draws=True),
     Case("bf16", lambda: Compression.bf16, slots=0, conserves=False),
     Case("bf16-feedback", lambda: Compression.bf16(error_feedback=True), server_slots=1),
     Case("global_random_block", lambda: Compression.global_random_block(8, 64), draws=True),
@@ -129,6 +132,13 @@ CASES: tuple[Case, ...] = (
     Case("local_momentum-dense", lambda: Compression(Identity(), LocalMomentum(0.0), AllReduce()), slots=2, stock_horovod=False),
     Case("detached", lambda: Compression.detached(8), slots=3, stock_horovod=False, draws=True),
     Case("detached-step_ahead-everything", lambda: Compression.detached(8, 1.0, **ALL), slots=3, stock_horovod=False, draws=True),
+    Case(
+        "detached-warmup-schedule",
+        lambda: Compression.detached(8, warmup_steps=2, ratio_schedule=[(0, 4), (7, 8)], **ALL),
+        slots=3,
+        stock_horovod=False,
+        draws=True,
+    ),
     Case("detached-top_k", lambda: Compression(TopK(10), LocalMomentum(0.3), AllGather()), slots=3, stock_horovod=False),
 )
 

@@ -15,7 +15,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 
 BOTTOM = {"segments", "errors", "version", "protocols", "transport"}
-BELOW_AGGREGATOR = {"exchange", "feedback", "compressors", "kernels", *BOTTOM}
+BELOW_AGGREGATOR = {"schedule", "exchange", "feedback", "compressors", "kernels", *BOTTOM}
 # room (a module or a folder of hvd_ecsgd) → the other rooms of hvd_ecsgd that it may import
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compressors": {"kernels", "protocols", "segments", "errors"},
     "feedback": {"compressors", "kernels", *BOTTOM},
     "exchange": {"compressors", "kernels", *BOTTOM},
+    "schedule": {"compressors", "protocols", "errors"},
     "aggregator": BELOW_AGGREGATOR,
     "horovod_slot": {"aggregator", *BELOW_AGGREGATOR},
     "compression": {"horovod_slot", "aggregator", *BELOW_AGGREGATOR},
