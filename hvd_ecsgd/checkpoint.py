@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import os
 import secrets
 import socket
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,13 +25,16 @@ from typing import Any
 
 import torch
 
-from .aggregator import Method
+from .aggregator import Aggregator, Method
 from .compression import BoundCompression
 from .errors import CheckpointError, CompressionError
+from .resize import Leaf, merge, resized_state, shares
 from .transport import Transport
 from .version import __version__
 
 __all__ = ["Loaded", "load_checkpoint", "save_checkpoint"]
+
+_log = logging.getLogger("hvd_ecsgd")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -54,6 +58,8 @@ class Loaded:
     """Workers that saved it."""
     size: int
     """Workers now."""
+    notes: tuple[str, ...] = ()
+    """What was done to the state, slot by slot, because the number of workers is another one."""
 
 
 def save_checkpoint(
@@ -112,7 +118,9 @@ def load_checkpoint(
 ) -> Loaded:
     """Take over what `save_checkpoint` saved, into objects made as for the saved run; every rank calls it, between two steps. Collective.
 
-    Afterwards broadcast nothing: what differs between ranks must go on to differ. Raises `CheckpointError` on every rank when the checkpoint is
+    Afterwards broadcast nothing: what differs between ranks must go on to differ. With another number of workers than saved it, the mean of the
+    residuals over workers is kept (see `hvd_ecsgd.resize`), extras come from an old rank that this one inherits from, and what was done is in
+    the result's `notes` and logged by rank 0. Raises `CheckpointError` on every rank when the checkpoint is
     missing, damaged, of another model, method, seed or optimizer, or of a later version, naming what is wrong; nothing in memory is changed then.
     """
     folder = Path(directory).absolute()
@@ -127,17 +135,21 @@ def load_checkpoint(
             for r in range(rank, saved_size, size):
                 parts.verify(r)
         with _together(transport, "load"):
-            if saved_size != size:
-                raise CheckpointError(f"{folder} was saved by {saved_size} workers, and there are {size} now; start as many.")
-            saved = parts.everything(rank)
-            _check_model(model, saved["model"])
+            notes: list[str] = []
+            if saved_size == size:
+                saved = parts.everything(rank)
+            else:
+                saved, notes = parts.resized(compression.template())
+            weights = _checked_model(model, saved["model"])
             _check_optimizer(optimizer, saved["optimizer"])
             take_over = compression.prepare_load(saved["compression"])
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(weights)
         optimizer.load_state_dict(saved["optimizer"])
         take_over()
     _ours.setdefault(compression, {})[folder] = manifest["id"]
-    return Loaded(int(saved["compression"]["step"]), saved["extras"], saved_size, size)
+    if saved_size != size and rank == 0:
+        _log.warning("%s was saved by %d workers, and there are %d now; the state was %s.", folder, saved_size, size, "; ".join(notes) or "kept")
+    return Loaded(int(saved["compression"]["step"]), saved["extras"], saved_size, size, tuple(notes))
 
 
 def describe(method: Method) -> dict[str, str]:
@@ -366,7 +378,7 @@ def _encode(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
     )
 
 
-def _decode(tree: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
+def _decode(tree: Any, tensor: Callable[[str], Any]) -> Any:
     if isinstance(tree, list):
         return [_decode(v, tensor) for v in tree]
     if not isinstance(tree, dict):
@@ -419,6 +431,7 @@ class _Parts:
         self._safetensors = _safetensors()
         self.folder, self.manifest, self._stack = folder, manifest, stack
         self._open: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self._lazy: dict[int, Any] = {}
 
     def verify(self, r: int) -> None:
         """Part r is there, complete, and the one that the manifest means."""
@@ -466,6 +479,21 @@ class _Parts:
         """What rank r saved."""
         return _decode(self._about(r)["tree"], lambda name: self.tensor(r, name))
 
+    def lazily(self, r: int) -> Any:
+        """What rank r saved, with `Leaf`s for tensors."""
+        if r not in self._lazy:
+            places = self._about(r)["tensors"]
+            self._lazy[r] = _decode(self._about(r)["tree"], lambda name: Leaf(places[name][2], lambda: self.tensor(r, name)))
+        return self._lazy[r]
+
+    def resized(self, template: Aggregator) -> tuple[Any, list[str]]:
+        """What `template`'s rank goes on from when another number of workers saved, and what was done, in words."""
+        saved_size = self.manifest["size"]
+        weights = shares(template.rank, template.size, saved_size)
+        saved = merge([{k: v for k, v in self.lazily(r).items() if k in ("model", "optimizer")} for r in weights], list(weights.values()))
+        state, notes = resized_state(template, lambda r: self.lazily(r)["compression"], saved_size)
+        return {**saved, "compression": state, "extras": self.everything(next(iter(weights)))["extras"]}, notes
+
 
 def _check_is_this_training(folder: Path, manifest: dict[str, Any], optimizer: torch.optim.Optimizer, compression: BoundCompression) -> None:
     saved, now = manifest["method"], describe(compression.method)
@@ -479,7 +507,8 @@ def _check_is_this_training(folder: Path, manifest: dict[str, Any], optimizer: t
         raise CheckpointError(f"{folder} was saved with {manifest['optimizer']} as the optimizer, and this is {type(optimizer).__name__}.")
 
 
-def _check_model(model: torch.nn.Module, saved: Mapping[str, Any]) -> None:
+def _checked_model(model: torch.nn.Module, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`saved` with the modules' format versions, which state_dict() keeps beside the values."""
     now = model.state_dict()
     for name in [*now, *(n for n in saved if n not in now)]:
         if name not in saved or name not in now:
@@ -489,6 +518,9 @@ def _check_model(model: torch.nn.Module, saved: Mapping[str, Any]) -> None:
         if isinstance(b, torch.Tensor) and not (isinstance(a, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype):
             was = f"{tuple(a.shape)} {a.dtype}" if isinstance(a, torch.Tensor) else repr(a)
             raise CheckpointError(f"the checkpoint is of another model: '{name}' was {was}, and is {tuple(b.shape)} {b.dtype}.")
+    result = OrderedDict(saved)
+    result._metadata = getattr(now, "_metadata", {})  # type: ignore[attr-defined]
+    return result
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

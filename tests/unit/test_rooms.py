@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "horovod_slot": {"aggregator", *BELOW_AGGREGATOR},
     "compression": {"horovod_slot", "aggregator", *BELOW_AGGREGATOR},
     "optimizer": {"compression", "aggregator", *BELOW_AGGREGATOR},
-    "checkpoint": {"compression", "aggregator", *BELOW_AGGREGATOR},
+    "resize": {"aggregator", *BELOW_AGGREGATOR},
+    "checkpoint": {"resize", "compression", "aggregator", *BELOW_AGGREGATOR},
 }
 # The package itself and the command line may import every room.
 MAY_IMPORT["__init__"] = MAY_IMPORT["cli"] = MAY_IMPORT["__main__"] = {"__init__", "cli", *MAY_IMPORT}
