@@ -24,7 +24,7 @@ from .schedule import at_step, check_ratios
 from .segments import Segment, Segments
 from .transport.base import Handle, Transport
 
-__all__ = ["Aggregator", "Bucket", "GroupSettings", "Method", "Reduction", "drive"]
+__all__ = ["Aggregator", "Bucket", "GroupSettings", "Method", "Reduction", "drive", "newcomers"]
 
 _DIGEST = 16
 """Bytes of the hash of settings and step that ranks compare."""
@@ -32,8 +32,8 @@ _DIGEST = 16
 _PATIENCE = 5.0
 """Seconds that the first step waits for the other ranks' settings while another object here has its first step still to come."""
 
-_newcomers: weakref.WeakSet[Aggregator] = weakref.WeakSet()
-"""The living aggregators of this process that have not taken part in a step yet."""
+newcomers: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The living objects of this process that have not taken part in a step yet: aggregators, and bound methods that have none so far."""
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -98,6 +98,17 @@ class GroupSettings:
     weight_decay: float = 0.0
     nesterov: bool = False
     loss_scale: float = 1.0
+
+    @staticmethod
+    def of(group: Mapping[str, Any], loss_scale: float) -> GroupSettings:
+        """Those of an optimizer's param group; what it does not have is zero."""
+        return GroupSettings(
+            float(group["lr"]),
+            float(group.get("momentum", 0.0)),
+            float(group.get("weight_decay", 0.0)),
+            bool(group.get("nesterov", False)),
+            loss_scale,
+        )
 
 
 @dataclass
@@ -242,7 +253,7 @@ class Aggregator:
         self._in_step = False
         self._transport = transport
         self._agreement: Handle[list[torch.Tensor]] | None = None
-        _newcomers.add(self)
+        newcomers.add(self)
         self._also = dict(also or {})
         self._method_text = repr(method)
         nothing = Segments(())
@@ -287,15 +298,15 @@ class Aggregator:
         in the other one, so while another object of this process has its first step to come, patience ends and `settle` finishes the comparison.
         """
         self._transport = transport
-        if self not in _newcomers:
+        if self not in newcomers:
             return
-        _newcomers.discard(self)
+        newcomers.discard(self)
         # The whole text, not its digest: a rank that sees a difference can tell at once, and needs nothing more from the others.
         self._agreement = transport.allgather(self._packed_text(), "agreement")
         give_up = time.monotonic() + _PATIENCE
-        while _newcomers and not self._agreement.done() and time.monotonic() < give_up:
+        while newcomers and not self._agreement.done() and time.monotonic() < give_up:
             time.sleep(0.001)
-        if not _newcomers or self._agreement.done():
+        if not newcomers or self._agreement.done():
             self.settle()
 
     def settle(self) -> None:
@@ -405,15 +416,23 @@ class Aggregator:
     # -- parameters that are shifted (DEF) ----------------------------------------------------------------------------------------
 
     def apply_updates(self, reductions: Sequence[Reduction]) -> None:
-        """Methods that apply the update themselves: move x, and shift. Where nothing came back, x stays; the error to shift by has changed."""
+        """Methods that apply the update themselves: move x, and shift. Where nothing came back, x stays; the error to shift by has changed.
+
+        Parameters that were frozen since they were bound stand still (at x, where they are shifted).
+        """
         with torch.no_grad():
             for reduction in reductions:
                 bucket, feedback = reduction.bucket, reduction.bucket.method.feedback
                 assert reduction.out is not None and bucket.state is not None
+                frozen = [(i, p, p.clone()) for i, p in enumerate(bucket.parameters) if not p.requires_grad]
+                for i, _, _ in frozen:
+                    bucket.segments.views(reduction.out)[i].zero_()  # what is left of it in the residual must not move x
                 if reduction.task.skipped:
                     feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
                 else:
                     feedback.finish_(bucket.state, reduction.out, bucket.parameters, bucket.segments, reduction.task.ctx)
+                for i, p, before in frozen:
+                    p.copy_(bucket.segments.shaped_views(bucket.state["x"])[i] if feedback.shifts else before)
                 bucket.versions = [p._version for p in bucket.parameters]
 
     def _recapture(self, bucket: Bucket) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .aggregator import Aggregator, Bucket, GroupSettings, Method
+from .aggregator import Aggregator, Bucket, GroupSettings, Method, newcomers
 from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from .errors import CompressionError
 from .exchange import AllGather, AllReduce, Central, CompSkip, Every, TwoPass
@@ -28,6 +28,8 @@ from .transport.horovod import HorovodTransport, SlotTransport, horovod_is_runni
 __all__ = ["AnyCompression", "BoundCompression", "Compression", "bind", "double_squeeze_comparison"]
 
 Named = torch.nn.Module | Iterable[tuple[str, torch.nn.Parameter]]
+
+_ATTACH = "call compression.attach(optimizer), with what hvd.DistributedOptimizer returned, before the first backward pass."
 
 
 class Compression:
@@ -184,8 +186,8 @@ class Compression:
     ) -> Compression:
         """dist-EF-SGD(M) (Zheng, Huang, Kwok 2019): worker momentum before two-pass compression; signs with scale ‖v‖₁/d both ways by default.
 
-        Without `momentum` and `weight_decay` the SGD optimizer's are read live (hvd_ecsgd's or mpi_backend's DistributedOptimizer). On an
-        unmodified Horovod give them here, 0 in the optimizer, and call `attach`.
+        Without `momentum` and `weight_decay` the SGD optimizer's are read live. With them the optimizer, whose own must be 0, applies the
+        update. On an unmodified Horovod call `attach` in either case.
         """
         feedback = DistEFSGD(momentum, weight_decay, nesterov)
         return Compression(Sign() if compressor is None else compressor, feedback, TwoPass(server_compressor), **options)
@@ -210,24 +212,24 @@ class Compression:
 
     @staticmethod
     def local_momentum(ratio: float = 64.0, **options: Any) -> Compression:
-        """EF with momentum on the worker, in update units, with random blocks. Needs hvd_ecsgd's or mpi_backend's DistributedOptimizer over SGD."""
+        """EF with momentum on the worker, in update units, with random blocks. Over SGD, whose momentum it reads; on Horovod attached."""
         return Compression(RandomBlock(ratio), LocalMomentum(0.0), AllReduce(), **options)
 
     @staticmethod
     def detached(ratio: float = 64.0, lambda_: float = 0.3, **options: Any) -> Compression:
-        """DEF with random blocks (Xu, Huang 2021); λ=1 is SAEF. Needs hvd_ecsgd's or mpi_backend's DistributedOptimizer over SGD."""
+        """DEF with random blocks (Xu, Huang 2021); λ=1 is SAEF. Over SGD, whose momentum it reads; on Horovod attached."""
         return Compression(RandomBlock(ratio), LocalMomentum(lambda_), AllReduce(), **options)
 
     @staticmethod
     def pef(ratio: float = 64.0, **options: Any) -> Compression:
-        """PEF with random blocks (Xu, Huang 2021, baseline): momentum after the exchange. Needs hvd_ecsgd's or mpi_backend's
-        DistributedOptimizer over SGD."""
+        """PEF with random blocks (Xu, Huang 2021, baseline): momentum after the exchange. Over SGD, whose momentum it reads; on
+        Horovod attached."""
         return Compression(RandomBlock(ratio), PEF(), AllReduce(), **options)
 
     @staticmethod
     def topk_sgd(ratio: float = 100.0, *, block: int | None = None, **options: Any) -> Compression:
         """TopK-SGD (Alistarh et al. 2018): top-k of η·gradient + error, of each parameter or, with `block`, of each block of so many entries
-        (the authors use 512). No momentum. Needs hvd_ecsgd's or mpi_backend's DistributedOptimizer over SGD."""
+        (the authors use 512). No momentum. Over SGD; on Horovod attached."""
         return Compression(TopK(ratio) if block is None else BlockTopK(ratio, block), MemSGD(), AllGather(), **options)
 
 
@@ -307,6 +309,7 @@ class BoundCompression:
             self._prefix = f"hvd_ecsgd.{table}.{_binds.get(table, 0)}"
             _binds[table] = _binds.get(table, 0) + 1
         self._aggregator: Aggregator | None = None
+        newcomers.add(self)
         self._slot: HorovodSlot | None = None
         self._waiting: Mapping[str, Any] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -333,10 +336,10 @@ class BoundCompression:
         if self._slot is None:
             if self._aggregator is not None:
                 raise CompressionError("this compression object belongs to another optimizer; bind one for each.")
-            if self.method.feedback.applies_update:
-                raise CompressionError(self._own_optimizer_message())
             transport = SlotTransport(self._process_set, self._prefix)
-            aggregator = Aggregator(self.method, self.named, rank=transport.rank, size=transport.size, settings=self._settings, transport=transport)
+            aggregator = Aggregator(
+                self.method, self.named, rank=transport.rank, size=transport.size, settings=self._settings, transport=transport.direct
+            )
             self.adopt(aggregator)
             self._slot = HorovodSlot(aggregator, transport, self._frozen, self._check_skip)
             _claim(self)
@@ -353,24 +356,19 @@ class BoundCompression:
                 "compression.attach(optimizer) with momentum=0 and weight_decay=0 in the optimizer; dist_ef_sgd and comp_skip take them instead."
             )
 
-    def _own_optimizer_message(self) -> str:
-        return (
-            f"{self.method.feedback} applies momentum, weight decay and the update itself (parameter '{self.named[0][0]}' and all "
-            "others), which an unmodified Horovod optimizer would do again. "
-            "Use hvd_ecsgd.DistributedOptimizer(optimizer, compression=…) or `import mpi_backend as hvd`; dist_ef_sgd and comp_skip also run here "
-            "with momentum= and weight_decay= given to the preset (0 is a value) and 0 in the optimizer."
-        )
-
     def before_step(self) -> None:
-        """Before a step of an optimizer that is not ours: raise when it must not happen, and make it none when it was undone."""
+        """Before a step of an optimizer that is not ours: apply the update where the method does that itself, and raise when it cannot."""
         if self._slot is not None:
-            self._slot.drop_undone()
+            self._slot.before_step(scaled=self._scaler is not None)
         if self._aggregator is None and self.method.feedback.owns_momentum:
             raise CompressionError(self._refusal())
 
     def _refusal(self) -> str:
         if self.method.feedback.applies_update:
-            return self._own_optimizer_message()
+            return (
+                f"{self.method.feedback} applies momentum, weight decay and the update itself, and has not seen a gradient of parameter "
+                f"'{self.named[0][0]}': {_ATTACH} Without Horovod, use hvd_ecsgd.DistributedOptimizer or `import mpi_backend as hvd`."
+            )
         return (
             f"{self.method.feedback} keeps momentum and weight decay itself, but has not been given a single gradient of parameter "
             f"'{self.named[0][0]}': Horovod does not compress with one process, and the step would be plain SGD without momentum. "
@@ -384,17 +382,17 @@ class BoundCompression:
 
         `scaler`: the GradScaler that scales the loss, so that residuals follow its scale.
 
-        Own optimizers attach by themselves. Without it, methods in gradient units assume a constant learning rate and say so once.
-        Raises `CompressionError` when the optimizer holds none of the bound parameters, for a method that applies the update itself, and
-        for momentum both in the method and in the optimizer (looked at again in every step).
+        Own optimizers attach by themselves. Without it, methods in gradient units assume a constant learning rate and say so once. Methods that
+        apply the update themselves (`detached`, `local_momentum`, `pef`, …) need it: they read lr, momentum and weight decay of the SGD inside
+        Horovod's optimizer, move the parameters just before that would, and leave it no gradients (`p.grad` is None after the step).
+        Raises `CompressionError` when the optimizer holds none of the bound parameters, when such a method is given another optimizer than
+        Horovod's around a plain SGD, and for momentum both in the method and in the optimizer (looked at again in every step).
         """
         self._scaler = scaler if scaler is not None else self._scaler
         ours: object = getattr(optimizer, "compression", None)
         if ours is self:  # ours: attached already
             return self
         feedback = self.method.feedback
-        if feedback.applies_update:
-            raise CompressionError(self._own_optimizer_message())
         bound = {id(p) for _, p in self.named}
         if not any(id(p) in bound for group in optimizer.param_groups for p in group["params"]):
             raise CompressionError(
@@ -404,8 +402,22 @@ class BoundCompression:
         for g, group in enumerate(optimizer.param_groups):
             if any(id(p) in bound for p in group["params"]):
                 feedback.check_group(group, f"param group {g}")
+        if feedback.applies_update:
+            self._check_applied_to(optimizer)
         self._optimizer = optimizer
+        if feedback.applies_update:
+            self._slotted()  # now, so that state that is loaded shifts the parameters before the next forward pass
         return self
+
+    def _check_applied_to(self, optimizer: torch.optim.Optimizer) -> None:
+        """The update is applied in a hook before the step of Horovod's optimizer, in place of what SGD would do."""
+        if getattr(optimizer, "_compression", None) is not self:
+            raise CompressionError(
+                f"attach(): {self.method.feedback} applies the update itself, and the optimizer given (a {type(optimizer).__name__}) is not the one "
+                "that horovod.torch.DistributedOptimizer(…, compression=this object) returned. Pass that one; without Horovod use "
+                "hvd_ecsgd.DistributedOptimizer(optimizer, compression=…) or `import mpi_backend as hvd`."
+            )
+        check_plain_sgd(self.method, getattr(type(optimizer).__base__, "step", None), type(optimizer).__name__)
 
     @property
     def loss_scale(self) -> float:
@@ -417,8 +429,8 @@ class BoundCompression:
         if self._optimizer is None:
             if feedback.owns_momentum:
                 raise CompressionError(
-                    f"{feedback} keeps momentum and weight decay itself and must see that the optimizer has none (parameter "
-                    f"'{bucket.segments.names[0]}'): call compression.attach(optimizer) before the first backward pass."
+                    f"{feedback} applies momentum and weight decay itself and must see the optimizer's param groups (parameter "
+                    f"'{bucket.segments.names[0]}'): {_ATTACH}"
                 )
             if not self._warned and feedback.keeps_residual:
                 self._warned = True
@@ -430,7 +442,7 @@ class BoundCompression:
         if g is not None:
             group = self._optimizer.param_groups[g]
             feedback.check_group(group, f"param group {g}")
-            return GroupSettings(lr=float(group["lr"]), loss_scale=self.loss_scale)
+            return GroupSettings.of(group, self.loss_scale)
         raise CompressionError(
             f"parameter '{bucket.segments.names[0]}' is in no param group of the attached optimizer; attach the optimizer that trains it."
         )
@@ -454,6 +466,7 @@ class BoundCompression:
         if self._aggregator is not None:
             raise CompressionError("this compression object belongs to another optimizer already; bind one for each.")
         self._aggregator = aggregator
+        newcomers.discard(self)
         if self._waiting is not None:
             state, self._waiting = self._waiting, None
             aggregator.load_state_dict(state)
@@ -588,6 +601,14 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                 _claims.pop(id(parameter), None)
     for bound in claimed.values():
         bound.before_step()
+
+
+def check_plain_sgd(method: Method, step: Any, name: str) -> None:
+    """`step`, of the optimizer named `name`, is torch.optim.SGD's, which a method that applies the update itself stands in for."""
+    if getattr(step, "__func__", step) is not torch.optim.SGD.step:
+        raise CompressionError(
+            f"{method.feedback} works with torch.optim.SGD, whose lr, momentum and weight_decay it applies itself; got {name} with another step()."
+        )
 
 
 AnyCompression = _Bare | Compression | BoundCompression

@@ -7,6 +7,9 @@ parameter by parameter would deadlock.
 
 Every payload ends in four bits of a hash of settings and step, as zeros and ones, and a one. After the reduction a bit that is neither 0 nor that of
 the one differed somewhere, which every rank sees; the one tells what Horovod multiplied by (1 for Average, n for Sum).
+
+Rules that apply the update themselves (worker momentum, DEF) do so in `before_step`, which the caller arranges to run before the inner optimizer's
+step: x is moved by exactly the code that our own optimizer runs, and the inner optimizer is left without gradients, so it applies nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 
 from .aggregator import Aggregator, Bucket, Reduction, drive
 from .errors import CompressionError, DisagreementError, UnboundParameterError
+from .transport import SelfTransport
 from .transport.horovod import SlotHandle, SlotTransport
 
 __all__ = ["HorovodSlot"]
@@ -35,6 +39,8 @@ class _Pending:
     gradient: torch.Tensor
     reduction: Reduction | None
     """None while the learning rate is 0."""
+    version: int = 0
+    """The gradient's, when nobody but Horovod has written to it since."""
 
 
 class HorovodSlot:
@@ -64,6 +70,9 @@ class HorovodSlot:
         self._decompressed = 0
         self._accumulated = False
         self._undone = False
+        self._applies = aggregator.method.feedback.applies_update
+        self._ready: list[_Pending] | None = None
+        """Of a rule that applies the update itself: what was exchanged and waits for the optimizer's step."""
         this = weakref.ref(self)
 
         def accumulated(parameter: torch.Tensor) -> None:
@@ -93,7 +102,9 @@ class HorovodSlot:
 
         bucket = self._buckets[name]
         in_place = gradient.is_contiguous() and gradient.dtype == bucket.segments.dtype
-        reduction = self.aggregator.start(bucket, [gradient], self.transport, gradient.view(-1) if in_place else None)
+        # An update is applied later, and is not what belongs in the gradient.
+        out = gradient.view(-1) if in_place and not self._applies else None
+        reduction = self.aggregator.start(bucket, [gradient], self.transport, out)
         pending = self._pending[name] = _Pending(name, gradient, reduction)
         c = self.aggregator.settings_hash(bucket)
         tail = [float(c >> i & 1) for i in range(_BITS)] + [1.0]
@@ -104,8 +115,13 @@ class HorovodSlot:
         return torch.cat([payload, torch.tensor(tail, dtype=payload.dtype, device=payload.device)]), pending
 
     def _begin_step(self, name: str, gradient: torch.Tensor) -> None:
-        self.aggregator.use(self.transport)
+        self.aggregator.use(self.transport.direct)
         written = self._written.get(name)
+        if self._ready is not None and not self._undone and (_inside_backward() or self._accumulated):
+            raise CompressionError(
+                f"the update that was exchanged for parameter '{name}' was never applied: call optimizer.step() (inside `with "
+                "optimizer.skip_synchronize():` after synchronize()) before the next backward pass."
+            )
         self._undone = False
         computed = _inside_backward() or self._accumulated
         if not computed and written is not None and written() is gradient and bool(gradient.any()):
@@ -152,8 +168,14 @@ class HorovodSlot:
             drive(p.reduction for p in self._pending.values() if p.reduction is not None and not isinstance(p.reduction.pending, SlotHandle))
         factor = self._check(reduced, pending.name)
         gradient, reduction = pending.gradient, pending.reduction
+        if self._applies and abs(factor - 1.0) > 1e-5:
+            raise CompressionError(
+                f"parameter '{pending.name}': {self.aggregator.method.feedback} averages updates; summing gradients (op=hvd.Sum) is not defined "
+                "for it. Use op=hvd.Average."
+            )
         if reduction is None:
-            gradient.zero_()
+            if not self._applies:
+                gradient.zero_()
         else:
             handle = reduction.pending
             if isinstance(handle, SlotHandle):
@@ -162,29 +184,94 @@ class HorovodSlot:
             elif factor != 1.0:
                 assert reduction.out is not None
                 reduction.out.mul_(factor)
-            assert reduction.out is not None
-            if reduction.task.skipped:
-                self._check_skip(pending.name)
-            if reduction.out.data_ptr() != gradient.data_ptr():
-                gradient.copy_(reduction.out.view(gradient.shape))
-            if not reduction.bucket.parameters[0].requires_grad:
-                gradient.zero_()  # frozen since: what is left of it in the residual must not move it
+            if not self._applies:
+                self._write(reduction, pending)
+        pending.version = gradient._version + 1  # Horovod puts what we return into it: p.grad.set_(p.grad)
         self._written[pending.name] = weakref.ref(gradient)
         self._decompressed += 1
         if self._decompressed == len(self._pending):
             self._end_step()
         return gradient
 
+    def _write(self, reduction: Reduction, pending: _Pending) -> None:
+        """The mean becomes the gradient."""
+        assert reduction.out is not None
+        gradient = pending.gradient
+        if reduction.task.skipped:
+            self._check_skip(pending.name)
+        if reduction.out.data_ptr() != gradient.data_ptr():
+            gradient.copy_(reduction.out.view(gradient.shape))
+        if not reduction.bucket.parameters[0].requires_grad:
+            gradient.zero_()  # frozen since: what is left of it in the residual must not move it
+
     def _end_step(self) -> None:
-        reductions = [p.reduction for p in self._pending.values() if p.reduction is not None]
+        exchanged = list(self._pending.values())
+        reductions = [p.reduction for p in exchanged if p.reduction is not None]
         self._pending = {}
         self._decompressed = 0
         self._draining = False
         self._accumulated = False
-        self._undone = not self.aggregator.finish_step(reductions, gradients_gone=True)
+        self._undone = not self.aggregator.finish_step(reductions, gradients_gone=not self._applies)
+        if self._applies:
+            self._ready = exchanged
+            if self._undone:
+                for pending in exchanged:
+                    pending.gradient.fill_(float("nan"))  # what a GradScaler on any rank must see
 
-    def drop_undone(self) -> None:
-        """Before the inner optimizer steps: take away the gradients of an undone step, so that it changes nothing, momentum included."""
+    # -- the step ----------------------------------------------------------------------------------------------------------------
+
+    def before_step(self, scaled: bool) -> None:
+        """Before a step of the inner optimizer. Horovod's own step comes through here too, before it has synchronised; then nothing is ready.
+
+        `scaled`: a GradScaler may have unscaled the gradients since they were exchanged.
+        """
+        if not self._applies:
+            self._drop_undone()
+            return
+        if self._ready is None and self.transport.size == 1:
+            self._exchange_alone()
+        if self._ready is None:
+            return
+        ready, self._ready = self._ready, None
+        if not self._undone:
+            if not scaled:
+                self._check_untouched(ready)
+            self.aggregator.apply_updates([p.reduction for p in ready if p.reduction is not None])
+        self._undone = False
+        for _, parameter in self.aggregator.named:
+            parameter.grad = None
+
+    def _exchange_alone(self) -> None:
+        """With one process Horovod never calls compress."""
+        if all(p.grad is None for _, p in self.aggregator.named):
+            return  # the optimizer's step inside Horovod's: done already
+        alone = SelfTransport()
+        self.aggregator.use(alone)
+        self._ready = []
+        reductions = []
+        for name, bucket in self._buckets.items():
+            gradient = bucket.parameters[0].grad
+            if gradient is None:
+                gradient = torch.zeros_like(bucket.parameters[0])
+            reduction = self.aggregator.start(bucket, [gradient.to_dense() if gradient.is_sparse else gradient], alone)
+            self._ready.append(_Pending(name, gradient, reduction, gradient._version))
+            if reduction is not None:
+                reductions.append(reduction)
+        drive(reductions)
+        self._undone = not self.aggregator.finish_step(reductions)
+
+    def _check_untouched(self, ready: Iterable[_Pending]) -> None:
+        """Gradients clipped or scaled after the exchange would be ignored without a word."""
+        for pending in ready:
+            parameter = self._buckets[pending.name].parameters[0]
+            if parameter.grad is pending.gradient and pending.gradient._version > pending.version:
+                raise CompressionError(
+                    f"the gradient of parameter '{pending.name}' was changed after it had been exchanged, but {self.aggregator.method.feedback} has "
+                    "made it part of its momentum by then. Scale the loss instead of clipping, or use a method in gradient units."
+                )
+
+    def _drop_undone(self) -> None:
+        """Take away the gradients of an undone step, so that the optimizer changes nothing, momentum included."""
         if not self._undone:
             return
         self._undone = False

@@ -12,7 +12,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .aggregator import Aggregator, Bucket, GroupSettings, Reduction, drive
-from .compression import AnyCompression, BoundCompression, Compression, bind
+from .compression import AnyCompression, BoundCompression, Compression, bind, check_plain_sgd
 from .errors import CompressionError
 from .transport import SelfTransport, Transport
 
@@ -162,22 +162,13 @@ class _Distributed(torch.optim.Optimizer):
     # -- settings ----------------------------------------------------------------------------------------------------------------
 
     def _settings(self, bucket: Bucket) -> GroupSettings:
-        group = self.param_groups[bucket.group]
-        return GroupSettings(
-            float(group["lr"]),
-            float(group.get("momentum", 0.0)),
-            float(group.get("weight_decay", 0.0)),
-            bool(group.get("nesterov", False)),
-            self.compression.loss_scale,
-        )
+        return GroupSettings.of(self.param_groups[bucket.group], self.compression.loss_scale)
 
     def _check_optimizer(self) -> None:
         """What the optimizer would do beyond the method, or a second time, is an error, not silently different."""
         method = self.compression.method.feedback
-        if self._updates and type(self._inner).step is not torch.optim.SGD.step:
-            raise CompressionError(
-                f"{method} works with torch.optim.SGD, whose lr, momentum and weight_decay it applies itself; got {type(self._inner).__name__}."
-            )
+        if self._updates:
+            check_plain_sgd(self.compression.method, type(self._inner).step, type(self._inner).__name__)
         if self._updates and self._sum:
             raise CompressionError(f"{method} averages updates; summing gradients (op=Sum) is not defined for it.")
         for g, group in enumerate(self.param_groups):
@@ -250,11 +241,6 @@ class _Distributed(torch.optim.Optimizer):
         # A step that nobody sent anything in must not move the model by the optimizer's momentum and weight decay either.
         self._silent = self._stands and bool(reductions) and all(r.task.skipped for r in reductions)
         if self._updates:
-            for done in reductions:
-                assert done.out is not None
-                for p, update in zip(done.bucket.parameters, done.bucket.segments.views(done.out), strict=True):
-                    if not p.requires_grad:
-                        update.zero_()
             return
         for bucket, reduction in zip(self._aggregator.buckets, started, strict=True):
             if reduction is None:  # learning rate 0

@@ -104,7 +104,7 @@ class Feedback(Protocol):
 
     @property
     def applies_update(self) -> bool:
-        """`finish_` moves the parameters itself, in place of the optimizer, with the SGD param group's settings: own optimizers only."""
+        """`finish_` moves the parameters itself, in place of the optimizer, with the SGD param group's settings."""
         ...
 
     @property

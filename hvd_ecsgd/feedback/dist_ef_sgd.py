@@ -25,10 +25,9 @@ class DistEFSGD(GradientUnit):
     added locally, before momentum and compression. Zheng, Huang, Kwok 2019, algorithms 1 and 2 (the ratio of learning rates as corrected in
     arXiv:2003.04706).
 
-    Without arguments, μ, wd and Nesterov are read from the SGD optimizer's param group at every step, and the update is applied here; that needs
-    hvd_ecsgd's or mpi_backend's DistributedOptimizer. With `momentum` or `weight_decay` given (0 is a value), those are used, D becomes the
-    gradient, and the optimizer, whose own momentum and weight decay must be 0, applies it; that is for an unmodified Horovod too. Gradients
-    must not be loss-scaled: a `GradScaler` would weigh them against wd·x and older momentum.
+    Without arguments, μ, wd and Nesterov are read from the SGD optimizer's param group at every step, and the update is applied here. With
+    `momentum` or `weight_decay` given (0 is a value), those are used, D becomes the gradient, and the optimizer, whose own momentum and weight decay
+    must be 0, applies it. Gradients must not be loss-scaled: a `GradScaler` would weigh them against wd·x and older momentum.
 
     Slots: `residual`, `momentum`. Memory beside parameters and gradients: 2 times the parameters.
     """

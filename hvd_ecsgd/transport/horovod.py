@@ -150,8 +150,13 @@ class SlotHandle(Ready[torch.Tensor]):
 class SlotTransport(HorovodTransport):
     """As `HorovodTransport`, but an all-reduce is left to Horovod: its payload is what `compress` returns.
 
-    Horovod applies the operation the user chose (Average, Sum), so nothing is divided here.
+    Horovod applies the operation the user chose (Average, Sum), so nothing is divided here. `direct` is the same group without that:
+    for what Horovod's own all-reduce cannot carry.
     """
+
+    def __init__(self, process_set: Any = None, prefix: str = "hvd_ecsgd") -> None:
+        super().__init__(process_set, prefix)
+        self.direct = HorovodTransport(process_set, prefix)
 
     @property
     def divisor(self) -> int:

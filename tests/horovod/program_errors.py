@@ -118,7 +118,7 @@ def another_model() -> None:
 
 def update_units() -> None:
     model = mlp()
-    told(CompressionError, lambda: one_step("update", bound_to(model, "update", Compression.detached()), model), "DistributedOptimizer")
+    told(CompressionError, lambda: one_step("update", bound_to(model, "update", Compression.detached()), model), "attach(optimizer)")
 
 
 def averaged_twice() -> None:

@@ -80,7 +80,7 @@ def refused(message: str, run: Callable[[], object]) -> None:
 def mistakes() -> None:
     refused("attach(optimizer)", lambda: train(*stock("no attach", METHODS["dist_ef_sgd"](), attach=False), hvd.rank()))
     refused("at the same time", lambda: stock("twice", METHODS["dist_ef_sgd"](), momentum=0.9))
-    refused("given to the preset", lambda: stock("reading", Compression.dist_ef_sgd()))
+    refused("attach(optimizer)", lambda: train(*stock("reading", Compression.dist_ef_sgd(), attach=False), hvd.rank()))
     skipping = Compression(TopK(5), ErrorFeedback(), CompSkip(Every(1), Every(2)), **ALL)
     refused("this step is skipped", lambda: train(*stock("skip", skipping, momentum=0.9), hvd.rank()))
     model, optimizer = stock("later", METHODS["dist_ef_sgd"]())

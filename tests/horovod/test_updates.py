@@ -1,0 +1,17 @@
+"""Methods that apply the update themselves, on an unmodified Horovod optimizer: two ranks, three, and a single process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from tests.ranks import horovodrun, mpirun
+
+
+@pytest.mark.parametrize(("launch", "n"), [(horovodrun, 1), (horovodrun, 2), (mpirun, 3)], ids=["1", "horovodrun-2", "mpirun-3"])
+def test_the_update_is_applied_by_the_method(launch: Callable[..., str], n: int) -> None:
+    """Tied, frozen and unused parameters; points of evaluation; resuming; NaN; mistakes."""
+    said = launch(n, "tests/horovod/program_updates.py", timeout=150)
+    assert re.findall(r"^passed (\S+)$", said, re.MULTILINE) == ["the_simulation", "resume", "an_undone_step", "mistakes"]
