@@ -19,9 +19,9 @@ from .compressors import Identity
 from .errors import CompressionError, DisagreementError
 from .exchange import AllReduce
 from .kernels import all_finite
-from .protocols import Compressor, Exchange, Feedback, State, StepContext, Steps, Task, Traffic
+from .protocols import Compressor, Exchange, Feedback, Part, State, StepContext, Steps, Task, Traffic
 from .schedule import at_step, check_ratios
-from .segments import Segment, Segments
+from .segments import Key, Segment, Segments
 from .transport.base import Handle, Transport
 
 __all__ = ["Aggregator", "Bucket", "GroupSettings", "Method", "Reduction", "drive", "newcomers"]
@@ -390,8 +390,11 @@ class Aggregator:
         )
         return Reduction(bucket, task, exchange.run(task, transport), list(gradients), group)
 
-    def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False) -> bool:
-        """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands."""
+    def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
+        """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands.
+
+        `transport`: for what the rule then does together with the other ranks; the step's by default.
+        """
         finite = all(r.task.finite for r in reductions)
         self._in_step = False
         for reduction in reductions:
@@ -403,7 +406,9 @@ class Aggregator:
             else:
                 reduction.undo_(gradients_gone)
         self.step += 1
-        if not finite:
+        if finite:
+            self._prepare(reductions, self.transport if transport is None else transport)
+        else:
             self.undone += 1
             warnings.warn(
                 f"a gradient or a payload held an inf or NaN on some rank: step {self.step - 1} was undone on all ranks ({self.undone} so "
@@ -412,6 +417,20 @@ class Aggregator:
                 stacklevel=2,
             )
         return finite
+
+    @torch.no_grad()
+    def _prepare(self, reductions: Sequence[Reduction], transport: Transport) -> None:
+        """What the feedback rule does together with the other ranks between steps. Nothing after a step in which nothing was sent (η = 0)."""
+        if not reductions:
+            return
+        buckets = [b for b in self.buckets if b.state is not None and b.method.feedback.keeps_residual]
+        parts = [Part(b.state, b.parameters, b.segments, b.method.compressor.lossless) for b in buckets if b.state is not None]
+        key = Key(self.method.seed, self.step - 1, transport.rank, "prepare", transport.size)
+        for round_, tensors in enumerate(self.method.feedback.prepare(parts, key) if parts else ()):
+            handles = [transport.allreduce_(t, f"prepare.{round_}.{i}") for i, t in enumerate(tensors)]
+            for t, handle in zip(tensors, handles, strict=True):
+                handle.wait().div_(transport.divisor)
+                self.traffic += Traffic(payload=t.nbytes, sent=2 * (transport.size - 1) * t.nbytes // transport.size)
 
     # -- parameters that are shifted (DEF) ----------------------------------------------------------------------------------------
 

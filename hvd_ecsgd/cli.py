@@ -32,6 +32,7 @@ PRESETS: tuple[str, ...] = (
     "double_squeeze",
     "dist_ef_sgd",
     "comp_skip",
+    "hessian_aided",
     "local_momentum",
     "detached",
     "pef",

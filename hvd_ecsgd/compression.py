@@ -19,7 +19,8 @@ from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Nat
 from .errors import CompressionError
 from .exchange import AllGather, AllReduce, Central, CompSkip, Every, TwoPass
 from .exchange.skip import SkipPolicy
-from .feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, MemSGD, NoFeedback
+from .feedback import PEF, DistEFSGD, ErrorFeedback, GradientSquares, HessianAided, LocalMomentum, MemSGD, NoFeedback
+from .feedback.curvature import Curvature
 from .horovod_slot import HorovodSlot
 from .protocols import Compressor, Exchange, Feedback, Traffic
 from .transport import SelfTransport, Transport
@@ -208,6 +209,18 @@ class Compression:
         `NormBased`, set independently. By default workers send in every second step, in turns, and servers always. Momentum as in `dist_ef_sgd`."""
         exchange = CompSkip(Every(2) if worker is None else worker, Every(1) if server is None else server, server_compressor)
         feedback = DistEFSGD(momentum, weight_decay, nesterov)
+        return Compression(Sign() if compressor is None else compressor, feedback, exchange, **options)
+
+    @staticmethod
+    def hessian_aided(
+        curvature: Curvature | None = None, compressor: Compressor | None = None, exchange: Exchange | None = None, **options: Any
+    ) -> Compression:
+        """Hessian-aided error compensation (Khirirat et al. 2019): the residual is multiplied by I − ηH. 1-bit signs by default.
+
+        `curvature` from `hvd_ecsgd.feedback`: `Matrix`, `Product` (your Hessian-vector product), `Hutchinson` (a diagonal from products), or
+        `GradientSquares` (a diagonal from gradients; the default). On an unmodified Horovod call `attach`, since η itself is needed.
+        """
+        feedback = HessianAided(GradientSquares() if curvature is None else curvature)
         return Compression(Sign() if compressor is None else compressor, feedback, exchange, **options)
 
     @staticmethod
@@ -431,6 +444,11 @@ class BoundCompression:
                 raise CompressionError(
                     f"{feedback} applies momentum and weight decay itself and must see the optimizer's param groups (parameter "
                     f"'{bucket.segments.names[0]}'): {_ATTACH}"
+                )
+            if feedback.needs_learning_rate:
+                raise CompressionError(
+                    f"{feedback} needs the learning rate itself (parameter '{bucket.segments.names[0]}'): call compression.attach(optimizer) "
+                    "before the first backward pass."
                 )
             if not self._warned and feedback.keeps_residual:
                 self._warned = True

@@ -168,7 +168,7 @@ class HorovodSlot:
             drive(p.reduction for p in self._pending.values() if p.reduction is not None and not isinstance(p.reduction.pending, SlotHandle))
         factor = self._check(reduced, pending.name)
         gradient, reduction = pending.gradient, pending.reduction
-        if self._applies and abs(factor - 1.0) > 1e-5:
+        if abs(factor - 1.0) > 1e-5 and (self._applies or self.aggregator.method.feedback.needs_learning_rate):
             raise CompressionError(
                 f"parameter '{pending.name}': {self.aggregator.method.feedback} averages updates; summing gradients (op=hvd.Sum) is not defined "
                 "for it. Use op=hvd.Average."
@@ -211,7 +211,7 @@ class HorovodSlot:
         self._decompressed = 0
         self._draining = False
         self._accumulated = False
-        self._undone = not self.aggregator.finish_step(reductions, gradients_gone=not self._applies)
+        self._undone = not self.aggregator.finish_step(reductions, gradients_gone=not self._applies, transport=self.transport.direct)
         if self._applies:
             self._ready = exchanged
             if self._undone:

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -162,7 +163,8 @@ class _Distributed(torch.optim.Optimizer):
     # -- settings ----------------------------------------------------------------------------------------------------------------
 
     def _settings(self, bucket: Bucket) -> GroupSettings:
-        return GroupSettings.of(self.param_groups[bucket.group], self.compression.loss_scale)
+        settings = GroupSettings.of(self.param_groups[bucket.group], self.compression.loss_scale)
+        return replace(settings, lr=settings.lr * self._transport.size) if self._sum else settings  # what the mean is multiplied by
 
     def _check_optimizer(self) -> None:
         """What the optimizer would do beyond the method, or a second time, is an error, not silently different."""

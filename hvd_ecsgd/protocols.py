@@ -15,7 +15,7 @@ import torch
 from .segments import Key, Segments
 from .transport.base import Handle, Transport
 
-__all__ = ["Compressor", "Exchange", "Feedback", "State", "Steps", "StepContext", "Task", "Traffic", "UnbiasedCompressor"]
+__all__ = ["Compressor", "Exchange", "Feedback", "Part", "State", "Steps", "StepContext", "Task", "Traffic", "UnbiasedCompressor"]
 
 State = dict[str, torch.Tensor]
 """Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
@@ -119,6 +119,11 @@ class Feedback(Protocol):
     @property
     def keeps_residual(self) -> bool: ...
 
+    @property
+    def needs_learning_rate(self) -> bool:
+        """The rule uses η itself in gradient units, so an optimizer must be attached on an unmodified Horovod."""
+        ...
+
     def for_dense(self) -> Feedback:
         """The rule for segments that travel uncompressed: the same mathematics with a residual that is always zero."""
         ...
@@ -142,6 +147,14 @@ class Feedback(Protocol):
 
     def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
         """After the exchange: rules that apply the update themselves move the parameters by `out` here."""
+        ...
+
+    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+        """Between steps, on all ranks, after an exchange that stands and before the update: what the ranks do together for the next one.
+
+        Each list of tensors yielded is replaced, in place, by its mean over ranks before the generator goes on; all ranks yield alike. `parts`: all
+        buckets whose rule keeps a residual; `key` has the finished step and is private to the rank.
+        """
         ...
 
     @property
@@ -203,6 +216,16 @@ class StepContext:
     def key(self, compressor: Compressor, stage: str, rank: int | None = None) -> Key:
         """The key of `compressor` in this pass, on this rank or on another."""
         return Key(self.seed, self.step, None if compressor.shared_key else (self.rank if rank is None else rank), stage, self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One bucket between steps, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero."""
+
+    state: State
+    parameters: Sequence[torch.Tensor]
+    segments: Segments
+    lossless: bool
 
 
 @dataclass

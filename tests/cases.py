@@ -19,13 +19,14 @@ from hvd_ecsgd.compressors import (
     Natural,
     RandomBlock,
     RandomK,
+    Rounding,
     Sign,
     Ternary,
     Threshold,
     TopK,
 )
 from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, NormBased, TwoPass
-from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum
+from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, Product
 
 __all__ = ["CASES", "COMPRESSORS", "Case", "CompressorCase", "by_name", "bound_method", "ids"]
 
@@ -52,6 +53,8 @@ class Case:
     """What is not sent is kept somewhere: the η-ratio invariant (ALGORITHMS §2), or z's (§3), holds to rounding."""
     draws: bool = False
     """Results depend on the step number: by randomness (and the parameter's name), or by a schedule."""
+    saves: bool = True
+    """Sends fewer bytes than a dense exchange. False: a dense all-reduce of the error goes with every step."""
     converges: float = 0.15
     """The training loss of `tests.problems` falls below this share of what it was, in 40 steps."""
 
@@ -61,6 +64,18 @@ class Case:
 
 ALL: dict[str, Any] = {"dense_below": 0, "dense_1d": False}
 """Compress everything."""
+
+
+class _Scaled(dict[str, torch.Tensor]):
+    """.3 on the diagonal, for the compressed parameter of `tests.problems.mlp`, whatever its prefix, and those of 40 × 40 elsewhere."""
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return 0.3 * torch.eye(1280 if name.endswith("0.weight") else 1600)
+
+
+def _product(vectors: Any) -> Any:
+    return {name: 0.3 * v + 1e-4 * v.sum() for name, v in vectors.items()}
+
 
 CASES: tuple[Case, ...] = (
     Case("none", lambda: Compression.none, slots=0),
@@ -126,6 +141,26 @@ CASES: tuple[Case, ...] = (
         draws=True,
     ),
     Case("comp_skip-norm", lambda: Compression.comp_skip(NormBased(), NormBased()), slots=2, server_slots=1),
+    Case("hessian_aided", lambda: Compression.hessian_aided(), slots=2, conserves=False, saves=False),
+    Case("hessian_aided-matrix", lambda: Compression.hessian_aided(Matrix(_Scaled()), TopK(10)), conserves=False),
+    Case("hessian_aided-local_matrix", lambda: Compression.hessian_aided(Matrix(_Scaled(), local=True)), slots=2, conserves=False, saves=False),
+    Case("hessian_aided-product", lambda: Compression.hessian_aided(Product(_product)), slots=2, conserves=False, saves=False),
+    Case(
+        "hessian_aided-product-random_block",
+        lambda: Compression.hessian_aided(Product(_product, local=False), RandomBlock(8)),
+        slots=2,
+        conserves=False,
+        draws=True,
+    ),
+    Case("hessian_aided-hutchinson", lambda: Compression.hessian_aided(Hutchinson(_product, 0.9)), slots=2, conserves=False, draws=True, saves=False),
+    Case(
+        "hessian_aided-squares-double_squeeze",
+        lambda: Compression.hessian_aided(GradientSquares(16.0), TopK(5), TwoPass()),
+        slots=2,
+        server_slots=1,
+        conserves=False,
+        saves=False,
+    ),
     Case("pef", lambda: Compression.pef(8), slots=2, draws=True),
     Case("local_momentum", lambda: Compression.local_momentum(8), slots=2, draws=True),
     Case("local_momentum-dense", lambda: Compression(Identity(), LocalMomentum(0.0), AllReduce()), slots=2),
@@ -196,6 +231,8 @@ COMPRESSORS: tuple[CompressorCase, ...] = (
     CompressorCase("random_k-unbiased", RandomK(3, unbiased=True), lambda v: max(1.0, (v.size / max(1, v.size // 3) - 1) ** 2), False, False),
     CompressorCase("threshold", Threshold(4), lambda v: 1 - max(1, v.size // 4) / v.size),
     CompressorCase("block_top_k", BlockTopK(4, 16), lambda v: 1 - 1 / 7),
+    CompressorCase("rounding", Rounding(0.25, 32), lambda v: 1.0, selects=False),
+    CompressorCase("rounding-16_bits", Rounding(), lambda v: 1.0, selects=False),
     CompressorCase("sign-blocks", Sign("l1", 8), lambda v: 1.0, selects=False),
     CompressorCase("ternary-l1", Ternary("l1"), lambda v: 1 - _l1_share(v[v != 0]) ** 2, selects=False),
     CompressorCase("ternary-l2", Ternary("l2"), lambda v: 2 - 2 * _l1_share(v[v != 0]), selects=False),

@@ -8,6 +8,7 @@ from .natural import Natural
 from .qsgd import QSGD
 from .random_block import RandomBlock
 from .random_k import RandomK
+from .rounding import Rounding
 from .sign import Sign
 from .ternary import Ternary
 from .threshold import Threshold
@@ -22,6 +23,7 @@ __all__ = [
     "QSGD",
     "RandomBlock",
     "RandomK",
+    "Rounding",
     "Sign",
     "Ternary",
     "Threshold",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from ..errors import CompressionError
-from ..protocols import State, StepContext
-from ..segments import Segments
+from ..protocols import Part, State, StepContext
+from ..segments import Key, Segments
 
-__all__ = ["AppliesUpdate", "GradientUnit", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_options", "take_from_momentum_"]
+__all__ = ["AppliesUpdate", "GradientUnit", "Rule", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_options", "take_from_momentum_"]
 
 
 def refuse_options(rule: object, options: Mapping[str, Any], where: str, plain: Mapping[str, Any], remedy: str = "") -> None:
@@ -56,7 +56,19 @@ def add_scaled_(
         torch._foreach_add_(views, list(parameters), alpha=eta * wd)
 
 
-class Unshifted:
+class Rule:
+    """Mixin: what most rules do without."""
+
+    @property
+    def needs_learning_rate(self) -> bool:
+        return False
+
+    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+        """Nothing is done together between steps."""
+        yield from ()
+
+
+class Unshifted(Rule):
     """Mixin: gradients are taken at x, where the parameters are."""
 
     @property
@@ -92,7 +104,7 @@ class GradientUnit(Unshifted):
         """The optimizer applies the mean."""
 
 
-class AppliesUpdate:
+class AppliesUpdate(Rule):
     """Mixin: update units; the rule moves the parameters itself, by what SGD's param group says without the options it does not have."""
 
     @property

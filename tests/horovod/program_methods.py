@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from hvd_ecsgd import Compression
@@ -41,7 +43,7 @@ def check(case: Case) -> None:
     if feedback.keeps_residual or case.name not in ("none", "fp16"):
         compression = compression.bind(prefixed(model, case.name))
     optimizer = stock(model, compression, case.name)
-    if feedback.applies_update:
+    if feedback.applies_update or feedback.needs_learning_rate:
         compression.attach(optimizer)
     train_stock(model, optimizer, range(STEPS))
     w = weights(model, compression if feedback.applies_update else None)
@@ -60,4 +62,6 @@ def controls() -> None:
 
 if __name__ == "__main__":
     hvd.init()
-    run_checks({**{case.name: (lambda case=case: check(case)) for case in CASES if case.stock_horovod}, "controls": controls})  # type: ignore[misc]
+    names = sys.argv[1:]
+    checks = {case.name: (lambda case=case: check(case)) for case in CASES if case.stock_horovod and (not names or case.name in names)}  # type: ignore[misc]
+    run_checks({**checks, "controls": controls})

@@ -311,6 +311,7 @@ class OneSlot(SelfTransport):
     """A group of one whose all-reduce waits to be handed in by the caller, as on Horovod."""
 
     divisor = 1
+    direct = SelfTransport()
 
     def allreduce_(self, t: torch.Tensor, name: str) -> Any:
         return SlotHandle(t)

@@ -1,0 +1,65 @@
+"""Rounding to multiples of a fixed step: an error that is small absolutely, not relatively."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CompressionError
+from ..segments import Key, Segments, aligned
+from .base import BytePayload
+
+__all__ = ["Rounding"]
+
+_TYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32}
+
+
+@dataclass(frozen=True)
+class Rounding(BytePayload):
+    """Every entry rounded to the nearest multiple of `step`, halves to the even one; what is beyond `bits` bits saturates.
+
+    No entry's error exceeds step/2 (without saturation), nor the entry itself: δ ≥ 0, and δ = 0 at vectors below step/2, of which nothing is
+    sent. With feedback nothing is lost: what is small adds up. `step` is in the unit of the feedback rule (gradient or update).
+    Payload (bytes): one integer of `bits` bits for each entry; the smallest one says that the entry is not finite.
+    """
+
+    step: float = 1.0
+    bits: int = 16
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step, bool) or not isinstance(self.step, (int, float)) or not (math.isfinite(self.step) and self.step > 0):
+            raise CompressionError(f"Rounding: step must be a positive number, got {self.step!r}.")
+        if isinstance(self.bits, bool) or self.bits not in _TYPES:
+            raise CompressionError(f"Rounding: bits must be one of {sorted(_TYPES)}, got {self.bits!r}.")
+
+    def payload_size(self, segments: Segments) -> int:
+        return aligned(segments.numel * self.bits // 8)
+
+    def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
+        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        dtype, at = _TYPES[self.bits], 0
+        words = payload.view(dtype)
+        # 24 bits are what a float32 holds exactly: 2³¹ − 1 itself would be rounded out of range.
+        most = min(torch.iinfo(dtype).max, 2**24 if buffer.dtype == torch.float32 else 2**31 - 1)
+        for view in segments.views(buffer):
+            multiples = view.div(self.step).round_()
+            overflow = ~torch.isfinite(view)
+            multiples.clamp_(-most, most)
+            view.sub_(multiples, alpha=self.step)  # an inf or NaN stays one
+            words[at : at + view.numel()] = multiples.nan_to_num_(0.0).to(dtype).masked_fill_(overflow, torch.iinfo(dtype).min)
+            at += view.numel()
+        return payload
+
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        dtype, at = _TYPES[self.bits], 0
+        words = payload.view(dtype)
+        for view in segments.views(out):
+            part = words[at : at + view.numel()]
+            view.add_(part.to(out.dtype).masked_fill_(part == torch.iinfo(dtype).min, math.nan).mul_(self.step), alpha=alpha)
+            at += view.numel()
+
+    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+        dtype = _TYPES[self.bits]
+        return segments.numel == 0 or int(payload.view(dtype)[: segments.numel].min()) > torch.iinfo(dtype).min

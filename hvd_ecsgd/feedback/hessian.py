@@ -1,0 +1,87 @@
+"""Hessian-aided error compensation: what was held back is corrected for what the steps since have done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CompressionError
+from ..protocols import Feedback, Part, State, StepContext
+from ..segments import Key, Segments
+from .base import GradientUnit
+from .curvature import Curvature
+from .none import NoFeedback
+
+__all__ = ["HessianAided"]
+
+
+@dataclass(frozen=True)
+class HessianAided(GradientUnit):
+    """u = g + (η_{t-1}/η_t)·(I − η_t·H)·e;  c = C(u);  e = u − c.  Unit: gradient; the optimizer acts after the exchange.
+
+    On a quadratic with the Hessian H, z = x − η_{t−1}·mean e moves as uncompressed gradient descent from z itself, not from x as with plain error
+    feedback, so z converges to the optimum although x stays η‖mean e‖ away. `curvature` says where H·e comes from: `Matrix`, `Product`,
+    `Hutchinson` or `GradientSquares`. The other form, a gradient taken at x − η_{t−1}·e, is `ShiftedGradient`. Khirirat, Magnússon, Johansson 2019:
+    Compressed Gradient Methods with Hessian-Aided Error Compensation; the ratio of learning rates is derived here. The paper has no momentum;
+    an optimizer's acts after the exchange. For averages, not sums, of gradients. A residual kept by the exchange (two-pass servers) is carried
+    without H.
+
+    Slots: `residual`, `correction` (H·e, where the curvature prepares it between steps), and what the curvature keeps. Memory beside parameters and
+    gradients: 2 times the parameters, with a global `Matrix` once; during a step with a diagonal or a global matrix once more.
+    """
+
+    curvature: Curvature
+
+    def __post_init__(self) -> None:
+        if isinstance(self.curvature, type) or not isinstance(self.curvature, Curvature):
+            raise CompressionError(
+                f"HessianAided: expected a curvature such as Matrix(…) or Product(…) of hvd_ecsgd.feedback, got {self.curvature!r}."
+            )
+
+    @property
+    def keeps_residual(self) -> bool:
+        return True
+
+    @property
+    def needs_learning_rate(self) -> bool:
+        """H is multiplied by η itself, not by a ratio."""
+        return True
+
+    def for_dense(self) -> Feedback:
+        """With a product over the whole model, what is held back elsewhere has a part in these gradients too."""
+        return self if self.curvature.couples else NoFeedback()
+
+    def init(self, segments: Segments) -> State:
+        return {"residual": segments.zeros(), **self.curvature.init(segments)}
+
+    def accumulate_(
+        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> torch.Tensor:
+        residual = state["residual"]
+        if not self.curvature.prepares:
+            state["correction"] = self.curvature.correction(state, segments, ctx.lr)  # until the step stands or is undone
+        residual.sub_(state["correction"], alpha=ctx.lr)
+        if ctx.carry != 1.0:
+            residual.mul_(ctx.carry)
+        torch._foreach_add_(segments.shaped_views(residual), list(gradients))
+        self.curvature.observe_(state, gradients, segments, ctx)
+        return residual
+
+    def undo_(
+        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> None:
+        residual = state["residual"]
+        if gradients is not None:
+            self.curvature.forget_(state, gradients, segments, ctx)
+            torch._foreach_sub_(segments.shaped_views(residual), list(gradients))
+        if ctx.carry != 1.0:
+            residual.div_(ctx.carry)
+        residual.add_(state["correction"] if self.curvature.prepares else state.pop("correction"), alpha=ctx.lr)
+
+    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+        if not self.curvature.prepares:
+            for part in parts:
+                part.state.pop("correction", None)
+        yield from self.curvature.prepare(parts, key)

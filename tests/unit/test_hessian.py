@@ -1,0 +1,390 @@
+"""Hessian-aided error compensation: the table of ALGORITHMS §6, changing learning rates, diagonals, and what the rule refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
+from hvd_ecsgd.compressors import Rounding, TopK
+from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, Matrix, NoFeedback, Product
+from hvd_ecsgd.protocols import Feedback, Part, StepContext
+from hvd_ecsgd.segments import Key, Segments
+from hvd_ecsgd.transport import Transport, run_simulated
+from tests.cases import ALL
+from tests.problems import batch, flat, mlp
+
+D, LOW, HIGH = 40, 1.0, 100.0
+ETA = 2 / (LOW + HIGH)
+
+
+class Quadratics:
+    """f_i(x) = ½(x − b_i)ᵀH_i(x − b_i), d = 40; the global Hessian's eigenvalues are geometric from 1 to 100, or nearly so."""
+
+    def __init__(self, n: int, *, same: bool = True, rotated: bool = True, off_diagonal: float = 0.0, seed: int = 0) -> None:
+        g = torch.Generator().manual_seed(seed)
+
+        def matrix() -> torch.Tensor:
+            eigenvalues = torch.logspace(math.log10(LOW), math.log10(HIGH), D, dtype=torch.float64)
+            q = torch.linalg.qr(torch.randn(D, D, generator=g, dtype=torch.float64))[0] if rotated else torch.eye(D, dtype=torch.float64)
+            noise = torch.randn(D, D, generator=g, dtype=torch.float64)
+            return q @ torch.diag(eigenvalues) @ q.T + off_diagonal * (noise + noise.T)
+
+        first = matrix()
+        self.h = [first if same or i == 0 else matrix() for i in range(n)]
+        self.b = [torch.randn(D, generator=g, dtype=torch.float64) * 5 for _ in range(n)]
+        self.mean_h = torch.stack(self.h).mean(0)
+        self.best = torch.linalg.solve(self.mean_h, torch.stack([h @ b for h, b in zip(self.h, self.b)]).mean(0))
+        self.start = torch.randn(D, generator=g, dtype=torch.float64) * 5
+        values = torch.linalg.eigvalsh(self.mean_h)
+        self.eta = 2 / float(values[0] + values[-1])
+
+    def gradient(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        return self.h[i] @ (x - self.b[i])
+
+
+def descend(
+    problem: Quadratics,
+    rule: Callable[[int], Feedback],
+    steps: int,
+    compressor: Any = None,
+    rate: Callable[[int], float] | None = None,
+    watch: Callable[[int, float, torch.Tensor, list[torch.Tensor]], object] | None = None,
+) -> tuple[float, float]:
+    """|x − x*| and |z − x*| after so many steps: the workers' rules and a compressor in lock-step, without a network or an optimizer.
+
+    `watch(t, η, x, residuals)` is called after every step.
+    """
+    n = len(problem.h)
+    compressor = Rounding(bits=32) if compressor is None else compressor
+    x = problem.start.clone()
+    segments = Segments.of([("x", x)])
+    rules = [rule(i) for i in range(n)]
+    states = [r.init(segments) for r in rules]
+    eta = before = problem.eta
+    for t in range(steps):
+        eta = problem.eta if rate is None else rate(t)
+        out = torch.zeros_like(x)
+        for i in range(n):
+            ctx = StepContext(0, t, i, n, lr=eta, previous_lr=before if t else eta)
+            buffer = rules[i].accumulate_(states[i], [problem.gradient(i, x)], [x], segments, ctx)
+            payload = compressor.extract_(buffer, segments, Key(0, t, i))
+            compressor.add_(out, payload, segments, Key(0, t, i), 1 / n)
+        running = [r.prepare([Part(s, [x], segments, False)], Key(0, t, i, "prepare", n)) for i, (r, s) in enumerate(zip(rules, states))]
+        for lists in zip(*running, strict=True):
+            for tensors in zip(*lists, strict=True):
+                mean = torch.stack(tensors).mean(0)
+                for tensor in tensors:
+                    tensor.copy_(mean)
+        x -= eta * out
+        before = eta
+        if watch is not None:
+            watch(t, eta, x, [s["residual"] for s in states])
+    e = torch.stack([s.get("residual", torch.zeros_like(x)) for s in states]).mean(0)
+    return (x - problem.best).norm().item(), (x - eta * e - problem.best).norm().item()
+
+
+def matrices(problem: Quadratics, which: str) -> Callable[[int], Feedback]:
+    """The rows of the table."""
+    return {
+        "0": lambda i: NoFeedback(),
+        "I": lambda i: ErrorFeedback(),
+        "I - ηH_i": lambda i: HessianAided(Matrix({"x": problem.h[i]})),  # a local matrix given out as the global one
+        "I - ηH": lambda i: HessianAided(Matrix({"x": problem.mean_h})),
+        "I - ηH_i, mean e": lambda i: HessianAided(Matrix({"x": problem.h[i]}, local=True)),
+        "product, mean e": lambda i: HessianAided(Product(lambda vectors: {"x": problem.h[i] @ vectors["x"]})),
+        "product, global": lambda i: HessianAided(Product(lambda vectors: {"x": problem.mean_h @ vectors["x"]}, local=False)),
+    }[which]
+
+
+# row → |x − x*|, |z − x*| for n=1, n=5 with one H, n=5 with different H; None: exact, below 1e-12
+TABLE: dict[str, tuple[tuple[float, float | None], ...]] = {
+    "0": ((0.74, 0.74), (0.18, 0.18), (0.040, 0.040)),
+    "I": ((0.053, 0.038), (0.030, 0.024), (0.036, 0.026)),
+    "I - ηH_i": ((0.034, None), (0.018, None), (0.051, 0.031)),
+    "I - ηH": ((0.034, None), (0.018, None), (0.031, None)),
+    "I - ηH_i, mean e": ((0.034, None), (0.018, None), (0.031, None)),
+    "product, mean e": ((0.034, None), (0.018, None), (0.031, None)),
+}
+
+
+def columns(row: str) -> list[tuple[str, int, bool, tuple[float, float | None]]]:
+    shown = list(zip((1, 5, 5), (True, True, False), TABLE[row], strict=True))
+    return [(row, *column) for column in (shown[2:] if row.startswith("product") else shown)]
+
+
+@pytest.mark.parametrize(("row", "n", "same", "expected"), [c for row in TABLE for c in columns(row)])
+def test_the_table(row: str, n: int, same: bool, expected: tuple[float, float | None]) -> None:
+    """Exact entries below 1e-12, the others within a factor of three; the rows are each other's controls."""
+    problem = Quadratics(n, same=same)
+    x, z = descend(problem, matrices(problem, row), 4000)
+    assert expected[0] / 3 < x < expected[0] * 3
+    if expected[1] is None:
+        assert z < 1e-12
+    else:
+        assert expected[1] / 3 < z < expected[1] * 3
+
+
+def violation(which: str, forget_ratio: bool = False) -> float:
+    """Largest of |z⁺ − (z − η∇f(z))| in 60 steps with a learning rate that changes in each, z_t = x_t − η_{t−1}·mean e_t, relative to |z|."""
+    problem = Quadratics(3, same=False)
+    z, worst = [problem.start], [0.0]
+
+    def look(t: int, eta: float, x: torch.Tensor, residuals: list[torch.Tensor]) -> None:
+        expected = z[0] - eta * problem.mean_h @ (z[0] - problem.best)
+        z[0] = x - eta * torch.stack(residuals).mean(0)
+        worst[0] = max(worst[0], ((z[0] - expected).norm() / z[0].norm()).item())
+
+    def rule(i: int) -> Feedback:
+        made = matrices(problem, which)(i)
+        return Forgetful(made.curvature) if forget_ratio and isinstance(made, HessianAided) else made
+
+    rates = (1.0, 0.3, 1.0, 0.05, 0.7, 0.7)
+    descend(problem, rule, 60, rate=lambda t: problem.eta * rates[t % 6], watch=look)
+    return worst[0]
+
+
+class Forgetful(HessianAided):
+    """Without the ratio of learning rates."""
+
+    def accumulate_(self, state: Any, gradients: Any, parameters: Any, segments: Any, ctx: StepContext) -> torch.Tensor:
+        return super().accumulate_(state, gradients, parameters, segments, StepContext(ctx.seed, ctx.step, lr=ctx.lr, previous_lr=ctx.lr))
+
+
+@pytest.mark.parametrize("which", ["I - ηH", "I - ηH_i, mean e", "product, mean e", "product, global"])
+def test_z_is_gradient_descent_whatever_the_learning_rate_does(which: str) -> None:
+    assert violation(which) < 1e-14
+
+
+def test_the_recursion_of_z_notices_what_is_wrong() -> None:
+    """Controls: plain error feedback, local matrices without ē, and the ratio of learning rates left out."""
+    assert violation("I") > 1e-3
+    assert violation("I - ηH_i") > 1e-3
+    assert violation("I - ηH", forget_ratio=True) > 1e-3
+
+
+# -- diagonals -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_diagonal_helps_where_h_is_nearly_diagonal_and_harms_where_it_is_rotated(seed: int) -> None:
+    """n = 1, Hutchinson's estimate against plain error feedback; where one helps the other is the control."""
+
+    def distances(problem: Quadratics) -> tuple[float, float]:
+        def estimated(i: int) -> Feedback:
+            return HessianAided(Hutchinson(lambda vectors: {"x": problem.mean_h @ vectors["x"]}, 0.98))
+
+        return descend(problem, estimated, 3000)[1], descend(problem, matrices(problem, "I"), 3000)[1]
+
+    near, plain = distances(Quadratics(1, rotated=False, off_diagonal=0.01, seed=seed))
+    assert near < plain / 3, (near, plain)
+    rotated, plain = distances(Quadratics(1, seed=seed))
+    assert rotated > 2 * plain, (rotated, plain)
+
+
+def train(make: Callable[[], Any], n: int, steps: int = 40, dtype: torch.dtype = torch.float64) -> list[Any]:
+    """(diagonals, mean of the workers' squared gradients by step) of the small network, by rank."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp(dtype)
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), model.named_parameters(), make(), transport=transport)
+        squares = []
+        for t in range(steps):
+            optimizer.zero_grad()
+            x, y = batch(transport.rank, t, dtype)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            squares.append(flat(p.grad for p in model.parameters()).square())
+            optimizer.step()
+        saved = optimizer.compression.state_dict()["parameters"]
+        return flat(saved[n]["diagonal"] for n, _ in model.named_parameters()), squares, flat(model.parameters())
+
+    return run_simulated(n, worker)
+
+
+def test_hutchinsons_diagonal_is_global_and_right() -> None:
+    """Three workers with different products: the same bits everywhere, the mean of their diagonals; from a product that is not diagonal too."""
+
+    def rank_of(vectors: Any) -> int:
+        import threading
+
+        return int(threading.current_thread().name.removeprefix("worker-"))
+
+    def diagonal(vectors: Any) -> Any:
+        return {name: (1.0 + rank_of(vectors)) * v for name, v in vectors.items()}
+
+    def rotated(vectors: Any) -> Any:
+        return {name: 2.0 * v + 0.01 * v.sum() for name, v in vectors.items()}
+
+    exact = train(lambda: Compression.hessian_aided(Hutchinson(diagonal, 0.5), **ALL), 3)
+    assert all(torch.equal(r[0], exact[0][0]) for r in exact)
+    torch.testing.assert_close(exact[0][0], torch.full_like(exact[0][0], 2.0), rtol=1e-11, atol=0)
+    local = train(lambda: Compression.hessian_aided(Hutchinson(lambda v: {n: 3.0 * u for n, u in v.items()}, 0.5), **ALL), 3)
+    assert not torch.allclose(local[0][0], exact[0][0]), "control"
+    noisy = train(lambda: Compression.hessian_aided(Hutchinson(rotated, 0.95), **ALL), 3, steps=120)
+    assert (noisy[0][0].mean() - 2.01).abs() < 0.1
+    assert noisy[0][0].std() > 1e-3, "control: this one is estimated"
+
+
+def test_gradient_squares_are_the_mean_of_all_workers() -> None:
+    results = train(lambda: Compression.hessian_aided(GradientSquares(4.0, 0.9), **ALL), 3)
+    expected = torch.zeros_like(results[0][0])
+    for squares in zip(*(r[1] for r in results), strict=True):
+        expected = 0.9 * expected + 0.1 * 4.0 * torch.stack(squares).mean(0)
+    assert all(torch.equal(r[0], results[0][0]) for r in results)
+    torch.testing.assert_close(results[0][0], expected, rtol=1e-12, atol=1e-18)
+    assert not torch.allclose(results[0][0], expected * 1.01), "control"
+
+
+# -- the whole way: optimizer, buckets, transport --------------------------------------------------------------------------------
+
+
+class Coupled(torch.nn.Module):
+    """½(x − b)ᵀH(x − b) in two parameters, of which the second is small and travels uncompressed; H couples them."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(11 + rank)
+        root = torch.randn(50, 50, generator=g, dtype=torch.float64) / 10
+        self.hessian = root @ root.T + torch.eye(50, dtype=torch.float64)
+        self.target = torch.randn(50, generator=g, dtype=torch.float64) * 50
+        self.large = torch.nn.Parameter(torch.ones(8, 5, dtype=torch.float64))
+        self.small = torch.nn.Parameter(torch.ones(10, dtype=torch.float64))
+
+    def loss(self) -> torch.Tensor:
+        off = torch.cat([self.large.flatten(), self.small]) - self.target
+        return 0.5 * off @ self.hessian @ off
+
+    def product(self, vectors: Any) -> Any:
+        """By double backward, as for a network."""
+        parameters = dict(self.named_parameters())
+        gradients = torch.autograd.grad(self.loss(), list(parameters.values()), create_graph=True)
+        inner = sum((g * vectors[name]).sum() for g, name in zip(gradients, parameters, strict=True))
+        return dict(zip(parameters, torch.autograd.grad(inner, list(parameters.values())), strict=True))
+
+
+def coupled_violation(make: Callable[[Coupled], Any]) -> float:
+    """|z⁺ − (z − η∇f(z))| in 12 steps of three workers under changing learning rates."""
+    rates = (0.3, 0.3, 0.05, 0.4, 0.1, 0.1) * 2
+
+    def worker(transport: Transport) -> Any:
+        model = Coupled(transport.rank)
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), make(model), transport=transport)
+        seen = []
+        for eta in rates:
+            optimizer.param_groups[0]["lr"] = eta
+            optimizer.zero_grad()
+            model.loss().backward()
+            optimizer.step()
+            e = torch.cat([optimizer.compression.state_dict()["parameters"]["large"]["residual"].flatten(), torch.zeros(10, dtype=torch.float64)])
+            seen.append((flat(model.parameters()), e))
+        return model, seen
+
+    results = run_simulated(3, worker)
+    h = torch.stack([m.hessian for m, _ in results]).mean(0)
+    c = torch.stack([m.hessian @ m.target for m, _ in results]).mean(0)
+    z, worst = torch.ones(50, dtype=torch.float64), 0.0
+    for t, eta in enumerate(rates):
+        expected = z - eta * (h @ z - c)
+        z = results[0][1][t][0] - eta * torch.stack([seen[t][1] for _, seen in results]).mean(0)
+        worst = max(worst, (z - expected).abs().max().item())
+    return worst
+
+
+def test_a_product_through_the_optimizer_is_exact_also_in_parameters_that_travel_uncompressed() -> None:
+    def made(feedback: Feedback) -> Compression:
+        return Compression(Rounding(8.0), feedback, dense_below=20)
+
+    assert coupled_violation(lambda m: made(HessianAided(Product(m.product)))) < 1e-11
+    assert coupled_violation(lambda m: made(ErrorFeedback())) > 0.1, "control: plain error feedback"
+    assert coupled_violation(lambda m: made(HessianAided(Matrix({"large": m.hessian[:40, :40]}, local=True)))) > 0.01, "control: without coupling"
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------------------
+
+
+def one_step(curvature: Any) -> None:
+    model = torch.nn.Linear(4, 3, dtype=torch.float64)
+    made = Compression.hessian_aided(curvature, dense_below=5)
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), made)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+
+
+EYE = torch.eye(12, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "message"),
+    [
+        (Matrix({"weight": torch.eye(4)}), r"'weight' \(shape \(3, 4\)\) must have shape \(12, 12\), got shape \(4, 4\)"),
+        (Matrix({"weight": torch.ones(12)}, local=True), r"must have shape \(12, 12\), got shape \(12,\)"),
+        (Matrix({"weigth": EYE}), "no Hessian for parameter 'weight'"),
+        (Matrix({"weight": EYE * float("nan")}), "inf or NaN"),
+        (Product(lambda vectors: {**vectors, "weight": vectors["weight"].flatten()}), r"'weight' must have shape \(3, 4\), got shape \(12,\)"),
+        (Product(lambda vectors: {}), "got nothing"),
+        (Product(lambda vectors: None), "dictionary"),  # type: ignore[arg-type, return-value]
+        (Hutchinson(lambda vectors: {"weight": 1.0}), "got 1.0"),  # type: ignore[dict-item]
+    ],
+)
+def test_a_hessian_that_does_not_fit_is_named(curvature: Any, message: str) -> None:
+    with pytest.raises(CompressionError, match=message):
+        one_step(curvature)
+
+
+@pytest.mark.parametrize("curvature", [Matrix({"weight": EYE}), Product(lambda v: v), Hutchinson(lambda v: v), GradientSquares()])
+def test_one_that_fits_is_taken(curvature: Any) -> None:
+    """Control."""
+    one_step(curvature)
+
+
+def test_wrong_settings() -> None:
+    for wrong in (
+        lambda: HessianAided(Matrix),  # type: ignore[arg-type]
+        lambda: HessianAided(EYE),  # type: ignore[arg-type]
+        lambda: Hutchinson(lambda v: v, 1.0),
+        lambda: Hutchinson(lambda v: v, every=0),
+        lambda: GradientSquares(0.0),
+        lambda: GradientSquares(decay=-0.1),
+        lambda: Rounding(0.0),
+        lambda: Rounding(bits=12),
+    ):
+        with pytest.raises(CompressionError):
+            wrong()
+
+
+@pytest.mark.filterwarnings("ignore:Product:RuntimeWarning")
+def test_a_product_that_is_not_finite_is_left_out() -> None:
+    """The run is that of plain error feedback, and the residual stays finite."""
+
+    def run(feedback: Feedback) -> torch.Tensor:
+        model = mlp()
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression(TopK(8), feedback))
+        for t in range(5):
+            optimizer.zero_grad()
+            x, y = batch(0, t)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return flat(model.parameters())
+
+    nan = run(HessianAided(Product(lambda vectors: {name: v * float("nan") for name, v in vectors.items()})))
+    assert torch.equal(nan, run(ErrorFeedback()))
+    assert not torch.equal(nan, run(HessianAided(Product(lambda vectors: vectors)))), "control"
+
+
+def test_rounding_keeps_what_does_not_fit_and_names_what_is_not_finite() -> None:
+    v = torch.tensor([0.4, -0.6, 2.5, 1000.0, -1e30, float("nan"), float("inf")])
+    buffer, compressor = v.clone(), Rounding(bits=8)
+    segments = Segments.of([("v", v)])
+    payload = compressor.extract_(buffer, segments, Key(0, 0))
+    out = torch.zeros_like(v)
+    compressor.add_(out, payload, segments, Key(0, 0))
+    assert out[:5].tolist() == [0.0, -1.0, 2.0, 127.0, -127.0]
+    assert buffer[:5].tolist() == pytest.approx([0.4, 0.4, 0.5, 873.0, -1e30])
+    assert out[5:].isnan().all() and not compressor.finite(payload, segments)
+    assert payload.numel() == 8
