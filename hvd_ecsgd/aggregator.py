@@ -85,6 +85,17 @@ class Method:
             return Identity(), AllReduce()
         return at_step(self.compressor, self.ratio_schedule, step), self.exchange
 
+    def switched(self, new: Method) -> Method:
+        """`new` as what this method goes on as: with this one's `dense_below`, `dense_1d` and `seed`. Raises unless its feedback can take over."""
+        old, rule = self.feedback, new.feedback
+        begins = not old.init(Segments(())) and not (old.owns_momentum or rule.owns_momentum) and old.unit == rule.unit
+        if rule != old and not begins:
+            remedy = (
+                "" if rule.keeps_residual else f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."
+            )
+            raise CompressionError(f"switch(): expected the feedback rule that the residuals were made with, {old}, got {rule}.{remedy}")
+        return replace(new, dense_below=self.dense_below, dense_1d=self.dense_1d, seed=self.seed)
+
     def dense(self) -> Method:
         return Method(Identity(), self.feedback.for_dense(), AllReduce(), self.dense_below, self.dense_1d, self.seed)
 
@@ -255,10 +266,15 @@ class Aggregator:
         self._agreement: Handle[list[torch.Tensor]] | None = None
         newcomers.add(self)
         self._also = dict(also or {})
+        self._set_method(method)
+        self.buckets = self._plan(bucket_bytes, group_of or (lambda parameter: 0))
+
+    def _set_method(self, method: Method) -> None:
+        self.method = method
         self._method_text = repr(method)
         nothing = Segments(())
         self._stateful = bool(method.feedback.init(nothing)) or bool(method.exchange.init(nothing, 0, 1))
-        self.buckets = self._plan(bucket_bytes, group_of or (lambda parameter: 0))
+        self._static_digest = None
 
     def _plan(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> list[Bucket]:
         buckets: list[Bucket] = []
@@ -537,6 +553,70 @@ class Aggregator:
         if mean_error is not None:
             torch._foreach_sub_(list(bucket.parameters), bucket.segments.shaped_views(mean_error))
         moved.append((bucket, saved, [p._version for p in bucket.parameters]))
+
+    # -- another method ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def switch(self, new: Method) -> None:
+        """Go on with `new`'s compressor and exchange. Residuals stay as they are, in their units; a server's residual whose pieces the new exchange
+        does not have goes back to the workers, n-fold to the one that held it, as the mean divides by n. Other state of the exchange is kept if
+        it fits.
+
+        Collective after the first step. Nothing is changed when `CompressionError`, or on every rank `DisagreementError`, is raised.
+        """
+        self.check_between_steps("the method was switched")
+        if self._held:
+            raise CompressionError("switch(): leave `with compression.at(…):` first.")
+        for bucket in self.buckets:
+            if bucket.state is not None:
+                self._recapture(bucket)
+        old, n = self.method, self.size
+        method = old.switched(new)
+        allocated = [b for b in self.buckets if not b.dense and b.state is not None]
+        ranks = range(n)
+        kept = {
+            b.name: [old.exchange.state_segments(b.segments, r, n) for r in ranks]
+            == [method.exchange.state_segments(b.segments, r, n) for r in ranks]
+            for b in allocated
+        }
+        served = "server_residual" in old.exchange.init(Segments(()), 0, 1)
+        serves = "server_residual" in method.exchange.init(Segments(()), 0, 1)
+        if served and not method.feedback.keeps_residual and not (serves and all(kept.values())):
+            raise CompressionError(
+                f"switch(): the servers' residuals have no place in {method.exchange} with {method.feedback}; switch to a method with feedback."
+            )
+        self._set_method(method)
+        if self not in _newcomers:
+            try:
+                self._raise_on_other_texts(self.transport.allgather(self._packed_text(), "switch"))
+            except BaseException:
+                self._set_method(old)
+                raise
+        for bucket in self.buckets:
+            bucket.method = method.dense() if bucket.dense else method
+        for bucket in allocated:
+            self._carry_over(bucket, old, kept[bucket.name])
+
+    def _carry_over(self, bucket: Bucket, old: Method, same_pieces: bool) -> None:
+        """State of the bucket's method, from that of `old`, which it was left by."""
+        before, method, feedback = bucket.exchange_state, bucket.method, bucket.method.feedback
+        assert before is not None and bucket.state is not None
+        if feedback != old.feedback:
+            bucket.state = feedback.init(bucket.segments)
+        after = method.exchange.init(bucket.segments, self.rank, self.size)
+        for slot, value in before.items():
+            if same_pieces and slot in after and after[slot].shape == value.shape:
+                after[slot] = value
+            elif slot == "server_residual":
+                residual, bucket.clean = bucket.state["residual"], False
+                pieces = old.exchange.state_segments(bucket.segments, self.rank, self.size)
+                for segment, piece in zip(bucket.segments, pieces, strict=True):
+                    start = segment.start + piece.offset - segment.offset
+                    residual[start : start + piece.numel].add_(value[piece.start : piece.stop], alpha=self.size)
+        bucket.exchange_state = after
+        if feedback.shifts:
+            feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
+            bucket.versions = [p._version for p in bucket.parameters]
 
     # -- agreement ---------------------------------------------------------------------------------------------------------------
 

@@ -477,6 +477,23 @@ class BoundCompression:
                     return g
         return None
 
+    def switch(self, compression: Compression | _Bare) -> None:
+        """Go on with another compressor and exchange, and its warm-up and ratio schedule, from the next step on: with `compression`'s, unbound.
+
+        Residuals are carried over in their units, so the feedback rule must be the same (a method without one may switch to `ErrorFeedback`); what
+        servers hold and the new exchange has no place for goes back to the workers' residuals. `dense_below`, `dense_1d` and `seed` stay.
+        Call it between steps, on every rank; once training has begun it is collective. A script that resumes later binds the new method.
+        Raises `CompressionError`, or `DisagreementError` on every rank, with nothing changed.
+        """
+        if not isinstance(compression, (Compression, _Bare)):
+            raise CompressionError(f"switch(): expected Compression.<preset>(…), not bound, got {compression!r:.100}.")
+        new = (compression if isinstance(compression, Compression) else compression()).method
+        if self._waiting is not None:
+            raise CompressionError("switch(): state was loaded and no optimizer has taken it over yet; make the optimizer first.")
+        if self._aggregator is not None:
+            self._aggregator.switch(new)
+        self.method = self.method.switched(new)
+
     # -- state -------------------------------------------------------------------------------------------------------------------
 
     def adopt(self, aggregator: Aggregator) -> None:

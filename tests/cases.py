@@ -25,10 +25,10 @@ from hvd_ecsgd.compressors import (
     Threshold,
     TopK,
 )
-from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, NormBased, TwoPass
-from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, Product
+from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, CompSkip, Every, NormBased, SkipAllReduce, TwoPass
+from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, Product
 
-__all__ = ["CASES", "COMPRESSORS", "Case", "CompressorCase", "by_name", "bound_method", "ids"]
+__all__ = ["CASES", "COMPRESSORS", "SWITCHES", "Case", "CompressorCase", "by_name", "bound_method", "ids"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,13 @@ CASES: tuple[Case, ...] = (
         draws=True,
     ),
     Case("comp_skip-norm", lambda: Compression.comp_skip(NormBased(), NormBased()), slots=2, server_slots=1),
+    Case(
+        "comp_skip-all_reduce",
+        lambda: Compression(RandomBlock(8), DistEFSGD(), SkipAllReduce(Bernoulli(0.7, cap=2)), **ALL),
+        slots=2,
+        draws=True,
+        converges=0.3,
+    ),
     Case("hessian_aided", lambda: Compression.hessian_aided(), slots=2, conserves=False, saves=False),
     Case("hessian_aided-matrix", lambda: Compression.hessian_aided(Matrix(_Scaled()), TopK(10)), conserves=False),
     Case("hessian_aided-local_matrix", lambda: Compression.hessian_aided(Matrix(_Scaled(), local=True)), slots=2, conserves=False, saves=False),
@@ -174,6 +181,18 @@ CASES: tuple[Case, ...] = (
     ),
     Case("detached-top_k", lambda: Compression(TopK(10), LocalMomentum(0.3), AllGather()), slots=3),
 )
+
+
+SWITCHES: dict[int, Callable[[], Compression]] = {
+    0: lambda: Compression.double_squeeze(TopK(5), Sign()),
+    2: lambda: Compression.top_k(10),
+    3: lambda: Compression.double_squeeze(central=True),
+    4: lambda: Compression.double_squeeze(RandomBlock(4)),
+    5: lambda: Compression(Identity(), ErrorFeedback(), AllReduce()),
+    6: lambda: Compression(TopK(10), ErrorFeedback(), CompSkip(Every(2), Every(2, offset=1), Sign())),
+    7: lambda: Compression.random_block(8, ratio_schedule=[(0, 2), (8, 4)]),
+}
+"""A training that changes its method at these steps: every kind of exchange, after every other kind of state."""
 
 
 def bound_method(case: Case) -> Any:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from hvd_ecsgd import Compression, DistributedOptimizer
+from hvd_ecsgd import Compression, DisagreementError, DistributedOptimizer
+from hvd_ecsgd.exchange import Bernoulli, Every, NormBased
 from hvd_ecsgd.transport import run_simulated
-from tests.cases import by_name
+from tests.cases import SWITCHES, by_name
 from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
-from tests.problems import batch, flat, mlp
+from tests.problems import batch, flat, mlp, train
 
 METHODS = ("random_block-everything", "top_k-k", "double_squeeze-everything")
 """In Horovod's own all-reduce; beside it; in two passes beside it."""
@@ -310,6 +311,61 @@ def bad_gradients() -> None:
             assert all(t.isfinite().all() for t in entry.values() if isinstance(t, torch.Tensor))
 
 
+def switching() -> None:
+    """One training through every kind of exchange, in and beside Horovod's own all-reduce; ranks that switch to different methods are told."""
+
+    def run(model: Any, optimizer: Any, compression: Any, rank: int) -> torch.Tensor:
+        for step in range(10):
+            if step in SWITCHES:
+                compression.switch(SWITCHES[step]())
+            optimizer.zero_grad()
+            mlp_loss(model, rank, step).backward()
+            optimizer.step()
+        try:
+            compression.switch(Compression.top_k(10 + rank))
+        except DisagreementError:
+            return flat(model.parameters())
+        raise AssertionError("ranks switched to different methods")
+
+    def worker(transport: Any) -> torch.Tensor:
+        model = mlp()
+        own = DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), prefixed(model, "switching"), SWITCHES[0](), transport=transport, bucket_bytes=0
+        )
+        return run(model, own, own.compression, transport.rank)
+
+    model = mlp()
+    bound = SWITCHES[0]().bind(prefixed(model, "switching"))
+    optimizer = stock(model, bound, "switching", momentum=0)
+    w = run(model, optimizer, bound.attach(optimizer), hvd.rank())
+    assert same_on_all(w, "switching")
+    close(w, run_simulated(hvd.size(), worker)[0], "switching")
+
+
+def skipped_bytes() -> None:
+    """What silent workers and servers did not send is counted, as in the simulation; nobody waits for it."""
+    policies = {"turns": (Every(2), Every(1)), "drawn": (Bernoulli(0.5), Bernoulli(0.5, cap=1)), "norm": (NormBased(16.0), NormBased(16.0))}
+    for what, (workers, servers) in policies.items():
+        prefix = f"skipped.{what}"
+        options: dict[str, Any] = {"momentum": 0.9, "dense_below": 0, "dense_1d": False}
+
+        def worker(transport: Any, w: Any = workers, s: Any = servers, prefix: str = prefix, options: Any = options) -> Any:
+            model = mlp()
+            sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+            method = Compression.comp_skip(w, s, **options)
+            own = DistributedOptimizer(sgd, prefixed(model, prefix), method, transport=transport, bucket_bytes=0)
+            train(model, own, transport.rank, range(16))
+            return own.compression.traffic
+
+        model = mlp()
+        bound = Compression.comp_skip(workers, servers, **options).bind(prefixed(model, prefix))
+        optimizer = stock(model, bound, prefix, lr=0.05, momentum=0)
+        bound.attach(optimizer)
+        train_stock(model, optimizer, range(16))
+        assert bound.traffic.skipped > 0, prefix
+        assert bound.traffic == run_simulated(hvd.size(), worker)[hvd.rank()], prefix
+
+
 def feedback_matters() -> None:
     """Control of the comparisons: without error feedback the weights are others."""
     finals = []
@@ -324,5 +380,5 @@ def feedback_matters() -> None:
 if __name__ == "__main__":
     hvd.init()
     checks = (dynamic, groups, groups_with_unused, passes, sums, channels_last, bfloat16, sparse_embedding)
-    checks += (schedules, resume, clipping, bad_gradients, feedback_matters)
+    checks += (schedules, resume, clipping, bad_gradients, switching, skipped_bytes, feedback_matters)
     run_checks({check.__name__: check for check in checks})

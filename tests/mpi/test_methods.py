@@ -9,19 +9,32 @@ from tests.ranks import mpirun
 
 PROGRAM = "tests/mpi/program_methods.py"
 YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1"}  # three ranks on two cores: let the others work while waiting
-ON_THREE = ["none", "fp16-feedback", "random_block", "one_bit", "double_squeeze-everything", "double_squeeze-top_k-random_block", "detached"]
+ON_THREE = [
+    "none",
+    "fp16-feedback",
+    "random_block",
+    "one_bit",
+    "double_squeeze-everything",
+    "double_squeeze-top_k-random_block",
+    "double_squeeze-central",
+    "comp_skip",
+    "comp_skip-drawn-everything",
+    "comp_skip-norm",
+    "comp_skip-all_reduce",
+    "detached",
+]
 
 
 def test_every_method_on_two_ranks_is_its_simulation() -> None:
-    """Bit for bit: weights, residuals, bytes sent; the same bits on all ranks."""
+    """Bit for bit: weights, residuals, bytes sent and skipped; the same bits on all ranks. Also a run that changes its method on the way."""
     said = mpirun(2, PROGRAM, "methods", timeout=120, env=YIELD)
-    assert re.findall(r"^passed (\S+)$", said, re.MULTILINE) == [c.name for c in CASES]
+    assert re.findall(r"^passed (\S+)$", said, re.MULTILINE) == ["switching", *(c.name for c in CASES)]
 
 
 def test_some_methods_on_three_ranks_are_their_simulation() -> None:
     """To rounding of the sums."""
     said = mpirun(3, PROGRAM, "methods", *ON_THREE, timeout=120, env=YIELD)
-    assert sorted(re.findall(r"^passed (\S+)$", said, re.MULTILINE)) == sorted(ON_THREE)
+    assert sorted(re.findall(r"^passed (\S+)$", said, re.MULTILINE)) == sorted(["switching", *ON_THREE])
 
 
 def test_the_three_worker_counterexample() -> None:

@@ -1,0 +1,230 @@
+"""Changing the method during training: what is not sent yet stays in residuals, whichever exchange held it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer
+from hvd_ecsgd.aggregator import Aggregator
+from hvd_ecsgd.compressors import Identity, Sign, TopK
+from hvd_ecsgd.exchange import AllReduce, Central, TwoPass
+from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum, NoFeedback
+from hvd_ecsgd.transport import Transport, run_simulated
+from tests.cases import ALL, SWITCHES
+from tests.problems import mlp, same_bits, slot, train, weights
+from tests.unit.test_invariants import CONSTANT, LRS, largest_violation, largest_violation_of_z, trajectory, vary
+
+Plan = dict[int, Callable[[], Compression]]
+
+DETACHED: Plan = {
+    0: lambda: Compression(TopK(5), LocalMomentum(0.3), TwoPass(Sign())),
+    2: lambda: Compression.detached(8, 0.3),
+    4: lambda: Compression(Sign(), LocalMomentum(0.3), Central()),
+    6: lambda: Compression(Identity(), LocalMomentum(0.3), AllReduce()),
+}
+
+
+def switching(plan: Plan, change: Any = None) -> Callable[[Any, int], None]:
+    """For `trajectory`."""
+
+    def before_step(optimizer: Any, t: int) -> None:
+        if t in plan and t > 0:
+            optimizer.compression.switch(plan[t]())
+        if change:
+            change(optimizer, t)
+
+    return before_step
+
+
+@pytest.mark.parametrize("lrs", [CONSTANT, LRS], ids=["constant", "changing"])
+def test_nothing_is_lost_in_gradient_units(lrs: Sequence[float]) -> None:
+    records = trajectory(SWITCHES[0], lrs, change=switching(SWITCHES))
+    assert all(same_bits(r.x for r in ranks) for ranks in records)
+    assert largest_violation(records, lrs) < 1e-13
+    assert not any(r.e.any() for r in records[5]), "a step with Identity sends all that is left"
+
+
+def test_nothing_is_lost_in_update_units() -> None:
+    """DEF with momentum, weight decay and learning rates that change too; x stays equal on all ranks."""
+    records = trajectory(DETACHED[0], LRS, momentum=0.9, change=switching(DETACHED, vary))
+    assert all(same_bits(r.x for r in ranks) for ranks in records)
+    assert largest_violation_of_z(records, LRS) < 1e-12
+
+
+def test_without_folding_the_servers_residuals_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: an exchange that starts anew, or a fold that forgets that the mean divides by n."""
+    carry_over = Aggregator._carry_over
+
+    def anew(self: Any, bucket: Any, old: Any, same_pieces: bool) -> None:
+        bucket.exchange_state = bucket.method.exchange.init(bucket.segments, self.rank, self.size)
+
+    def undivided(self: Any, bucket: Any, old: Any, same_pieces: bool) -> None:
+        bucket.exchange_state["server_residual"] = bucket.exchange_state.get("server_residual", torch.zeros(0)) / self.size
+        carry_over(self, bucket, old, same_pieces)
+
+    for wrong in (anew, undivided):
+        monkeypatch.setattr(Aggregator, "_carry_over", wrong)
+        some = {0: SWITCHES[0], 2: SWITCHES[2]}
+        assert largest_violation(trajectory(SWITCHES[0], CONSTANT, change=switching(some)), CONSTANT) > 1e-3
+
+
+def test_the_servers_residuals_stay_where_their_pieces_do() -> None:
+    """From one two-pass method to another; a switch to the same method changes nothing at all."""
+    same = {3: lambda: Compression.double_squeeze(TopK(5), Sign())}
+    a, b = (trajectory(SWITCHES[0], LRS, change=change) for change in (None, switching(same)))
+    assert all(torch.equal(p.x, q.x) and torch.equal(p.e, q.e) for p, q in zip(a[-1], b[-1], strict=True))
+    other = {3: lambda: Compression.double_squeeze(TopK(5), TopK(5))}
+    c = trajectory(SWITCHES[0], LRS, change=switching(other))
+    assert all(torch.equal(p.e, q.e) for p, q in zip(a[2], c[2], strict=True))
+    assert not torch.equal(a[-1][0].x, c[-1][0].x), "control"
+    assert largest_violation(c, LRS) < 1e-13
+
+
+def test_feedback_may_begin() -> None:
+    """From a method without residuals: they are zero at first."""
+
+    def worker(transport: Transport) -> Any:
+        optimizer, model = make(Compression.qsgd(), transport)
+        train(model, optimizer, transport.rank, range(2))
+        optimizer.compression.switch(Compression.top_k(10))
+        assert not slot(optimizer.compression, "residual").any()
+        train(model, optimizer, transport.rank, [2])
+        assert slot(optimizer.compression, "residual").any()
+        return weights(model)
+
+    assert same_bits(run_simulated(2, worker))
+
+
+def make(compression: Any, transport: Transport) -> tuple[Any, torch.nn.Module]:
+    model = mlp()
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression, transport=transport)
+    return optimizer, model
+
+
+def test_switching_before_the_first_step_is_making_it_so() -> None:
+    def worker(transport: Transport) -> Any:
+        finals = []
+        for switch in (True, False):
+            optimizer, model = make(Compression.double_squeeze() if switch else Compression.top_k(7), transport)
+            if switch:
+                optimizer.compression.switch(Compression.top_k(7))
+            train(model, optimizer, transport.rank, range(3))
+            finals.append(weights(model))
+        bound = Compression.one_bit().bind(mlp())
+        bound.switch(Compression.top_k(7))
+        return *finals, bound.method == Compression.top_k(7).method
+
+    for switched, made, bound_too in run_simulated(2, worker):
+        assert torch.equal(switched, made)
+        assert bound_too
+
+
+def test_a_resumed_run_binds_the_new_method() -> None:
+    """Bit for bit; the one it began with is refused."""
+
+    def worker(transport: Transport) -> Any:
+        optimizer, model = make(Compression.double_squeeze(TopK(5)), transport)
+        train(model, optimizer, transport.rank, range(2))
+        optimizer.compression.switch(Compression.top_k(20))
+        saved, x = optimizer.compression.state_dict(), model.state_dict()
+        resumed, other = make(Compression.top_k(20), transport)
+        other.load_state_dict(x)
+        resumed.compression.load_state_dict(saved)
+        with pytest.raises(CompressionError, match="another method"):
+            make(Compression.double_squeeze(TopK(5)), transport)[0].compression.load_state_dict(saved)
+        for o, m in ((optimizer, model), (resumed, other)):
+            train(m, o, transport.rank, range(2, 5))
+        return torch.equal(weights(model), weights(other))
+
+    assert all(run_simulated(2, worker))
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
+def test_an_uncompressed_step_that_is_undone_keeps_what_was_left() -> None:
+    """The residual that a step with Identity was about to send is there again after a NaN; and is gone after a good step (control)."""
+
+    def worker(transport: Transport) -> Any:
+        optimizer, model = make(Compression.top_k(10, **ALL), transport)
+        train(model, optimizer, transport.rank, range(3))
+        optimizer.compression.switch(Compression(Identity(), ErrorFeedback(), AllReduce()))
+        before = slot(optimizer.compression, "residual")
+        loss = (model(torch.ones(2, 20)) * (float("nan") if transport.rank == 1 else 1.0)).sum()
+        loss.backward()
+        optimizer.step()
+        after = slot(optimizer.compression, "residual")
+        optimizer.zero_grad()
+        train(model, optimizer, transport.rank, [4])
+        return before, after, slot(optimizer.compression, "residual")
+
+    for before, undone, sent in run_simulated(2, worker):
+        assert before.abs().max() > 1e-3
+        torch.testing.assert_close(undone, before, rtol=1e-5, atol=1e-5)
+        assert not sent.any()
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_that_switch_to_different_methods_are_told() -> None:
+    """On every rank, with nothing changed: training goes on as if nothing had been tried."""
+
+    def worker(transport: Transport) -> Any:
+        finals = []
+        for attempt in (True, False):
+            optimizer, model = make(Compression.double_squeeze(TopK(5)), transport)
+            train(model, optimizer, transport.rank, range(2))
+            if attempt:
+                with pytest.raises(DisagreementError, match="compressor"):
+                    optimizer.compression.switch(Compression.top_k(10 + transport.rank))
+            train(model, optimizer, transport.rank, range(2, 4))
+            finals.append(weights(model))
+        return finals
+
+    for a, b in run_simulated(2, worker):
+        assert torch.equal(a, b)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
+    "feedback lost": (Compression.top_k, lambda: Compression.top_k(error_feedback=False), "switch to Compression\\(Identity"),
+    "none": (Compression.top_k, lambda: Compression.none, "loses nothing"),
+    "other units": (Compression.random_block, Compression.local_momentum, "feedback rule"),
+    "momentum": (Compression.random_block, lambda: Compression.dist_ef_sgd(momentum=0.9), "feedback rule"),
+    "another lambda": (Compression.detached, lambda: Compression.detached(lambda_=0.5), "feedback rule"),
+    "a compressor": (Compression.top_k, TopK, "expected Compression"),
+    "a bound one": (Compression.top_k, lambda: Compression.top_k().bind(mlp()), "not bound"),
+    "servers' residuals": (lambda: Compression(Sign(), NoFeedback(), TwoPass()), lambda: Compression.qsgd(), "servers' residuals"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str) -> None:
+    old, new, message = REFUSED[what]
+
+    def worker(transport: Transport) -> None:
+        optimizer, model = make(old(), transport)
+        for steps in (range(0), range(2)):
+            train(model, optimizer, transport.rank, steps)
+            if steps or what != "servers' residuals":
+                with pytest.raises(CompressionError, match=message):
+                    optimizer.compression.switch(new())
+        train(model, optimizer, transport.rank, [2])
+
+    run_simulated(2, worker)
+
+
+def test_not_within_a_step() -> None:
+    def worker(transport: Transport) -> None:
+        optimizer, model = make(Compression.top_k(), transport)
+        model(torch.ones(2, 20)).sum().backward()
+        with pytest.raises(CompressionError, match="between a backward pass"):
+            optimizer.compression.switch(Compression.top_k(50))
+        optimizer.step()
+        with pytest.raises(CompressionError, match="leave"), optimizer.compression.at("averaged"):
+            optimizer.compression.switch(Compression.top_k(50))
+        optimizer.compression.switch(Compression.top_k(50))  # control
+
+    run_simulated(1, worker)
