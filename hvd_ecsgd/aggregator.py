@@ -251,7 +251,6 @@ class Aggregator:
         transport: Transport | None = None,
         also: Mapping[str, Any] | None = None,
     ) -> None:
-        self.method = method
         self.named = list(named)
         self.rank, self.size = rank, size
         self.step = 0
@@ -586,7 +585,7 @@ class Aggregator:
                 f"switch(): the servers' residuals have no place in {method.exchange} with {method.feedback}; switch to a method with feedback."
             )
         self._set_method(method)
-        if self not in _newcomers:
+        if self not in newcomers:
             try:
                 self._raise_on_other_texts(self.transport.allgather(self._packed_text(), "switch"))
             except BaseException:
