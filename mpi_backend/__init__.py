@@ -7,29 +7,7 @@ from __future__ import annotations
 
 from hvd_ecsgd.compression import Compression
 
-from .functions import (
-    Average,
-    Max,
-    Min,
-    Product,
-    Sum,
-    allgather,
-    allgather_async,
-    allgather_object,
-    allreduce,
-    allreduce_,
-    allreduce_async,
-    allreduce_async_,
-    alltoall,
-    alltoall_async,
-    barrier,
-    broadcast,
-    broadcast_,
-    broadcast_async,
-    broadcast_async_,
-    broadcast_object,
-    broadcast_optimizer_state,
-    broadcast_parameters,
+from .basics import (
     ccl_built,
     cross_rank,
     cross_size,
@@ -44,23 +22,65 @@ from .functions import (
     mpi_enabled,
     mpi_threads_supported,
     nccl_built,
-    poll,
     rank,
     rocm_built,
     size,
+)
+from .collectives import (
+    Adasum,
+    Average,
+    Max,
+    Min,
+    Product,
+    Sum,
+    allgather,
+    allgather_async,
+    allreduce,
+    allreduce_,
+    allreduce_async,
+    allreduce_async_,
+    alltoall,
+    alltoall_async,
+    barrier,
+    broadcast,
+    broadcast_,
+    broadcast_async,
+    broadcast_async_,
+    grouped_allgather,
+    grouped_allgather_async,
+    grouped_allreduce,
+    grouped_allreduce_,
+    grouped_allreduce_async,
+    grouped_allreduce_async_,
+    grouped_reducescatter,
+    grouped_reducescatter_async,
+    join,
+    poll,
+    reducescatter,
+    reducescatter_async,
+    sparse_allreduce_async,
     synchronize,
 )
+from .errors import HorovodInternalError, MismatchError
 from .optimizer import DistributedOptimizer
-from .runtime import init, is_initialized, shutdown
+from .process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
+from .runtime import init, is_initialized, shutdown, start_timeline, stop_timeline
+from .state import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
+from .sync_batch_norm import SyncBatchNorm
 
 __all__ = [
-    "Compression", "DistributedOptimizer",
-    "init", "is_initialized", "shutdown",
-    "Average", "Max", "Min", "Product", "Sum",
+    "Compression", "DistributedOptimizer", "HorovodInternalError", "MismatchError", "SyncBatchNorm",
+    "init", "is_initialized", "shutdown", "start_timeline", "stop_timeline",
+    "ProcessSet", "add_process_set", "global_process_set", "remove_process_set",
+    "Adasum", "Average", "Max", "Min", "Product", "Sum",
     "rank", "size", "local_rank", "local_size", "cross_rank", "cross_size", "is_homogeneous",
     "ccl_built", "cuda_built", "ddl_built", "gloo_built", "gloo_enabled", "mpi_built", "mpi_enabled", "mpi_threads_supported", "nccl_built",
     "rocm_built",
-    "allreduce", "allreduce_", "allreduce_async", "allreduce_async_", "allgather", "allgather_async", "alltoall", "alltoall_async",
-    "broadcast", "broadcast_", "broadcast_async", "broadcast_async_", "barrier", "poll", "synchronize",
+    "allreduce", "allreduce_", "allreduce_async", "allreduce_async_",
+    "grouped_allreduce", "grouped_allreduce_", "grouped_allreduce_async", "grouped_allreduce_async_", "sparse_allreduce_async",
+    "allgather", "allgather_async", "grouped_allgather", "grouped_allgather_async", "alltoall", "alltoall_async",
+    "broadcast", "broadcast_", "broadcast_async", "broadcast_async_",
+    "reducescatter", "reducescatter_async", "grouped_reducescatter", "grouped_reducescatter_async",
+    "barrier", "join", "poll", "synchronize",
     "allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters",
 ]  # fmt: skip

@@ -1,145 +1,271 @@
-"""Agreement before communication: every collective a user starts is compared between all ranks before its data travels."""
+"""When does a named tensor run, and with which others: the coordinator's decisions. No MPI, no threads, no clock of its own.
+
+The coordinator of a process set (its first rank) hears of every request, and answers with a list of decisions that all ranks carry out in that
+order. So ranks may submit in any order; what runs first is what was complete first *there*. A name is free again once it has been decided on.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
-from mpi4py import MPI
 
-from hvd_ecsgd.errors import DisagreementError
-from hvd_ecsgd.transport.base import Handle
+__all__ = ["Coordinator", "Decision", "Fail", "Join", "Joined", "Leave", "Left", "Message", "Reduce", "Request", "Run", "StallCheck"]
 
-from .transport import MPITransport
-
-__all__ = ["Negotiator", "Pending"]
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-_HEADER = struct.Struct("<QQ")  # hash of the whole request, rows
-_RECORD = 256  # bytes: the header and as much of the request's text as fits
+_SHOWN = 360
+"""Characters of a request's text in an error message; of a longer one its beginning, and the place where it differs."""
 
 
-class Pending(Generic[T]):
-    """The handle of a collective that was requested: first its record travels, then, if all ranks requested the same, its data."""
+@dataclass(frozen=True)
+class Reduce:
+    """What a rank needs to know to take part in an all-reduce that it has not submitted itself (after `join`)."""
 
-    def __init__(
-        self,
-        negotiator: Negotiator,
-        number: int,
-        record: Handle[list[torch.Tensor]],
-        start: Callable[[list[int]], Handle[R]],
-        finish: Callable[[R], T],
-    ) -> None:
-        self.number = number
-        self._negotiator = negotiator
-        self._record = record
-        self._start = start
-        self._finish: Callable[[Any], T] | None = finish
-        self._handle: Handle[Any] | None = None
-        self._result: T | None = None
-        self._error: Exception | None = None
+    op: str
+    average: bool
+    prescale: float
+    postscale: float
+    tensors: tuple[tuple[torch.dtype, int], ...]
+    """Type and number of elements of each."""
 
-    def done(self) -> bool:
-        """True when `wait` would not block. Makes progress, never blocks."""
-        self._negotiator.advance()
-        return self._error is not None or (self._handle is not None and self._handle.done())
+    @property
+    def bytes(self) -> int:
+        return sum(dtype.itemsize * n for dtype, n in self.tensors)
 
-    def wait(self) -> T:
-        """Block until finished and return the result; safe to call again. Raises `DisagreementError` on every rank when requests differ."""
-        if self._finish is not None and self._error is None:
-            self._negotiator.advance(through=self.number)
-        if self._finish is not None and self._error is None:
-            assert self._handle is not None
-            try:
-                self._result = self._finish(self._handle.wait())
-            except Exception as error:
-                self._error = error
-            self._finish = None
-        if self._error is not None:
-            raise self._error
-        return self._result  # type: ignore[return-value]  # set by `finish`, whose type is T
-
-    def ready(self) -> bool:
-        """Whether every rank's record is here."""
-        return self._record.done()
-
-    def begin(self) -> None:
-        """Compare the records and start the data's collective, or keep the error for `wait`."""
-        try:
-            self._handle = self._start(_compare(self._record.wait()))
-        except Exception as error:
-            self._error = error
+    @property
+    def key(self) -> tuple[Any, ...] | None:
+        """Requests with equal keys may run as one; None: this one runs alone."""
+        dtypes = {dtype for dtype, _ in self.tensors}
+        return (self.op, self.average, self.prescale, self.postscale, *dtypes) if len(dtypes) == 1 else None
 
 
-class Negotiator:
-    """Collectives requested in the same order on every rank, compared before they run; collective to create, like the transports it owns.
+@dataclass(frozen=True)
+class Request:
+    """A rank is ready for the collective `name`. `text` must be equal on all ranks; `extra` need not, and everybody's reaches everybody."""
 
-    Records travel on a transport of their own, at once; the data's collectives start in the order of the requests, each once its record and
-    all before it have come and agree. That order is equal on all ranks, whatever the timing, and so is the decision not to start one. Waiting
-    starts everything up to what is waited for, so nobody waits for ever, for the reason given at `MPITransport`. No one else may use
-    `transport`: when data starts depends on timing, and would mix with others' calls differently on each rank.
+    name: str
+    text: str
+    extra: Any = None
+    reduce: Reduce | None = None
+    """Set for all-reduces, the only collectives that go on without ranks that have joined."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """The rank has no more data: all-reduces go on with zeros from it until all ranks have joined."""
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The rank shuts down: what it has not submitted by now will never come."""
+
+
+Message: TypeAlias = Request | Join | Leave
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run these together, now. `extras[i]` are those of name i, by rank; None for ranks that have joined."""
+
+    names: tuple[str, ...]
+    extras: tuple[tuple[Any, ...], ...]
+    reduces: tuple[Reduce, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fail:
+    """The collective `name` fails on `ranks`. `mismatch`: because they submitted different things."""
+
+    name: str
+    ranks: frozenset[int]
+    message: str
+    mismatch: bool = False
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Everybody has joined; `last` was the last."""
+
+    last: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """Everybody shuts down."""
+
+
+Decision: TypeAlias = Run | Fail | Joined | Left
+
+
+@dataclass
+class _Entry:
+    since: float
+    requests: dict[int, Request] = field(default_factory=dict)
+    warned: float = 0.0
+
+
+def _seconds(variable: str, default: float) -> float:
+    value = os.environ.get(variable, "")
+    try:
+        return float(value) if value else default
+    except ValueError:
+        raise ValueError(f"{variable} is {value!r}; expected a number of seconds.") from None
+
+
+@dataclass(frozen=True)
+class StallCheck:
+    """Horovod's variables. `warn`: seconds until a tensor that some ranks do not submit is reported, again after as many; `fail`: until it fails."""
+
+    warn: float | None
+    fail: float | None
+
+    @staticmethod
+    def from_environment() -> StallCheck:
+        if os.environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") not in ("", "0"):
+            return StallCheck(None, None)
+        return StallCheck(_seconds("HOROVOD_STALL_CHECK_TIME_SECONDS", 60.0), _seconds("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 0.0) or None)
+
+
+class Coordinator:
+    """Collects requests of `size` ranks and decides. `names_of_ranks`: how they are called in messages (their global ranks).
+
+    `fusion_bytes`: all-reduces of at most so many bytes together, alike in type, operation and factors and complete at the same time, run as one.
     """
 
-    def __init__(self, comm: MPI.Comm | None = None) -> None:
-        self._records = MPITransport(comm)
-        self.transport = MPITransport(comm)
-        self._submitted = 0
-        self._waiting: deque[Pending[Any]] = deque()
+    def __init__(self, names_of_ranks: Sequence[int], fusion_bytes: int, stall: StallCheck) -> None:
+        self._ranks = list(names_of_ranks)
+        self._everyone = frozenset(range(len(self._ranks)))
+        self._fusion_bytes = fusion_bytes
+        self.stall = stall
+        self._entries: dict[str, _Entry] = {}
+        self._complete: list[_Entry] = []
+        self._decided: list[Decision] = []
+        self._joined: dict[int, None] = {}  # in the order of joining
+        self._left: set[int] = set()
+        self._stalled: dict[str, tuple[set[int], str]] = {}  # failed names → ranks that have yet to submit them, and will be told
 
-    def automatic_name(self, kind: str) -> str:
-        """A name for the next collective, which the user gave none; equal on all ranks as long as they request the same number of them."""
-        return f"{kind}.noname.{self._submitted}"
+    def receive(self, rank: int, messages: Iterable[Message], now: float) -> None:
+        """What a rank said, in the order in which it said it."""
+        for message in messages:
+            if isinstance(message, Request):
+                self._submitted(rank, message, now)
+                continue
+            if isinstance(message, Join):
+                self._joined[rank] = None
+                if len(self._joined) == len(self._everyone):
+                    self._decided += self._fuse()
+                    self._decided.append(Joined(self._ranks[rank]))
+                    self._joined.clear()
+            else:
+                self._left.add(rank)
+            for name in list(self._entries):
+                self._look_at(name)
+            if self._left == self._everyone:
+                self._decided += [*self._fuse(), Left()]
 
-    def submit(self, request: str, rows: int, start: Callable[[list[int]], Handle[R]], finish: Callable[[R], T]) -> Pending[T]:
-        """Request a collective. `request` must be equal on every rank, `rows` (first dimension, or anything) need not.
+    def take(self) -> list[Decision]:
+        """What was decided since last time, to be carried out by all ranks in this order."""
+        decided, self._decided = [*self._decided, *self._fuse()], []
+        return decided
 
-        Once all agree, `start` is called with everybody's `rows`; `finish` makes the result of `wait` from that of the handle `start` returned.
-        """
-        text = request.encode()
-        digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-        if len(text) > _RECORD - _HEADER.size:
-            mark = f"… (its hash: {digest:016x})".encode()  # differences may lie beyond what fits
-            text = text[: _RECORD - _HEADER.size - len(mark)] + mark
-        record = bytearray(_HEADER.pack(digest, rows) + text).ljust(_RECORD, b"\0")
-        handle = self._records.allgather(torch.frombuffer(record, dtype=torch.uint8), "record", [_RECORD] * self._records.size)
-        pending = Pending(self, self._submitted, handle, start, finish)
-        self._submitted += 1
-        self._waiting.append(pending)
-        self.advance()
-        return pending
+    def _submitted(self, rank: int, request: Request, now: float) -> None:
+        missing, why = self._stalled.get(request.name, (set(), ""))
+        if rank in missing:
+            missing.discard(rank)
+            self._decided.append(Fail(request.name, frozenset({rank}), why))
+            return
+        self._entries.setdefault(request.name, _Entry(now)).requests[rank] = request
+        self._look_at(request.name)
 
-    def advance(self, through: int = -1) -> None:
-        """Start the data of all requests whose turn has come, and, blocking, of those numbered up to `through`."""
-        while self._waiting and (self._waiting[0].number <= through or self._waiting[0].ready()):
-            self._waiting.popleft().begin()
-        self.transport.progress()
+    def _look_at(self, name: str) -> None:
+        entry = self._entries[name]
+        submitted = entry.requests.keys()
+        first = next(iter(entry.requests.values()))
+        if gone := self._left - submitted:
+            self._fail(name, f"{first.text}: {self._list(gone)} shut down without it. That rank finished, or ended after an error.")
+        elif submitted | self._joined.keys() >= self._everyone:
+            del self._entries[name]
+            texts = {r.text for r in entry.requests.values()}
+            if len(texts) > 1:
+                self._decided.append(Fail(name, frozenset(submitted), self._differences(entry), mismatch=True))
+            elif submitted != self._everyone and (first.reduce is None or first.reduce.op != "sum"):
+                joined = self._list(self._everyone - submitted)
+                self._decided.append(
+                    Fail(name, frozenset(submitted), f"{first.text}: {joined} joined; only all-reduces with Average and Sum go on then.")
+                )
+            else:
+                self._complete.append(entry)
 
-    def close(self) -> None:
-        """Complete what was requested and free the communicators; collective."""
-        self.advance(through=self._submitted)
-        self._records.close()
-        self.transport.close()
+    def _fail(self, name: str, why: str) -> None:
+        entry = self._entries.pop(name)
+        self._decided.append(Fail(name, frozenset(entry.requests), why))
+
+    def _fuse(self) -> list[Decision]:
+        """The complete requests, those that may run as one together."""
+        runs: list[list[_Entry]] = []
+        open_runs: dict[Any, tuple[list[_Entry], int]] = {}
+        for entry in self._complete:
+            reduce = next(iter(entry.requests.values())).reduce
+            key = reduce.key if reduce else None
+            if reduce is None or key is None or reduce.bytes > self._fusion_bytes:
+                runs.append([entry])
+                continue
+            run, filled = open_runs.get(key, ([], 0))
+            if not run or filled + reduce.bytes > self._fusion_bytes:
+                run, filled = [], 0
+                runs.append(run)
+            run.append(entry)
+            open_runs[key] = run, filled + reduce.bytes
+        self._complete = []
+        return [self._run(run) for run in runs]
+
+    def _run(self, entries: list[_Entry]) -> Run:
+        firsts = [next(iter(e.requests.values())) for e in entries]
+        extras = tuple(tuple(e.requests[r].extra if r in e.requests else None for r in range(len(self._ranks))) for e in entries)
+        return Run(tuple(f.name for f in firsts), extras, tuple(f.reduce for f in firsts if f.reduce is not None))
+
+    # ---- stalls
+
+    def check_stalls(self, now: float) -> list[str]:
+        """Warnings to be printed. Names that have waited too long fail, on every rank: on those that submit them later, then."""
+        warnings = []
+        for name, entry in list(self._entries.items()):
+            missing = self._everyone - entry.requests.keys() - self._joined.keys()
+            text, age = next(iter(entry.requests.values())).text, now - entry.since
+            if self.stall.fail is not None and age >= self.stall.fail:
+                why = (
+                    f"{text}: submitted by {self._list(entry.requests)}, but not by {self._list(missing)} within {self.stall.fail:g} seconds "
+                    "(HOROVOD_STALL_SHUTDOWN_TIME_SECONDS)."
+                )
+                self._fail(name, why)
+                self._stalled[name] = set(missing), why
+            elif self.stall.warn is not None and age - entry.warned >= self.stall.warn:
+                entry.warned = age
+                warnings.append(f"{text}: submitted by {self._list(entry.requests)} {age:.0f} seconds ago, still missing on {self._list(missing)}")
+        return warnings
+
+    # ---- words
+
+    def _list(self, ranks: Iterable[int]) -> str:
+        named = sorted(self._ranks[r] for r in ranks)
+        return f"rank{'s' * (len(named) > 1)} {', '.join(map(str, named))}"
+
+    def _differences(self, entry: _Entry) -> str:
+        ranks_of: dict[str, list[int]] = {}
+        for rank in sorted(entry.requests):
+            ranks_of.setdefault(entry.requests[rank].text, []).append(rank)
+        alike = sum(1 for _ in itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*ranks_of, strict=False)))
+        said = "; ".join(f"{self._list(ranks)}: {_shown(text, alike)}" for text, ranks in ranks_of.items())
+        return f"Ranks submitted different collectives under one name. {said}. Names, types, shapes and options must be equal on every rank."
 
 
-def _compare(records: Sequence[torch.Tensor]) -> list[int]:
-    """Everybody's rows, if all requests are equal."""
-    ranks_of: dict[tuple[int, str], list[str]] = {}
-    rows = []
-    for rank, record in enumerate(records):
-        raw = record.numpy().tobytes()
-        digest, row = _HEADER.unpack_from(raw)
-        ranks_of.setdefault((digest, raw[_HEADER.size :].rstrip(b"\0").decode(errors="replace")), []).append(str(rank))
-        rows.append(row)
-    if len(ranks_of) > 1:
-        requests = "; ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: {text}" for (_, text), ranks in ranks_of.items())
-        raise DisagreementError(
-            f"Ranks requested different collectives at the same point. {requests}. "
-            "Every rank must call the same collectives in the same order, with equal names, dtypes, shapes and options."
-        )
-    return rows
+def _shown(text: str, alike: int) -> str:
+    if len(text) <= _SHOWN:
+        return text
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    begin = max(100, alike - 40)
+    return f"{text[:100]} … {text[begin : begin + _SHOWN - 100]} … (its hash: {digest})"

@@ -11,7 +11,7 @@ from hvd_ecsgd import DistributedOptimizer as _DistributedOptimizer
 from hvd_ecsgd.compression import AnyCompression, Compression
 
 from . import runtime
-from .functions import Average, Sum
+from .collectives import Average, Sum
 
 __all__ = ["DistributedOptimizer"]
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import itertools
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,18 +16,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from .negotiation import Negotiator
+    from .engine import Channel, Engine
+    from .process_sets import ProcessSet
     from .transport import MPITransport
 
-__all__ = ["Context", "context", "init", "is_initialized", "new_transport", "shutdown"]
+__all__ = ["Context", "agree", "channel", "context", "init", "is_initialized", "members", "new_transport", "register", "shutdown",
+           "start_timeline", "stop_timeline", "unregister"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Members:
+    """A process set: global ranks by rank within it, and, for its members, their communicator and the channel of their collectives."""
+
+    ranks: tuple[int, ...]
+    comm: MPI.Comm | None
+    channel: Channel | None
+    process_set: ProcessSet
 
 
 @dataclass(frozen=True)
 class Context:
-    """What init() found out. The package's functions communicate through `negotiator`; optimizers have transports of their own."""
+    """What init() found out. The package's functions communicate through the engine's channels; optimizers have transports of their own."""
 
-    comm: MPI.Comm
-    negotiator: Negotiator
+    comm: MPI.Intracomm
+    engine: Engine
     rank: int
     size: int
     local_rank: int
@@ -32,6 +47,9 @@ class Context:
     cross_rank: int
     cross_size: int
     homogeneous: bool
+    process_sets: dict[int, Members]
+    """By id. 0 is everybody."""
+    identifiers: Iterator[int]
 
 
 _context: Context | None = None
@@ -40,15 +58,23 @@ _exit_registered = False
 _previous_hook = sys.excepthook
 
 
-def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
+def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
     """Start the backend; collective over the processes of `comm`. Again, it does nothing.
 
     `comm` is an mpi4py communicator, a list of ranks of the world (called by exactly those), or None or [] for all processes; it is duplicated.
-    Initialises MPI with full thread support if nobody has (the process then finalises it at exit). From here on an uncaught exception
-    ends the job on all ranks, where it would leave the others waiting: `sys.excepthook` is extended, the previous hook still prints. (A non-zero
-    `sys.exit` is not an exception to it.)
+    `process_sets` become usable; sets given by communicators may differ between ranks, as those of a split do. ("dynamic", Horovod's leave to
+    add sets later, is accepted and not needed.)
 
-    Raises ValueError for a `comm` that is none of these, or does not contain this process.
+    Initialises MPI with full thread support if nobody has (the process then finalises it at exit), and starts the communication thread. Where
+    MPI was initialised without it, communication is done by the callers, which is said in a warning; MPI_BACKEND_THREAD=0 asks for that.
+    From here on an uncaught exception ends the job on all ranks, where it would leave the others waiting: `sys.excepthook` is extended, the
+    previous hook still prints. (A non-zero `sys.exit` is not an exception to it; what others wait for then fails.)
+
+    Variables, as Horovod's: HOROVOD_STALL_CHECK_TIME_SECONDS (60), HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (0: never), HOROVOD_STALL_CHECK_DISABLE,
+    HOROVOD_FUSION_THRESHOLD (bytes; 4 MiB), HOROVOD_TIMELINE (a file; see `start_timeline`).
+
+    Raises ValueError for a `comm` that is none of these, or does not contain this process, and for process sets of ranks that do not exist, or
+    given twice.
     """
     global _context, _exit_registered, _previous_hook
     if _context is not None:
@@ -59,7 +85,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         atexit.register(_finalize)
 
-    from .negotiation import Negotiator
+    from .engine import Engine, threads_available
 
     own = _communicator(comm)
     rank, size = own.Get_rank(), own.Get_size()
@@ -70,15 +96,33 @@ def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
     homogeneous = len(set(own.allgather(local_size))) == 1
     local.Free()
     cross.Free()
-    _context = Context(own, Negotiator(own), rank, size, local_rank, local_size, cross_rank, cross_size, homogeneous)
+    if rank == 0 and MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+        warnings.warn(
+            "mpi_backend: MPI was initialised without MPI_THREAD_MULTIPLE, so there is no communication thread; results are the same, overlap "
+            "with computation is less.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    from .process_sets import global_process_set
+
+    engine = Engine(threads_available())
+    everybody = {0: Members(tuple(range(size)), own, engine.add(own, range(size)), global_process_set)}
+    _context = Context(own, engine, rank, size, local_rank, local_size, cross_rank, cross_size, homogeneous, everybody, itertools.count(1))
     if not _exit_registered:
         atexit.register(shutdown)
         _exit_registered = True
     _previous_hook, sys.excepthook = sys.excepthook, _end_the_job
+    global_process_set.ranks = list(range(size))
+    _register_all([] if process_sets is None or isinstance(process_sets, str) else process_sets)
+    if path := os.environ.get("HOROVOD_TIMELINE", "").replace("DYNAMIC", ""):
+        start_timeline(path)
 
 
 def shutdown() -> None:
-    """Complete what is in flight and give the communicators back; collective. MPI stays initialised, and init() may be called again."""
+    """Complete what all ranks have submitted and give the communicators back; collective. MPI stays initialised, and init() may be called again.
+
+    What some rank has not submitted by then fails with `HorovodInternalError`.
+    """
     global _context
     if _context is None:
         return
@@ -87,12 +131,20 @@ def shutdown() -> None:
     closing, _context = _context, None
     if sys.excepthook is _end_the_job:
         sys.excepthook = _previous_hook
+    timeline = closing.engine.timeline
     if not MPI.Is_finalized():
-        closing.negotiator.close()
+        closing.engine.close()
         for made in _optimizers:
             made.close()
         _optimizers.clear()
-        closing.comm.Free()
+        for process_set in closing.process_sets.values():
+            if process_set.comm is not None:
+                process_set.comm.Free()
+    for identifier, process_set in closing.process_sets.items():
+        process_set.process_set.process_set_id = None if identifier else 0
+    closing.process_sets[0].process_set.ranks = []
+    if timeline is not None:
+        timeline.close()
 
 
 def is_initialized() -> bool:
@@ -107,21 +159,128 @@ def context() -> Context:
     return _context
 
 
-def new_transport() -> MPITransport:
+def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
+    """Write a Chrome trace of what this rank negotiates, compresses and sends: rank 0 to `file_path`, rank r to `file_path`.rank`r`.
+
+    Open it in ui.perfetto.dev or chrome://tracing. A file that is there is overwritten, a timeline that was running ends. `mark_cycles` has no
+    effect: there are no cycles here. Raises ValueError before init().
+    """
+    from .timeline import Timeline
+
+    stop_timeline()
+    here = context()
+    here.engine.timeline = Timeline(file_path if here.rank == 0 else f"{file_path}.rank{here.rank}", here.rank)
+
+
+def stop_timeline() -> None:
+    """Stop writing the trace, if one is written. Raises ValueError before init()."""
+    engine = context().engine
+    timeline, engine.timeline = engine.timeline, None
+    if timeline is not None:
+        timeline.close()
+
+
+# ---- process sets
+
+
+def members(process_set: ProcessSet) -> Members:
+    """Who belongs to a process set. Raises ValueError for one that is not usable."""
+    here = context()
+    found = here.process_sets.get(getattr(process_set, "process_set_id", None) or 0)
+    if found is None or getattr(process_set, "process_set_id", None) is None:
+        raise ValueError(f"{process_set} is no usable process set; pass it to init(process_sets=[…]) or add_process_set first.")
+    return found
+
+
+def channel(process_set: ProcessSet) -> Channel:
+    """The channel of its collectives. Raises ValueError for a set that is not usable, or that this process does not belong to."""
+    found = members(process_set)
+    if found.channel is None:
+        raise ValueError(f"rank {context().rank} is not a member of the process set of ranks {list(found.ranks)}.")
+    return found.channel
+
+
+def agree(text: str) -> None:
+    """Return when every rank has called it; raise `MismatchError` on every rank when texts differ."""
+    from hvd_ecsgd.transport.base import Ready
+
+    from .negotiation import Request
+
+    everybody = context().process_sets[0].channel
+    assert everybody is not None
+    everybody.submit(Request(everybody.automatic_name(), text), lambda nothing: None, start=lambda extras: Ready(None)).wait()
+
+
+def register(process_set: ProcessSet, ranks: Sequence[int]) -> None:
+    """Give it an id, and its members a channel; called on all ranks, for the same sets in the same order."""
+    here = context()
+    if len(set(ranks)) != len(ranks) or not ranks or not all(0 <= r < here.size for r in ranks):
+        raise ValueError(f"{process_set}: expected different ranks from 0 to {here.size - 1}.")
+    if any(known.ranks == tuple(ranks) for known in here.process_sets.values()):
+        raise ValueError(f"Attempted to add a duplicate process set: {process_set}")
+    identifier = next(here.identifiers)
+    comm = None
+    if here.rank in ranks:
+        everybody = here.comm.Get_group()
+        group = everybody.Incl(list(ranks))
+        comm = here.comm.Create_group(group, identifier)
+        group.Free()
+        everybody.Free()
+    here.process_sets[identifier] = Members(tuple(ranks), comm, here.engine.add(comm, ranks) if comm is not None else None, process_set)
+    process_set.process_set_id, process_set.ranks = identifier, list(ranks)
+
+
+def unregister(process_set: ProcessSet) -> bool:
+    """Undo `register`; called on all ranks. False if there is no such set any more."""
+    here = context()
+    found = here.process_sets.pop(process_set.process_set_id or 0, None)
+    process_set.process_set_id = None
+    if found is not None and found.channel is not None and found.comm is not None:
+        here.engine.remove(found.channel)
+        found.comm.Free()
+    return found is not None
+
+
+def _register_all(process_sets: Sequence[ProcessSet]) -> None:
+    """Those given to init. Ranks may give different sets at the same place (of a split): all are registered everywhere, in one order."""
+    from .process_sets import ProcessSet
+
+    here = context()
+    mine: list[tuple[int, ...]] = []
+    for given in process_sets:
+        if given.ranks is not None:
+            mine.append(tuple(given.ranks))
+        else:
+            theirs, ours = given.mpi_comm.Get_group(), here.comm.Get_group()
+            mine.append(tuple(theirs.Translate_ranks(list(range(theirs.Get_size())), ours)))
+            theirs.Free()
+            ours.Free()
+    for place, given in enumerate(process_sets):
+        if mine.index(mine[place]) != place:
+            raise ValueError(f"init: process_sets entry number {place} is a duplicate: {given}")
+    everyones = here.comm.allgather(mine)
+    for ranks in dict.fromkeys(itertools.chain.from_iterable(itertools.zip_longest(*everyones))):
+        if ranks is not None:
+            register(process_sets[mine.index(ranks)] if ranks in mine else ProcessSet(ranks), ranks)
+
+
+# ---- parts
+
+
+def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
     """A transport of its own for one optimizer, so that two of them need not start their exchanges in the same order on all ranks.
 
-    Collective; every rank makes its optimizers in the same order. Closed by `shutdown`. Waiting in it does not carry on
-    what the package's functions have in flight: between an optimizer's step and `synchronize` of a handle, all ranks wait in the same order.
-    Raises ValueError before init().
+    Collective over the process set (default: all); every rank makes its optimizers in the same order. Closed by `shutdown`. Raises ValueError
+    before init(), and outside of the process set.
     """
     from .transport import MPITransport
 
-    made = MPITransport(context().comm)
+    made = MPITransport(context().comm if process_set is None else members(process_set).comm)
     _optimizers.append(made)
     return made
 
 
-def _communicator(comm: MPI.Comm | Sequence[int] | None) -> MPI.Comm:
+def _communicator(comm: MPI.Comm | Sequence[int] | None) -> MPI.Intracomm:
     from mpi4py import MPI
 
     if isinstance(comm, MPI.Intracomm) and comm != MPI.COMM_NULL:

@@ -210,6 +210,23 @@ class MPITransport:
         requests = [self._first.Iallreduce(MPI.IN_PLACE, [_memory(piece), piece.numel(), kind], _OPS[op]) for piece in torch.split(work, _LARGEST)]
         return self._start(what, requests, finish)
 
+    def reduce_scatter(self, t: torch.Tensor, counts: Sequence[int], name: str, op: Reduction = "sum") -> Handle[torch.Tensor]:
+        """Reduce over ranks; rank r gets the r-th part of `counts[r]` elements, a new 1-D tensor. Reduced in rank order, halves in float32.
+
+        Shape and dtype must be equal on every rank; the dtypes are those of `allreduce_`. `t` is only read.
+        """
+        what = f"reduce_scatter {name!r}"
+        flat, counts = self._flat(t, what), list(counts)
+        if len(counts) != self.size or min(counts) < 0 or sum(counts) != flat.numel():
+            raise TransportError(f"{what}: parts of {counts} elements do not fit {self.size} ranks and a tensor of {flat.numel()} elements.")
+        if self.size == 1:
+            return Ready(flat.clone())
+        work = self._staged(flat)
+        copies = self._incoming(work, self.size * counts[self.rank]).view(self.size, counts[self.rank])
+        received = [counts[self.rank]] * self.size
+        request = self._first.Ialltoallv(_spec(work, counts, what), _spec(copies, received, what))
+        return self._start(what, [request], lambda: self._delivered(_combined(copies, op).to(t.dtype), t, work))
+
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         """Everybody's tensor, by rank. First dimensions may differ; give `sizes` (first dimension by rank) when they are known, to save a round.
 
@@ -364,10 +381,7 @@ class MPITransport:
         def second() -> list[MPI.Request]:
             requests = []
             for piece, chunks, mine, copies in pieces:
-                total = copies[0].to(torch.float32 if piece.dtype in _HALVES else piece.dtype, copy=True)
-                for copy in copies[1:]:
-                    _COMBINE[op](total, copy)
-                mine.copy_(total)
+                mine.copy_(_combined(copies, op))
                 requests.append(self._second.Iallgatherv(MPI.IN_PLACE, _spec(piece, chunks, what)))
             return requests
 
@@ -450,6 +464,14 @@ class MPITransport:
     def _delivered(self, out: torch.Tensor, t: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
         """`out` where the caller works. Being an argument keeps `sent` alive in the closure that calls this."""
         return out.to(t.device)
+
+
+def _combined(copies: torch.Tensor, op: Reduction) -> torch.Tensor:
+    """The rows of `copies` reduced in order, halves in float32."""
+    total = copies[0].to(torch.float32 if copies.dtype in _HALVES else copies.dtype, copy=True)
+    for copy in copies[1:]:
+        _COMBINE[op](total, copy)
+    return total
 
 
 def _memory(t: torch.Tensor) -> MPI.buffer:

@@ -1,0 +1,533 @@
+"""The communication thread: takes submitted collectives, negotiates which are ready on all ranks, and carries them out in one order everywhere.
+
+One thread per process serves all process sets, each of which is a `Channel` with communicators of its own. Nothing in a channel's turn blocks, so
+no channel can hold up another. The thread sleeps until there is work; while it waits for other ranks it looks at shorter, then longer intervals;
+while data is on its way, which every rank is ready for, it looks often. It needs MPI_THREAD_MULTIPLE. Without it (or with
+MPI_BACKEND_THREAD=0) the caller takes the turns, inside of submissions, `poll` and `synchronize`: results are the same, overlap is less.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import pickle
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from mpi4py import MPI
+
+from hvd_ecsgd.errors import TransportError
+from hvd_ecsgd.transport.base import Handle
+
+from .errors import HorovodInternalError, MismatchError
+from .negotiation import Coordinator, Decision, Fail, Join, Joined, Leave, Left, Message, Request, Run, StallCheck
+from .timeline import Timeline
+from .transport import MPITransport
+
+__all__ = ["Channel", "Engine", "Pending", "threads_available"]
+
+T = TypeVar("T")
+log = logging.getLogger("mpi_backend")
+
+_COORDINATOR = 0
+_FUSION_BYTES = 4 * 2**20  # of more, copying into one buffer costs what a message saves
+_SHORTEST, _LONGEST, _IDLE = 20e-6, 2e-3, 0.1
+"""Seconds between looks: from and to, while waiting for other ranks; and without any work, where a coordinator must still notice stalls."""
+_OFTEN = 50  # looks without sleeping at data on its way
+
+
+def threads_available() -> bool:
+    """Whether the communication thread may run: MPI allows calls from several threads, and MPI_BACKEND_THREAD is not 0."""
+    return MPI.Query_thread() == MPI.THREAD_MULTIPLE and os.environ.get("MPI_BACKEND_THREAD", "1") != "0"
+
+
+def fusion_bytes() -> int:
+    value = os.environ.get("HOROVOD_FUSION_THRESHOLD", "")
+    if not value:
+        return _FUSION_BYTES
+    if not value.isdecimal():
+        raise ValueError(f"HOROVOD_FUSION_THRESHOLD is {value!r}; expected a number of bytes, 0 for no fusion.")
+    return int(value)
+
+
+class Pending(Generic[T]):
+    """The handle of a submitted collective."""
+
+    def __init__(self, engine: Engine, finish: Callable[[Any], T]) -> None:
+        self._engine = engine
+        self._settled = threading.Event()
+        self._finish: Callable[[Any], T] | None = finish
+        self._result: Any = None
+        self._error: Exception | None = None
+
+    def done(self) -> bool:
+        """True when `wait` would not block. Never blocks."""
+        if not self._settled.is_set():
+            self._engine.help()
+        return self._settled.is_set()
+
+    def wait(self) -> T:
+        """Block until finished and return the result; safe to call again. Raises `HorovodInternalError` when the collective failed."""
+        if not self._settled.is_set():
+            self._engine.wait(self._settled)
+        if self._error is not None:
+            raise self._error
+        if self._finish is not None:  # in the caller's thread: its streams, its inference mode
+            self._result, self._finish = self._finish(self._result), None
+        return cast(T, self._result)
+
+    def settle(self, value: Any) -> None:
+        """For the engine: it is done."""
+        self._result = value
+        self._settled.set()
+
+    def fail(self, error: Exception) -> None:
+        """For the engine: it has failed."""
+        self._error = error
+        self._settled.set()
+
+
+@dataclass
+class _Submission:
+    """A request of this rank, with what is needed to run it: tensors to be reduced, or a function that starts it, given everybody's extras."""
+
+    request: Request
+    pending: Pending[Any]
+    tensors: Sequence[torch.Tensor]
+    start: Callable[[Sequence[Any]], Handle[Any]] | None
+    since: float
+    events: list[Any] = field(default_factory=list)  # of CUDA streams that may still be writing the tensors
+
+
+@dataclass
+class _Flight:
+    """Data on its way."""
+
+    handles: list[Handle[Any]]
+    pendings: list[Pending[Any]]
+    finish: Callable[[list[Any]], None]
+    label: str
+    kind: str
+    since: float
+
+
+class Channel:
+    """Named collectives among the processes of `comm`. Creating one is collective, and so is `close`.
+
+    `ranks`: the global ranks of its members, for messages. All of its communication is done by the engine.
+    """
+
+    def __init__(self, engine: Engine, comm: MPI.Comm, ranks: Sequence[int]) -> None:
+        self._engine = engine
+        self._control = comm.Dup()
+        self.transport = MPITransport(comm)
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.ranks = list(ranks)
+        first = self.rank == _COORDINATOR
+        self._coordinator = Coordinator(self.ranks, fusion_bytes(), StallCheck.from_environment()) if first else None
+        self._lock = threading.Lock()  # the four below are touched by callers
+        self._queue: deque[_Submission | Join | Leave] = deque()
+        self._names: set[str] = set()
+        self._numbers = itertools.count()
+        self._closed = False
+        self._held: dict[str, _Submission] = {}  # from here on: the engine's
+        self._flights: list[_Flight] = []
+        self._sends: list[tuple[MPI.Request, bytes]] = []
+        self._joining: Pending[int] | None = None
+        self._leaving: Pending[None] | None = None
+        self._next_check = 0.0
+
+    # ---- for callers
+
+    def automatic_name(self) -> str:
+        """A name for a collective that the user gave none. It does not say which kind it is: so a mix-up is noticed, not waited for."""
+        with self._lock:
+            return f"noname.{next(self._numbers)}"
+
+    def submit(
+        self,
+        request: Request,
+        finish: Callable[[Any], T],
+        *,
+        tensors: Sequence[torch.Tensor] = (),
+        start: Callable[[Sequence[Any]], Handle[Any]] | None = None,
+    ) -> Pending[T]:
+        """Hand over a collective, which runs when all ranks have.
+
+        Either an all-reduce of `tensors` (contiguous; reduced in place; see `Reduce`), or whatever `start` starts when it is called with the extras
+        of all ranks; `tensors` are then those that it reads. `finish` makes the result of `wait` from what the handle gave. Raises ValueError
+        while `request.name` is in use.
+        """
+        pending: Pending[T] = Pending(self._engine, finish)
+        submission = _Submission(request, pending, tensors, start, time.perf_counter())
+        for t in tensors:
+            if t.is_cuda:
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(torch.cuda.current_stream(t.device))
+                submission.events.append(event)
+        with self._lock:
+            self._refuse_if_closed()
+            if request.name in self._names:
+                raise ValueError(
+                    f"{request.text}: a tensor of this name is being processed already. Wait for it by synchronize(), or use another name."
+                )
+            self._names.add(request.name)
+            self._queue.append(submission)
+        self._engine.nudge()
+        return pending
+
+    def join(self) -> Pending[int]:
+        """See `Join`; the result is the global rank that joined last."""
+        pending: Pending[int] = Pending(self._engine, int)
+        with self._lock:
+            self._refuse_if_closed()
+            self._joining = pending
+            self._queue.append(Join())
+        self._engine.nudge()
+        return pending
+
+    def leave(self) -> Pending[None]:
+        """Say that nothing more will be submitted here; done when everybody has said so and nothing is on its way."""
+        pending: Pending[None] = Pending(self._engine, lambda nothing: None)
+        with self._lock:
+            self._refuse_if_closed()
+            self._leaving = pending
+            self._queue.append(Leave())
+        self._engine.nudge()
+        return pending
+
+    def _refuse_if_closed(self) -> None:
+        self._engine.raise_failure()
+        if self._closed or self._leaving is not None:
+            raise HorovodInternalError("mpi_backend has been shut down, or this process set was removed.")
+
+    def close(self) -> None:
+        """Free the communicators."""
+        self.transport.close()
+        self._control.Free()
+
+    # ---- for the engine
+
+    @property
+    def waiting(self) -> bool:
+        """Whether others have to say something before this channel is done with its work."""
+        return bool(self._held or self._queue or self._sends or self._joining or self._leaving)
+
+    @property
+    def in_flight(self) -> bool:
+        return bool(self._flights)
+
+    @property
+    def coordinates(self) -> bool:
+        """Whether others may send something here while there is no work on this rank."""
+        return self._coordinator is not None and self.size > 1
+
+    def turn(self) -> bool:
+        """Do what can be done without waiting. True when something was."""
+        moved = self._send_new()
+        if self._coordinator is not None:
+            moved = self._coordinate(self._coordinator) or moved
+        else:
+            while (message := self._received()) is not None:
+                self._carry_out(message[1])
+                moved = True
+        if self._sends:
+            self._sends = [(request, data) for request, data in self._sends if not request.Test()]
+        return self._land() or moved
+
+    def fail_all(self, error: Exception) -> None:
+        """Nothing here will ever run."""
+        with self._lock:
+            self._closed = True
+            waiting = [s.pending for s in self._queue if isinstance(s, _Submission)]
+            self._queue.clear()
+        waiting += [s.pending for s in self._held.values()]
+        waiting += [p for flight in self._flights for p in flight.pendings]
+        for pending in (*waiting, self._joining, self._leaving):
+            if pending is not None:
+                pending.fail(error)
+        self._held.clear()
+        self._flights.clear()
+        self._joining = None
+
+    def _send_new(self) -> bool:
+        if not self._queue:
+            return False
+        with self._lock:
+            new, self._queue = list(self._queue), deque()
+        messages: list[Message] = []
+        for item in new:
+            if isinstance(item, _Submission):
+                self._held[item.request.name] = item
+                messages.append(item.request)
+            else:
+                messages.append(item)
+        if self._coordinator is not None:
+            self._coordinator.receive(_COORDINATOR, messages, time.monotonic())
+        else:
+            self._send(messages, _COORDINATOR)
+        return True
+
+    def _send(self, content: object, *ranks: int) -> None:
+        data = pickle.dumps(content)
+        self._sends += [(self._control.Isend([data, MPI.BYTE], rank), data) for rank in ranks]
+
+    def _received(self) -> tuple[int, Any] | None:
+        status = MPI.Status()
+        message = self._control.Improbe(status=status)
+        if message is None:
+            return None
+        data = bytearray(status.Get_count(MPI.BYTE))
+        message.Recv([data, MPI.BYTE])
+        return status.Get_source(), pickle.loads(data)
+
+    def _coordinate(self, coordinator: Coordinator) -> bool:
+        now = time.monotonic()
+        while (message := self._received()) is not None:
+            coordinator.receive(*message, now)
+        if now >= self._next_check:
+            self._next_check = now + 0.1
+            if warnings := coordinator.check_stalls(now):
+                log.warning(
+                    "Some tensors were submitted by some ranks only, which wait for the others; do all ranks submit the same tensors?\n%s",
+                    "\n".join(warnings),
+                )
+        decisions = coordinator.take()
+        if not decisions:
+            return False
+        if self.size > 1:
+            self._send(decisions, *(r for r in range(self.size) if r != self.rank))
+        self._carry_out(decisions)
+        return True
+
+    def _carry_out(self, decisions: Sequence[Decision]) -> None:
+        for decision in decisions:
+            if isinstance(decision, Run):
+                self._run(decision)
+            elif isinstance(decision, Fail):
+                if self.rank in decision.ranks:
+                    kind = MismatchError if decision.mismatch else HorovodInternalError
+                    self._take(decision.name, "FAILED").pending.fail(kind(decision.message))
+            elif isinstance(decision, Joined):
+                assert self._joining is not None
+                joining, self._joining = self._joining, None
+                joining.settle(decision.last)
+            else:
+                assert isinstance(decision, Left)
+                self._closed = True
+
+    def _take(self, name: str, outcome: str = "") -> _Submission:
+        """The submission of this name, which is free again."""
+        submission = self._held.pop(name)
+        with self._lock:
+            self._names.discard(name)
+        if (timeline := self._engine.timeline) is not None:
+            timeline.span(name, f"NEGOTIATE{'_' * bool(outcome)}{outcome}", submission.since, time.perf_counter())
+        return submission
+
+    def _run(self, run: Run) -> None:
+        if run.reduces:
+            self._reduce(run)
+            return
+        (name,), (extras,) = run.names, run.extras
+        submission = self._take(name)
+        assert submission.start is not None
+        for event in submission.events:
+            event.synchronize()
+        try:
+            handle = submission.start(extras)
+        except TransportError as error:  # about what all ranks know: all raise it
+            submission.pending.fail(HorovodInternalError(str(error)))
+            return
+        self._take_off([handle], [submission.pending], lambda values: submission.pending.settle(values[0]), name, submission.request.text)
+
+    def _reduce(self, run: Run) -> None:
+        submissions = [self._take(name) if name in self._held else None for name in run.names]
+        first = run.reduces[0]
+        tensors: list[torch.Tensor] = []
+        for submission, reduce in zip(submissions, run.reduces, strict=True):
+            if submission is None:  # this rank has joined
+                tensors += [torch.zeros(n, dtype=dtype) for dtype, n in reduce.tensors]
+                continue
+            for event in submission.events:
+                event.synchronize()
+            tensors += [t.view(-1) for t in submission.tensors]
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for t in tensors:
+            by_dtype.setdefault(t.dtype, []).append(t)
+        wholes = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in by_dtype.values()]
+        label = run.names[0] + (f" and {len(run.names) - 1} more" if len(run.names) > 1 else "")
+        handles: list[Handle[Any]] = []
+        for whole in wholes:
+            scale_(whole, first.prescale)
+            handles.append(self.transport.allreduce_(whole, label, first.op))  # type: ignore[arg-type]
+
+        def finish(values: list[Any]) -> None:
+            for whole, parts in zip(wholes, by_dtype.values(), strict=True):
+                if first.average:
+                    average_(whole, self.size)
+                scale_(whole, first.postscale)
+                if len(parts) > 1:
+                    for part, t in zip(torch.split(whole, [t.numel() for t in parts]), parts, strict=True):
+                        t.copy_(part)
+                if whole.is_cuda:
+                    torch.cuda.current_stream(whole.device).synchronize()
+            for submission in submissions:
+                if submission is not None:
+                    submission.pending.settle(None)
+
+        pendings = [s.pending for s in submissions if s is not None]
+        self._take_off(handles, pendings, finish, label, f"allreduce of {sum(w.numel() * w.element_size() for w in wholes)} bytes")
+
+    def _take_off(
+        self, handles: list[Handle[Any]], pendings: list[Pending[Any]], finish: Callable[[list[Any]], None], label: str, kind: str
+    ) -> None:
+        self._flights.append(_Flight(handles, pendings, finish, label, kind, time.perf_counter()))
+
+    def _land(self) -> bool:
+        landed = False
+        for flight in self._flights[:8]:
+            if not all(handle.done() for handle in flight.handles):
+                continue
+            self._flights.remove(flight)
+            landed = True
+            try:
+                flight.finish([handle.wait() for handle in flight.handles])
+            except TransportError as error:
+                for pending in flight.pendings:
+                    pending.fail(HorovodInternalError(str(error)))
+            if (timeline := self._engine.timeline) is not None:
+                timeline.span(flight.label, flight.kind.split(" ")[0].upper(), flight.since, time.perf_counter(), what=flight.kind)
+        if self._closed and self._leaving is not None and not self._flights and not self._sends:
+            leaving, self._leaving = self._leaving, None
+            leaving.settle(None)
+        return landed
+
+
+def scale_(t: torch.Tensor, factor: float) -> None:
+    """t ← factor · t, as Horovod does: 16-bit floats in float32 and other floats in their own type, integers in float64, truncated towards zero."""
+    if factor != 1.0:
+        t.copy_(t.double().mul_(factor)) if not t.is_floating_point() else t.mul_(factor)
+
+
+def average_(t: torch.Tensor, n: int) -> None:
+    if t.is_floating_point():
+        t.div_(n)
+    else:
+        t.copy_(torch.div(t, n, rounding_mode="trunc"))
+
+
+class Engine:
+    """Serves channels, by a thread of its own if `threaded`, else in turns that callers take."""
+
+    def __init__(self, threaded: bool) -> None:
+        self.threaded = threaded
+        self.timeline: Timeline | None = None
+        self._channels: tuple[Channel, ...] = ()
+        self._lock = threading.RLock()  # of the turn, and of the list of channels
+        self._work = threading.Event()
+        self._stop = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="mpi_backend", daemon=True) if threaded else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def add(self, comm: MPI.Comm, ranks: Sequence[int]) -> Channel:
+        """A new channel; collective over `comm`."""
+        channel = Channel(self, comm, ranks)
+        with self._lock:
+            self._channels = (*self._channels, channel)
+        self._work.set()
+        return channel
+
+    def remove(self, channel: Channel) -> None:
+        """Complete what all ranks submitted there, and free it; collective."""
+        if self._failure is not None:
+            return
+        channel.leave().wait()
+        with self._lock:
+            self._channels = tuple(c for c in self._channels if c is not channel)
+        channel.close()
+
+    def close(self) -> None:
+        """Complete what all ranks submitted, and end the thread; collective."""
+        if self._failure is None:
+            for leaving in [c.leave() for c in self._channels]:  # all at once: ranks need not have them in the same order
+                leaving.wait()
+        self._stop = True
+        self._work.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._failure is None:
+            for channel in self._channels:
+                channel.fail_all(HorovodInternalError("mpi_backend was shut down before all ranks submitted this."))
+                channel.close()
+
+    def nudge(self) -> None:
+        """There is new work."""
+        if self.threaded:
+            self._work.set()
+        else:
+            self.help()
+
+    def help(self) -> None:
+        """Take a turn, if that is the callers' job."""
+        if not self.threaded:
+            try:
+                self._turn()
+            except Exception as error:
+                self._fail(error)
+
+    def wait(self, event: threading.Event) -> None:
+        """Return when `event` is set."""
+        if self.threaded:
+            event.wait()
+            return
+        pause = _SHORTEST
+        while not event.is_set():
+            self.help()
+            if not event.is_set() and not any(c.in_flight for c in self._channels):
+                time.sleep(pause)
+                pause = min(pause * 1.5, _LONGEST)
+
+    def raise_failure(self) -> None:
+        """Raise what ended the engine, if something has."""
+        if self._failure is not None:
+            raise HorovodInternalError(f"communication has failed earlier: {self._failure!r}") from self._failure
+
+    def _turn(self) -> bool:
+        with self._lock:
+            return any([channel.turn() for channel in self._channels])
+
+    def _serve(self) -> None:
+        pause, looks = _SHORTEST, 0
+        try:
+            while not self._stop:
+                self._work.clear()
+                if self._turn():
+                    pause, looks = _SHORTEST, 0
+                elif any(c.in_flight for c in self._channels):
+                    looks += 1
+                    time.sleep(0 if looks < _OFTEN else _SHORTEST)
+                elif any(c.waiting for c in self._channels):
+                    self._work.wait(pause)
+                    pause = min(pause * 1.5, _LONGEST)
+                else:
+                    self._work.wait(_IDLE if any(c.coordinates for c in self._channels) else None)
+                    pause = _SHORTEST
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        log.error("mpi_backend: communication failed; the next call will raise this.", exc_info=error)
+        failed = HorovodInternalError(f"communication failed: {error!r}")
+        failed.__cause__ = error
+        for channel in self._channels:
+            channel.fail_all(failed)
