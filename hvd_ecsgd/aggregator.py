@@ -619,6 +619,11 @@ class Aggregator:
 
     # -- agreement ---------------------------------------------------------------------------------------------------------------
 
+    def also_agree_on(self, **settings: Any) -> None:
+        """Further things that must be equal on all ranks, from the next step on."""
+        self._also.update(settings)
+        self._static_digest = None
+
     def _description(self) -> dict[str, Any]:
         """Everything but the step that must be equal on all ranks."""
         groups = {name: bucket.group for bucket in self.buckets for name in bucket.segments.names}

@@ -41,7 +41,7 @@ def DistributedOptimizer(
     themselves (`local_momentum`, `detached`, `dist_ef_sgd()`) need a plain `torch.optim.SGD`, whose lr, momentum and weight_decay they read.
     `sum_gradients`: the sum instead of the mean (not for those methods). `sparse_as_dense`: sparse gradients become dense first.
 
-    Attributes beside the optimizer's: `compression` (the bound object), `synchronize()`, `skip_synchronize()`.
+    Attributes beside the optimizer's: `compression` (the bound object), `synchronize()`, `skip_synchronize()`, `set_backward_passes_per_step()`.
     Raises `CompressionError` for parameters without a name, duplicate names, or a method that cannot work with this optimizer;
     at the first step `DisagreementError`, on every rank, when ranks hold different settings or parameters.
     """
@@ -55,6 +55,11 @@ def DistributedOptimizer(
     wrapped.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
     wrapped._setup(optimizer, named_parameters, compression, transport, backward_passes_per_step, bucket_bytes, sum_gradients, sparse_as_dense)
     return wrapped
+
+
+def _check_passes(passes: int) -> None:
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise CompressionError(f"backward_passes_per_step must be an integer ≥ 1, got {passes!r}.")
 
 
 # Parameter → the optimizer that listens to its gradients: making a new one for the same parameters retires the old.
@@ -78,8 +83,7 @@ class _Distributed(torch.optim.Optimizer):
         sum_gradients: bool,
         sparse_as_dense: bool,
     ) -> None:
-        if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-            raise CompressionError(f"backward_passes_per_step must be an integer ≥ 1, got {passes!r}.")
+        _check_passes(passes)
         self._inner = inner
         self._transport = transport
         self._sum = sum_gradients
@@ -181,6 +185,15 @@ class _Distributed(torch.optim.Optimizer):
     def _reset_counts(self) -> None:
         self._passes_left = {id(p): self._passes for _, p in self._aggregator.named}
         self._waiting_for = {id(b): len(b.parameters) for b in self._aggregator.buckets}
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """From now on gradients of so many backward passes are summed before the exchange. All ranks call it at the same step, and between steps."""
+        _check_passes(passes)
+        if self._started or any(left < self._passes for left in self._passes_left.values()):
+            raise CompressionError("set_backward_passes_per_step(): gradients of this step are under way; call it after step().")
+        self._passes = passes
+        self._aggregator.also_agree_on(backward_passes_per_step=passes)
+        self._reset_counts()
 
     def _gradient_ready(self, parameter: torch.Tensor) -> None:
         self._results = None  # synchronised, but never stepped: a GradScaler found an overflow

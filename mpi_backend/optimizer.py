@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 
 from hvd_ecsgd import DistributedOptimizer as _DistributedOptimizer
 from hvd_ecsgd.compression import AnyCompression, Compression
+from hvd_ecsgd.transport import SelfTransport, Transport
 
 from . import runtime
-from .collectives import Average, Sum
+from .collectives import Adasum, Average, Sum
+from .process_sets import ProcessSet, global_process_set
 
 __all__ = ["DistributedOptimizer"]
 
@@ -26,31 +29,51 @@ def DistributedOptimizer(
     num_groups: int = 0,
     groups: int | Sequence[Sequence[torch.Tensor]] | None = None,
     sparse_as_dense: bool = False,
+    process_set: ProcessSet = global_process_set,
 ) -> Any:
     """Wrap `optimizer` so that `step()` applies the mean (or sum) over all ranks of the gradients, compressed by `compression`.
 
-    Takes Horovod's arguments in Horovod's order, without `process_set`. `compression` may be bound or not; every method of this project
+    Takes Horovod's arguments in Horovod's order. `compression` may be bound or not; every method of this project
     works here, those in update units included. `backward_passes_per_step`: gradients of so many backward passes are summed before the exchange.
     `gradient_predivide_factor`, `num_groups`, `groups` tune Horovod's fusion and order of scaling; buckets take their place, the mean is formed
     from unscaled numbers, and results do not depend on them: they are checked and have no further effect.
-    `sparse_as_dense`: sparse gradients become dense before the exchange.
+    `sparse_as_dense`: sparse gradients become dense before the exchange. `process_set`: who exchanges; all ranks of the job call this, and one
+    outside of the set trains by itself.
 
-    Raises ValueError for an `op` other than Average and Sum; `CompressionError` (a ValueError) as `hvd_ecsgd.DistributedOptimizer` does.
+    Raises ValueError for an `op` other than Average and Sum, NotImplementedError for Adasum; `CompressionError` (a ValueError) as
+    `hvd_ecsgd.DistributedOptimizer` does.
     """
+    if op == Adasum:
+        raise NotImplementedError("DistributedOptimizer(): Adasum is not implemented; use op=Average, or Horovod itself.")
     if op not in (Average, Sum):
         raise ValueError(f"DistributedOptimizer(): op must be Average or Sum, got {op!r}.")
     if gradient_predivide_factor <= 0:
         raise ValueError(f"DistributedOptimizer(): gradient_predivide_factor must be positive, got {gradient_predivide_factor!r}.")
     if gradient_predivide_factor != 1.0 and op != Average:
         raise ValueError("DistributedOptimizer(): gradient_predivide_factor goes with op=Average.")
-    if num_groups < 0 or (isinstance(groups, int) and groups < 0):
-        raise ValueError("DistributedOptimizer(): groups must be a non-negative integer or lists of parameters.")
+    if num_groups != 0:
+        warnings.warn("DistributedOptimizer(): num_groups is deprecated; use groups.", DeprecationWarning, stacklevel=2)
+    _check_groups(num_groups if groups is None else groups)
+    runtime.members(process_set)
+    transport: Transport = runtime.new_transport(process_set) if process_set.included() else SelfTransport()
     return _DistributedOptimizer(
         optimizer,
         named_parameters,
         compression,
-        transport=runtime.new_transport(),
+        transport=transport,
         backward_passes_per_step=backward_passes_per_step,
         sum_gradients=op == Sum,
         sparse_as_dense=sparse_as_dense,
     )
+
+
+def _check_groups(groups: int | Sequence[Sequence[torch.Tensor]]) -> None:
+    if isinstance(groups, int):
+        if groups < 0:
+            raise ValueError("DistributedOptimizer(): groups must be a non-negative integer or lists of parameters.")
+        return
+    members = [p for group in groups for p in group]
+    if not all(isinstance(p, torch.Tensor) for p in members):
+        raise ValueError("DistributedOptimizer(): groups must consist of tensors.")
+    if len({id(p) for p in members}) != len(members):
+        raise ValueError("DistributedOptimizer(): a parameter can only appear once in groups.")

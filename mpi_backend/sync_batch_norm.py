@@ -21,6 +21,11 @@ class SyncBatchNorm(_BatchNorm):
     this rank's examples: the distributed optimizer averages them. In evaluation, and on one rank, it is torch's.
     """
 
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")

@@ -23,7 +23,7 @@ def test_simulated(n: int) -> None:
     run_simulated(n, lambda t: check_all(t, EVERY, EVERY), timeout=60)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_mpi(n: int) -> None:
     said = mpirun(n, PROGRAM, "mpi", timeout=90)
     assert all(f"conforms: rank {r} of {n}" in said for r in range(n))

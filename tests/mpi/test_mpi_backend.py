@@ -20,7 +20,7 @@ def last_line(output: str) -> str:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("program", ["transport", "bits", "flight", "functions", "surface", "state"])
+@pytest.mark.parametrize("program", ["transport", "bits", "flight", "functions", "surface", "state", "optimizer"])
 def test_program(program: str, n: int) -> None:
     output = mpirun(n, HERE / f"program_{program}.py")
     assert last_line(output).startswith("ok "), output
@@ -75,7 +75,7 @@ def test_mpi_without_threads_is_said_and_works() -> None:
     assert "ok 0" in mpirun(2, code)
 
 
-@pytest.mark.parametrize("program", ["transport", "functions", "surface", "state"])
+@pytest.mark.parametrize("program", ["transport", "functions", "surface", "state", "optimizer"])
 def test_one_process_without_mpirun(program: str) -> None:
     require_mpirun()
     output = run_job([], HERE / f"program_{program}.py")
