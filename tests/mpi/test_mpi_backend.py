@@ -19,7 +19,7 @@ def last_line(output: str) -> str:
     return [line for line in output.splitlines() if line.strip()][-1]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("program", ["transport", "bits", "flight", "functions", "surface", "state", "optimizer"])
 def test_program(program: str, n: int) -> None:
     output = mpirun(n, HERE / f"program_{program}.py")
@@ -44,7 +44,7 @@ STALLS = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "0.5", "HOROVOD_STALL_SHUTDOWN_TIM
 CALLERS = {"MPI_BACKEND_THREAD": "0"}
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, 4])
 def test_names(n: int) -> None:
     assert last_line(mpirun(n, HERE / "program_names.py", env=STALLS)).startswith("ok ")
 
@@ -53,9 +53,8 @@ def test_names_without_a_communication_thread() -> None:
     assert last_line(mpirun(3, HERE / "program_names.py", "unthreaded", env=STALLS | CALLERS)).startswith("ok ")
 
 
-@pytest.mark.parametrize("program", ["functions", "surface"])
-def test_program_without_a_communication_thread(program: str) -> None:
-    assert last_line(mpirun(2, HERE / f"program_{program}.py", env=CALLERS)).startswith("ok ")
+def test_functions_without_a_communication_thread() -> None:
+    assert last_line(mpirun(2, HERE / "program_functions.py", env=CALLERS)).startswith("ok ")
 
 
 def test_mpi_without_threads_is_said_and_works() -> None:
