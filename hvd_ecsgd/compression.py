@@ -218,7 +218,8 @@ class Compression:
         """Hessian-aided error compensation (Khirirat et al. 2019): the residual is multiplied by I − ηH. 1-bit signs by default.
 
         `curvature` from `hvd_ecsgd.feedback`: `Matrix`, `Product` (your Hessian-vector product), `Hutchinson` (a diagonal from products), or
-        `GradientSquares` (a diagonal from gradients; the default). On an unmodified Horovod call `attach`, since η itself is needed.
+        `GradientSquares` (a diagonal from gradients; the default). On an unmodified Horovod call `attach`, since η itself is needed. A gradient
+        taken at x − η·e supplies H·e by itself, without double backward: `Compression(compressor, LocalMomentum(1.0))` with momentum 0.
         """
         feedback = HessianAided(GradientSquares() if curvature is None else curvature)
         return Compression(Sign() if compressor is None else compressor, feedback, exchange, **options)

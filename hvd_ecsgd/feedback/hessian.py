@@ -23,7 +23,8 @@ class HessianAided(GradientUnit):
 
     On a quadratic with the Hessian H, z = x − η_{t−1}·mean e moves as uncompressed gradient descent from z itself, not from x as with plain error
     feedback, so z converges to the optimum although x stays η‖mean e‖ away. `curvature` says where H·e comes from: `Matrix`, `Product`,
-    `Hutchinson` or `GradientSquares`. The other form, a gradient taken at x − η_{t−1}·e, is `ShiftedGradient`. Khirirat, Magnússon, Johansson 2019:
+    `Hutchinson` or `GradientSquares`. The other form, without any of them, takes the gradient at x − η_{t−1}·e, which supplies H_i·e by itself: that
+    is `LocalMomentum(1.0)` with momentum 0, in update units. Khirirat, Magnússon, Johansson 2019:
     Compressed Gradient Methods with Hessian-Aided Error Compensation; the ratio of learning rates is derived here. The paper has no momentum;
     an optimizer's acts after the exchange. For averages, not sums, of gradients. A residual kept by the exchange (two-pass servers) is carried
     without H.

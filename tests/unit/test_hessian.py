@@ -11,15 +11,14 @@ import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
 from hvd_ecsgd.compressors import Rounding, TopK
-from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, Matrix, NoFeedback, Product
+from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, LocalMomentum, Matrix, NoFeedback, Product
 from hvd_ecsgd.protocols import Feedback, Part, StepContext
 from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL
-from tests.problems import batch, flat, mlp
+from tests.problems import batch, flat, mlp, slot, weights
 
 D, LOW, HIGH = 40, 1.0, 100.0
-ETA = 2 / (LOW + HIGH)
 
 
 class Quadratics:
@@ -245,10 +244,10 @@ def test_gradient_squares_are_the_mean_of_all_workers() -> None:
 class Coupled(torch.nn.Module):
     """½(x − b)ᵀH(x − b) in two parameters, of which the second is small and travels uncompressed; H couples them."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, same: bool = False) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(11 + rank)
-        root = torch.randn(50, 50, generator=g, dtype=torch.float64) / 10
+        root = torch.randn(50, 50, generator=torch.Generator().manual_seed(7) if same else g, dtype=torch.float64) / 10
         self.hessian = root @ root.T + torch.eye(50, dtype=torch.float64)
         self.target = torch.randn(50, generator=g, dtype=torch.float64) * 50
         self.large = torch.nn.Parameter(torch.ones(8, 5, dtype=torch.float64))
@@ -266,12 +265,12 @@ class Coupled(torch.nn.Module):
         return dict(zip(parameters, torch.autograd.grad(inner, list(parameters.values())), strict=True))
 
 
-def coupled_violation(make: Callable[[Coupled], Any]) -> float:
+def coupled_violation(make: Callable[[Coupled], Any], same: bool = False) -> float:
     """|z⁺ − (z − η∇f(z))| in 12 steps of three workers under changing learning rates."""
     rates = (0.3, 0.3, 0.05, 0.4, 0.1, 0.1) * 2
 
     def worker(transport: Transport) -> Any:
-        model = Coupled(transport.rank)
+        model = Coupled(transport.rank, same)
         optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), make(model), transport=transport)
         seen = []
         for eta in rates:
@@ -279,8 +278,8 @@ def coupled_violation(make: Callable[[Coupled], Any]) -> float:
             optimizer.zero_grad()
             model.loss().backward()
             optimizer.step()
-            e = torch.cat([optimizer.compression.state_dict()["parameters"]["large"]["residual"].flatten(), torch.zeros(10, dtype=torch.float64)])
-            seen.append((flat(model.parameters()), e))
+            e = slot(optimizer.compression, "residual")
+            seen.append((weights(model, optimizer.compression), e if optimizer.compression.method.feedback.unit == "gradient" else e / eta))
         return model, seen
 
     results = run_simulated(3, worker)
@@ -301,6 +300,17 @@ def test_a_product_through_the_optimizer_is_exact_also_in_parameters_that_travel
     assert coupled_violation(lambda m: made(HessianAided(Product(m.product)))) < 1e-11
     assert coupled_violation(lambda m: made(ErrorFeedback())) > 0.1, "control: plain error feedback"
     assert coupled_violation(lambda m: made(HessianAided(Matrix({"large": m.hessian[:40, :40]}, local=True)))) > 0.01, "control: without coupling"
+
+
+def test_a_gradient_at_the_shifted_point_is_the_same_where_hessians_are_equal() -> None:
+    """Without a Hessian: ∇f_i(x − η_{t−1}e_i) supplies H_i·e_i. Controls: Hessians that differ, and no shift."""
+
+    def made(lambda_: float) -> Callable[[Coupled], Compression]:
+        return lambda model: Compression(Rounding(1.0), LocalMomentum(lambda_), **ALL)
+
+    assert coupled_violation(made(1.0), same=True) < 1e-11
+    assert coupled_violation(made(1.0)) > 0.01
+    assert coupled_violation(made(0.0), same=True) > 0.01
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------------------
