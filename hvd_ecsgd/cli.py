@@ -1,4 +1,4 @@
-"""The `hvd-ecsgd` command: what is installed, and which methods there are."""
+"""The `hvd-ecsgd` command: what is installed, which methods there are, and the papers' comparisons."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from .compression import Compression
+from .reproduce import PAPERS, reproduce
+from .reproduce.simulation import Size
 from .version import __version__
 
 __all__ = ["main"]
@@ -83,4 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=(inspect.getdoc(command) or "").split("\n")[0])
-    return COMMANDS[parser.parse_args(arguments).command]()
+    again = commands.add_parser("reproduce", help="Run the central comparison of a paper, and say where its claims hold here.")
+    again.add_argument("paper", choices=list(PAPERS))
+    again.add_argument("--seeds", type=int, default=None, help="default 3; with --full 5, with --smoke 1")
+    again.add_argument("--out", type=Path, default=Path("results"), help="folder for PAPER.json and PAPER.png")
+    how_much = again.add_mutually_exclusive_group()
+    how_much.add_argument("--full", action="store_true", help="larger models, more steps and seeds: up to hours")
+    how_much.add_argument("--smoke", action="store_true", help="seconds, to see that it runs; the figures mean nothing")
+    options = parser.parse_args(arguments)
+    if options.command != "reproduce":
+        return COMMANDS[options.command]()
+    seeds = options.seeds if options.seeds is not None else 5 if options.full else 1 if options.smoke else 3
+    if seeds < 1:
+        parser.error("--seeds must be at least 1")
+    reproduce(options.paper, Size(seeds, options.smoke, options.full), options.out)
+    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,79 +11,12 @@ import torch
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
 from hvd_ecsgd.compressors import Rounding, TopK
 from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, LocalMomentum, Matrix, NoFeedback, Product
-from hvd_ecsgd.protocols import Feedback, Part, StepContext
+from hvd_ecsgd.protocols import Feedback, StepContext
+from hvd_ecsgd.reproduce.lockstep import Quadratics, descend
 from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL
 from tests.problems import batch, flat, mlp, slot, weights
-
-D, LOW, HIGH = 40, 1.0, 100.0
-
-
-class Quadratics:
-    """f_i(x) = ½(x − b_i)ᵀH_i(x − b_i), d = 40; the global Hessian's eigenvalues are geometric from 1 to 100, or nearly so."""
-
-    def __init__(self, n: int, *, same: bool = True, rotated: bool = True, off_diagonal: float = 0.0, seed: int = 0) -> None:
-        g = torch.Generator().manual_seed(seed)
-
-        def matrix() -> torch.Tensor:
-            eigenvalues = torch.logspace(math.log10(LOW), math.log10(HIGH), D, dtype=torch.float64)
-            q = torch.linalg.qr(torch.randn(D, D, generator=g, dtype=torch.float64))[0] if rotated else torch.eye(D, dtype=torch.float64)
-            noise = torch.randn(D, D, generator=g, dtype=torch.float64)
-            return q @ torch.diag(eigenvalues) @ q.T + off_diagonal * (noise + noise.T)
-
-        first = matrix()
-        self.h = [first if same or i == 0 else matrix() for i in range(n)]
-        self.b = [torch.randn(D, generator=g, dtype=torch.float64) * 5 for _ in range(n)]
-        self.mean_h = torch.stack(self.h).mean(0)
-        self.best = torch.linalg.solve(self.mean_h, torch.stack([h @ b for h, b in zip(self.h, self.b)]).mean(0))
-        self.start = torch.randn(D, generator=g, dtype=torch.float64) * 5
-        values = torch.linalg.eigvalsh(self.mean_h)
-        self.eta = 2 / float(values[0] + values[-1])
-
-    def gradient(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        return self.h[i] @ (x - self.b[i])
-
-
-def descend(
-    problem: Quadratics,
-    rule: Callable[[int], Feedback],
-    steps: int,
-    compressor: Any = None,
-    rate: Callable[[int], float] | None = None,
-    watch: Callable[[int, float, torch.Tensor, list[torch.Tensor]], object] | None = None,
-) -> tuple[float, float]:
-    """|x − x*| and |z − x*| after so many steps: the workers' rules and a compressor in lock-step, without a network or an optimizer.
-
-    `watch(t, η, x, residuals)` is called after every step.
-    """
-    n = len(problem.h)
-    compressor = Rounding(bits=32) if compressor is None else compressor
-    x = problem.start.clone()
-    segments = Segments.of([("x", x)])
-    rules = [rule(i) for i in range(n)]
-    states = [r.init(segments) for r in rules]
-    eta = before = problem.eta
-    for t in range(steps):
-        eta = problem.eta if rate is None else rate(t)
-        out = torch.zeros_like(x)
-        for i in range(n):
-            ctx = StepContext(0, t, i, n, lr=eta, previous_lr=before if t else eta)
-            buffer = rules[i].accumulate_(states[i], [problem.gradient(i, x)], [x], segments, ctx)
-            payload = compressor.extract_(buffer, segments, Key(0, t, i))
-            compressor.add_(out, payload, segments, Key(0, t, i), 1 / n)
-        running = [r.prepare([Part(s, [x], segments, False)], Key(0, t, i, "prepare", n)) for i, (r, s) in enumerate(zip(rules, states))]
-        for lists in zip(*running, strict=True):
-            for tensors in zip(*lists, strict=True):
-                mean = torch.stack(tensors).mean(0)
-                for tensor in tensors:
-                    tensor.copy_(mean)
-        x -= eta * out
-        before = eta
-        if watch is not None:
-            watch(t, eta, x, [s["residual"] for s in states])
-    e = torch.stack([s.get("residual", torch.zeros_like(x)) for s in states]).mean(0)
-    return (x - problem.best).norm().item(), (x - eta * e - problem.best).norm().item()
 
 
 def matrices(problem: Quadratics, which: str) -> Callable[[int], Feedback]:

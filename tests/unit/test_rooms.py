@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"resize", "compression", "aggregator", *BELOW_AGGREGATOR},
 }
 # The package itself and the command line may import every room.
+MAY_IMPORT["reproduce"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = MAY_IMPORT["cli"] = MAY_IMPORT["__main__"] = {"__init__", "cli", *MAY_IMPORT}
 
 NEVER = {
