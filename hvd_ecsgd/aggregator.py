@@ -221,6 +221,13 @@ class Reduction:
         self.task.forget_undo()
 
 
+def _stay(task: Task) -> Steps:
+    """A local step: nothing is sent, and nothing learned from others. An inf or NaN concerns this rank alone."""
+    task.finite, task.skipped = not task.poisoned, True
+    yield from ()
+    return task.out
+
+
 def drive(reductions: Iterable[Reduction]) -> None:
     """Finish all, one phase of each after the other: second passes of all buckets travel at once, in the same order on every rank."""
     open_ones = [r for r in reductions if not r.finished]
@@ -262,6 +269,8 @@ class Aggregator:
         self._moved = False
         self._in_step = False
         self._transport = transport
+        self.statistics: Callable[[], list[torch.Tensor]] = list
+        """Running statistics of the model (batch norm), which are averaged where workers evaluate at different points."""
         self._agreement: Handle[list[torch.Tensor]] | None = None
         newcomers.add(self)
         self._also = dict(also or {})
@@ -334,10 +343,17 @@ class Aggregator:
         """Start to compare settings, hyper-parameters and step across ranks; the function returned raises `DisagreementError` on every rank.
 
         Steps can come apart when state is loaded on some ranks only, learning rates when schedules differ. The comparison travels ahead of
-        the payloads, so it costs no waiting.
+        the payloads, so it costs no waiting. Nothing is compared in a local step.
         """
+        if self._local:
+            return lambda: None
         handle = transport.allgather(self._digest(), "agreement", [_DIGEST] * transport.size)
         return lambda: self._raise_on_difference(transport, handle)
+
+    @property
+    def _local(self) -> bool:
+        """Nothing is sent in this step."""
+        return not self.method.feedback.exchanges(self.step)
 
     @property
     def transport(self) -> Transport:
@@ -403,14 +419,14 @@ class Aggregator:
             server_carry=ctx.carry if feedback.unit == "gradient" else 1.0,
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
-        return Reduction(bucket, task, exchange.run(task, transport), list(gradients), group)
+        return Reduction(bucket, task, _stay(task) if self._local else exchange.run(task, transport), list(gradients), group)
 
     def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
         """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands.
 
         `transport`: for what the rule then does together with the other ranks; the step's by default.
         """
-        finite = all(r.task.finite for r in reductions)
+        finite, where = all(r.task.finite for r in reductions), "this rank (a local step)" if self._local else "all ranks"
         self._in_step = False
         for reduction in reductions:
             n = self.transport.size
@@ -426,7 +442,7 @@ class Aggregator:
         else:
             self.undone += 1
             warnings.warn(
-                f"a gradient or a payload held an inf or NaN on some rank: step {self.step - 1} was undone on all ranks ({self.undone} so "
+                f"a gradient or a payload held an inf or NaN on some rank: step {self.step - 1} was undone on {where} ({self.undone} so "
                 "far). With a GradScaler this happens now and then.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -452,9 +468,12 @@ class Aggregator:
     def apply_updates(self, reductions: Sequence[Reduction]) -> None:
         """Methods that apply the update themselves: move x, and shift. Where nothing came back, x stays; the error to shift by has changed.
 
-        Parameters that were frozen since they were bound stand still (at x, where they are shifted).
+        Parameters that were frozen since they were bound stand still (at x, where they are shifted). After an exchange, the running statistics of
+        a model that is evaluated at different points on different ranks are averaged. Collective when there was an exchange.
         """
         with torch.no_grad():
+            if self.method.feedback.shifts and not all(r.task.skipped for r in reductions):
+                self._average_statistics()
             for reduction in reductions:
                 bucket, feedback = reduction.bucket, reduction.bucket.method.feedback
                 assert reduction.out is not None and bucket.state is not None
@@ -468,6 +487,17 @@ class Aggregator:
                 for i, p, before in frozen:
                     p.copy_(bucket.segments.shaped_views(bucket.state["x"])[i] if feedback.shifts else before)
                 bucket.versions = [p._version for p in bucket.parameters]
+
+    def _average_statistics(self) -> None:
+        """One dense all-reduce per type and device."""
+        tensors, n = self.statistics(), self.transport.size
+        for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
+            members = [t for t in tensors if (t.dtype, t.device) == kind]
+            flat = torch.cat([t.reshape(-1) for t in members])
+            self.traffic += Traffic(payload=flat.nbytes, sent=2 * (n - 1) * flat.nbytes // n)
+            self.transport.allreduce_(flat, f"statistics.{kind[0]}").wait()
+            for t, mean in zip(members, torch.split(flat.div_(n), [t.numel() for t in members]), strict=True):
+                t.copy_(mean.view(t.shape))
 
     def _recapture(self, bucket: Bucket) -> None:
         """Read x at the first step. Later, what somebody else wrote to shifted parameters cannot be told from the shift: an error."""
@@ -538,7 +568,7 @@ class Aggregator:
             return
         shifts = bucket.method.feedback.shifts
         mean_error: torch.Tensor | None = None
-        if point == "virtual" and not bucket.dense:
+        if point == "virtual" and (shifts or not bucket.dense):
             mean_error = bucket.state["residual"].clone()
             self.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
             mean_error.div_(self.transport.size)

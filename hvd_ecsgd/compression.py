@@ -72,6 +72,8 @@ class Compression:
     def bind(self, model: Named, process_set: Any = None) -> BoundCompression:
         """Tie the method to a module's parameters, or to (name, parameter) pairs, and give it state.
 
+        With a module, methods that evaluate it at different points on different ranks (DEF) also average its batch-norm statistics.
+
         Bind once per model and optimizer. `process_set`: Horovod's, when the optimizer has one. Raises `CompressionError` for duplicate
         names, a parameter under two names, and complex parameters.
         """
@@ -230,9 +232,13 @@ class Compression:
         return Compression(RandomBlock(ratio), LocalMomentum(0.0), AllReduce(), **options)
 
     @staticmethod
-    def detached(ratio: float = 64.0, lambda_: float = 0.3, **options: Any) -> Compression:
-        """DEF with random blocks (Xu, Huang 2021); λ=1 is SAEF. Over SGD, whose momentum it reads; on Horovod attached."""
-        return Compression(RandomBlock(ratio), LocalMomentum(lambda_), AllReduce(), **options)
+    def detached(ratio: float = 64.0, lambda_: float = 0.3, *, period: int = 1, average_errors: int | None = None, **options: Any) -> Compression:
+        """DEF with random blocks (Xu, Huang 2021); λ=1 is SAEF. Over SGD, whose momentum it reads; on Horovod attached.
+
+        `period`: local steps per exchange. `average_errors`: steps after which the residuals are replaced by their mean (SAEF's option). Bind the
+        module itself to have its batch-norm statistics averaged after each exchange.
+        """
+        return Compression(RandomBlock(ratio), LocalMomentum(lambda_, period, average_errors), AllReduce(), **options)
 
     @staticmethod
     def pef(ratio: float = 64.0, **options: Any) -> Compression:
@@ -314,6 +320,8 @@ class BoundCompression:
         self.method = method
         self._process_set = process_set
         self.named, self._frozen = _checked(model)
+        modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+        self._modules: list[Any] = [m for m in modules if hasattr(m, "running_mean") and hasattr(m, "running_var")]
         self.ids = frozenset(id(p) for _, p in self.named)
         self._scaler: Any = None
         self._places: dict[int, tuple[int, int]] = {}
@@ -502,10 +510,15 @@ class BoundCompression:
         if self._aggregator is not None:
             raise CompressionError("this compression object belongs to another optimizer already; bind one for each.")
         self._aggregator = aggregator
+        aggregator.statistics = self._statistics
         newcomers.discard(self)
         if self._waiting is not None:
             state, self._waiting = self._waiting, None
             aggregator.load_state_dict(state)
+
+    def _statistics(self) -> list[torch.Tensor]:
+        """Running means and variances of the module that was bound."""
+        return [t for m in self._modules for t in (m.running_mean, m.running_var) if isinstance(t, torch.Tensor)]
 
     @property
     def aggregator(self) -> Aggregator:

@@ -157,6 +157,10 @@ class Feedback(Protocol):
         """
         ...
 
+    def exchanges(self, step: int) -> bool:
+        """Whether something is sent in this step. If not it is a local one: nothing is, and `shift_` follows `accumulate_`."""
+        ...
+
     @property
     def shifts(self) -> bool:
         """Between steps the parameters hold a shifted point, and the state has a slot `x` for the one that is equal on all ranks."""

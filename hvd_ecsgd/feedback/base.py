@@ -63,6 +63,9 @@ class Rule:
     def needs_learning_rate(self) -> bool:
         return False
 
+    def exchanges(self, step: int) -> bool:
+        return True
+
     def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         """Nothing is done together between steps."""
         yield from ()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Feedback, State, StepContext
-from ..segments import Segments
+from ..protocols import Feedback, Part, State, StepContext
+from ..segments import Key, Segments
 from .base import AppliesUpdate, add_to_momentum_, take_from_momentum_
 
 __all__ = ["LocalMomentum"]
@@ -24,11 +24,20 @@ class LocalMomentum(AppliesUpdate):
     (SAEF). η, μ and wd are read from the SGD optimizer's param group at every step; no dampening, no Nesterov.
     Xu, Huo, Huang 2020/21: Step-Ahead Error Feedback; Detached Error Feedback; form as in the authors' code.
 
-    Slots: `residual`, `momentum`, and for λ > 0 `x`: between steps the parameters hold p, and x is kept beside them, because computing it
-    back from p would drift between ranks. Memory beside parameters and gradients: 2, with λ > 0 3, times the parameters.
+    `period` H > 1 makes H local steps between exchanges: p moves with them, p ← p − ηm, and u = e + Σ ηm over them; also parameters that travel
+    uncompressed then move locally in between. An exchange takes place in steps H−1, 2H−1, … counted from 0. An inf or NaN in a local step is
+    undone on its rank alone. `average_errors` H₂ (a multiple of H; the option of the SAEF paper): after the exchange of steps H₂−1, 2H₂−1, … the
+    residuals are replaced by their mean, by a dense all-reduce.
+
+    x − mean e moves as momentum SGD on the mean of the workers' momenta, whatever η, μ, wd, H and H₂ are.
+
+    Slots: `residual` (e, and u between exchanges), `momentum`; where the parameters hold p between steps (λ > 0 or H > 1) `x`, because computing it
+    back from p would drift between ranks; for H > 1 `displacement`, x − p. Memory beside parameters and gradients: 2 to 4 times the parameters.
     """
 
     lambda_: float = 0.0
+    period: int = 1
+    average_errors: int | None = None
     dense: bool = field(default=False, repr=False)
     """For segments that travel uncompressed: nothing to shift by. Set by `for_dense`."""
 
@@ -39,17 +48,32 @@ class LocalMomentum(AppliesUpdate):
             or not (math.isfinite(self.lambda_) and 0 <= self.lambda_ <= 1)
         ):
             raise CompressionError(f"lambda_ must be in [0, 1] (0: EF, 1: SAEF, between: DEF), got {self.lambda_!r}.")
+        if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
+            raise CompressionError(f"period must be a number of local steps between exchanges, an integer ≥ 1, got {self.period!r}.")
+        h2 = self.average_errors
+        if h2 is not None and (isinstance(h2, bool) or not isinstance(h2, int) or h2 < 1 or h2 % self.period):
+            raise CompressionError(
+                f"average_errors must be None or a number of steps, an integer ≥ 1 and a multiple of period={self.period}, got {h2!r}."
+            )
+
+    def exchanges(self, step: int) -> bool:
+        return (step + 1) % self.period == 0
+
+    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+        """e ← mean e, in the steps that `average_errors` says."""
+        if self.average_errors is not None and (key.step + 1) % self.average_errors == 0:
+            yield [part.state["residual"] for part in parts if not part.lossless]
 
     @property
     def shifts(self) -> bool:
-        """The parameters hold p = x − λe between steps."""
-        return self.lambda_ > 0 and not self.dense
+        """The parameters hold p = x − λe, less the local steps, between steps."""
+        return (self.lambda_ > 0 and not self.dense) or self.period > 1
 
     def for_dense(self) -> Feedback:
         return replace(self, dense=True)
 
     def init(self, segments: Segments) -> State:
-        slots = ["residual", "momentum"] + (["x"] if self.shifts else [])
+        slots = ["residual", "momentum"] + (["x"] if self.shifts else []) + (["displacement"] if self.period > 1 else [])
         return {slot: segments.zeros() for slot in slots}
 
     def accumulate_(
@@ -58,6 +82,8 @@ class LocalMomentum(AppliesUpdate):
         momentum, residual = state["momentum"], state["residual"]
         add_to_momentum_(momentum, gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
         residual.add_(momentum, alpha=ctx.lr)
+        if self.period > 1:
+            state["displacement"].add_(momentum, alpha=ctx.lr)
         return residual
 
     def undo_(
@@ -67,11 +93,15 @@ class LocalMomentum(AppliesUpdate):
         if gradients is None:
             return  # momentum and residual keep this worker's finite gradients
         residual.sub_(momentum, alpha=ctx.lr)
+        if self.period > 1:
+            state["displacement"].sub_(momentum, alpha=ctx.lr)
         take_from_momentum_(momentum, gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
 
     def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
         if self.shifts:
             state["x"].sub_(out)
+            if self.period > 1:
+                torch.mul(state["residual"], 0.0 if self.dense else self.lambda_, out=state["displacement"])
             self.shift_(state, parameters, segments)
         else:
             torch._foreach_sub_(list(parameters), segments.shaped_views(out))
@@ -82,7 +112,11 @@ class LocalMomentum(AppliesUpdate):
             torch._foreach_copy_(segments.shaped_views(state["x"]), list(parameters))
 
     def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """parameters ← x − λe."""
-        if self.shifts:
-            torch._foreach_copy_(list(parameters), segments.shaped_views(state["x"]))
+        """parameters ← x − λe, less the local steps."""
+        if not self.shifts:
+            return
+        torch._foreach_copy_(list(parameters), segments.shaped_views(state["x"]))
+        if self.period > 1:
+            torch._foreach_sub_(list(parameters), segments.shaped_views(state["displacement"]))
+        else:
             torch._foreach_add_(list(parameters), segments.shaped_views(state["residual"]), alpha=-self.lambda_)

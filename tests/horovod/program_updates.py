@@ -17,6 +17,7 @@ from tests.problems import batch, flat, slot, weights
 
 METHODS: dict[str, Callable[[], Compression]] = {
     "def": lambda: Compression.detached(4, **ALL),
+    "def with local steps": lambda: Compression.detached(4, period=3, average_errors=6, dense_below=300),
     "saef": lambda: Compression.detached(8, 1.0, dense_below=300),
     "local_momentum": lambda: Compression.local_momentum(4, **ALL),
     "pef": lambda: Compression.pef(4, **ALL),
@@ -106,6 +107,25 @@ def the_simulation() -> None:
             assert not same_on_all(flat(model.parameters()), f"{name} p"), "control: p is shifted"
 
 
+def statistics() -> None:
+    """Of batch norm: averaged after an exchange, each rank's own between them (control)."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 5))
+    compression = Compression.detached(4, period=2, **ALL).bind(model)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), **SGD), named(model, "statistics"), compression=compression)
+    compression.attach(optimizer)
+    for t in range(4):
+        optimizer.zero_grad()
+        x, y = batch(hvd.rank(), t)
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        own = flat([model[1].running_mean, model[1].running_var])
+        optimizer.step()
+        held = flat([model[1].running_mean, model[1].running_var])
+        mean = hvd.allreduce(own, name=f"statistics.{t}") if t % 2 else own
+        torch.testing.assert_close(held, mean)
+        assert same_on_all(held, f"statistics {t}") == (t % 2 == 1 or hvd.size() == 1)
+
+
 def resume() -> None:
     """State loaded after `attach` or before it: bit for bit the run through. Without it (control), or with the model saved where it was held: not."""
     for name, make in METHODS.items():
@@ -143,11 +163,11 @@ def an_undone_step() -> None:
     for name, make in METHODS.items():
         model, optimizer, compression = stock(make, f"undone {name}")
         compression.attach(optimizer)
-        for t in range(3):
+        for t in range(5):
             one_step(model, optimizer, hvd.rank(), t)
         x, p, momentum = weights(model, compression), flat(model.parameters()), slot(compression, "momentum")
         optimizer.zero_grad()
-        data, labels = batch(hvd.rank(), 3)
+        data, labels = batch(hvd.rank(), 5)
         loss = torch.nn.functional.cross_entropy(model(data, True), labels)
         (loss * float("nan") if hvd.rank() == 0 else loss).backward()
         optimizer.synchronize()
@@ -158,7 +178,8 @@ def an_undone_step() -> None:
         assert torch.equal(x, weights(model, compression))
         assert torch.equal(p, flat(model.parameters()))
         assert (slot(compression, "momentum") - momentum).abs().max() < 1e-5
-        one_step(model, optimizer, hvd.rank(), 4)
+        for t in range(6, 9):
+            one_step(model, optimizer, hvd.rank(), t)
         assert not torch.equal(x, weights(model, compression)), "control"
         assert weights(model, compression).isfinite().all()
 
@@ -225,4 +246,4 @@ def mistakes() -> None:
 
 if __name__ == "__main__":
     hvd.init()
-    run_checks({check.__name__: check for check in (the_simulation, resume, an_undone_step, mistakes)})
+    run_checks({check.__name__: check for check in (the_simulation, statistics, resume, an_undone_step, mistakes)})

@@ -149,25 +149,31 @@ def test_the_invariant_of_z_notices_a_wrong_learning_rate() -> None:
     assert largest_violation_of_z(records, (LRS[0], *LRS[:-1])) > 1e-3
 
 
-@pytest.mark.parametrize("lambda_", [0.0, 0.3, 1.0])
-def test_detached_error_feedback_is_the_recursion(lambda_: float) -> None:
+@pytest.mark.parametrize(("lambda_", "period", "average_errors"), [(0.0, 1, None), (0.3, 1, None), (1.0, 1, 2), (0.3, 3, None), (0.0, 2, 4)])
+def test_detached_error_feedback_is_the_recursion(lambda_: float, period: int, average_errors: int | None) -> None:
     """ALGORITHMS §3, line by line in plain tensors: p, g, m, u, c, e, x (to 1e-12 over 8 steps, with η, μ, wd changing)."""
-    records = trajectory(lambda: Compression.detached(8, lambda_, **ALL), LRS, momentum=0.9, change=vary)
+    records = trajectory(
+        lambda: Compression.detached(8, lambda_, period=period, average_errors=average_errors, **ALL), LRS, momentum=0.9, change=vary
+    )
     model = mlp(torch.float64)
     named = list(model.named_parameters())
     compressor = RandomBlock(8)
     x = flat(model.parameters())
     e, m = [torch.zeros_like(x) for _ in range(N)], [torch.zeros_like(x) for _ in range(N)]
+    points = [x] * N
     for t, lr in enumerate(LRS):
         mu, wd = (0.9, 0.5, 0.95)[t % 3], (1e-3, 0.0, 1e-2)[t % 3]
         sent = []
         for i in range(N):
-            p = x - lambda_ * e[i]
+            p = points[i]
             torch.nn.utils.vector_to_parameters(p, model.parameters())
             inputs, labels = batch(i, t, torch.float64)
             g = flat(torch.autograd.grad(torch.nn.functional.cross_entropy(model(inputs), labels), list(model.parameters())))
             m[i] = mu * m[i] + (g + wd * p)
             u = e[i] + lr * m[i]
+            if (t + 1) % period:
+                e[i], points[i] = u, p - lr * m[i]
+                continue
             c, start = torch.zeros_like(u), 0
             for name, parameter in named:
                 part = u[start : start + parameter.numel()].clone()
@@ -177,7 +183,11 @@ def test_detached_error_feedback_is_the_recursion(lambda_: float) -> None:
                 start += parameter.numel()
             e[i] = u - c
             sent.append(c)
-        x = x - mean(sent)
+        if sent:
+            if average_errors and (t + 1) % average_errors == 0:
+                e = [mean(e)] * N
+            x = x - mean(sent)
+            points = [x - lambda_ * e[i] for i in range(N)]
         assert (records[t][0].x - x).abs().max().item() < 1e-12
         assert max((records[t][i].e - e[i]).abs().max().item() for i in range(N)) < 1e-12
 
@@ -246,7 +256,8 @@ def test_training_may_begin_with_learning_rate_zero() -> None:
 @pytest.mark.parametrize("case", UPDATE_UNITS, ids=ids)
 def test_points_of_evaluation(case: Case) -> None:
     """`averaged` is x, equal everywhere; `virtual` is x − mean e; `local` is x − λe, as held. Training goes on as if not looked at."""
-    lambda_ = bound_method(case).feedback.lambda_
+    feedback = bound_method(case).feedback
+    lambda_ = feedback.lambda_
 
     def run(looking: bool) -> list[Any]:
         def worker(transport: Transport) -> Any:
@@ -265,7 +276,7 @@ def test_points_of_evaluation(case: Case) -> None:
                         with optimizer.compression.at(point):
                             points[point] = flat(model.parameters())
                     assert torch.equal(held, flat(model.parameters())), "the parameters are put back"
-                    points["held"] = held
+                    points |= {"held": held, "displacement": slot(optimizer.compression, "displacement")}
             return weights(model, optimizer.compression), points, slot(optimizer.compression, "residual")
 
         return run_simulated(N, worker)
@@ -279,7 +290,8 @@ def test_points_of_evaluation(case: Case) -> None:
         assert torch.equal(points["averaged"], x)
         assert torch.equal(points["local"], points["held"])
         torch.testing.assert_close(points["virtual"], x - mean_error, rtol=0, atol=1e-13)
-        torch.testing.assert_close(points["local"], x - lambda_ * e, rtol=0, atol=1e-13)
+        displacement = lambda_ * e if feedback.period == 1 else points["displacement"]
+        torch.testing.assert_close(points["local"], x - displacement, rtol=0, atol=1e-13)
     if bound_method(case).compressor.lossless:
         return
     assert mean_error.abs().max().item() > 1e-4, "control: the points differ"

@@ -274,7 +274,8 @@ def test_memory_is_what_the_table_says(case: Case, n: int) -> None:
     for compressed, elements, server, dense, dense_elements in results:
         assert elements == case.slots * compressed
         assert server <= case.server_slots * (compressed if case.central else compressed / n + 8 * 4)
-        assert dense <= min(case.slots, 2) * dense_elements, "dense parameters keep no more than the others, and no x"
+        most = 2 if bound_method(case).feedback.exchanges(0) else case.slots  # with local steps, dense parameters move in between too
+        assert dense <= min(case.slots, most) * dense_elements, "dense parameters keep no more than the others, and no x"
     assert sum(r[2] for r in results) == case.server_slots * results[0][0], "the servers' parts are the whole"
 
 

@@ -1,0 +1,147 @@
+"""DEF with local steps, batch-norm statistics that are averaged, and error averaging (ALGORITHMS §3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
+from hvd_ecsgd.feedback import LocalMomentum
+from hvd_ecsgd.transport import Transport, run_simulated
+from tests.cases import ALL
+from tests.problems import batch, flat, mlp, same_bits, simulate, slot, weights
+from tests.unit.test_invariants import LRS, largest_violation_of_z, trajectory, vary
+
+N = 3
+
+
+def test_nothing_is_sent_in_local_steps_and_the_model_moves() -> None:
+    """p moves in every step as plain momentum SGD; x, and the bytes sent, only in each third. The ranks part and meet again (λ = 0)."""
+
+    def worker(transport: Transport) -> list[Any]:
+        model, plain = mlp(), mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), Compression.detached(8, 0.0, period=3), transport=transport)
+        alone = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+        seen = []
+        for t in range(6):
+            for m, o in ((model, optimizer), (plain, alone)):
+                o.zero_grad()
+                x, y = batch(transport.rank, t)
+                torch.nn.functional.cross_entropy(m(x), y).backward()
+                o.step()
+            if t < 2:
+                torch.testing.assert_close(flat(model.parameters()), flat(plain.parameters()), rtol=0, atol=1e-6)
+            seen.append((weights(model, optimizer.compression), flat(model.parameters()), optimizer.compression.traffic.payload))
+        return seen
+
+    steps = list(zip(*run_simulated(N, worker), strict=True))
+    start = flat(mlp().parameters())
+    for t, ranks in enumerate(steps):
+        assert same_bits(x for x, _, _ in ranks)
+        assert same_bits(p for _, p, _ in ranks) == (t % 3 == 2)
+        before = steps[t - 1][0] if t else (start, start, 0)
+        assert torch.equal(ranks[0][0], before[0]) == (t % 3 != 2)
+        assert not torch.equal(ranks[0][1], before[1])
+        assert (ranks[0][2] > before[2]) == (t % 3 == 2)
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
+def test_a_bad_gradient_in_a_local_step_concerns_its_rank_alone() -> None:
+    def worker(transport: Transport) -> Any:
+        model = mlp(torch.float64)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), Compression.detached(8, period=4, **ALL), transport=transport)
+        held = []
+        for t in range(8):
+            optimizer.zero_grad()
+            x, y = batch(transport.rank, t, torch.float64)
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+            (loss * float("nan") if t == 5 and transport.rank == 1 else loss).backward()
+            optimizer.step()
+            held.append(flat(model.parameters()))
+        return weights(model, optimizer.compression), optimizer.compression.undone_steps, torch.equal(held[4], held[5])
+
+    results = run_simulated(N, worker)
+    assert same_bits(x for x, _, _ in results)
+    assert results[0][0].isfinite().all()
+    assert [(undone, stood_still) for _, undone, stood_still in results] == [(0, False), (1, True), (0, False)]
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_batch_norm_statistics_are_averaged_where_workers_evaluate_at_different_points(shifted: bool) -> None:
+    """After an exchange they are the mean of the ranks' own; between exchanges, and for methods that do not shift (control), each rank's own."""
+
+    def worker(transport: Transport) -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 5))
+        compression = Compression.detached(4, 0.3 if shifted else 0.0, period=2 if shifted else 1, **ALL).bind(model)
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), compression=compression, transport=transport)
+        seen = []
+        for t in range(4):
+            optimizer.zero_grad()
+            x, y = batch(transport.rank, t)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            own = flat([model[1].running_mean, model[1].running_var])  # type: ignore[list-item]
+            optimizer.step()
+            seen.append((own, flat([model[1].running_mean, model[1].running_var]), int(model[1].num_batches_tracked)))  # type: ignore
+        return seen
+
+    for t, ranks in enumerate(zip(*run_simulated(N, worker), strict=True)):
+        expected = torch.stack([own for own, _, _ in ranks]).mean(0)
+        if shifted and t % 2:
+            assert same_bits(after for _, after, _ in ranks)
+            torch.testing.assert_close(ranks[0][1], expected)
+        else:
+            assert all(torch.equal(own, after) for own, after, _ in ranks)
+            assert not same_bits(after for _, after, _ in ranks)
+        assert [n for *_, n in ranks] == [t + 1] * N
+
+
+def averaged(h2: int | None) -> Callable[[], Compression]:
+    return lambda: Compression.detached(8, 1.0, average_errors=h2, **ALL)
+
+
+def test_error_averaging_keeps_the_virtual_iterate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second step all ranks hold the same residual, and z moves as before. With a sum in place of the mean (control) it does not."""
+    records = trajectory(averaged(2), LRS, momentum=0.9, change=vary)
+    assert largest_violation_of_z(records, LRS) < 1e-12
+    for t, ranks in enumerate(records):
+        assert same_bits(r.e for r in ranks) == (t % 2 == 1)
+        assert ranks[0].e.abs().max() > 1e-4
+    assert not torch.equal(records[-1][0].x, trajectory(averaged(None), LRS, momentum=0.9, change=vary)[-1][0].x), "control: it does something"
+
+    def add_up(self: LocalMomentum, parts: Any, key: Any, right: Any = LocalMomentum.prepare) -> Any:
+        for tensors in right(self, parts, key):
+            yield tensors
+            for t in tensors:
+                t.mul_(N)
+
+    monkeypatch.setattr(LocalMomentum, "prepare", add_up)
+    assert largest_violation_of_z(trajectory(averaged(2), LRS, momentum=0.9, change=vary), LRS) > 1e-3
+
+
+def test_what_averaging_sends_is_counted() -> None:
+    """Four exchanges of one eighth, and one dense average of all residuals."""
+
+    def sent(make: Callable[[], Compression]) -> int:
+        return int(simulate(2, make, range(4), after=lambda m, o, t: (o.compression.traffic.payload, slot(o.compression, "residual")))[0][0])
+
+    d = flat(mlp().parameters()).numel()
+    assert sent(averaged(4)) - sent(averaged(None)) == 4 * d
+    assert sent(averaged(None)) == 4 * sum(4 * max(1, p.numel() // 8) for p in mlp().parameters())
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2", None])
+def test_a_period_that_is_none(wrong: Any) -> None:
+    with pytest.raises(CompressionError, match="period"):
+        Compression.detached(8, period=wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, -4, 1.5, True, "2", 3])
+def test_error_averaging_that_does_not_fit(wrong: Any) -> None:
+    with pytest.raises(CompressionError, match="average_errors"):
+        LocalMomentum(1.0, period=2, average_errors=wrong)
