@@ -137,9 +137,11 @@ class Compression:
         return Compression(TopK(ratio, k) if block is None else BlockTopK(ratio, block), _feedback(error_feedback), AllGather(), **options)
 
     @staticmethod
-    def threshold(ratio: float = 100.0, sample: float = 0.01, *, error_feedback: bool = True, **options: Any) -> Compression:
-        """Gradient dropping: about d/ratio largest entries of each parameter, by a threshold from a sample; all-gather of variable size."""
-        return Compression(Threshold(ratio, sample), _feedback(error_feedback), AllGather(), **options)
+    def threshold(ratio: float = 100.0, sample: float = 0.01, *, two_bits: bool = False, error_feedback: bool = True, **options: Any) -> Compression:
+        """Gradient dropping: about d/ratio largest entries of each parameter, by a threshold from a sample; all-gather of variable size.
+
+        `two_bits`: of their values only the sign, and one of two magnitudes."""
+        return Compression(Threshold(ratio, sample, two_bits), _feedback(error_feedback), AllGather(), **options)
 
     @staticmethod
     def one_bit(scale: Literal["l1", "l2"] = "l1", *, block: int | None = None, error_feedback: bool = True, **options: Any) -> Compression:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import CompressionError
-from ..kernels import all_finite
+from ..kernels import all_finite, pack_codes, unpack_codes
 from ..segments import Key, Segment, Segments, aligned
 from .base import BytePayload, below, check_ratio, kept
 
@@ -28,17 +28,24 @@ class Threshold(BytePayload):
     and t is exact. About d/ratio entries are sent, at least one unless v = 0; zeros never, all entries when their magnitudes are equal.
     Selecting, so a contraction: δ is the sent entries' share of ‖v‖². No sorting and no exact count, hence cheaper than `TopK` on
     large segments, and a payload of variable size.
+    `two_bits`: of each value only its sign is sent, and which of two magnitudes of the segment stands for it: the means of the chosen magnitudes that
+    are at most, and above, their mean. What that leaves stays in the residual too; δ is then Σ (count of a class)·(its magnitude)²/‖v‖².
     Payload (bytes): the number of entries of each segment as int32, padded to 8 bytes; the values of all segments in the buffer's type; their
-    positions within the segment as int32. Aji, Heafield 2017 (without their optional 2-bit values).
+    positions within the segment as int32. With `two_bits` two magnitudes of each segment in the buffer's type; the positions; a code for each entry,
+    4 to a byte, bit 0 = larger magnitude, bit 1 = negative.
+    Aji, Heafield 2017; which two magnitudes is our choice.
     """
 
     ratio: float = 100.0
     sample: float = 0.01
+    two_bits: bool = False
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "threshold")
         if isinstance(self.sample, bool) or not isinstance(self.sample, (int, float)) or not 0 < self.sample <= 1:
             raise CompressionError(f"threshold: sample must be a share of the entries in (0, 1], such as 0.01, got {self.sample!r}.")
+        if not isinstance(self.two_bits, bool):
+            raise CompressionError(f"threshold: two_bits must be True or False, got {self.two_bits!r}.")
 
     def payload_size(self, segments: Segments) -> None:
         """It depends on the values."""
@@ -47,6 +54,7 @@ class Threshold(BytePayload):
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         positions: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
+        codes: list[torch.Tensor] = []
         for s, view in zip(segments, segments.views(buffer), strict=True):
             if s.numel >= _MAX_SEGMENT:
                 raise CompressionError(
@@ -55,41 +63,59 @@ class Threshold(BytePayload):
                 )
             chosen = self._chosen(view, s, key)
             positions.append(chosen)
-            values.append(view[chosen])
-            view[chosen] = 0
-        total = sum(p.numel() for p in positions)
-        head = aligned(4 * len(segments))
-        payload = torch.zeros(aligned(head + total * (segments.dtype.itemsize + 4)), dtype=torch.uint8, device=buffer.device)
-        payload[: 4 * len(segments)].view(torch.int32).copy_(torch.tensor([p.numel() for p in positions], dtype=torch.int32))
-        sent, where, _ = self._parts(payload, segments)
-        if total:
+            if self.two_bits:
+                magnitudes, code = _two_magnitudes(view[chosen])
+                values.append(magnitudes)
+                codes.append(code)
+                view.index_add_(0, chosen, _decoded(magnitudes.nan_to_num(0.0, 0.0, 0.0), code), alpha=-1)  # what has no finite mean stays whole
+            else:
+                values.append(view[chosen])
+                view[chosen] = 0
+        counts = [p.numel() for p in positions]
+        payload = torch.zeros(self._n_bytes(counts, segments), dtype=torch.uint8, device=buffer.device)
+        payload[: 4 * len(segments)].view(torch.int32).copy_(torch.tensor(counts, dtype=torch.int32))
+        sent, where, packed, _ = self._parts(payload, segments)
+        if sum(counts):
             torch.cat(values, out=sent)
             where.copy_(torch.cat(positions))
+        if self.two_bits:
+            packed.copy_(pack_codes(torch.cat([*codes, payload[:0]]), 2))
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
-        values, positions, counts = self._parts(payload, segments)
+        sent, positions, packed, counts = self._parts(payload, segments)
+        codes = unpack_codes(packed, sum(counts), 2) if self.two_bits else packed
         at = 0
-        for count, view in zip(counts, segments.views(out), strict=True):
-            view.index_add_(0, positions[at : at + count], values[at : at + count], alpha=alpha)
+        for i, (count, view) in enumerate(zip(counts, segments.views(out), strict=True)):
+            entries = slice(at, at + count)
+            values = _decoded(sent[2 * i : 2 * i + 2], codes[entries]) if self.two_bits else sent[entries]
+            view.index_add_(0, positions[entries], values, alpha=alpha)
             at += count
 
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         return all_finite(self._parts(payload, segments)[0])
 
     def delta(self, v: torch.Tensor) -> float:
-        """Σ v_i²·P(t ≤ |v_i|)/‖v‖²; the sample's j-th largest magnitude is at most a when fewer than j of its m entries exceed a."""
+        """Σ v_i²·P(t ≤ |v_i|)/‖v‖²; the sample's j-th largest magnitude is at most a when fewer than j of its m entries exceed a. With `two_bits`
+        the mean, over t, of what the two magnitudes hold."""
         magnitude = np.sort(v.detach().double().abs().cpu().numpy())
         d, m = magnitude.size, self._sampled(v.numel())
         norm = float((magnitude**2).sum())
         if norm == 0:
             return 1.0
+        if m >= d and self.two_bits:
+            return super().delta(v)
         if m >= d:
             k = kept(d, self.ratio)
             return float((magnitude[magnitude >= magnitude[d - k]] ** 2).sum()) / norm
         j = self._rank(m)
         exceeding = (d - np.searchsorted(magnitude, magnitude, "right")) / d
-        return float((magnitude**2 * (1.0 if j == m else _at_most(j - 1, m, exceeding))).sum()) / norm
+        at_most = np.ones(d) if j == m else _at_most(j - 1, m, exceeding)  # P(t ≤ |v_i|)
+        if not self.two_bits:
+            return float((magnitude**2 * at_most).sum()) / norm
+        first = np.flatnonzero((np.diff(magnitude, prepend=-1.0) > 0) & (magnitude > 0))  # where each magnitude but 0 begins
+        chance = np.diff(at_most[first], prepend=0.0)  # of t being that magnitude; a smaller t, 0, chooses the same entries as the smallest
+        return float((chance * _held(magnitude, first)).sum()) / norm
 
     def _sampled(self, numel: int) -> int:
         """Size of the sample; `numel` for the exact quantile."""
@@ -117,12 +143,42 @@ class Threshold(BytePayload):
             chosen = chosen[~torch.isfinite(view[chosen])][:1]  # one tells everybody; the step is undone anyway
         return chosen
 
-    def _parts(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """(values, positions, counts): the tensors are views of the payload."""
+    def _n_bytes(self, counts: list[int], segments: Segments) -> int:
+        total, width = sum(counts), segments.dtype.itemsize
+        body = 2 * len(segments) * width + 4 * total + -(-total // 4) if self.two_bits else total * (width + 4)
+        return aligned(aligned(4 * len(segments)) + body)
+
+    def _parts(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+        """(values or magnitudes, positions, packed codes, counts): the tensors are views of the payload."""
         counts: list[int] = payload[: 4 * len(segments)].view(torch.int32).tolist()
-        head, total, width = aligned(4 * len(segments)), sum(counts), segments.dtype.itemsize
-        body = payload[head : head + total * (width + 4)]
-        return body[: total * width].view(segments.dtype), body[total * width :].view(torch.int32), counts
+        total = sum(counts)
+        start = aligned(4 * len(segments))
+        middle = start + (2 * len(segments) if self.two_bits else total) * segments.dtype.itemsize
+        stop = middle + 4 * total
+        codes = payload[stop : stop + (-(-total // 4) if self.two_bits else 0)]
+        return payload[start:middle].view(segments.dtype), payload[middle:stop].view(torch.int32), codes, counts
+
+
+def _two_magnitudes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two magnitudes that stand for `values`, 0 for one of nothing; and each value's code."""
+    magnitude = values.abs()
+    large = magnitude > magnitude.mean()
+    classes = [magnitude[~large], magnitude[large]]
+    return torch.stack([c.mean() if c.numel() else c.new_zeros(()) for c in classes]), large.to(torch.uint8) + 2 * (values < 0).to(torch.uint8)
+
+
+def _decoded(magnitudes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    values = magnitudes[(codes & 1).long()]
+    return torch.where(codes >= 2, -values, values)
+
+
+def _held(magnitude: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Σ (count of a class)·(its mean)² when the entries from `first` on are chosen of the ascending `magnitude`: ‖C(v)‖², also ‖v‖² − ‖v − C(v)‖²."""
+    above = np.append(np.cumsum(magnitude[::-1])[::-1], 0.0)  # sums of the entries from here on
+    n = magnitude.size
+    split = np.searchsorted(magnitude, above[first] / (n - first), "right")
+    held: np.ndarray = (above[first] - above[split]) ** 2 / np.maximum(split - first, 1) + above[split] ** 2 / np.maximum(n - split, 1)
+    return held
 
 
 def _at_most(j: int, m: int, p: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 SELECTING = [RandomK(3), RandomK(1), RandomK(1.3), GlobalRandomBlock(3, 7), Threshold(4), Threshold(1), BlockTopK(4, 16), BlockTopK(2, 3)]
 ROUNDING = [
+    Threshold(4, two_bits=True),
     RandomK(3, unbiased=True),
     Cast(torch.bfloat16),
     Sign("l1", 8),
@@ -208,7 +209,7 @@ DETERMINISTIC = [
 ]
 
 
-@pytest.mark.parametrize("compressor", [*DETERMINISTIC, Cast(), Cast(torch.bfloat16), Threshold(4)], ids=str)
+@pytest.mark.parametrize("compressor", [*DETERMINISTIC, Cast(), Cast(torch.bfloat16), Threshold(4), Threshold(4, two_bits=True)], ids=str)
 @checked
 @given(size=st.integers(1, 90), kind=kinds, seed=seeds)
 def test_delta_is_what_is_measured(compressor: Any, size: int, kind: str, seed: int) -> None:
@@ -247,7 +248,9 @@ def test_what_is_no_contraction_in_general_has_a_negative_delta(compressor: Any)
 
 
 @pytest.mark.parametrize(
-    "compressor", [Sign("l1"), Sign("l1", 8), Ternary("l1"), TopK(4), BlockTopK(4, 16), Threshold(4), Natural(), QSGD()], ids=str
+    "compressor",
+    [Sign("l1"), Sign("l1", 8), Ternary("l1"), TopK(4), BlockTopK(4, 16), Threshold(4), Threshold(4, 0.01, True), Natural(), QSGD()],
+    ids=str,
 )
 @checked
 @given(size=st.integers(1, 90), kind=kinds, seed=seeds)
@@ -303,7 +306,10 @@ def test_delta_of_a_stochastic_quantiser_is_its_exact_variance(compressor: Any, 
 
 @pytest.mark.parametrize(
     "compressor",
-    [RandomBlock(3), RandomK(3), RandomK(1.5), RandomK(3, unbiased=True), GlobalRandomBlock(3, 7), QSGD(3, 16), Natural(), Threshold(2, 0.1)],
+    [
+        *(RandomBlock(3), RandomK(3), RandomK(1.5), RandomK(3, unbiased=True), GlobalRandomBlock(3, 7), QSGD(3, 16), Natural()),
+        *(Threshold(2, 0.1), Threshold(2, 0.1, two_bits=True)),
+    ],
     ids=str,
 )
 def test_delta_is_the_mean_over_draws(compressor: Any) -> None:
@@ -545,6 +551,31 @@ def test_threshold_of_mostly_zeros_sends_no_zeros() -> None:
 def test_threshold_sends_at_least_one_entry() -> None:
     for key in keys(50):
         assert send(Threshold(1e6), values(5000, "magnitudes", 1), key)[1].any()
+
+
+@checked
+@given(size=st.integers(1, 90), kind=kinds | st.just("zeros"), seed=seeds)
+def test_two_bits_are_a_sign_and_one_of_two_means(size: int, kind: str, seed: int) -> None:
+    """Of the entries that would be sent whole: those up to the mean magnitude, and those above it, each by their own mean."""
+    v = values(size, kind, seed)
+    whole = send(Threshold(4), v, Key(0, 0))[1].numpy()
+    magnitude, sent = np.abs(whole), whole != 0
+    expected = np.zeros(size)
+    if sent.any():
+        large = magnitude > magnitude[sent].mean()
+        for group in (sent & large, sent & ~large):
+            if group.any():
+                expected[group] = magnitude[group].mean()
+    np.testing.assert_allclose(send(Threshold(4, two_bits=True), v, Key(0, 0))[1].numpy(), np.copysign(expected, whole), rtol=1e-12, atol=0)
+
+
+def test_two_bits_are_two_bits() -> None:
+    """A count, two magnitudes; for each entry 4 bytes of position and a quarter of a byte, instead of 8 bytes."""
+    v = values(50_000, "gaussian", 3, torch.float32)
+    n = int(send(Threshold(100), v, Key(0, 0))[1].count_nonzero())
+    assert 300 < n < 1000
+    assert send(Threshold(100), v, Key(0, 0))[2].nbytes == 8 + 8 * n
+    assert 0 <= send(Threshold(100, two_bits=True), v, Key(0, 0))[2].nbytes - (8 + 8 + 4 * n + n / 4) < 8
 
 
 # -- definitions -----------------------------------------------------------------------------------------------------------------

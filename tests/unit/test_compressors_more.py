@@ -42,6 +42,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "threshold ratio": (lambda: Compression.threshold(float("nan")), "ratio"),
     "sample 0": (lambda: Compression.threshold(sample=0), "sample"),
     "sample above 1": (lambda: Compression.threshold(sample=1.5), "sample"),
+    "two bits": (lambda: Compression.threshold(two_bits=2), "two_bits"),
     "sample true": (lambda: Threshold(4, True), "sample"),
     "k and block": (lambda: Compression.top_k(k=3, block=512), "not both"),
     "block 0": (lambda: Compression.top_k(block=0), "block"),
