@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .aggregator import Aggregator, Bucket, GroupSettings, Method, newcomers
 from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
+from .compressors.base import check_unbiased
 from .errors import CompressionError
 from .exchange import AllGather, AllReduce, Central, CompSkip, Every, TwoPass
 from .exchange.skip import SkipPolicy
@@ -168,6 +169,12 @@ class Compression:
     def natural(*, error_feedback: bool = False, **options: Any) -> Compression:
         """Powers of two (Horváth et al. 2019): unbiased, so without feedback by default; 9 bits per entry; all-gather."""
         return Compression(Natural(), _feedback(error_feedback), AllGather(), **options)
+
+    @staticmethod
+    def unbiased(compressor: Compressor, **options: Any) -> Compression:
+        """Compressed SGD without feedback (Alistarh et al. 2017; Wangni et al. 2018) with any unbiased compressor; `CompressionError` for others."""
+        check_unbiased(compressor, "unbiased")
+        return Compression(compressor, NoFeedback(), **options)
 
     @staticmethod
     def double_squeeze(

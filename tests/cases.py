@@ -129,6 +129,7 @@ CASES: tuple[Case, ...] = (
     Case("qsgd", lambda: Compression.qsgd(), slots=0, conserves=False, draws=True),
     Case("qsgd-4_bits", lambda: Compression.qsgd(7, 64, "max"), slots=0, conserves=False, draws=True, converges=0.3),
     Case("qsgd-feedback-double_squeeze", lambda: Compression.double_squeeze(QSGD(15, 64, "max"), **ALL), server_slots=1, draws=True),
+    Case("unbiased", lambda: Compression.unbiased(QSGD(15, 64)), slots=0, conserves=False, draws=True, converges=0.3),
     Case("natural", lambda: Compression.natural(), slots=0, conserves=False, draws=True),
     Case("natural-feedback", lambda: Compression.natural(error_feedback=True), draws=True),
     Case("dist_ef_sgd", lambda: Compression.dist_ef_sgd(), slots=2, server_slots=1),

@@ -69,14 +69,16 @@ def vary(group: dict[str, Any], t: int) -> None:
     group["weight_decay"] = (1e-3, 0.0, 1e-2)[t % 3]
 
 
-def violation(records: Records, lrs: Sequence[float], nesterov: bool = False, mu: Any = 0.9, wd: Any = 0.0) -> float:
-    """Of y⁺ = y − η·(direction of momentum SGD on mean_i g_i + wd·x) with y_t = x_t − η_{t−1}(E + mean e)."""
+def violation(
+    records: Records, lrs: Sequence[float], nesterov: bool = False, mu: Any = 0.9, wd: Any = 0.0, unit: Sequence[float] | None = None
+) -> float:
+    """Of y⁺ = y − η·(direction of momentum SGD on mean_i g_i + wd·x) with y_t = x_t − η_{t−1}(E + mean e); `unit` instead of these η_{t−1}."""
     y, m, worst = records[0][0][0], torch.zeros_like(records[0][0][0]), 0.0
     for t, lr in enumerate(lrs):
         mu_t, wd_t = (mu[t % 3], wd[t % 3]) if isinstance(mu, tuple) else (mu, wd)
         g = mean(r[1] for r in records[t]) + wd_t * records[t][0][0]
         m = mu_t * m + g
         expected = y - lr * (g + mu_t * m if nesterov else m)
-        y = records[t + 1][0][0] - lr * (mean(r[2] for r in records[t]) + sum(r[3] for r in records[t]))
+        y = records[t + 1][0][0] - (unit or lrs)[t] * (mean(r[2] for r in records[t]) + sum(r[3] for r in records[t]))
         worst = max(worst, (y - expected).abs().max().item())
     return worst

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CompressionError
 from ..kernels import all_finite
+from ..protocols import Compressor
 from ..segments import Key, Segment, Segments
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Operator",
     "check_count",
     "check_ratio",
+    "check_unbiased",
     "below",
     "contraction",
     "distinct_below",
@@ -44,6 +46,15 @@ def check_count(count: int, who: str, what: str, most: int) -> None:
     """Raise unless `count` is an integer from 1 to `most`."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
         raise CompressionError(f"{who}: {what} must be an integer from 1 to {most}, got {count!r}.")
+
+
+def check_unbiased(compressor: Compressor, who: str) -> None:
+    """Raise unless E C(v) = v: for methods whose analysis, and convergence, rests on it."""
+    if not isinstance(compressor, Compressor) or not compressor.unbiased:
+        raise CompressionError(
+            f"{who}: expected an unbiased compressor (QSGD, Natural, RandomK(unbiased=True), Identity), got {compressor!r}, whose mean is not what "
+            "went in: without feedback the difference would be lost in every step. Give it error feedback: Compression(compressor)."
+        )
 
 
 def kept(numel: int, ratio: float) -> int:

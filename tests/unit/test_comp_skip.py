@@ -51,6 +51,14 @@ def test_without_the_ratio_of_learning_rates_it_is_lost(name: str, monkeypatch: 
     assert violation(trajectory(METHODS[name], LRS, momentum=0.9), LRS) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["in turns", "drawn", "by norm", "all-reduce"])
+def test_with_the_next_learning_rate_it_is_lost(name: str) -> None:
+    """Control: what waits is worth the learning rate of the last step, also where that step was skipped."""
+    records = trajectory(METHODS[name], LRS, momentum=0.9)
+    assert violation(records, LRS) < 1e-12
+    assert violation(records, LRS, unit=(*LRS[1:], LRS[-1])) > 1e-3
+
+
 def test_never_skipping_is_dist_ef_sgd() -> None:
     """`Every(1)` on both sides, and `Bernoulli(1)`: bit for bit, bytes too. With C' = b·C for a skipping worker (control) it is not."""
 

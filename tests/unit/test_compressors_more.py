@@ -12,7 +12,21 @@ import pytest
 import torch
 
 from hvd_ecsgd import BoundCompression, Compression, CompressionError, DistributedOptimizer
-from hvd_ecsgd.compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomK, Sign, Ternary, Threshold, TopK, base
+from hvd_ecsgd.compressors import (
+    QSGD,
+    BlockTopK,
+    Cast,
+    GlobalRandomBlock,
+    Identity,
+    Natural,
+    RandomBlock,
+    RandomK,
+    Sign,
+    Ternary,
+    Threshold,
+    TopK,
+    base,
+)
 from hvd_ecsgd.exchange import AllGather, AllReduce, TwoPass
 from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum, NoFeedback
 from hvd_ecsgd.protocols import Compressor, UnbiasedCompressor
@@ -96,6 +110,22 @@ def test_unbiased_scaling_without_feedback_is_allowed() -> None:
     Compression(RandomK(4, True), NoFeedback(), TwoPass(server_feedback=False))
     Compression(RandomK(4, True), NoFeedback(), TwoPass(TopK()))
     assert Compression.random_k(4).method.feedback == ErrorFeedback()
+
+
+BIASED = [Sign(), Ternary(), TopK(), BlockTopK(), Threshold(), RandomK(4), RandomBlock(), GlobalRandomBlock(), Cast(), "qsgd"]
+
+
+@pytest.mark.parametrize("compressor", BIASED, ids=repr)
+def test_methods_for_unbiased_compressors_refuse_others(compressor: Any) -> None:
+    with pytest.raises(CompressionError, match=r"unbiased: expected an unbiased compressor.*error feedback"):
+        Compression.unbiased(compressor)
+
+
+def test_methods_for_unbiased_compressors_take_them() -> None:
+    """Control."""
+    for compressor in (QSGD(), Natural(), RandomK(4, unbiased=True), Identity()):
+        assert Compression.unbiased(compressor).method.feedback == NoFeedback()
+    assert Compression.unbiased(RandomK(4, unbiased=True)).method == Compression.random_k(4, unbiased=True).method
 
 
 WARNED: dict[str, tuple[Callable[[], Any], str]] = {
