@@ -54,6 +54,8 @@ class Method:
     seed: int = 0
     warmup_steps: int = 0
     ratio_schedule: Sequence[tuple[int, float]] = ()
+    exact: bool = field(default=False, repr=False)
+    """Keep a copy of the state during each step, so that undoing one restores it bit for bit. No part of what a saved state belongs to."""
 
     def __post_init__(self) -> None:
         for role, part, protocol in (
@@ -70,6 +72,8 @@ class Method:
             raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
         if not isinstance(self.dense_1d, bool):
             raise CompressionError(f"dense_1d must be True or False, got {self.dense_1d!r}.")
+        if not isinstance(self.exact, bool):
+            raise CompressionError(f"exact must be True or False, got {self.exact!r}.")
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
             raise CompressionError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}.")
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
@@ -94,10 +98,10 @@ class Method:
                 "" if rule.keeps_residual else f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."
             )
             raise CompressionError(f"switch(): expected the feedback rule that the residuals were made with, {old}, got {rule}.{remedy}")
-        return replace(new, dense_below=self.dense_below, dense_1d=self.dense_1d, seed=self.seed)
+        return replace(new, dense_below=self.dense_below, dense_1d=self.dense_1d, seed=self.seed, exact=self.exact)
 
     def dense(self) -> Method:
-        return Method(Identity(), self.feedback.for_dense(), AllReduce(), self.dense_below, self.dense_1d, self.seed)
+        return Method(Identity(), self.feedback.for_dense(), AllReduce(), self.dense_below, self.dense_1d, self.seed, exact=self.exact)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,6 @@ class Bucket:
     state: State | None = None
     exchange_state: State | None = None
     previous_lr: float | None = None
-    previous_loss_scale: float = 1.0
     dense: bool = False
     """Never compressed: small or one-dimensional parameters."""
     clean: bool = True
@@ -143,11 +146,34 @@ class Bucket:
     """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
     results: list[torch.Tensor] = field(default_factory=list)
     """Buffers that results are decoded into, kept because fresh memory of this size costs more than the pass that fills it."""
+    before: list[State] = field(default_factory=list)
+    """With `Method.exact`, feedback's and exchange's state as they were when the step began."""
 
     def allocate(self, rank: int, size: int) -> None:
         if self.state is None:
             self.state = self.method.feedback.init(self.segments)
             self.exchange_state = self.method.exchange.init(self.segments, rank, size)
+
+    def remember(self) -> None:
+        """Copy the state, but for x, which does not move before a step stands. The memory is kept."""
+        assert self.state is not None and self.exchange_state is not None
+        if not self.before:
+            self.before = [{}, {}]
+        for copy, state in zip(self.before, (self.state, self.exchange_state)):
+            for slot in [s for s in copy if s not in state]:
+                del copy[slot]
+            for slot, t in state.items():
+                if slot != "x":
+                    copy[slot] = copy[slot].copy_(t) if slot in copy and copy[slot].shape == t.shape else t.clone()
+
+    def restore(self) -> None:
+        """Put back what `remember` copied."""
+        assert self.state is not None and self.exchange_state is not None
+        for copy, state in zip(self.before, (self.state, self.exchange_state)):
+            for slot in [s for s in state if s not in copy and s != "x"]:
+                del state[slot]
+            for slot, t in copy.items():
+                state[slot] = state[slot].copy_(t) if slot in state else t.clone()
 
     def result_buffer(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """A kept buffer that the gradients do not live in: after `zero_grad(set_to_none=False)` they are views of the last result."""
@@ -171,11 +197,20 @@ def wire_dtype(parameter: torch.Tensor) -> torch.dtype:
     return torch.float32 if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.dtype
 
 
+def _unscaled_(gradients: Sequence[torch.Tensor], scale: float, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Gradients of an unscaled loss, so that all state is in true units whatever the scale does: in place, but for types too narrow for them."""
+    torch._foreach_mul_([g for g in gradients if g.dtype == dtype] or [torch.empty(0)], 1 / scale)
+    return [g if g.dtype == dtype else g.to(dtype).mul_(1 / scale) for g in gradients]
+
+
 class Reduction:
     """One bucket's step in progress."""
 
-    def __init__(self, bucket: Bucket, task: Task, steps: Steps, gradients: list[torch.Tensor], settings: GroupSettings) -> None:
+    def __init__(
+        self, bucket: Bucket, task: Task, steps: Steps, gradients: list[torch.Tensor], settings: GroupSettings, rescale: float = 1.0
+    ) -> None:
         self.bucket = bucket
+        self._rescale = rescale
         self.task = task
         self.gradients = gradients
         self.settings = settings
@@ -192,7 +227,7 @@ class Reduction:
         try:
             self.pending = self._steps.send(value)
         except StopIteration as stop:
-            self.pending, self.out = None, stop.value
+            self.pending, self.out = None, stop.value if self._rescale == 1.0 else stop.value.mul_(self._rescale)
 
     def advance(self) -> None:
         """Wait for the pending handle and go on to the next one (or to the end)."""
@@ -206,6 +241,10 @@ class Reduction:
         """
         state, method = self.bucket.state, self.bucket.method
         assert state is not None
+        if method.exact:
+            self.bucket.restore()
+            self.task.forget_undo()
+            return
         self.task.undo_()
         if self.task.poisoned:
             return
@@ -214,9 +253,8 @@ class Reduction:
             state["residual"].zero_()  # such a payload is not kept for adding back
 
     def commit(self) -> None:
-        """The step stands: remember the learning rate and loss scale that the residual is measured in, and let the payloads go."""
+        """The step stands: remember the learning rate that the residual is measured in, and let the payloads go."""
         self.bucket.previous_lr = self.settings.lr or self.bucket.previous_lr
-        self.bucket.previous_loss_scale = self.settings.loss_scale
         self.bucket.clean = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
         self.task.forget_undo()
 
@@ -396,12 +434,14 @@ class Aggregator:
             momentum=group.momentum,
             weight_decay=group.weight_decay,
             nesterov=group.nesterov,
-            loss_scale=group.loss_scale,
-            previous_loss_scale=group.loss_scale if bucket.previous_lr is None else bucket.previous_loss_scale,
         )
         if group.lr == 0 and self._stateful:
             return None
+        scale = group.loss_scale if self._stateful else 1.0
+        gradients = list(gradients) if scale == 1.0 else _unscaled_(gradients, scale, bucket.segments.dtype)
         poisoned = not all(all_finite(g) for g in gradients)
+        if bucket.method.exact:
+            bucket.remember()
         # A poisoned step leaves the buffer alone; there is nothing to extract from.
         buffer = bucket.segments.empty()[:0] if poisoned else feedback.accumulate_(bucket.state, gradients, bucket.parameters, bucket.segments, ctx)
         compressor, exchange = bucket.method.at(self.step)
@@ -419,7 +459,9 @@ class Aggregator:
             server_carry=ctx.carry if feedback.unit == "gradient" else 1.0,
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
-        return Reduction(bucket, task, _stay(task) if self._local else exchange.run(task, transport), list(gradients), group)
+        # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
+        steps, rescale = _stay(task) if self._local else exchange.run(task, transport), 1.0 if feedback.applies_update else scale
+        return Reduction(bucket, task, steps, gradients, group, rescale)
 
     def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
         """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands.
@@ -726,7 +768,6 @@ class Aggregator:
             for segment in bucket.segments:
                 entry: dict[str, Any] = {slot: t[segment.start : segment.stop].view(segment.shape).clone() for slot, t in bucket.state.items()}
                 entry["previous_lr"] = bucket.previous_lr
-                entry["previous_loss_scale"] = bucket.previous_loss_scale
                 parameters[segment.name] = entry
             if bucket.exchange_state:
                 for i, segment in enumerate(bucket.method.exchange.state_segments(bucket.segments, rank, size)):
@@ -796,7 +837,7 @@ class Aggregator:
         def take_over() -> None:
             for bucket, feedback_state, exchange_state, entry in staged:
                 bucket.state, bucket.exchange_state = feedback_state, exchange_state
-                bucket.previous_lr, bucket.previous_loss_scale = entry["previous_lr"], entry["previous_loss_scale"]
+                bucket.previous_lr = entry["previous_lr"]
                 bucket.clean = bucket.dense
                 feedback = bucket.method.feedback
                 if feedback.shifts:

@@ -43,6 +43,7 @@ class Compression:
     `seed`: for shared randomness; the same on all ranks.
     `warmup_steps`: so many first steps are uncompressed. `ratio_schedule`: (step, ratio) pairs; from each of these steps on the compressor has this
     ratio (`hvd_ecsgd.exponential_ratios` makes some). A `server_compressor` of its own keeps its ratio.
+    `exact`: an undone step leaves residuals and momentum as they were bit for bit, not to rounding, at the price of a copy of them in each step.
     Raises `CompressionError` for parts that do not fit together.
     """
 
@@ -57,11 +58,12 @@ class Compression:
         seed: int = 0,
         warmup_steps: int = 0,
         ratio_schedule: Sequence[tuple[int, float]] = (),
+        exact: bool = False,
     ) -> None:
         if exchange is None:
             exchange = AllReduce() if getattr(compressor, "summable", False) else AllGather()
         rule = ErrorFeedback() if feedback is None else feedback
-        self.method = Method(compressor, rule, exchange, dense_below, dense_1d, seed, warmup_steps, ratio_schedule)
+        self.method = Method(compressor, rule, exchange, dense_below, dense_1d, seed, warmup_steps, ratio_schedule, exact)
 
     def __repr__(self) -> str:
         m = self.method
@@ -332,7 +334,8 @@ class BoundCompression:
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
         self._modules: list[Any] = [m for m in modules if hasattr(m, "running_mean") and hasattr(m, "running_var")]
         self.ids = frozenset(id(p) for _, p in self.named)
-        self._scaler: Any = None
+        self.scaler: Any = None
+        """The GradScaler that was attached."""
         self._places: dict[int, tuple[int, int]] = {}
         # Two models may use the same names: number the binds of one table of names, which every rank does in the same order.
         table = blake2b(repr([(n, tuple(p.shape)) for n, p in self.named]).encode(), digest_size=4).hexdigest()
@@ -390,7 +393,7 @@ class BoundCompression:
     def before_step(self) -> None:
         """Before a step of an optimizer that is not ours: apply the update where the method does that itself, and raise when it cannot."""
         if self._slot is not None:
-            self._slot.before_step(scaled=self._scaler is not None)
+            self._slot.before_step(scaled=self.scaler is not None and self.loss_scale != 1.0)
         if self._aggregator is None and self.method.feedback.owns_momentum:
             raise CompressionError(self._refusal())
 
@@ -411,7 +414,8 @@ class BoundCompression:
     def attach(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> BoundCompression:
         """Read learning rates live from `optimizer` (Horovod's, the one that steps). May be called again. Returns self.
 
-        `scaler`: the GradScaler that scales the loss, so that residuals follow its scale.
+        `scaler`: the GradScaler that scales the loss. Gradients are unscaled when they are compressed, so that all state is in true units whatever
+        the scale does, and the mean that the optimizer gets is scaled again.
 
         Own optimizers attach by themselves. Without it, methods in gradient units assume a constant learning rate and say so once. Methods that
         apply the update themselves (`detached`, `local_momentum`, `pef`, …) need it: they read lr, momentum and weight decay of the SGD inside
@@ -419,7 +423,7 @@ class BoundCompression:
         Raises `CompressionError` when the optimizer holds none of the bound parameters, when such a method is given another optimizer than
         Horovod's around a plain SGD, and for momentum both in the method and in the optimizer (looked at again in every step).
         """
-        self._scaler = scaler if scaler is not None else self._scaler
+        self.scaler = scaler if scaler is not None else self.scaler
         ours: object = getattr(optimizer, "compression", None)
         if ours is self:  # ours: attached already
             return self
@@ -453,7 +457,7 @@ class BoundCompression:
     @property
     def loss_scale(self) -> float:
         """What gradients are multiplied by now; 1 without a scaler."""
-        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def _settings(self, bucket: Bucket) -> GroupSettings:
         feedback = self.method.feedback

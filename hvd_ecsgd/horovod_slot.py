@@ -40,7 +40,7 @@ class _Pending:
     reduction: Reduction | None
     """None while the learning rate is 0."""
     version: int = 0
-    """The gradient's, when nobody but Horovod has written to it since."""
+    """The gradient's, when nobody but us and Horovod has written to it since."""
 
 
 class HorovodSlot:
@@ -71,6 +71,8 @@ class HorovodSlot:
         self._accumulated = False
         self._undone = False
         self._applies = aggregator.method.feedback.applies_update
+        self._sample: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Some of the first gradient of a step, and a copy: GradScaler.unscale_ does not raise version counters."""
         self._ready: list[_Pending] | None = None
         """Of a rule that applies the update itself: what was exchanged and waits for the optimizer's step."""
         this = weakref.ref(self)
@@ -105,7 +107,10 @@ class HorovodSlot:
         # An update is applied later, and is not what belongs in the gradient.
         out = gradient.view(-1) if in_place and not self._applies else None
         reduction = self.aggregator.start(bucket, [gradient], self.transport, out)
-        pending = self._pending[name] = _Pending(name, gradient, reduction)
+        pending = self._pending[name] = _Pending(name, gradient, reduction, gradient._version)
+        if len(self._pending) == 1:
+            some = gradient.detach()[:1] if gradient.dim() else gradient.detach()
+            self._sample = some, some.clone()
         c = self.aggregator.settings_hash(bucket)
         tail = [float(c >> i & 1) for i in range(_BITS)] + [1.0]
         handle = None if reduction is None else reduction.pending
@@ -163,6 +168,7 @@ class HorovodSlot:
         if self._pending.get(pending.name) is not pending:
             raise CompressionError(f"parameter '{pending.name}': decompress() was called with a context of another step.")
         if not self._draining:
+            self._check_in_flight()
             self._draining = True
             self.aggregator.settle()
             drive(p.reduction for p in self._pending.values() if p.reduction is not None and not isinstance(p.reduction.pending, SlotHandle))
@@ -192,6 +198,19 @@ class HorovodSlot:
         if self._decompressed == len(self._pending):
             self._end_step()
         return gradient
+
+    def _check_in_flight(self) -> None:
+        """Gradients clipped or scaled after their exchange had started would be overwritten without a word."""
+        sample, self._sample = self._sample, None
+        scaled = sample is not None and not torch.equal(sample[0].nan_to_num(), sample[1].nan_to_num())
+        for name, pending in self._pending.items():
+            if scaled or pending.gradient._version != pending.version:
+                raise CompressionError(
+                    f"the gradient of parameter '{name}' was changed after its exchange had started in the backward pass. Change gradients "
+                    "(clipping, scaler.unscale_) after optimizer.synchronize(), then step inside skip_synchronize(). With a GradScaler: "
+                    "optimizer.synchronize(); scaler.unscale_(optimizer); with optimizer.skip_synchronize(): scaler.step(optimizer). A "
+                    "scaler.step(optimizer) alone unscales local gradients before Horovod has averaged them."
+                )
 
     def _write(self, reduction: Reduction, pending: _Pending) -> None:
         """The mean becomes the gradient."""
@@ -225,6 +244,12 @@ class HorovodSlot:
 
         `scaled`: a GradScaler may have unscaled the gradients since they were exchanged.
         """
+        if scaled and self._pending:
+            self._check_in_flight()
+            raise CompressionError(
+                "optimizer.step() with a GradScaler attached needs optimizer.synchronize() and scaler.unscale_(optimizer) before it: "
+                "the mean would be applied with the loss scale in it. Then scaler.step(optimizer) inside `with optimizer.skip_synchronize():`."
+            )
         if not self._applies:
             self._drop_undone()
             return

@@ -71,6 +71,8 @@ class _Distributed(torch.optim.Optimizer):
     """Mixin in front of the optimizer's own class."""
 
     compression: BoundCompression
+    _step_supports_amp_scaling = True
+    """`GradScaler.step` then calls our `step` on every rank, also where it found an overflow, and leaves unscaling to it."""
 
     def _setup(
         self,
@@ -219,8 +221,8 @@ class _Distributed(torch.optim.Optimizer):
                 self._aggregator.use(self._transport)
                 self._comparison = self._aggregator.compare(self._transport)
             gradients = [self._gradient(p) for p in bucket.parameters]
-            self._in_flight += [(p, p.grad, p.grad._version) for p in bucket.parameters if p.grad is not None]
             self._started.append(self._aggregator.start(bucket, gradients, self._transport))
+            self._in_flight += [(p, p.grad, p.grad._version) for p in bucket.parameters if p.grad is not None]
 
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor:
         if parameter.grad is None:  # not used in this step on this rank; others may have used it
@@ -230,7 +232,7 @@ class _Distributed(torch.optim.Optimizer):
     # -- step --------------------------------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        """Finish the exchange. Methods that leave the update to the optimizer then hold the mean in `p.grad` (NaN in it when the step was undone)."""
+        """Finish the exchange. Methods that leave the update to the optimizer then hold the mean in `p.grad`; all do NaN when the step was undone."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad and id(p) not in self._bound_ids:
@@ -256,6 +258,9 @@ class _Distributed(torch.optim.Optimizer):
         # A step that nobody sent anything in must not move the model by the optimizer's momentum and weight decay either.
         self._silent = self._stands and bool(reductions) and all(r.task.skipped for r in reductions)
         if self._updates:
+            if not self._stands:
+                for p in self._bound_parameters():
+                    p.grad = torch.full_like(p, float("nan"))  # what a GradScaler on any rank must see
             return
         for bucket, reduction in zip(self._aggregator.buckets, started, strict=True):
             if reduction is None:  # learning rate 0
@@ -273,6 +278,9 @@ class _Distributed(torch.optim.Optimizer):
                 # Frozen since: what is left of it in the residual must not move it.
                 p.grad = None if not p.requires_grad else mean if mean.dtype == p.dtype else mean.to(p.dtype)
 
+    def _bound_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for _, p in self._aggregator.named]
+
     def _check_untouched(self) -> None:
         """Gradients clipped or scaled after their exchange had started would be ignored without a word."""
         in_flight, self._in_flight = self._in_flight, []
@@ -281,7 +289,7 @@ class _Distributed(torch.optim.Optimizer):
                 name = next(n for n, p in self._aggregator.named if p is parameter)
                 raise CompressionError(
                     f"the gradient of parameter '{name}' was changed after its exchange had started in the backward pass. Change gradients "
-                    "(clipping, scaling) after optimizer.synchronize(), then call optimizer.step() inside `with optimizer.skip_synchronize():`."
+                    "(clipping, scaler.unscale_) after optimizer.synchronize(), then step inside `with optimizer.skip_synchronize():`."
                 )
 
     @contextmanager
@@ -302,21 +310,46 @@ class _Distributed(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale: torch.Tensor | None = getattr(self, "grad_scale", None)  # set by GradScaler.step unless gradients are unscaled already
+        found: torch.Tensor | None = getattr(self, "found_inf", None)
         if self._should_synchronize:
+            if found is not None and scale is None:
+                raise CompressionError(
+                    "scaler.unscale_(optimizer) was called after the gradients' exchange had started in the backward pass, and changes nothing that "
+                    "was sent. Call optimizer.synchronize() before it, and scaler.step(optimizer) inside `with optimizer.skip_synchronize():`."
+                )
             self.synchronize()
         elif self._results is None:
             raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
         results, self._results = self._results, None
         assert results is not None
-        if not self._stands:
+        if scale is not None:
+            self._unscale(scale)
+        if not self._stands or (found is not None and bool(found)):
             return loss
         self._check_optimizer()
         if self._updates:
             self._aggregator.apply_updates(results)
         elif not self._silent:
+            if found is not None:  # an optimizer that unscales by itself (fused) must not do it again
+                self.grad_scale = self.found_inf = None
             super().step()
         self._inner._opt_called = True  # type: ignore[attr-defined]  # what such a scheduler looks at before it warns
         return loss
+
+    def _unscale(self, scale: torch.Tensor) -> None:
+        """After the exchange in GradScaler.step: tell the scaler of an overflow on any rank, so that all lower the scale; else unscale the mean."""
+        scaler = self.compression.scaler
+        if scaler is None or float(scale) != self.compression.loss_scale:
+            raise CompressionError(
+                "scaler.step(optimizer): this GradScaler is not attached, so residuals would hold loss-scaled gradients; call "
+                "optimizer.compression.attach(optimizer, scaler) before the first backward pass."
+            )
+        if not self._stands:
+            scaler._check_inf_per_device(self)  # as GradScaler asks of optimizers that handle its scale
+        elif not self._updates:
+            gradients = [p.grad for p in self._bound_parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients or [torch.empty(0)], 1 / float(scale))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the optimizer's. Raises between the start of a backward pass's exchange and `step()`."""
@@ -329,7 +362,8 @@ class _Distributed(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """As the optimizer's; the optimizer that was wrapped, and schedulers made for it, stay in step."""
+        """As the optimizer's; the optimizer that was wrapped, and schedulers made for it, stay in step. Between steps only."""
+        self._aggregator.check_between_steps("the optimizer's state was loaded")
         super().load_state_dict(state_dict)
         self._inner.param_groups, self._inner.state = self.param_groups, self.state
 

@@ -209,13 +209,11 @@ class StepContext:
     momentum: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
-    loss_scale: float = 1.0
-    previous_loss_scale: float = 1.0
 
     @property
     def carry(self) -> float:
-        """η_{t-1}/η_t, times the growth of the loss scale: what a residual in gradient units is multiplied by when it is added back."""
-        return self.previous_lr / self.lr * (self.loss_scale / self.previous_loss_scale)
+        """η_{t-1}/η_t: what a residual in gradient units is multiplied by when it is added back."""
+        return self.previous_lr / self.lr
 
     def key(self, compressor: Compressor, stage: str, rank: int | None = None) -> Key:
         """The key of `compressor` in this pass, on this rank or on another."""

@@ -231,7 +231,7 @@ class GradientSquares(_Diagonal):
             raise CompressionError(f"GradientSquares: scale must be a positive number, got {self.scale!r}.")
 
     def _weight(self, ctx: StepContext) -> float:
-        return (1 - self.decay) * self.scale / ctx.loss_scale**2
+        return (1 - self.decay) * self.scale
 
     def observe_(self, state: State, gradients: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
         """Each worker adds its own; the mean that `prepare` takes makes it the same again."""

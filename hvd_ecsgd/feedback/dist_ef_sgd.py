@@ -27,7 +27,7 @@ class DistEFSGD(GradientUnit):
 
     Without arguments, μ, wd and Nesterov are read from the SGD optimizer's param group at every step, and the update is applied here. With
     `momentum` or `weight_decay` given (0 is a value), those are used, D becomes the gradient, and the optimizer, whose own momentum and weight decay
-    must be 0, applies it. Gradients must not be loss-scaled: a `GradScaler` would weigh them against wd·x and older momentum.
+    must be 0, applies it.
 
     Slots: `residual`, `momentum`. Memory beside parameters and gradients: 2 times the parameters.
     """
