@@ -18,7 +18,7 @@ import torch
 from .compressors import Identity
 from .errors import CompressionError, DisagreementError
 from .exchange import AllReduce
-from .kernels import all_finite
+from .kernels import all_finite, fingerprint
 from .protocols import Compressor, Exchange, Feedback, Part, State, StepContext, Steps, Task, Traffic
 from .schedule import at_step, check_ratios
 from .segments import Key, Segment, Segments
@@ -56,6 +56,8 @@ class Method:
     ratio_schedule: Sequence[tuple[int, float]] = ()
     exact: bool = field(default=False, repr=False)
     """Keep a copy of the state during each step, so that undoing one restores it bit for bit. No part of what a saved state belongs to."""
+    verify_every: int = field(default=0, repr=False)
+    """Compare x across ranks before every so many-th step; 0: never. No part of what a saved state belongs to."""
 
     def __post_init__(self) -> None:
         for role, part, protocol in (
@@ -72,6 +74,8 @@ class Method:
             raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
         if not isinstance(self.dense_1d, bool):
             raise CompressionError(f"dense_1d must be True or False, got {self.dense_1d!r}.")
+        if isinstance(self.verify_every, bool) or not isinstance(self.verify_every, int) or self.verify_every < 0:
+            raise CompressionError(f"verify_every must be a number of steps, or 0 for never, got {self.verify_every!r}.")
         if not isinstance(self.exact, bool):
             raise CompressionError(f"exact must be True or False, got {self.exact!r}.")
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
@@ -98,7 +102,7 @@ class Method:
                 "" if rule.keeps_residual else f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."
             )
             raise CompressionError(f"switch(): expected the feedback rule that the residuals were made with, {old}, got {rule}.{remedy}")
-        return replace(new, dense_below=self.dense_below, dense_1d=self.dense_1d, seed=self.seed, exact=self.exact)
+        return replace(new, dense_below=self.dense_below, dense_1d=self.dense_1d, seed=self.seed, exact=self.exact, verify_every=self.verify_every)
 
     def dense(self) -> Method:
         return Method(Identity(), self.feedback.for_dense(), AllReduce(), self.dense_below, self.dense_1d, self.seed, exact=self.exact)
@@ -310,6 +314,7 @@ class Aggregator:
         self.statistics: Callable[[], list[torch.Tensor]] = list
         """Running statistics of the model (batch norm), which are averaged where workers evaluate at different points."""
         self._agreement: Handle[list[torch.Tensor]] | None = None
+        self._verification: Handle[list[torch.Tensor]] | None = None
         newcomers.add(self)
         self._also = dict(also or {})
         self._set_method(method)
@@ -360,6 +365,9 @@ class Aggregator:
         in the other one, so while another object of this process has its first step to come, patience ends and `settle` finishes the comparison.
         """
         self._transport = transport
+        every = self.method.verify_every
+        if every and self.step and self.step % every == 0:
+            self._verification = transport.allgather(self._fingerprints(), "replicas", [len(self.named)] * transport.size)
         if self not in newcomers:
             return
         newcomers.discard(self)
@@ -372,10 +380,36 @@ class Aggregator:
             self.settle()
 
     def settle(self) -> None:
-        """Finish the first comparison, before anything received is used. Raises `DisagreementError` on every rank."""
+        """Finish the comparisons that `use` started, before anything received is used. Raises `DisagreementError` on every rank."""
         agreement, self._agreement = self._agreement, None
         if agreement is not None:
             self._raise_on_other_texts(agreement)
+        verification, self._verification = self._verification, None
+        if verification is not None:
+            self._raise_on_drift(torch.stack(verification.wait()))
+
+    @torch.no_grad()
+    def _fingerprints(self) -> torch.Tensor:
+        """Of every parameter at x, in the order bound: int64, on the CPU."""
+        found: dict[str, torch.Tensor] = {}
+        for bucket in self.buckets:
+            kept = bucket.state is not None and bucket.method.feedback.shifts
+            values = bucket.segments.views(bucket.state["x"]) if kept and bucket.state is not None else bucket.parameters
+            found.update(zip(bucket.segments.names, map(fingerprint, values)))
+        return torch.stack([found[name] for name, _ in self.named]).cpu()
+
+    def _raise_on_drift(self, fingerprints: torch.Tensor) -> None:
+        """`fingerprints`: (rank, parameter)."""
+        differs = (fingerprints != fingerprints[0]).any(0)
+        if not bool(differs.any()):
+            return
+        first = int(differs.nonzero()[0])
+        others = [r for r, value in enumerate(fingerprints[:, first].tolist()) if value != int(fingerprints[0, first])]
+        raise DisagreementError(
+            f"replicas have drifted apart before step {self.step}: parameter '{self.named[first][0]}' (the first of {int(differs.sum())}) "
+            f"holds other bits on rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))} than on rank 0. Something outside of training "
+            "wrote to it on some ranks only (clipping, loading, initialising), or a hyper-parameter differs there."
+        )
 
     def compare(self, transport: Transport) -> Callable[[], None]:
         """Start to compare settings, hyper-parameters and step across ranks; the function returned raises `DisagreementError` on every rank.
@@ -706,6 +740,7 @@ class Aggregator:
             "dense_below": self.method.dense_below,
             "dense_1d": self.method.dense_1d,
             "seed": self.method.seed,
+            "verify_every": self.method.verify_every,
             "warmup_steps": self.method.warmup_steps,
             "ratio_schedule": repr(self.method.ratio_schedule),
             **self._also,

@@ -44,6 +44,7 @@ class Compression:
     `warmup_steps`: so many first steps are uncompressed. `ratio_schedule`: (step, ratio) pairs; from each of these steps on the compressor has this
     ratio (`hvd_ecsgd.exponential_ratios` makes some). A `server_compressor` of its own keeps its ratio.
     `exact`: an undone step leaves residuals and momentum as they were bit for bit, not to rounding, at the price of a copy of them in each step.
+    `verify_every`: before every so many-th step all ranks compare a hash of x; drift is a `DisagreementError` on all that names the parameter.
     Raises `CompressionError` for parts that do not fit together.
     """
 
@@ -59,11 +60,12 @@ class Compression:
         warmup_steps: int = 0,
         ratio_schedule: Sequence[tuple[int, float]] = (),
         exact: bool = False,
+        verify_every: int = 0,
     ) -> None:
         if exchange is None:
             exchange = AllReduce() if getattr(compressor, "summable", False) else AllGather()
         rule = ErrorFeedback() if feedback is None else feedback
-        self.method = Method(compressor, rule, exchange, dense_below, dense_1d, seed, warmup_steps, ratio_schedule, exact)
+        self.method = Method(compressor, rule, exchange, dense_below, dense_1d, seed, warmup_steps, ratio_schedule, exact, verify_every)
 
     def __repr__(self) -> str:
         m = self.method

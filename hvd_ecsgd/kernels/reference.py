@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-__all__ = ["all_finite", "negative", "pack_bits", "pack_codes", "signs", "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]
+__all__ = ["all_finite", "fingerprint", "negative", "pack_bits", "pack_codes", "signs", "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]
 
 
 def all_finite(t: torch.Tensor) -> bool:
@@ -15,6 +15,25 @@ def all_finite(t: torch.Tensor) -> bool:
     total = t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
     # A finite sum proves it; an infinite one may be the overflow of finite numbers.
     return bool(torch.isfinite(total)) or bool(torch.isfinite(t).all())
+
+
+_CHUNK = 1 << 20
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(t: torch.Tensor) -> torch.Tensor:
+    """A 0-dim int64 of the bits of `t`, where `t` is: equal for equal bits, and another one when a single element differs (64 bits otherwise).
+
+    Σ bits_i·w_i modulo 2⁶⁴ with odd weights w_i that depend on the place alone; whole numbers, so no order of summation changes it.
+    """
+    bits = t.detach().contiguous().view(-1).view(_INTEGERS[t.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=t.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        part = bits[start : start + _CHUNK]  # of int64 no copy is made: never written to
+        weights = torch.arange(start + 1, start + 1 + part.numel(), device=t.device).mul_(-7046029254386353131)
+        weights.bitwise_xor_(weights >> 31).mul_(-4417276706812531889).bitwise_or_(1)
+        total += weights.mul_(part).sum()
+    return total
 
 
 def negative(v: torch.Tensor) -> torch.Tensor:
