@@ -873,7 +873,7 @@ class Aggregator:
             for bucket, feedback_state, exchange_state, entry in staged:
                 bucket.state, bucket.exchange_state = feedback_state, exchange_state
                 bucket.previous_lr = entry["previous_lr"]
-                bucket.clean = bucket.dense
+                bucket.clean = "residual" not in feedback_state or not bool(feedback_state["residual"].any())
                 feedback = bucket.method.feedback
                 if feedback.shifts:
                     with torch.no_grad():

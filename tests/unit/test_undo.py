@@ -12,7 +12,7 @@ import torch
 from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, by_name, ids
-from tests.problems import batch, flat, mlp, same_bits, weights
+from tests.problems import batch, flat, mlp, same_bits, slot, train, weights
 
 N = 3
 BAD_STEP = 4
@@ -204,3 +204,27 @@ def test_with_a_grad_scaler(name: str) -> None:
         assert torch.equal(seen[1], seen[2])
         assert not torch.equal(seen[4], seen[5])
     assert same_bits(seen[-1] for seen, *_ in results)
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
+def test_a_bad_exchange_of_a_loaded_run_keeps_the_local_steps() -> None:
+    """Also of uncompressed parameters, whose residual is not always zero when there are local steps."""
+
+    def worker(transport: Transport) -> Any:
+        optimizers = []
+        for _ in range(2):
+            model = mlp(torch.float64)
+            sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+            optimizers.append((model, DistributedOptimizer(sgd, model.named_parameters(), Compression.detached(8, period=2), transport=transport)))
+        (model, first), (other, second) = optimizers
+        train(model, first, transport.rank, [0])
+        second.compression.load_state_dict(first.compression.state_dict())
+        before = slot(second.compression, "residual")
+        (other(batch(0, 1, torch.float64)[0]) * (float("nan") if transport.rank == 1 else 1.0)).sum().backward()
+        second.step()
+        return before, slot(second.compression, "residual"), second.compression.undone_steps
+
+    for before, after, undone in run_simulated(2, worker):
+        assert undone == 1
+        assert (before != 0).double().mean() > 0.9, "control: everything has moved locally"
+        torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-13)
