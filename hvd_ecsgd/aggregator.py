@@ -97,6 +97,7 @@ class Method:
         """`new` as what this method goes on as: with this one's `dense_below`, `dense_1d` and `seed`. Raises unless its feedback can take over."""
         old, rule = self.feedback, new.feedback
         begins = not old.init(Segments(())) and not (old.owns_momentum or rule.owns_momentum) and old.unit == rule.unit
+        begins = begins and old.for_dense() == rule.for_dense()
         if rule != old and not begins:
             remedy = (
                 "" if rule.keeps_residual else f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer, TransportError
 from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.compressors import Identity, Sign, TopK
 from hvd_ecsgd.exchange import AllReduce, Central, TwoPass
 from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum, NoFeedback
 from hvd_ecsgd.transport import Transport, run_simulated
-from tests.cases import ALL, SWITCHES
+from tests.cases import ALL, SWITCHES, by_name
 from tests.problems import mlp, same_bits, slot, train, weights
 from tests.unit.test_invariants import CONSTANT, LRS, largest_violation, largest_violation_of_z, trajectory, vary
 
@@ -188,12 +188,27 @@ def test_ranks_that_switch_to_different_methods_are_told() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_rank_that_switches_alone_is_told() -> None:
+    """It waits for the others in the comparison, and they find something else there than their own next collective."""
+
+    def worker(transport: Transport) -> None:
+        optimizer, model = make(Compression.top_k(10), transport)
+        train(model, optimizer, transport.rank, range(2))
+        if transport.rank == 1:
+            optimizer.compression.switch(Compression.top_k(50))
+        train(model, optimizer, transport.rank, [2])
+
+    with pytest.raises((TransportError, DisagreementError), match="switch"):
+        run_simulated(2, worker)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "feedback lost": (Compression.top_k, lambda: Compression.top_k(error_feedback=False), "switch to Compression\\(Identity"),
     "none": (Compression.top_k, lambda: Compression.none, "loses nothing"),
     "other units": (Compression.random_block, Compression.local_momentum, "feedback rule"),
     "momentum": (Compression.random_block, lambda: Compression.dist_ef_sgd(momentum=0.9), "feedback rule"),
     "another lambda": (Compression.detached, lambda: Compression.detached(lambda_=0.5), "feedback rule"),
+    "coupled with what is dense": (lambda: Compression.top_k(error_feedback=False), by_name("hessian_aided-product").make, "feedback rule"),
     "a compressor": (Compression.top_k, TopK, "expected Compression"),
     "a bound one": (Compression.top_k, lambda: Compression.top_k().bind(mlp()), "not bound"),
     "servers' residuals": (lambda: Compression(Sign(), NoFeedback(), TwoPass()), lambda: Compression.qsgd(), "servers' residuals"),
