@@ -77,8 +77,8 @@ class Logistic(Convex):
             h = torch.stack([self.hessian(i, x) for i in range(n)]).mean(0)
             x = x - torch.linalg.solve(h, torch.stack([self.gradient(i, x) for i in range(n)]).mean(0))
         self.best = x
-        at_start = torch.stack([self.hessian(i, self.start) for i in range(n)]).mean(0)
-        self.eta = 1 / float(torch.linalg.eigvalsh(at_start)[-1])
+        values = torch.linalg.eigvalsh(torch.stack([self.hessian(i, x) for i in range(n)]).mean(0))
+        self.eta = 2 / float(values[0] + values[-1])
 
     def gradient(self, i: int, x: torch.Tensor) -> torch.Tensor:
         a = self.data[i]
