@@ -135,10 +135,10 @@ def run(size: Size) -> Report:
         for method in METHODS:
             curves = [trained[method, seed]["curve"] for seed in range(size.seeds)]
             mean = [sum(c[i][1] for c in curves) / len(curves) for i in range(len(curves[0]))]
-            by_step.plot([step for step, _ in curves[0]], mean, label=method, linestyle="--" if method == "dense" else "-")
+            (line,) = by_step.plot([step for step, _ in curves[0]], mean, label=method, linestyle="--" if method == "dense" else "-")
             if "distances" in trained[method, 0]:
                 xs, ys = zip(*trained[method, 0]["distances"], strict=True)
-                distance.plot(xs, ys, label=method)
+                distance.plot(xs, ys, label=method, color=line.get_color())
         by_step.set(xlabel="step", ylabel="bits per character, other modules (mean of seeds)")
         distance.set(xlabel="step", ylabel="‖x − z‖ ÷ distance travelled by z (seed 0)", ylim=(0, None))
         for axis in (by_step, distance):
