@@ -655,14 +655,24 @@ def _claim(bound: BoundCompression) -> None:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     claimed: dict[int, BoundCompression] = {}
+    late: torch.Tensor | None = None
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             claim = _claims.get(id(parameter))
             bound = None if claim is None else claim()
             if bound is not None and id(parameter) in bound.ids:  # while it lives it holds its parameters, so the id is theirs
                 claimed[id(bound)] = bound
-            elif claim is not None:
-                _claims.pop(id(parameter), None)
+            else:
+                if claim is not None:
+                    _claims.pop(id(parameter), None)
+                if parameter.requires_grad and parameter.grad is not None:
+                    late = parameter
+    if late is not None and claimed:
+        raise CompressionError(
+            f"a parameter of shape {tuple(late.shape)} takes part in training but was frozen or absent when the compression was bound; Horovod does "
+            "not average its gradients, and ranks would drift apart. Bind and wrap while everything is trainable and freeze afterwards, or bind "
+            "again and make a new optimizer after unfreezing or adding parameters."
+        )
     for bound in claimed.values():
         bound.before_step()
 

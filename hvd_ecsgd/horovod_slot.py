@@ -251,7 +251,7 @@ class HorovodSlot:
                 "the mean would be applied with the loss scale in it. Then scaler.step(optimizer) inside `with optimizer.skip_synchronize():`."
             )
         if not self._applies:
-            self._drop_undone()
+            self._drop_what_stands_still()
             return
         if self._ready is None and self.transport.size == 1:
             self._exchange_alone()
@@ -295,12 +295,12 @@ class HorovodSlot:
                     "made it part of its momentum by then. Scale the loss instead of clipping, or use a method in gradient units."
                 )
 
-    def _drop_undone(self) -> None:
-        """Take away the gradients of an undone step, so that the optimizer changes nothing, momentum included."""
-        if not self._undone:
-            return
-        self._undone = False
+    def _drop_what_stands_still(self) -> None:
+        """Take away the gradients of an undone step, and of parameters frozen since, so that the optimizer's momentum does not move them either."""
+        undone, self._undone = self._undone, False
         for name, parameter in self.aggregator.named:
+            if not undone and parameter.requires_grad:
+                continue
             written = self._written.get(name)
             if parameter.grad is not None and written is not None and written() is parameter.grad:
                 parameter.grad = None

@@ -239,7 +239,7 @@ class _Distributed(torch.optim.Optimizer):
                     raise CompressionError(
                         f"a parameter of shape {tuple(p.shape)} takes part in training but was frozen or absent when this optimizer was "
                         "made, so ranks would drift apart; "
-                        "make a new DistributedOptimizer after unfreezing or adding parameters."
+                        "make a new DistributedOptimizer after unfreezing or adding parameters, or wrap while all is trainable and freeze then."
                     )
         if self._results is not None:
             raise CompressionError(
@@ -371,6 +371,7 @@ class _Distributed(torch.optim.Optimizer):
         """Not after wrapping: buckets are fixed. Raises `CompressionError`."""
         if "_aggregator" in self.__dict__:
             raise CompressionError(
-                "add_param_group(): parameters cannot be added to a distributed optimizer; add them to the optimizer first and wrap it then."
+                "add_param_group(): parameters cannot be added to a distributed optimizer. Give it all of them before wrapping, and freeze those "
+                "that are not needed yet; or bind and wrap again, and load the old compression's state_dict() into the new one."
             )
         super().add_param_group(param_group)
