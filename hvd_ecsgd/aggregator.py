@@ -68,6 +68,10 @@ class Method:
             if isinstance(part, type) or not isinstance(part, protocol):  # a class has the attributes too
                 raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
         self.exchange.check(self.compressor)
+        if self.feedback.scratches != self.exchange.settles:
+            raise CompressionError(
+                f"{self.feedback} and {self.exchange} do not go together: CSER() needs ErrorReset(…) as its exchange, and only CSER does."
+            )
         if self.feedback.keeps_residual:
             self.compressor.check_feedback()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -86,6 +90,11 @@ class Method:
 
     def is_dense(self, parameter: torch.Tensor) -> bool:
         return parameter.numel() < self.dense_below or (self.dense_1d and parameter.dim() <= 1)
+
+    @property
+    def lossless(self) -> bool:
+        """Residuals are always zero."""
+        return self.compressor.lossless and not self.exchange.approximates
 
     def at(self, step: int) -> tuple[Compressor, Exchange]:
         """What compresses and exchanges in this step."""
@@ -490,6 +499,7 @@ class Aggregator:
             ctx=ctx,
             poisoned=poisoned,
             reversible=feedback.keeps_residual,
+            residual=bucket.state.get("residual", buffer),
             flushes=compressor.lossless and bucket.clean,
             server_carry=ctx.carry if feedback.unit == "gradient" else 1.0,
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
@@ -532,7 +542,7 @@ class Aggregator:
         if not reductions:
             return
         buckets = [b for b in self.buckets if b.state is not None and b.method.feedback.keeps_residual]
-        parts = [Part(b.state, b.parameters, b.segments, b.method.compressor.lossless) for b in buckets if b.state is not None]
+        parts = [Part(b.state, b.parameters, b.segments, b.method.lossless) for b in buckets if b.state is not None]
         key = Key(self.method.seed, self.step - 1, transport.rank, "prepare", transport.size)
         for round_, tensors in enumerate(self.method.feedback.prepare(parts, key) if parts else ()):
             handles = [transport.allreduce_(t, f"prepare.{round_}.{i}") for i, t in enumerate(tensors)]

@@ -38,6 +38,8 @@ PRESETS: tuple[str, ...] = (
     "hessian_aided",
     "local_momentum",
     "detached",
+    "cser",
+    "power_sgd",
     "pef",
     "topk_sgd",
 )

@@ -18,9 +18,9 @@ from .aggregator import Aggregator, Bucket, GroupSettings, Method, newcomers
 from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from .compressors.base import check_unbiased
 from .errors import CompressionError
-from .exchange import AllGather, AllReduce, Central, CompSkip, Every, TwoPass
+from .exchange import AllGather, AllReduce, Central, CompSkip, ErrorReset, Every, PowerSGD, TwoPass
 from .exchange.skip import SkipPolicy
-from .feedback import PEF, DistEFSGD, ErrorFeedback, GradientSquares, HessianAided, LocalMomentum, MemSGD, NoFeedback
+from .feedback import CSER, PEF, DistEFSGD, ErrorFeedback, GradientSquares, HessianAided, LocalMomentum, MemSGD, NoFeedback
 from .feedback.curvature import Curvature
 from .horovod_slot import HorovodSlot
 from .protocols import Compressor, Exchange, Feedback, Traffic
@@ -94,7 +94,7 @@ class Compression:
         return self._stateless().decompress(tensor, ctx)
 
     def _stateless(self) -> _Bare:
-        if isinstance(self.method.feedback, NoFeedback):
+        if isinstance(self.method.feedback, NoFeedback) and not self.method.exchange.approximates:
             if isinstance(self.method.compressor, Identity):
                 return Compression.none
             if isinstance(self.method.compressor, Cast):
@@ -252,6 +252,20 @@ class Compression:
         module itself to have its batch-norm statistics averaged after each exchange.
         """
         return Compression(RandomBlock(ratio), LocalMomentum(lambda_, period, average_errors), AllReduce(), **options)
+
+    @staticmethod
+    def cser(compressor: Compressor | None = None, reset_compressor: Compressor | None = None, period: int = 8, **options: Any) -> Compression:
+        """CSER (Xie et al. 2020): every worker moves by all of its own change at once, and the errors by which models then differ are reset in every
+        `period`-th step. Random blocks of 1/64, and of 1/8 for resets, by default. Over SGD, whose momentum it reads; on Horovod attached."""
+        exchange = ErrorReset(RandomBlock(8) if reset_compressor is None else reset_compressor, period)
+        return Compression(RandomBlock(64) if compressor is None else compressor, CSER(), exchange, **options)
+
+    @staticmethod
+    def power_sgd(
+        approximation_rank: int = 2, *, residual: Literal["mean", "own"] = "mean", error_feedback: bool = True, **options: Any
+    ) -> Compression:
+        """PowerSGD (Vogels et al. 2019): matrices as the product of two thin ones, in two all-reduces; the paper's momentum is the optimizer's."""
+        return Compression(Identity(), _feedback(error_feedback), PowerSGD(approximation_rank, residual), **options)
 
     @staticmethod
     def pef(ratio: float = 64.0, **options: Any) -> Compression:

@@ -157,6 +157,11 @@ class Feedback(Protocol):
         """
         ...
 
+    @property
+    def scratches(self) -> bool:
+        """The buffer is not the residual: an exchange that `settles` must add what is left in it."""
+        ...
+
     def exchanges(self, step: int) -> bool:
         """Whether something is sent in this step. If not it is a local one: nothing is, and `shift_` follows `accumulate_`."""
         ...
@@ -178,6 +183,16 @@ class Feedback(Protocol):
 @runtime_checkable
 class Exchange(Protocol):
     """Who sends what to whom."""
+
+    @property
+    def approximates(self) -> bool:
+        """What arrives is less than what the compressor extracts: with a lossless one, too, something is left."""
+        ...
+
+    @property
+    def settles(self) -> bool:
+        """Adds what is left in a buffer of its own to the rule's residual: for rules with `scratches`."""
+        ...
 
     def check(self, compressor: Compressor) -> None:
         """Raise `CompressionError` when payloads of `compressor` cannot travel this way."""
@@ -271,6 +286,8 @@ class Task:
     poisoned: bool = False
     """This rank's gradients hold an inf or NaN: the buffer was left alone, and NaN is sent so that every rank learns of it."""
     reversible: bool = True
+    residual: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """What the feedback rule keeps; usually the buffer itself."""
     flushes: bool = False
     """The residual was zero before, and will be: undoing the extraction is setting it to zero."""
     finite: bool = True

@@ -25,7 +25,7 @@ from hvd_ecsgd.compressors import (
     Threshold,
     TopK,
 )
-from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, CompSkip, Every, NormBased, SkipAllReduce, TwoPass
+from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, CompSkip, Every, NormBased, PowerSGD, SkipAllReduce, TwoPass
 from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, Product
 
 __all__ = ["CASES", "COMPRESSORS", "SWITCHES", "Case", "CompressorCase", "by_name", "bound_method", "ids"]
@@ -170,6 +170,12 @@ CASES: tuple[Case, ...] = (
         conserves=False,
         saves=False,
     ),
+    Case("cser", lambda: Compression.cser(RandomBlock(8), RandomBlock(2), 5), slots=3, draws=True),
+    Case("cser-everything", lambda: Compression.cser(Sign(), TopK(2), 3, **ALL), slots=3, draws=True),
+    Case("power_sgd", lambda: Compression.power_sgd(), draws=True),
+    Case("power_sgd-own-everything", lambda: Compression.power_sgd(4, residual="own", **ALL), draws=True),
+    Case("power_sgd-no_feedback", lambda: Compression.power_sgd(8, error_feedback=False), slots=0, conserves=False, draws=True),
+    Case("power_sgd-local_momentum", lambda: Compression(Identity(), LocalMomentum(0.3), PowerSGD(2), **ALL), slots=3, draws=True),
     Case("pef", lambda: Compression.pef(8), slots=2, draws=True),
     Case("local_momentum", lambda: Compression.local_momentum(8), slots=2, draws=True),
     Case("local_momentum-dense", lambda: Compression(Identity(), LocalMomentum(0.0), AllReduce()), slots=2),

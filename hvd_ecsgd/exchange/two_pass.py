@@ -12,6 +12,7 @@ from ..errors import CompressionError
 from ..protocols import Compressor, State, Steps, Task, Traffic, poison
 from ..segments import Segments
 from ..transport.base import Transport
+from .base import Faithful
 
 __all__ = ["TwoPass", "absorb_", "answer_", "finite"]
 
@@ -63,7 +64,7 @@ def _sizes(compressor: Compressor, tables: Sequence[Segments]) -> list[int] | No
 
 
 @dataclass(frozen=True)
-class TwoPass:
+class TwoPass(Faithful):
     """Every segment is cut in n pieces; rank r is the server of the r-th pieces.
 
     Pass 1 (all-to-all): the worker sends C(v_i), piece by piece. The server of a piece forms v = mean_i C(v_i) + (η_{t-1}/η_t)·E, sends D(v)

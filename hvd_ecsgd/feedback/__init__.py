@@ -1,5 +1,6 @@
 """One file per accumulate rule. A rule is a frozen dataclass that implements `hvd_ecsgd.protocols.Feedback`."""
 
+from .cser import CSER
 from .curvature import GradientSquares, Hutchinson, Matrix, Product
 from .dist_ef_sgd import DistEFSGD
 from .error_feedback import ErrorFeedback
@@ -10,6 +11,7 @@ from .none import NoFeedback
 from .pef import PEF
 
 __all__ = [
+    "CSER",
     "DistEFSGD",
     "ErrorFeedback",
     "GradientSquares",

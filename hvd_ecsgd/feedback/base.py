@@ -63,6 +63,10 @@ class Rule:
     def needs_learning_rate(self) -> bool:
         return False
 
+    @property
+    def scratches(self) -> bool:
+        return False
+
     def exchanges(self, step: int) -> bool:
         return True
 

@@ -11,7 +11,7 @@ import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.compressors import RandomBlock
-from hvd_ecsgd.feedback import LocalMomentum
+from hvd_ecsgd.feedback import CSER, LocalMomentum
 from hvd_ecsgd.protocols import StepContext
 from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import Transport, run_simulated
@@ -23,7 +23,7 @@ LRS = (0.1, 0.1, 0.02, 0.3, 0.001, 0.05, 0.05, 0.2)
 CONSTANT = (0.1,) * 8
 
 GRADIENT_UNITS = [c for c in CASES if bound_method(c).feedback.unit == "gradient"]
-UPDATE_UNITS = [c for c in CASES if isinstance(bound_method(c).feedback, LocalMomentum)]
+UPDATE_UNITS = [c for c in CASES if isinstance(bound_method(c).feedback, LocalMomentum | CSER)]
 
 
 @dataclass
@@ -257,7 +257,7 @@ def test_training_may_begin_with_learning_rate_zero() -> None:
 def test_points_of_evaluation(case: Case) -> None:
     """`averaged` is x, equal everywhere; `virtual` is x − mean e; `local` is x − λe, as held. Training goes on as if not looked at."""
     feedback = bound_method(case).feedback
-    lambda_ = feedback.lambda_
+    lambda_, period = (1.0, 1) if isinstance(feedback, CSER) else (feedback.lambda_, feedback.period)
 
     def run(looking: bool) -> list[Any]:
         def worker(transport: Transport) -> Any:
@@ -290,7 +290,7 @@ def test_points_of_evaluation(case: Case) -> None:
         assert torch.equal(points["averaged"], x)
         assert torch.equal(points["local"], points["held"])
         torch.testing.assert_close(points["virtual"], x - mean_error, rtol=0, atol=1e-13)
-        displacement = lambda_ * e if feedback.period == 1 else points["displacement"]
+        displacement = lambda_ * e if period == 1 else points["displacement"]
         torch.testing.assert_close(points["local"], x - displacement, rtol=0, atol=1e-13)
     if bound_method(case).compressor.lossless:
         return

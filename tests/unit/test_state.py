@@ -262,7 +262,7 @@ def test_memory_is_what_the_table_says(case: Case, n: int) -> None:
         compressed = dense = elements = dense_elements = server = 0
         saved = setup.compression.state_dict()["parameters"]
         for name, p in setup.compression.named:
-            slots = {k: v.numel() for k, v in saved[name].items() if isinstance(v, torch.Tensor) and k not in ("skips", "movement")}
+            slots = {k: v.numel() for k, v in saved[name].items() if isinstance(v, torch.Tensor) and k not in ("skips", "movement", "q")}
             if method.is_dense(p):
                 dense, dense_elements = dense + sum(slots.values()), dense_elements + p.numel()
             else:

@@ -1,0 +1,76 @@
+"""CSER: models that differ by their errors, which are reset now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..protocols import Feedback, State, StepContext
+from ..segments import Segments
+from .base import AppliesUpdate, add_to_momentum_, take_from_momentum_
+
+__all__ = ["CSER"]
+
+
+@dataclass(frozen=True)
+class CSER(AppliesUpdate):
+    """p_i = x − e_i;  g = ∇F_i(p_i) + wd·p_i;  m = μm + g;  (c, r) = ηm split by C1;  x ← x − mean c;  e_i ← e_i + r;  and in every `period`-th step
+    (c, r) = e_i split by C2;  x ← x − mean c;  e_i ← r.  Unit: update.
+
+    That is, with the exchange `ErrorReset`, which does the splitting and the resets, p_i ← p_i − (mean c + r), and every worker moves by all of its
+    own change at once. Nothing that C1 leaves is given to C1 again. mean p_i = x − mean e_i moves as momentum SGD on the mean of the workers'
+    momenta. Xie, Zheng, Koyejo, Gupta, Li, Lin 2020: CSER: Communication-efficient SGD with Error Reset, algorithm 2, with momentum on the worker.
+
+    η, μ and wd are read from the SGD optimizer's param group at every step; no dampening, no Nesterov.
+
+    Slots: `residual` (e), `momentum`, and `x`, the part of the models that is equal on all ranks, to the bit. Memory beside parameters and gradients:
+    3 times the parameters, and once more during a step.
+    """
+
+    dense: bool = field(default=False, repr=False)
+    """For segments that travel uncompressed: no errors. Set by `for_dense`."""
+
+    @property
+    def scratches(self) -> bool:
+        return not self.dense
+
+    @property
+    def shifts(self) -> bool:
+        return not self.dense
+
+    def for_dense(self) -> Feedback:
+        return replace(self, dense=True)
+
+    def init(self, segments: Segments) -> State:
+        return {slot: segments.zeros() for slot in ("residual", "momentum", *(("x",) if self.shifts else ()))}
+
+    def accumulate_(
+        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> torch.Tensor:
+        add_to_momentum_(state["momentum"], gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
+        return state["momentum"] * ctx.lr
+
+    def undo_(
+        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
+    ) -> None:
+        if gradients is not None:
+            take_from_momentum_(state["momentum"], gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
+
+    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+        if self.shifts:
+            state["x"].sub_(out)
+            self.shift_(state, parameters, segments)
+        else:
+            torch._foreach_sub_(list(parameters), segments.shaped_views(out))
+
+    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
+        if self.shifts:
+            torch._foreach_copy_(segments.shaped_views(state["x"]), list(parameters))
+
+    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
+        """parameters ← x − e."""
+        if self.shifts:
+            torch._foreach_copy_(list(parameters), segments.shaped_views(state["x"]))
+            torch._foreach_sub_(list(parameters), segments.shaped_views(state["residual"]))
