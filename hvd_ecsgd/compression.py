@@ -175,8 +175,10 @@ class Compression:
         return Compression(Natural(), _feedback(error_feedback), AllGather(), **options)
 
     @staticmethod
-    def unbiased(compressor: Compressor, **options: Any) -> Compression:
-        """Compressed SGD without feedback (Alistarh et al. 2017; Wangni et al. 2018) with any unbiased compressor; `CompressionError` for others."""
+    def unbiased(compressor: Compressor | None = None, **options: Any) -> Compression:
+        """Compressed SGD without feedback (Alistarh et al. 2017; Wangni et al. 2018) with any unbiased compressor, QSGD by default;
+        `CompressionError` for others."""
+        compressor = QSGD() if compressor is None else compressor
         check_unbiased(compressor, "unbiased")
         return Compression(compressor, NoFeedback(), **options)
 
