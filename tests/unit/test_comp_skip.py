@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
-from hvd_ecsgd.compressors import Identity, RandomBlock, TopK
+from hvd_ecsgd.compressors import Identity, RandomBlock, Sign, TopK
 from hvd_ecsgd.exchange import Bernoulli, CompSkip, Every, NormBased, SkipAllReduce
 from hvd_ecsgd.feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, NoFeedback
 from hvd_ecsgd.protocols import StepContext
@@ -78,6 +79,34 @@ def test_never_skipping_is_dist_ef_sgd() -> None:
     other, other_traffic = run(lambda: Compression.comp_skip(**ALL))
     assert not torch.equal(x, other)
     assert other_traffic.payload < traffic.payload
+
+
+@dataclass(frozen=True)
+class Gated:
+    """C′ = b·C: nothing of C(v) is sent, and all of v stays, where `policy` says so."""
+
+    inner: Any
+    policy: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def extract_(self, buffer: torch.Tensor, segments: Any, key: Key) -> torch.Tensor:
+        sends = self.policy.sends(Key(key.seed, key.step, key.rank, "worker"), NAN, NAN)
+        return self.inner.extract_(buffer if sends else torch.zeros_like(buffer), segments, key)
+
+
+@pytest.mark.parametrize("policy", [Every(2), Every(3), Bernoulli(0.4)], ids=repr)
+def test_skipping_is_a_compressor_that_sends_nothing(policy: Any) -> None:
+    """Workers that skip are dist-EF-SGD with C′ = b·C, bit for bit; with C (control) they are not."""
+    make: dict[str, Callable[[], Any]] = {
+        "skip": lambda: Compression.comp_skip(policy, Every(1), TopK(5), Sign(), **ALL),
+        "gated": lambda: Compression.dist_ef_sgd(Gated(TopK(5), policy), Sign(), **ALL),
+        "C": lambda: Compression.dist_ef_sgd(TopK(5), Sign(), **ALL),
+    }
+    x = {name: trajectory(m, LRS, momentum=0.9)[-1][0][0] for name, m in make.items()}
+    assert torch.equal(x["skip"], x["gated"])
+    assert not torch.equal(x["skip"], x["C"])
 
 
 def trained(model: Any, compression: Any, transport: Transport, steps: Any, optimizer: Any = None, bad: Any = None, **sgd: Any) -> Any:

@@ -192,6 +192,30 @@ def test_detached_error_feedback_is_the_recursion(lambda_: float, period: int, a
         assert max((records[t][i].e - e[i]).abs().max().item() for i in range(N)) < 1e-12
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("lambda_", [0.0, 0.3, 1.0])
+def test_detaching_compensates_with_the_hessian(lambda_: float, momentum: float) -> None:
+    """On a quadratic u = η·∇F(x) + A·e with A = I − λη(H + wd·I) and ∇F including wd·x, also when η changes. Momentum (control) breaks it."""
+    d, wd = 24, 0.1
+    generator = torch.Generator().manual_seed(1)
+    root = torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
+    hessian, b = root @ root.T, torch.randn(d, generator=generator, dtype=torch.float64)
+    p = torch.nn.Parameter(torch.randn(d, generator=generator, dtype=torch.float64))
+    sgd = torch.optim.SGD([p], lr=0.1, momentum=momentum, weight_decay=wd)
+    optimizer = DistributedOptimizer(sgd, [("p", p)], Compression.detached(6, lambda_, **ALL))
+    x, e, worst = p.detach().clone(), torch.zeros(d, dtype=torch.float64), 0.0
+    for lr in LRS:
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        (0.5 * p @ hessian @ p - b @ p).backward()
+        optimizer.step()
+        u = lr * (hessian @ x - b + wd * x) + e - lambda_ * lr * (hessian @ e + wd * e)
+        x_now, e_now = weights(torch.nn.ParameterList([p]), optimizer.compression), slot(optimizer.compression, "residual")
+        worst = max(worst, (x - x_now + e_now - u).abs().max().item())  # c + e⁺ = u
+        x, e = x_now, e_now
+    assert worst < 1e-14 if momentum == 0 else worst > 1e-2
+
+
 def test_lambda_zero_is_local_momentum_bit_for_bit() -> None:
     a = trajectory(lambda: Compression.local_momentum(8), LRS, momentum=0.9, change=vary)
     b = trajectory(lambda: Compression.detached(8, 0.0), LRS, momentum=0.9, change=vary)
