@@ -17,6 +17,8 @@ ENV = {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_FUSION_THRESHOLD": "0"}
 """Three ranks on two cores: let the others work while waiting. Horovod without fusion adds in one order, whatever becomes ready first."""
 
 LAUNCH: dict[tuple[str, int], Callable[..., str]] = {("mpi", 2): mpirun, ("mpi", 3): mpirun, ("horovod", 2): horovodrun, ("horovod", 3): mpirun}
+pytestmark = pytest.mark.timeout(1200)  # the first test of each backend starts four jobs; each has a limit of its own
+
 OTHER = {2: 3, 3: 2}
 
 Results = dict[str, list[dict[str, Any]]]
@@ -24,7 +26,7 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 def launch(backend: str, n: int, task: str, folder: Path, *sizes: int) -> None:
-    said = LAUNCH[backend, n](n, PROGRAM, backend, task, str(folder), *map(str, sizes), timeout=200, env=ENV)
+    said = LAUNCH[backend, n](n, PROGRAM, backend, task, str(folder), *map(str, sizes), timeout=280, env=ENV)
     assert "done" in said, said
 
 
