@@ -109,7 +109,12 @@ case $FLAVOUR in
 esac
 case $FLAVOUR in openmpi*)
     if [ -n "$TIMEOUT" ]; then command+=(--timeout "$TIMEOUT"); fi
-    if [ "$REMOTE" = 1 ]; then while read -r name; do command+=(-x "$name"); done < <(exported); fi
+    if [ "$REMOTE" = 1 ]; then
+        while read -r name; do command+=(-x "$name"); done < <(exported)
+        # A launcher that finds its daemons cut off ends, and they do. It must notice before ranks die: TCP keeps silent links while data is in them.
+        if [ "$FLAVOUR" = openmpi5 ]; then own=--prtemca; else own=--mca; fi
+        command+=("$own" oob_tcp_keepalive_time 3 "$own" oob_tcp_keepalive_intvl 1 "$own" oob_tcp_keepalive_probes 2)
+    fi
 esac
 read -r -a more <<<"$MPI_ARGS"
 launch "${command[@]}" ${more[@]+"${more[@]}"} "$@"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .engine import Channel, Engine
     from .process_sets import ProcessSet
     from .transport import MPITransport
+    from .watchdog import Watchdog
 
 __all__ = ["Context", "agree", "channel", "context", "init", "is_initialized", "members", "new_transport", "register", "shutdown",
            "start_timeline", "stop_timeline", "unregister"]  # fmt: skip
@@ -53,6 +54,7 @@ class Context:
 
 
 _context: Context | None = None
+_watchdog: Watchdog | None = None
 _optimizers: list[MPITransport] = []
 _exit_registered = False
 _previous_hook = sys.excepthook
@@ -68,7 +70,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     Initialises MPI with full thread support if nobody has (the process then finalises it at exit), and starts the communication thread. Where
     MPI was initialised without it, communication is done by the callers, which is said in a warning; MPI_BACKEND_THREAD=0 asks for that.
     From here on an uncaught exception ends the job on all ranks, where it would leave the others waiting: `sys.excepthook` is extended, the
-    previous hook still prints. (A non-zero `sys.exit` is not an exception to it; what others wait for then fails.)
+    previous hook still prints. A rank that dies, is cut off, or leaves while others wait for it ends the job too (and see `watchdog`).
 
     Variables, as Horovod's: HOROVOD_STALL_CHECK_TIME_SECONDS (60), HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (0: never), HOROVOD_STALL_CHECK_DISABLE,
     HOROVOD_FUSION_THRESHOLD (bytes; 4 MiB), HOROVOD_TIMELINE (a file; see `start_timeline`).
@@ -76,7 +78,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     Raises ValueError for a `comm` that is none of these, or does not contain this process, and for process sets of ranks that do not exist, or
     given twice.
     """
-    global _context, _exit_registered, _previous_hook
+    global _context, _watchdog, _exit_registered, _previous_hook
     if _context is not None:
         return
     from mpi4py import MPI
@@ -86,7 +88,9 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
         atexit.register(_finalize)
 
     from .engine import Engine, threads_available
+    from .watchdog import Settings, Watchdog
 
+    settings = Settings.from_environment()
     own = _communicator(comm)
     rank, size = own.Get_rank(), own.Get_size()
     local = own.Split_type(MPI.COMM_TYPE_SHARED, rank)
@@ -108,6 +112,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     engine = Engine(threads_available())
     everybody = {0: Members(tuple(range(size)), own, engine.add(own, range(size)), global_process_set)}
     _context = Context(own, engine, rank, size, local_rank, local_size, cross_rank, cross_size, homogeneous, everybody, itertools.count(1))
+    _watchdog = Watchdog(own, settings)
     if not _exit_registered:
         atexit.register(shutdown)
         _exit_registered = True
@@ -123,20 +128,27 @@ def shutdown() -> None:
 
     What some rank has not submitted by then fails with `HorovodInternalError`.
     """
-    global _context
+    global _context, _watchdog
     if _context is None:
         return
     from mpi4py import MPI
 
     closing, _context = _context, None
+    watchdog, _watchdog = _watchdog, None
+    if watchdog is not None:
+        watchdog.leaving()
     if sys.excepthook is _end_the_job:
         sys.excepthook = _previous_hook
     timeline = closing.engine.timeline
     if not MPI.Is_finalized():
         closing.engine.close()
+        if watchdog is not None:
+            watchdog.wait_for_all()
         for made in _optimizers:
             made.close()
         _optimizers.clear()
+        if watchdog is not None:
+            watchdog.stop()
         for process_set in closing.process_sets.values():
             if process_set.comm is not None:
                 process_set.comm.Free()
@@ -275,8 +287,12 @@ def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
     """
     from .transport import MPITransport
 
-    made = MPITransport(context().comm if process_set is None else members(process_set).comm)
+    everybody = context().process_sets[0]
+    users = everybody if process_set is None else members(process_set)
+    made = MPITransport(users.comm)
     _optimizers.append(made)
+    if _watchdog is not None:
+        _watchdog.watch(made, users.ranks)
     return made
 
 
@@ -304,6 +320,8 @@ def _end_the_job(kind: type[BaseException], error: BaseException, trace: Traceba
     if _context is None or _context.size == 1:
         _previous_hook(kind, error, trace)
         return
+    if _watchdog is not None:
+        _watchdog.announce(f"uncaught {kind.__name__}: {error}")
     print(f"mpi_backend: uncaught exception on rank {_context.rank} of {_context.size}; ending the job on all ranks.", file=sys.stderr)
     _previous_hook(kind, error, trace)
     sys.stdout.flush()

@@ -70,6 +70,7 @@ class _Operation(Generic[T]):
         self,
         transport: MPITransport,
         number: int,
+        turn: int | None,
         what: str,
         requests: list[MPI.Request],
         finish: Callable[[], T],
@@ -77,8 +78,9 @@ class _Operation(Generic[T]):
         statuses: list[MPI.Status] | None,
     ) -> None:
         self.number = number
+        self.turn = turn  # among the collectives, equal on all ranks; None: between two ranks
+        self.what = what
         self._transport = transport
-        self._what = what
         self._requests = requests
         self._finish: Callable[[], T] | None = finish
         self._second = second
@@ -93,8 +95,12 @@ class _Operation(Generic[T]):
 
     def wait(self) -> T:
         if self._finish is not None and self._error is None:
-            self._transport.progress(through=self.number)
-            self.complete(block=True)
+            self._transport.blocked = self
+            try:
+                self._transport.progress(through=self.number)
+                self.complete(block=True)
+            finally:
+                self._transport.blocked = None
         if self._finish is not None and self._error is None:
             try:
                 self._result = self._finish()
@@ -139,7 +145,7 @@ class _Operation(Generic[T]):
 
     def _fail(self, error: MPI.Exception) -> None:
         self._error = TransportError(
-            f"{self._what} failed in MPI: {error.Get_error_string()}. Every rank must start the same collectives in the same order, with equal "
+            f"{self.what} failed in MPI: {error.Get_error_string()}. Every rank must start the same collectives in the same order, with equal "
             "dtypes and matching sizes; a truncated message, or an error in a status, means that another rank sent more than was expected here."
         )
 
@@ -175,7 +181,10 @@ class MPITransport:
         self.rank = self._first.Get_rank()
         self.size = self.divisor = self._first.Get_size()
         self._cuda_aware = cuda_aware()
+        self.blocked: _Operation[Any] | None = None
+        """What a caller waits for at this moment; others may look."""
         self._numbers = itertools.count()
+        self._turns = 0
         self._in_flight: deque[_Operation[Any]] = deque()  # in start order; keeps the buffers of handles that were dropped
         self._unlaunched: deque[_Operation[Any]] = deque()  # those with a second stage to come, in start order
 
@@ -305,7 +314,7 @@ class MPITransport:
                 )
             return self._delivered(out, t, work)
 
-        return self._start(what, requests, finish, statuses=statuses)
+        return self._start(what, requests, finish, statuses=statuses, collective=False)
 
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         """Root's values, in place; the result is `t`. Shape and dtype must be equal on every rank."""
@@ -339,6 +348,10 @@ class MPITransport:
 
     # ---- starting and progress
 
+    def submitted(self) -> int:
+        """How many of its collectives, in the order that is equal on all ranks, need no further call of this rank."""
+        return next((o.turn for o in list(self._unlaunched) if o.turn is not None), self._turns)
+
     def progress(self, through: int = -1) -> None:
         """Launch second stages in start order: those whose turn has come, and, blocking, those of operations numbered up to `through`."""
         while self._unlaunched and self._unlaunched[0].launch(block=self._unlaunched[0].number <= through):
@@ -356,8 +369,11 @@ class MPITransport:
         finish: Callable[[], T],
         second: Callable[[], list[MPI.Request]] | None = None,
         statuses: list[MPI.Status] | None = None,
+        collective: bool = True,
     ) -> _Operation[T]:
-        operation = _Operation(self, next(self._numbers), what, requests, finish, second, statuses)
+        turn = self._turns if collective else None
+        self._turns += collective
+        operation = _Operation(self, next(self._numbers), turn, what, requests, finish, second, statuses)
         self._in_flight.append(operation)
         if second is not None:
             self._unlaunched.append(operation)

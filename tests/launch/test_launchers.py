@@ -53,10 +53,12 @@ EVERYTHING = shlex.split("-H host-a:2,host-b:3 -n 4 --bind core --transport tcp 
 EXPECTED = {
     "openmpi5": """mpirun -n 4 -H host-a:2,host-b:3 --map-by slot --bind-to core --mca btl_tcp_if_include ib0 --prtemca prte_if_include ib0
         --mca pml ob1 --mca btl self,sm,tcp --prtemca plm_ssh_agent myssh --output tag --timeout 60
-        -x PATH -x PYTHONPATH -x PYTHONUNBUFFERED -x OMP_NUM_THREADS -x FOO -x HVD_ECSGD_THING -x MPI_BACKEND_INTERFACE --verbose""",
+        -x PATH -x PYTHONPATH -x PYTHONUNBUFFERED -x OMP_NUM_THREADS -x FOO -x HVD_ECSGD_THING -x MPI_BACKEND_INTERFACE
+        --prtemca oob_tcp_keepalive_time 3 --prtemca oob_tcp_keepalive_intvl 1 --prtemca oob_tcp_keepalive_probes 2 --verbose""",
     "openmpi4": """mpirun -n 4 -H host-a:2,host-b:3 --map-by slot --bind-to core --mca btl_tcp_if_include ib0 --mca oob_tcp_if_include ib0
         --mca pml ob1 --mca btl self,vader,tcp --mca plm_rsh_agent myssh --tag-output --timeout 60
-        -x PATH -x PYTHONPATH -x PYTHONUNBUFFERED -x OMP_NUM_THREADS -x FOO -x HVD_ECSGD_THING -x MPI_BACKEND_INTERFACE --verbose""",
+        -x PATH -x PYTHONPATH -x PYTHONUNBUFFERED -x OMP_NUM_THREADS -x FOO -x HVD_ECSGD_THING -x MPI_BACKEND_INTERFACE
+        --mca oob_tcp_keepalive_time 3 --mca oob_tcp_keepalive_intvl 1 --mca oob_tcp_keepalive_probes 2 --verbose""",
     "mpich": """env MPIEXEC_TIMEOUT=60 mpirun -n 4 -hosts host-a:2,host-b:3 -bind-to core -iface ib0 -genv FI_PROVIDER tcp -genv UCX_TLS tcp,sm,self
         -launcher ssh -launcher-exec myssh -prepend-rank --verbose""",
 }

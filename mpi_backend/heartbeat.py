@@ -1,0 +1,211 @@
+"""A small program beside every rank that knows whether the other ranks live, whatever its own rank is doing.
+
+    python heartbeat.py SOCKET      started by watchdog.py, which describes the protocol's other side; SOCKET: the number of an open UDP socket
+
+It is a process of its own because a thread would need the interpreter lock, which one long call in the rank can hold for minutes, and because the
+end of a process is noticed at once by its child, also after SIGKILL. It uses the standard library only, and never MPI.
+
+From the rank, on standard input, come lines: first the configuration, then "left …", "abort …" and "bye". The end of input without "bye", or another
+parent than before, means that the rank has died. To the rank, on standard output, go lines: "left RANK COUNTS" and "end REASON". A rank that does not
+end within `_PATIENCE` seconds of the latter is ended from here.
+
+Between these programs travel datagrams, each with the job's token: "beat" every half second or so among ranks that watch each other; "bye" when a
+rank has shut down; and, to everyone, "dead" (this rank is, and why), "abort" (the job ends, and why) and "left" (see watchdog.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+_PATIENCE = 2.0  # seconds from telling the rank to end until it is ended from here; as long again from SIGTERM to SIGKILL
+_LAUNCHER = 1.0  # seconds in which a launcher that sees a rank die, or abort, ends the job itself, with a message of its own
+_REPEATS = 3  # a datagram may get lost
+
+
+class Heartbeat:
+    def __init__(self, sock: socket.socket, config: dict[str, Any]) -> None:
+        self.sock = sock
+        self.rank: int = config["rank"]
+        self.timeout: float = config["timeout"]
+        self.names: list[str] = config["names"]
+        self.addresses: list[list[tuple[str, int]]] = [[(host, port) for host, port in some] for some in config["addresses"]]
+        self.token = bytes.fromhex(config["token"])
+        self.parent: int = config["parent"]
+        self.watched = {r for r in neighbours(self.rank, len(self.names)) if self.addresses[r]}
+        self.heard: dict[int, float] = {}
+        self.gone: set[int] = set()
+        self.left = ""  # the counts of this rank, once it has left
+        self.end_at: float | None = None
+        self.reason = ""
+        self.told_at: float | None = None
+        self.killed = False
+        self.pending = b""
+        self.started = time.monotonic()
+        self.warned = False
+
+    # ---- the loop
+
+    def run(self) -> None:
+        interval = min(0.5, self.timeout / 8)
+        next_beat, last = 0.0, time.monotonic()
+        sources: list[Any] = [self.sock, 0]
+        while True:
+            readable, _, _ = select.select(sources, [], [], interval / 2)
+            now = time.monotonic()
+            if now - last > 1.0 + interval:  # this machine, or this process, stood still: others' silence is our own
+                self.heard = {r: t + (now - last) for r, t in self.heard.items()}
+            last = now
+            if self.sock in readable:
+                self.receive(now)
+            said = self.commands() if 0 in readable else []
+            if "bye" in said:
+                self.send(self.watched, "bye", repeats=_REPEATS)
+                return
+            if "" in said or os.getppid() != self.parent:
+                if self.told_at is None:
+                    self.send(self.everyone(), "dead", self.rank, "ended without shutting down: killed, crashed, or out of memory", repeats=_REPEATS)
+                return
+            if now >= next_beat:
+                next_beat = now + interval
+                self.send(self.watched - self.gone, "beat")
+                if self.left:
+                    self.send(self.everyone(), "left", self.left)
+            self.look_at_the_others(now)
+            self.end(now)
+
+    def commands(self) -> list[str]:
+        """Complete lines from the rank; an empty one for the end of input."""
+        data = os.read(0, 65536)
+        if not data:
+            return [""]
+        *lines, self.pending = (self.pending + data).split(b"\n")
+        said = []
+        for line in lines:
+            command, _, rest = line.decode().partition(" ")
+            if command == "left":
+                self.left = rest
+            elif command == "abort":
+                self.send(self.everyone(), "abort", rest, repeats=_REPEATS)
+            said.append(command or "?")
+        return said
+
+    def look_at_the_others(self, now: float) -> None:
+        for r in self.watched & self.heard.keys() - self.gone:
+            if now - self.heard[r] > self.timeout and not self.reason:
+                why = f"gave no sign of life for {self.timeout:g} seconds: its machine, or the network to it, has failed"
+                self.send(self.everyone(), "dead", r, why, repeats=_REPEATS)
+                self.must_end(f"{self.names[r]} {why}", now)
+        if not self.warned and now - self.started > 2 * self.timeout:
+            self.warned = True
+            unheard = sorted(self.watched - self.heard.keys() - self.gone)
+            if unheard and self.rank < unheard[0]:
+                tried = ", ".join(sorted({host for r in unheard for host, _ in self.addresses[r]}))
+                self.say(
+                    f"no heartbeats come from {', '.join(self.names[r] for r in unheard[:8])}, so a failure of their machines or of the network will "
+                    f"not be noticed. Is UDP to {tried} blocked? MPI_BACKEND_INTERFACE names the interface to use."
+                )
+
+    # ---- datagrams
+
+    def receive(self, now: float) -> None:
+        for _ in range(1000):
+            try:
+                data = self.sock.recv(65536)
+            except (BlockingIOError, ConnectionError):
+                return
+            if not data.startswith(self.token):
+                continue
+            kind, sender, *rest = json.loads(data[len(self.token) :])
+            if sender == self.rank:
+                continue
+            self.heard[sender] = now
+            if kind == "bye":
+                self.gone.add(sender)
+            elif kind == "left":
+                self.tell(f"left {sender} {rest[0]}")
+            elif kind == "abort":
+                self.must_end(f"{self.names[sender]} ends the job: {rest[0]}", now + _LAUNCHER)
+            elif kind == "dead":
+                subject, why = rest
+                if subject != self.rank:
+                    self.must_end(f"{self.names[subject]} {why}", now + _LAUNCHER)
+                else:
+                    self.must_end(f"{self.names[sender]} has ended the job, because this rank {why}", now + _LAUNCHER)
+
+    def send(self, ranks: set[int], kind: str, *content: object, repeats: int = 1) -> None:
+        data = self.token + json.dumps([kind, self.rank, *content]).encode()
+        for repeat in range(repeats):
+            if repeat:
+                time.sleep(0.03)
+            for r in ranks:
+                for address in self.addresses[r]:
+                    try:
+                        self.sock.sendto(data, address)
+                    except OSError:
+                        pass  # no route, a full buffer: silence is what the others then notice
+
+    def everyone(self) -> set[int]:
+        return set(range(len(self.names))) - {self.rank}
+
+    # ---- the end of the rank
+
+    def must_end(self, reason: str, at: float) -> None:
+        if not self.reason:
+            self.reason, self.end_at = reason, at
+
+    def end(self, now: float) -> None:
+        """What is due of: say why, tell the rank, end it, kill it."""
+        if self.end_at is not None and now >= self.end_at:
+            self.end_at, self.told_at = None, now
+            self.say(f"ending, because {self.reason}.")
+            self.tell(f"end {self.reason}")
+        if self.told_at is not None and now - self.told_at > _PATIENCE * (1 + self.killed):
+            try:
+                os.kill(self.parent, signal.SIGKILL if self.killed else signal.SIGTERM)
+            except OSError:
+                pass
+            self.killed = True
+
+    def tell(self, line: str) -> None:
+        try:
+            os.write(1, line.replace("\n", " ").encode() + b"\n")
+        except OSError:
+            pass
+
+    def say(self, text: str) -> None:
+        try:
+            os.write(2, f"mpi_backend: {self.names[self.rank]}: {text}\n".encode())
+        except OSError:
+            pass
+
+
+def neighbours(rank: int, size: int) -> set[int]:
+    """Whom a rank watches: all others up to 32, else those at distances 1, 2, 4, 8, … both ways, so that the cost stays small. It is mutual."""
+    if size <= 33:
+        return set(range(size)) - {rank}
+    distances = [2**i for i in range(size.bit_length()) if 2**i < size]
+    return {(rank + sign * d) % size for d in distances for sign in (1, -1)} - {rank}
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is the rank's matter
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock.setblocking(False)
+    first = b""
+    while not first.endswith(b"\n"):  # one byte at a time: what follows the line is read later
+        piece = os.read(0, 1)
+        if not piece:
+            return
+        first += piece
+    Heartbeat(sock, json.loads(first)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""Ends this rank when another one is gone for good: dead, cut off, or left while this one waits for it. Nobody waits for ever.
+
+Every rank has a small process beside it, `heartbeat.py`; those of all ranks watch each other by UDP. That process says when this rank must end, and
+why, and ends it if need be: a rank can be deep in a call of MPI that will never return, and behind a cut link no launcher's order arrives.
+A rank that computes for long, or stands still in a debugger, is alive to the others, since the process beside it is.
+
+A rank *leaves* when it shuts down, by the end of its script or `sys.exit`; what it never submitted will never come. So a rank that has been shutting
+down for a second tells how many collectives it took part in on each transport, and one that is blocked in a later one ends the job.
+
+Variables: MPI_BACKEND_WATCHDOG=0 turns all of this off. MPI_BACKEND_WATCHDOG_TIMEOUT: seconds of silence after which a rank counts as cut off (6).
+MPI_BACKEND_INTERFACE: network interfaces or networks (10.0.0.0/8), comma-separated, that signs of life take (those that Open MPI was told, or all).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import ipaddress
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from .transport import MPITransport
+
+__all__ = ["Settings", "Watchdog"]
+
+_TICK = 0.25  # seconds between looks
+_LEAVING = 1.0  # seconds of shutting down after which others are told: mostly all ranks shut down together
+_INTERRUPT = 2.0  # seconds after SIGINT in which the main thread must have come back from MPI to see it
+
+
+@dataclass(frozen=True)
+class Settings:
+    enabled: bool
+    timeout: float
+
+    @staticmethod
+    def from_environment() -> Settings:
+        """Raises ValueError for a timeout that is no number of seconds from 1."""
+        text = os.environ.get("MPI_BACKEND_WATCHDOG_TIMEOUT", "") or "6"
+        try:
+            timeout = float(text)
+        except ValueError:
+            timeout = 0.0
+        if not timeout >= 1:
+            raise ValueError(f"MPI_BACKEND_WATCHDOG_TIMEOUT is {text!r}; expected a number of seconds, at least 1.")
+        return Settings(os.environ.get("MPI_BACKEND_WATCHDOG", "1") != "0", timeout)
+
+
+class Watchdog:
+    """Collective over `comm` to create. `stop` when all ranks are known to have shut down, or the others will miss this one."""
+
+    def __init__(self, comm: MPI.Comm, settings: Settings) -> None:
+        self._comm = comm
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self._transports: dict[str, tuple[MPITransport, tuple[int, ...]]] = {}
+        self._left: dict[int, dict[str, int]] = {}
+        self._leaving_since: float | None = None
+        self._suspect: tuple[object, str] | None = None  # the operation this rank was blocked in at the last look, and why that is hopeless
+        self._interrupted: tuple[float, object] | None = None
+        self._stop = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._config = ""
+        self._thread: threading.Thread | None = None
+        self._signals: tuple[socket.socket, socket.socket] | None = None
+        everyone_enabled = all(comm.allgather(settings.enabled))
+        if self.size == 1 or not everyone_enabled:
+            self._socket.close()
+            return
+        self._socket.bind(("", 0))
+        self._config = self._configuration(settings)
+        self._start()
+        self._heed_interrupts()
+        self._thread = threading.Thread(target=self._serve, name="mpi_backend watchdog", daemon=True)
+        self._thread.start()
+
+    # ---- what the runtime tells
+
+    def watch(self, transport: MPITransport, ranks: Sequence[int]) -> None:
+        """Ranks that leave are compared with what this rank waits for in `transport`, of which `ranks`, equal on all of them, are the members."""
+        members = tuple(ranks)
+        digest = hashlib.blake2b(repr(members).encode(), digest_size=4).hexdigest()
+        self._transports[f"{digest}.{sum(known == members for _, known in self._transports.values())}"] = transport, members
+
+    def leaving(self) -> None:
+        """This rank shuts down. If that takes long, because others wait for something else, they are told."""
+        self._leaving_since = time.monotonic()
+
+    def wait_for_all(self) -> None:
+        """Return when all ranks are here, on their way out. What others still wait for in transports is carried on meanwhile."""
+        request = self._comm.Ibarrier()
+        while not request.Test():
+            for transport, _ in self._transports.values():
+                transport.progress()
+            time.sleep(0.002)
+
+    def announce(self, why: str) -> None:
+        """This rank ends the job; for those whom the launcher does not reach."""
+        self._tell(f"abort {why}")
+
+    def stop(self) -> None:
+        """The end of watching and being watched."""
+        self._stop = True
+        self._tell("bye")
+        if self._thread is not None:
+            self._thread.join()
+        self._socket.close()
+        if self._signals is not None:
+            if threading.current_thread() is threading.main_thread():
+                signal.set_wakeup_fd(-1)
+            for end in self._signals:
+                end.close()
+        if self._process is not None:
+            assert self._process.stdin is not None and self._process.stdout is not None
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+            self._process.stdout.close()
+            try:
+                self._process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    # ---- starting
+
+    def _configuration(self, settings: Settings) -> str:
+        port: int = self._socket.getsockname()[1]
+        here = _network_identity(), socket.gethostname(), os.getpid(), _addresses(), port
+        everyone = self._comm.allgather(here)
+        token: str = self._comm.bcast(os.urandom(16).hex())
+        config = {
+            "rank": self.rank,
+            "parent": os.getpid(),
+            "timeout": settings.timeout,
+            "token": token,
+            "names": [f"rank {r} (process {pid} on {host})" for r, (_, host, pid, _, _) in enumerate(everyone)],
+            "addresses": [
+                [["127.0.0.1", port]] if identity == here[0] else [[address, port] for address in addresses]
+                for identity, _, _, addresses, port in everyone
+            ],
+        }
+        return json.dumps(config)
+
+    def _start(self) -> None:
+        """Start the process beside this rank; again, if it was killed, and the others take it for the one they know."""
+        pipe, socket_ = subprocess.PIPE, self._socket.fileno()
+        program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("heartbeat.py")), str(socket_)]
+        try:
+            # A session of its own: what a terminal or a launcher sends to the rank's group is the rank's matter.
+            self._process = subprocess.Popen(program, stdin=pipe, stdout=pipe, pass_fds=[socket_], start_new_session=True, bufsize=0, cwd="/")
+        except OSError as error:
+            warnings.warn(f"mpi_backend: rank {self.rank} cannot start its watchdog ({error}); it will not be watched.", RuntimeWarning, stacklevel=4)
+            return
+        self._tell(self._config)
+
+    def _heed_interrupts(self) -> None:
+        """Learn of Ctrl-C also while the main thread is in MPI, where Python sees no signals."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        if previous != -1:  # somebody else's, e.g. an event loop's
+            signal.set_wakeup_fd(previous, warn_on_full_buffer=False)
+            reader.close()
+            writer.close()
+            return
+        self._signals = reader, writer
+
+    def _tell(self, line: str) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            data = memoryview(line.replace("\n", " ").encode() + b"\n")
+            try:
+                while data:
+                    data = data[self._process.stdin.write(data) :]
+            except (OSError, ValueError):
+                pass  # it is gone; we go on unwatched
+
+    # ---- the thread
+
+    def _serve(self) -> None:
+        buffer, told_left = b"", False
+        while not self._stop:
+            out = None if self._process is None else self._process.stdout
+            sources: list[Any] = [source for source in (out, self._signals and self._signals[0]) if source is not None]
+            readable, _, _ = select.select(sources, [], [], _TICK)
+            now = time.monotonic()
+            if out is not None and out in readable:
+                data = os.read(out.fileno(), 65536)
+                if not data and not self._stop:
+                    self._restart()
+                *lines, buffer = (buffer + data).split(b"\n")
+                for line in lines:
+                    self._obey(line.decode())
+            if self._signals and self._signals[0] in readable and signal.SIGINT in self._signals[0].recv(64):
+                self._interrupted = now, self._blocked()
+            if not told_left and self._leaving_since is not None and now - self._leaving_since > _LEAVING:
+                told_left = True
+                self._tell(f"left {json.dumps({key: transport.submitted() for key, (transport, _) in self._transports.items()})}")
+            self._look_at_interrupts(now)
+            self._look_at_those_who_left()
+
+    def _restart(self) -> None:
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        status, self._process = self._process.wait(), None
+        os.write(2, f"mpi_backend: rank {self.rank}: its watchdog ended (status {status}) and is started again.\n".encode())
+        time.sleep(_TICK)
+        self._start()
+
+    def _obey(self, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        if command == "left":
+            rank, _, counts = rest.partition(" ")
+            self._left[int(rank)] = json.loads(counts)
+        elif command == "end":
+            self._end()
+
+    def _blocked(self) -> object:
+        return next((t.blocked for t, _ in self._transports.values() if t.blocked is not None), None)
+
+    def _look_at_interrupts(self, now: float) -> None:
+        if self._interrupted is None:
+            return
+        since, operation = self._interrupted
+        if operation is None or self._blocked() is not operation:
+            self._interrupted = None
+        elif now - since > _INTERRUPT:
+            self._end(f"rank {self.rank} was interrupted (SIGINT) while it waited for other ranks")
+
+    def _look_at_those_who_left(self) -> None:
+        for key, (transport, members) in self._transports.items():
+            operation = transport.blocked
+            if operation is None or operation.turn is None:
+                continue
+            gone = [r for r, counts in self._left.items() if r in members and counts.get(key, 0) <= operation.turn]
+            if not gone:
+                continue
+            ranks = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, sorted(gone)))}"
+            why = f"{ranks} left (by the end of the script, or sys.exit) without the collective that rank {self.rank} waits for: {operation.what}"
+            if self._suspect == (operation, why):
+                self._end(why)
+            self._suspect = operation, why
+
+    def _end(self, why: str | None = None) -> None:
+        """End this process, and through the launcher the job. Without `why`, the process beside it has said it."""
+        from mpi4py import MPI
+
+        if why is not None:
+            self.announce(why)
+            os.write(2, f"mpi_backend: {why}; ending the job on all ranks.\n".encode())
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        time.sleep(0.2)  # for the announcement to leave
+        if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            threading.Timer(1.0, os._exit, (1,)).start()  # behind a cut link an abort may not return
+            self._comm.Abort(1)
+        os._exit(1)
+
+
+def _no_wakeup() -> None:
+    """In processes that this one forks, e.g. to load data, signals are not this one's."""
+    if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_no_wakeup)
+
+
+def _network_identity() -> str:
+    """Equal for processes that reach each other by 127.0.0.1."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _addresses() -> list[str]:
+    """This machine's IPv4 addresses but the loopback's, of the interfaces that were named, or of all."""
+    names = [name for _, name in socket.if_nameindex()]
+    asked = (os.environ.get("MPI_BACKEND_INTERFACE") or os.environ.get("OMPI_MCA_btl_tcp_if_include", "")).split(",")  # noqa: SIM112
+    networks = [ipaddress.ip_network(entry, strict=False) for entry in asked if "/" in entry]
+    names = [name for name in names if name in asked] or names
+    found = []
+    try:
+        import fcntl
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for name in names:
+                with contextlib.suppress(OSError):  # no IPv4 address
+                    reply = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR of Linux
+                    found.append(socket.inet_ntoa(reply[20:24]))
+    except ImportError:
+        pass
+    if not found:
+        with contextlib.suppress(OSError):
+            found = [socket.gethostbyname(socket.gethostname())]
+    usable = [address for address in dict.fromkeys(found) if not address.startswith("127.")]
+    return [a for a in usable if any(ipaddress.ip_address(a) in network for network in networks)] or usable

@@ -1,0 +1,83 @@
+"""The last rank fails, in the way that the first argument says, while the others wait for it, in what the second argument says: `function`, one of
+the package's collectives, or `step`, an optimizer's. With `slow` it is only very late; `work` goes on until something outside ends it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import torch
+
+import mpi_backend as hvd
+
+how, where = sys.argv[1:]
+hvd.init()
+last = hvd.rank() == hvd.size() - 1
+model = torch.nn.Linear(4, 4)
+optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+
+
+def collective() -> None:
+    if where == "function":
+        hvd.allreduce(torch.ones(3), name="awaited")
+    else:
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+
+
+def kill_my_watchdog() -> None:
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
+    (line,) = (line for line in children.splitlines() if "heartbeat.py" in line)
+    os.kill(int(line.split()[0]), signal.SIGKILL)
+
+
+collective()
+hvd.barrier()
+if how == "work":
+    print(f"works on {os.uname().nodename}", flush=True)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        collective()
+        time.sleep(0.01)
+if how == "slow":
+    if last:
+        kill_my_watchdog()
+        time.sleep(4)
+    collective()
+    if last:
+        ctypes.PyDLL(None).usleep(4_000_000)  # with the interpreter lock held: no Python thread of this rank runs
+    collective()
+    if last:  # as in a debugger
+        subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    collective()
+    hvd.shutdown()
+    print("well", flush=True)
+    sys.exit()
+if last:
+    time.sleep(0.5)  # the others are waiting by now
+    if how == "interrupt":
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    print(f"fails at {time.time()}", flush=True)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "raise":
+        raise RuntimeError("on purpose")
+    elif how == "exit":
+        sys.exit(3)
+    elif how == "early":
+        sys.exit()
+    elif how == "ctrl-c":
+        os.kill(os.getppid(), signal.SIGINT)  # mpirun's
+    elif where == "step":  # within MPI, where Python does not see the signal: the others do not take part
+        collective()
+    time.sleep(60)
+if how == "interrupt":
+    time.sleep(60)
+collective()
+print(f"rank {hvd.rank()} got through", flush=True)

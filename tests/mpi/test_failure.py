@@ -1,0 +1,66 @@
+"""One rank fails: the job ends on all ranks within 10 seconds and says which rank it was. program_failure.py does the failing."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import require_mpirun, run_job
+
+PROGRAM = Path(__file__).parent / "program_failure.py"
+LIMIT = 10.0  # seconds from the failure to the end of the last process
+LEFT = r"rank 1 left \(by the end of the script, or sys\.exit\) without the collective that rank 0 waits for: "
+
+
+def job(how: str, where: str, *options: str, env: dict[str, str] | None = None, expect_failure: bool = True, n: int = 2, timeout: float = 90) -> str:
+    """What the ranks printed; `run_job` fails the test when processes are left behind, or when the job had to be ended."""
+    require_mpirun()
+    launcher = ["mpirun", *options, "-n", str(n)]
+    output = run_job(launcher, PROGRAM, (how, where), timeout=timeout, env=env, expect_failure=expect_failure, bare=True)
+    if expect_failure:
+        failed = re.search(r"fails at (\d+\.\d+)", output)
+        assert failed and time.time() - float(failed[1]) < LIMIT, output
+        assert "got through" not in output, output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("how", "where", "message"),
+    [
+        ("kill", "step", r"rank 1 (.|\n)*signal 9"),
+        ("raise", "step", r"uncaught exception on rank 1 of 2(.|\n)*RuntimeError: on purpose"),
+        ("exit", "step", LEFT),
+        ("early", "function", r"rank 1 shut down without it"),
+        ("interrupt", "step", r"rank 1 was interrupted \(SIGINT\) while it waited"),
+        ("interrupt", "function", r"uncaught exception on rank 1 of 2(.|\n)*KeyboardInterrupt"),
+        ("ctrl-c", "step", r""),
+    ],
+)
+def test_the_job_ends_on_all_ranks_and_names_the_one_that_failed(how: str, where: str, message: str) -> None:
+    output = job(how, where)
+    assert re.search(message, output), output
+
+
+def test_a_dead_rank_is_noticed_without_the_launcher() -> None:
+    """`continuous` tells Open MPI's launcher to go on when a rank dies, as srun does; the control is that without the watchdog it does, for ever."""
+    options = ("--runtime-options", "continuous")
+    output = job("kill", "step", *options)
+    assert re.search(r"rank 0 .*: ending, because rank 1 \(process \d+ on .*\) ended without shutting down: killed, crashed", output), output
+    with pytest.raises(AssertionError, match="ended by its time limit"):
+        job("kill", "step", *options, env={"MPI_BACKEND_WATCHDOG": "0"}, timeout=25)
+
+
+def test_slow_ranks_are_left_alone() -> None:
+    """Twice as long as the timeout: asleep (and its watchdog killed), computing with the interpreter lock held, and stopped as in a debugger."""
+    output = job("slow", "step", env={"MPI_BACKEND_WATCHDOG_TIMEOUT": "2"}, expect_failure=False, timeout=120)
+    assert output.count("well") == 2, output
+    assert "rank 1: its watchdog ended (status -9) and is started again" in output, output
+    assert "ending" not in output, output
+
+
+def test_a_wrong_timeout_is_refused() -> None:
+    output = run_job([], "import mpi_backend\nmpi_backend.init()", env={"MPI_BACKEND_WATCHDOG_TIMEOUT": "soon"}, expect_failure=True)
+    assert "MPI_BACKEND_WATCHDOG_TIMEOUT is 'soon'; expected a number of seconds, at least 1." in output
