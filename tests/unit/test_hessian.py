@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
-from hvd_ecsgd.compressors import Rounding, TopK
+from hvd_ecsgd.aggregator import Aggregator
+from hvd_ecsgd.compressors import RandomBlock, Rounding, TopK
 from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, LocalMomentum, Matrix, NoFeedback, Product
+from hvd_ecsgd.horovod_slot import HorovodSlot
 from hvd_ecsgd.protocols import Feedback, StepContext
 from hvd_ecsgd.reproduce.lockstep import Quadratics, descend
 from hvd_ecsgd.segments import Key, Segments
-from hvd_ecsgd.transport import Transport, run_simulated
+from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
+from hvd_ecsgd.transport.horovod import SlotHandle
 from tests.cases import ALL
 from tests.problems import batch, flat, mlp, slot, weights
 
@@ -298,6 +301,39 @@ def test_wrong_settings() -> None:
     ):
         with pytest.raises(CompressionError):
             wrong()
+
+
+class OneSlot(SelfTransport):
+    """A group of one whose all-reduce the caller hands in, as on Horovod."""
+
+    divisor = 1
+    direct = SelfTransport()
+
+    def allreduce_(self, t: torch.Tensor, name: str) -> Any:
+        return SlotHandle(t)
+
+
+def test_what_it_needs_of_an_unmodified_horovod() -> None:
+    """The learning rate itself, so an attached optimizer; and averages, not sums."""
+    model = torch.nn.Linear(40, 30)
+    bound = Compression.hessian_aided(compressor=RandomBlock(4)).bind(model)
+    model(torch.ones(2, 40)).sum().backward()
+    weight = model.weight.grad
+    assert weight is not None
+
+    def slot() -> HorovodSlot:
+        return HorovodSlot(Aggregator(bound.method, bound.named, settings=bound._settings), OneSlot(), [])  # type: ignore[arg-type]
+
+    with pytest.raises(CompressionError, match=r"needs the learning rate itself .*: call compression.attach"):
+        slot().compress(weight)
+    bound.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    attached = slot()
+    payload, context = attached.compress(weight)
+    attached.decompress(payload, context)  # control: with an average it goes on
+    summed = slot()
+    payload, context = summed.compress(weight)
+    with pytest.raises(CompressionError, match=r"op=hvd\.Sum"):
+        summed.decompress(payload * 2, context)
 
 
 @pytest.mark.filterwarnings("ignore:Product:RuntimeWarning")
