@@ -80,7 +80,7 @@ def run(size: Size) -> Report:
             xs = [step for step, _ in curves[0]]
             megabytes = [figures[method]["megabytes"].mean * x / xs[-1] for x in xs]
             for axis, where in ((by_step, xs), (by_bytes, megabytes)):
-                axis.plot(where, mean, label=method, linestyle="--" if method == "dense" else "-")
+                axis.plot(where[1:], mean[1:], label=method, linestyle="--" if method == "dense" else "-")
         by_step.set(xlabel="step", ylabel="training loss (mean of seeds)", yscale="log")
         by_bytes.set(xlabel="MB sent per worker", xscale="log")
         by_step.legend()
