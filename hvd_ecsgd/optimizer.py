@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -16,10 +18,44 @@ from .aggregator import Aggregator, Bucket, GroupSettings, Reduction, drive
 from .compression import AnyCompression, BoundCompression, Compression, bind, check_plain_sgd
 from .errors import CompressionError
 from .transport import SelfTransport, Transport
+from .transport.base import Handle
 
-__all__ = ["DistributedOptimizer"]
+__all__ = ["DistributedOptimizer", "Executor", "Inline", "Observer"]
 
 BUCKET_BYTES = 25 * 2**20
+_SHORTEST, _LONGEST = 20e-6, 1e-3  # seconds between looks at a payload on its way, in a thread that must not take a core from the backward pass
+
+Observer = Callable[[str, str, float, float], None]
+"""Is told the bucket (or "backward"), what was done (BACKWARD, COMPRESS, COMMUNICATE), and from when to when (time.perf_counter)."""
+
+
+class Executor(Protocol):
+    """Runs what it is given, one after the other in that order: at once, or in a thread of its own while the caller goes on."""
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether the caller goes on."""
+        ...
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run `work`, after what was submitted before. Raises what that raised, if something did; then nothing more is run until `drain`."""
+        ...
+
+    def drain(self) -> None:
+        """Return when everything has run. Raises what was raised."""
+        ...
+
+
+class Inline:
+    """Runs everything at once."""
+
+    concurrent = False
+
+    def submit(self, work: Callable[[], None]) -> None:
+        work()
+
+    def drain(self) -> None:
+        pass
 
 
 def DistributedOptimizer(
@@ -32,6 +68,9 @@ def DistributedOptimizer(
     bucket_bytes: int = BUCKET_BYTES,
     sum_gradients: bool = False,
     sparse_as_dense: bool = False,
+    overlap: bool = True,
+    executor: Executor | None = None,
+    observer: Observer | None = None,
 ) -> Any:
     """Wrap `optimizer` so that `step()` uses the (compressed) mean of all workers' gradients.
 
@@ -40,6 +79,8 @@ def DistributedOptimizer(
     A worker without a gradient for some parameter takes part with zeros. `compression`: any preset, bound or not; methods that apply the update
     themselves (`local_momentum`, `detached`, `dist_ef_sgd()`) need a plain `torch.optim.SGD`, whose lr, momentum and weight_decay they read.
     `sum_gradients`: the sum instead of the mean (not for those methods). `sparse_as_dense`: sparse gradients become dense first.
+    `overlap=False`: nothing starts before `step()`. `executor`: what compresses and communicates; by default the gradient hooks do, and the
+    backward pass waits while they compress. All ranks must choose alike. `observer` is told what happens when, for a trace.
 
     Attributes beside the optimizer's: `compression` (the bound object), `synchronize()`, `skip_synchronize()`, `set_backward_passes_per_step()`.
     Raises `CompressionError` for parameters without a name, duplicate names, or a method that cannot work with this optimizer;
@@ -53,8 +94,26 @@ def DistributedOptimizer(
     wrapped: _Distributed = object.__new__(cls)
     # A scheduler made before wrapping has put a `step` of its own on the instance; it would bypass ours.
     wrapped.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
+    wrapped._overlap, wrapped._executor, wrapped._observer = overlap, Inline() if executor is None else executor, observer
     wrapped._setup(optimizer, named_parameters, compression, transport, backward_passes_per_step, bucket_bytes, sum_gradients, sparse_as_dense)
     return wrapped
+
+
+def _events(tensors: Iterable[torch.Tensor]) -> list[Any]:
+    """Of the streams that may still be writing these tensors."""
+    events = []
+    for device in {t.device for t in tensors if t.is_cuda}:
+        events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+        events[-1].record(torch.cuda.current_stream(device))
+    return events
+
+
+def _wait_patiently(handle: Handle[Any]) -> None:
+    """Until `handle` is done, looking at it now and then: waiting inside of a network library takes a whole core."""
+    pause = _SHORTEST
+    while not handle.done():
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST)
 
 
 def _check_passes(passes: int) -> None:
@@ -73,6 +132,9 @@ class _Distributed(torch.optim.Optimizer):
     compression: BoundCompression
     _step_supports_amp_scaling = True
     """`GradScaler.step` then calls our `step` on every rank, also where it found an overflow, and leaves unscaling to it."""
+    _overlap: bool
+    _executor: Executor
+    _observer: Observer | None
 
     def _setup(
         self,
@@ -132,17 +194,22 @@ class _Distributed(torch.optim.Optimizer):
                 "optimizer": type(inner).__name__,
                 "gradients": "summed" if sum_gradients else "averaged",
                 "backward_passes_per_step": passes,
+                "exchange in a thread": self._executor.concurrent,  # bucket by bucket then, in another order
             },
         )
         self.compression.adopt(self._aggregator)
         self._bound_ids = {id(p) for _, p in trained}
         self._passes = passes
         self._bucket_of = {id(p): bucket for bucket in self._aggregator.buckets for p in bucket.parameters}
-        self._started: list[Reduction | None] = []
+        self._submitted = 0  # buckets of this step, handed to the executor
+        self._started: list[Reduction | None] = []  # the executor's, until it is drained
+        self._agreed = False
         self._results: list[Reduction] | None = None
         self._stands = True
         self._silent = False
         self._comparison: Callable[[], None]
+        self._sent_at: dict[int, float] = {}
+        self._backward_watched = False
         self._should_synchronize = True
         self._reset_counts()
         self._in_flight: list[tuple[torch.Tensor, torch.Tensor, int]] = []
@@ -161,7 +228,7 @@ class _Distributed(torch.optim.Optimizer):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._started.clear()
+        self._submitted = 0
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise CompressionError("a distributed optimizer cannot be copied: its hooks and residuals belong to one model. Copy its state_dict().")
@@ -191,7 +258,7 @@ class _Distributed(torch.optim.Optimizer):
     def set_backward_passes_per_step(self, passes: int) -> None:
         """From now on gradients of so many backward passes are summed before the exchange. All ranks call it at the same step, and between steps."""
         _check_passes(passes)
-        if self._started or any(left < self._passes for left in self._passes_left.values()):
+        if self._submitted or any(left < self._passes for left in self._passes_left.values()):
             raise CompressionError("set_backward_passes_per_step(): gradients of this step are under way; call it after step().")
         self._passes = passes
         self._aggregator.also_agree_on(backward_passes_per_step=passes)
@@ -208,21 +275,80 @@ class _Distributed(torch.optim.Optimizer):
             )
         if left == 0:
             self._waiting_for[id(self._bucket_of[id(parameter)])] -= 1
-            self._start_ready()
+            self._watch_backward()
+            if self._overlap:
+                self._submit_ready()
 
-    def _start_ready(self, everything: bool = False) -> None:
-        """Start the next buckets that are complete: in order, because every rank must start the same collectives in the same order."""
+    def _watch_backward(self) -> None:
+        """Tell the observer of this backward pass, from its first complete gradient to its end."""
+        if self._observer is not None and not self._backward_watched:
+            self._backward_watched = True
+            begin = time.perf_counter()
+
+            def ended() -> None:
+                self._backward_watched = False
+                if self._observer is not None:
+                    self._observer("backward", "BACKWARD", begin, time.perf_counter())
+
+            torch.autograd.Variable._execution_engine.queue_callback(ended)  # as torch's own DDP does
+
+    def _submit_ready(self, everything: bool = False) -> None:
+        """Hand over the next buckets that are complete: in order, because every rank must start the same collectives in the same order."""
         buckets = self._aggregator.buckets
-        while len(self._started) < len(buckets):
-            bucket = buckets[len(self._started)]
+        while self._submitted < len(buckets):
+            bucket = buckets[self._submitted]
             if not everything and self._waiting_for[id(bucket)] > 0:
                 return
-            if not self._started:
-                self._aggregator.use(self._transport)
-                self._comparison = self._aggregator.compare(self._transport)
             gradients = [self._gradient(p) for p in bucket.parameters]
-            self._started.append(self._aggregator.start(bucket, gradients, self._transport))
             self._in_flight += [(p, p.grad, p.grad._version) for p in bucket.parameters if p.grad is not None]
+            self._submitted += 1
+            self._executor.submit(partial(self._start, bucket, gradients, _events(gradients) if self._executor.concurrent else []))
+
+    def _start(self, bucket: Bucket, gradients: list[torch.Tensor], events: list[Any]) -> None:
+        """Compress a bucket and start to send it. In a thread, then finish the one before: the order in which collectives start must not be a
+        matter of timing, and with one on its way and one being finished both the link and the processor are busy."""
+        for event in events:
+            event.synchronize()
+        if not self._started:
+            self._aggregator.use(self._transport)
+            self._comparison, self._agreed = self._aggregator.compare(self._transport), False
+        begin = time.perf_counter()
+        self._started.append(self._aggregator.start(bucket, gradients, self._transport))
+        self._sent_at[id(bucket)] = time.perf_counter()
+        if self._observer is not None:
+            self._observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])
+        if self._executor.concurrent and len(self._started) > 1:
+            self._agree()
+            self._finish([self._started[-2]])
+
+    def _agree(self) -> None:
+        """Nothing that was received is used before ranks are known to agree."""
+        if not self._agreed:
+            self._aggregator.settle()
+            self._comparison()
+            self._agreed = True
+
+    def _finish(self, started: list[Reduction | None]) -> None:
+        reductions = [r for r in started if r is not None]
+        if self._executor.concurrent:
+            for reduction in reductions:
+                while not reduction.finished:
+                    if reduction.pending is not None:
+                        _wait_patiently(reduction.pending)
+                    reduction.advance()
+        else:
+            drive(reductions)
+        if self._observer is not None:
+            now = time.perf_counter()
+            for reduction in reductions:
+                self._observer(reduction.bucket.name, "COMMUNICATE", self._sent_at[id(reduction.bucket)], now)
+
+    def _finish_all(self) -> None:
+        self._agree()
+        self._finish(self._started[-1:] if self._executor.concurrent else self._started)
+        for reduction in self._started:
+            if reduction is not None and reduction.out is not None and reduction.out.is_cuda and self._executor.concurrent:
+                torch.cuda.current_stream(reduction.out.device).synchronize()  # the caller's stream knows nothing of this thread's
 
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor:
         if parameter.grad is None:  # not used in this step on this rank; others may have used it
@@ -245,14 +371,15 @@ class _Distributed(torch.optim.Optimizer):
             raise CompressionError(
                 "synchronize(): this step's exchange is done already. Call step() inside `with optimizer.skip_synchronize():` after synchronize()."
             )
-        self._start_ready(everything=True)
+        self._submit_ready(everything=True)
+        self._executor.drain()
         self._check_untouched()
-        started, self._started = self._started, []
+        self._submitted = 0
         self._reset_counts()
+        self._executor.submit(self._finish_all)
+        self._executor.drain()
+        started, self._started = self._started, []
         reductions = [r for r in started if r is not None]
-        self._aggregator.settle()
-        self._comparison()
-        drive(reductions)
         self._stands = self._aggregator.finish_step(reductions)
         self._results = reductions
         # A step that nobody sent anything in must not move the model by the optimizer's momentum and weight decay either.
@@ -284,8 +411,9 @@ class _Distributed(torch.optim.Optimizer):
     def _check_untouched(self) -> None:
         """Gradients clipped or scaled after their exchange had started would be ignored without a word."""
         in_flight, self._in_flight = self._in_flight, []
+        unscaled = self.compression.loss_scale != 1.0  # in place, as the exchange began
         for parameter, gradient, version in in_flight:
-            if parameter.grad is not gradient or gradient._version != version:
+            if parameter.grad is not gradient or not version <= gradient._version <= version + unscaled:
                 name = next(n for n, p in self._aggregator.named if p is parameter)
                 raise CompressionError(
                     f"the gradient of parameter '{name}' was changed after its exchange had started in the backward pass. Change gradients "
@@ -353,7 +481,7 @@ class _Distributed(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the optimizer's. Raises between the start of a backward pass's exchange and `step()`."""
-        if self._started:
+        if self._submitted:
             raise CompressionError(
                 "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
                 "Call it after step(). (After an exception in the backward pass, make a new DistributedOptimizer.)"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,8 +39,9 @@ def DistributedOptimizer(
     works here, those in update units included. `backward_passes_per_step`: gradients of so many backward passes are summed before the exchange.
     `gradient_predivide_factor`, `num_groups`, `groups` tune Horovod's fusion and order of scaling; buckets take their place, the mean is formed
     from unscaled numbers, and results do not depend on them: they are checked and have no further effect.
-    `sparse_as_dense`: sparse gradients become dense before the exchange. `process_set`: who exchanges; all ranks of the job call this, and one
-    outside of the set trains by itself.
+    Buckets are compressed and sent by a thread of the optimizer's own, while the backward pass goes on; without MPI_THREAD_MULTIPLE by the
+    gradient hooks; with MPI_BACKEND_OVERLAP=0 not before `step()`. `sparse_as_dense`: sparse gradients become dense before the exchange.
+    `process_set`: who exchanges; all ranks of the job call this, and one outside of the set trains by itself.
 
     Raises ValueError for an `op` other than Average and Sum, NotImplementedError for Adasum; `CompressionError` (a ValueError) as
     `hvd_ecsgd.DistributedOptimizer` does.
@@ -56,7 +59,8 @@ def DistributedOptimizer(
     _check_groups(num_groups if groups is None else groups)
     runtime.members(process_set)
     transport: Transport = runtime.new_transport(process_set) if process_set.included() else SelfTransport()
-    return _DistributedOptimizer(
+    background = runtime.new_background()
+    distributed = _DistributedOptimizer(
         optimizer,
         named_parameters,
         compression,
@@ -64,7 +68,18 @@ def DistributedOptimizer(
         backward_passes_per_step=backward_passes_per_step,
         sum_gradients=op == Sum,
         sparse_as_dense=sparse_as_dense,
+        overlap=os.environ.get("MPI_BACKEND_OVERLAP", "1") != "0",
+        executor=background,
+        observer=_trace,
     )
+    if background is not None:
+        weakref.finalize(distributed, background.close)
+    return distributed
+
+
+def _trace(row: str, what: str, begin: float, end: float) -> None:
+    if (timeline := runtime.context().engine.timeline) is not None:
+        timeline.span(row, what, begin, end)
 
 
 def _check_groups(groups: int | Sequence[Sequence[torch.Tensor]]) -> None:

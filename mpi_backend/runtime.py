@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from .background import Background
     from .engine import Channel, Engine
     from .process_sets import ProcessSet
     from .transport import MPITransport
     from .watchdog import Watchdog
 
-__all__ = ["Context", "agree", "channel", "context", "init", "is_initialized", "members", "new_transport", "register", "shutdown",
+__all__ = ["Context", "agree", "channel", "context", "init", "is_initialized", "members", "new_background", "new_transport", "register", "shutdown",
            "start_timeline", "stop_timeline", "unregister"]  # fmt: skip
 
 
@@ -56,6 +57,7 @@ class Context:
 _context: Context | None = None
 _watchdog: Watchdog | None = None
 _optimizers: list[MPITransport] = []
+_backgrounds: list[Background] = []
 _exit_registered = False
 _previous_hook = sys.excepthook
 
@@ -142,6 +144,9 @@ def shutdown() -> None:
     timeline = closing.engine.timeline
     if not MPI.Is_finalized():
         closing.engine.close()
+        for background in _backgrounds:
+            background.close()
+        _backgrounds.clear()
         if watchdog is not None:
             watchdog.wait_for_all()
         for made in _optimizers:
@@ -276,7 +281,17 @@ def _register_all(process_sets: Sequence[ProcessSet]) -> None:
             register(process_sets[mine.index(ranks)] if ranks in mine else ProcessSet(ranks), ranks)
 
 
-# ---- parts
+# ---- for optimizers
+
+
+def new_background() -> Background | None:
+    """A thread for one optimizer, closed by `shutdown`; None where MPI may not be called from it."""
+    from .background import Background
+
+    if not context().engine.threaded:
+        return None
+    _backgrounds.append(Background(f"mpi_backend optimizer {len(_backgrounds)}"))
+    return _backgrounds[-1]
 
 
 def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
@@ -294,6 +309,9 @@ def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
     if _watchdog is not None:
         _watchdog.watch(made, users.ranks)
     return made
+
+
+# ---- parts
 
 
 def _communicator(comm: MPI.Comm | Sequence[int] | None) -> MPI.Intracomm:

@@ -1,0 +1,73 @@
+"""A thread that compresses and communicates while the backward pass goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["Background"]
+
+
+class Background:
+    """`hvd_ecsgd.optimizer.Executor` with a thread of its own, which starts with the first work, and sleeps without.
+
+    After an exception what is left is dropped; the exception is raised by the next call, whichever that is.
+    """
+
+    concurrent = True
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._changed = threading.Condition()
+        self._queue: deque[Callable[[], None]] = deque()
+        self._busy = False
+        self._closed = False
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        with self._changed:
+            self._raise()
+            if self._closed:
+                raise RuntimeError(f"{self._name}: mpi_backend has been shut down; make a new DistributedOptimizer after init().")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+                self._thread.start()
+            self._queue.append(work)
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue and not self._busy)
+            self._raise()
+
+    def close(self) -> None:
+        """End the thread, after what it has been given."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return
+                work, self._busy = self._queue.popleft(), True
+            try:
+                work()
+            except BaseException as error:
+                with self._changed:
+                    self._error = error
+                    self._queue.clear()
+            del work  # it holds gradients
