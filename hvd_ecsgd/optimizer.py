@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -126,6 +126,15 @@ _wrapped: Any = WeakTensorKeyDictionary()
 _wrapped_lock = threading.Lock()
 
 
+@dataclass
+class _Noted:
+    """A gradient as it was when its exchange was handed over."""
+
+    parameter: torch.Tensor
+    gradient: torch.Tensor
+    version: int
+
+
 class _Distributed(torch.optim.Optimizer):
     """Mixin in front of the optimizer's own class."""
 
@@ -212,7 +221,7 @@ class _Distributed(torch.optim.Optimizer):
         self._backward_watched = False
         self._should_synchronize = True
         self._reset_counts()
-        self._in_flight: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._in_flight: list[_Noted] = []
         self._hooks: list[Any] = []
         with _wrapped_lock:
             for _, parameter in trained:
@@ -300,11 +309,12 @@ class _Distributed(torch.optim.Optimizer):
             if not everything and self._waiting_for[id(bucket)] > 0:
                 return
             gradients = [self._gradient(p) for p in bucket.parameters]
-            self._in_flight += [(p, p.grad, p.grad._version) for p in bucket.parameters if p.grad is not None]
+            noted = [_Noted(p, p.grad, p.grad._version) for p in bucket.parameters if p.grad is not None]
+            self._in_flight += noted
             self._submitted += 1
-            self._executor.submit(partial(self._start, bucket, gradients, _events(gradients) if self._executor.concurrent else []))
+            self._executor.submit(partial(self._start, bucket, gradients, noted, _events(gradients) if self._executor.concurrent else []))
 
-    def _start(self, bucket: Bucket, gradients: list[torch.Tensor], events: list[Any]) -> None:
+    def _start(self, bucket: Bucket, gradients: list[torch.Tensor], noted: list[_Noted], events: list[Any]) -> None:
         """Compress a bucket and start to send it. In a thread, then finish the one before: the order in which collectives start must not be a
         matter of timing, and with one on its way and one being finished both the link and the processor are busy."""
         for event in events:
@@ -313,7 +323,10 @@ class _Distributed(torch.optim.Optimizer):
             self._aggregator.use(self._transport)
             self._comparison, self._agreed = self._aggregator.compare(self._transport), False
         begin = time.perf_counter()
+        untouched = [n for n in noted if n.gradient._version == n.version] if self.compression.loss_scale != 1.0 else []
         self._started.append(self._aggregator.start(bucket, gradients, self._transport))
+        for n in untouched:  # unscaled in place
+            n.version = n.gradient._version
         self._sent_at[id(bucket)] = time.perf_counter()
         if self._observer is not None:
             self._observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])
@@ -411,10 +424,9 @@ class _Distributed(torch.optim.Optimizer):
     def _check_untouched(self) -> None:
         """Gradients clipped or scaled after their exchange had started would be ignored without a word."""
         in_flight, self._in_flight = self._in_flight, []
-        unscaled = self.compression.loss_scale != 1.0  # in place, as the exchange began
-        for parameter, gradient, version in in_flight:
-            if parameter.grad is not gradient or not version <= gradient._version <= version + unscaled:
-                name = next(n for n, p in self._aggregator.named if p is parameter)
+        for noted in in_flight:
+            if noted.parameter.grad is not noted.gradient or noted.gradient._version != noted.version:
+                name = next(n for n, p in self._aggregator.named if p is noted.parameter)
                 raise CompressionError(
                     f"the gradient of parameter '{name}' was changed after its exchange had started in the backward pass. Change gradients "
                     "(clipping, scaler.unscale_) after optimizer.synchronize(), then step inside `with optimizer.skip_synchronize():`."
