@@ -184,6 +184,35 @@ def an_undone_step() -> None:
         assert weights(model, compression).isfinite().all()
 
 
+def a_grad_scaler() -> None:
+    """Scaled by a power of two: the bits of the run without a scaler. An overflow on one rank is found on all, and undoes the step."""
+    if hvd.size() == 1:
+        return  # Horovod averages nothing then, and the scaler's own unscaling of local gradients is right
+    finals = []
+    for scaled in (False, True):
+        model, optimizer, compression = stock(METHODS["def"], "scaler")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3, enabled=scaled)
+        compression.attach(optimizer, scaler)
+        for t in range(6):
+            optimizer.zero_grad()
+            x, y = batch(hvd.rank(), t)
+            loss = torch.nn.functional.cross_entropy(model(x, True), y)
+            scaler.scale(loss * float("inf") if t == 4 and hvd.rank() == 0 else loss).backward()
+            optimizer.synchronize()
+            scaler.unscale_(optimizer)
+            with optimizer.skip_synchronize():
+                scaler.step(optimizer)
+            scaler.update()
+        assert compression.undone_steps == 1
+        finals += [weights(model, compression), slot(compression, "momentum")]
+        scales = hvd.allgather(torch.tensor([float(scaler.get_scale())]), name=f"scale {scaled}")
+        assert len(set(scales.tolist())) == 1
+    assert (finals[0] - finals[2]).abs().max() < 1e-6
+    assert (finals[1] - finals[3]).abs().max() < 1e-5
+    assert finals[0].isfinite().all()
+    assert (finals[0] - flat(Awkward().requires_grad_(True).parameters())).abs().max() > 1e-2, "control: something was trained"
+
+
 def refused(message: str, act: Callable[[], object]) -> None:
     try:
         act()
@@ -246,4 +275,4 @@ def mistakes() -> None:
 
 if __name__ == "__main__":
     hvd.init()
-    run_checks({check.__name__: check for check in (the_simulation, statistics, resume, an_undone_step, mistakes)})
+    run_checks({check.__name__: check for check in (the_simulation, statistics, resume, an_undone_step, a_grad_scaler, mistakes)})

@@ -14,4 +14,11 @@ from tests.ranks import horovodrun, mpirun
 def test_the_update_is_applied_by_the_method(launch: Callable[..., str], n: int) -> None:
     """Tied, frozen and unused parameters; local steps; points of evaluation; batch-norm statistics; resuming; NaN; mistakes."""
     said = launch(n, "tests/horovod/program_updates.py", timeout=150)
-    assert re.findall(r"^passed (\S+)$", said, re.MULTILINE) == ["the_simulation", "statistics", "resume", "an_undone_step", "mistakes"]
+    assert re.findall(r"^passed (\S+)$", said, re.MULTILINE) == [
+        "the_simulation",
+        "statistics",
+        "resume",
+        "an_undone_step",
+        "a_grad_scaler",
+        "mistakes",
+    ]
