@@ -70,6 +70,8 @@ def main() -> None:
 
     hvd.init()
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(hvd.local_rank())
     data = load_digits()
     results: dict[str, Result] = {}
     for name, method in COMPARED.items():

@@ -82,8 +82,16 @@ def join(device: int = -1) -> int:
     """Say that this rank has no more data, and wait until all ranks have said so; returns the rank that did last.
 
     Meanwhile this rank contributes zeros to the all-reduces (Average, which still divides by the size, and Sum) that the others submit; other
-    collectives fail. `device`: accepted as Horovod's; the zeros are made on the CPU.
+    collectives fail. `device`: accepted as Horovod's; the zeros are made on the CPU. Optimizers of this package do not go on without a rank:
+    all ranks must take equal numbers of steps before they join, and a warning says so.
     """
+    if runtime.context().size > 1 and runtime.has_optimizers():
+        warnings.warn(
+            "join(): a DistributedOptimizer of mpi_backend waits for all ranks in every step, unlike Horovod's; join only after equal numbers of "
+            "steps on all ranks (drop the last batches, or repeat some).",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return runtime.channel(global_process_set).join().wait()
 
 

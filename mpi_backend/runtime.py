@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .transport import MPITransport
     from .watchdog import Watchdog
 
-__all__ = ["Context", "agree", "channel", "context", "init", "is_initialized", "members", "new_background", "new_transport", "register", "shutdown",
-           "start_timeline", "stop_timeline", "unregister"]  # fmt: skip
+__all__ = ["Context", "agree", "channel", "context", "has_optimizers", "init", "is_initialized", "members", "new_background", "new_transport",
+           "register", "shutdown", "start_timeline", "stop_timeline", "unregister"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -292,6 +292,11 @@ def new_background() -> Background | None:
         return None
     _backgrounds.append(Background(f"mpi_backend optimizer {len(_backgrounds)}"))
     return _backgrounds[-1]
+
+
+def has_optimizers() -> bool:
+    """Whether transports were made for optimizers since init()."""
+    return bool(_optimizers)
 
 
 def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
