@@ -2,6 +2,7 @@
 
     mpirun -n 2 python examples/digits.py --method random_block --ratio 64
     horovodrun --gloo -np 2 python examples/digits.py --backend horovod --method double_squeeze
+    mpirun -n 2 python examples/digits.py --checkpoint folder        # saves after every epoch, and goes on from there when it is started again
 
 Both backends give the same weights, to float32 rounding.
 """
@@ -15,13 +16,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from hvd_ecsgd import Compression  # (+)
+from hvd_ecsgd import Compression, load_checkpoint, save_checkpoint  # (+)
 
 METHODS: dict[str, Callable[[float], Any]] = {
     "none": lambda ratio: Compression.none(),
@@ -93,8 +95,12 @@ def train(
     batch: int = 16,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
+    checkpoint: Path | None = None,
 ) -> Result:
-    """Train on this rank's share of the data; `hvd` is horovod.torch or mpi_backend. `tick` is called after every step."""
+    """Train on this rank's share of the data; `hvd` is horovod.torch or mpi_backend. `tick` is called after every step.
+
+    With `checkpoint`, a directory that all ranks share, training is saved there after every epoch, and what is saved there is gone on from.
+    """
     torch.manual_seed(seed)
     model = make_model()
     compression = METHODS[method](ratio).bind(model)  # (+)
@@ -110,8 +116,16 @@ def train(
     shuffle = torch.Generator().manual_seed(seed)
     steps = len(data.train_labels) // (batch * hvd.size())
     curve: list[float] = []
+    begin = 0
+    if checkpoint is not None and (checkpoint / "manifest.json").exists():
+        saved = load_checkpoint(checkpoint, model, optimizer, compression).extras
+        begin, curve = saved["epochs"], saved["curve"]
+        schedule.load_state_dict(saved["schedule"])
+        shuffle.set_state(saved["shuffle"])
+        if hvd.rank() == 0:
+            print(f"goes on after epoch {begin} of {epochs}, from {checkpoint}", flush=True)
     started = time.perf_counter()
-    for _ in range(epochs):
+    for epoch in range(begin, epochs):
         order = torch.randperm(len(data.train_labels), generator=shuffle)
         for step in range(steps):
             first = (step * hvd.size() + hvd.rank()) * batch
@@ -123,6 +137,11 @@ def train(
         schedule.step()
         with compression.at("averaged"):  # (+) DEF and SAEF train at shifted parameters; others are unaffected
             curve.append(accuracy(model, data))
+        if checkpoint is not None:
+            extras = {"epochs": epoch + 1, "curve": curve, "schedule": schedule.state_dict(), "shuffle": shuffle.get_state()}
+            save_checkpoint(checkpoint, model, optimizer, compression, extras=extras)
+            if hvd.rank() == 0:
+                print(f"epoch {epoch + 1} of {epochs} saved: test accuracy {curve[-1]:.3f}", flush=True)
     seconds = time.perf_counter() - started
     with compression.at("averaged"):
         weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
@@ -138,13 +157,14 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=64.0, help="elements in ÷ elements sent, for methods that have a ratio")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--checkpoint", type=Path, help="a directory that all ranks share: save there after every epoch, and go on from there")
     args = parser.parse_args()
     hvd = importlib.import_module("mpi_backend" if args.backend == "mpi" else "horovod.torch")
     hvd.init()
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(hvd.local_rank())
-    result = train(hvd, args.method, load_digits(), ratio=args.ratio, epochs=args.epochs, lr=args.lr)
+    result = train(hvd, args.method, load_digits(), ratio=args.ratio, epochs=args.epochs, lr=args.lr, checkpoint=args.checkpoint)
     if hvd.rank() == 0:
         print(
             f"{args.backend} {args.method}: test accuracy {result.accuracy:.3f}, {result.megabytes_sent:.2f} MB sent per worker, "

@@ -341,3 +341,32 @@ launch() {
     say "${line% }"
     guarded "$@"
 }
+
+# ---- in a Slurm job
+
+slurm_job() {
+    [ -n "${SLURM_JOB_ID:-}" ] || die "this is no Slurm job." "Submit it: sbatch $0"
+    export SLURM_NTASKS=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
+    use_environment
+    say "Slurm job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes, start number $((${SLURM_RESTART_COUNT:-0} + 1))"
+}
+
+# Sets START to srun or mpirun, and START_WITH to the interface between Slurm and the MPI.
+choose_start() {
+    local kind kinds=$START_WITH
+    if [ "$START" = mpirun ]; then say "start: mpirun, as asked"; return; fi
+    if [ "$kinds" = auto ]; then kinds='pmix pmi2'; fi
+    for kind in $kinds; do
+        # An MPI that does not speak Slurm's language starts every rank alone, as rank 0 of 1; or fails.
+        if [ "$START" = srun ] && [ "$START_WITH" != auto ]; then START_WITH=$kind; say "start: srun --mpi=$kind, as asked"; return; fi
+        if [ "$SLURM_NTASKS" -gt 1 ] && [ "$(guarded timeout 60 srun --mpi="$kind" --ntasks=2 --nodes=1 --ntasks-per-node=2 --overcommit --overlap \
+                python -c 'from mpi4py import MPI; print("ranks", MPI.COMM_WORLD.Get_size())' 2>/dev/null | grep -c '^ranks 2$')" = 2 ]; then
+            START=srun START_WITH=$kind
+            say "start: srun --mpi=$kind, which this MPI understands"
+            return
+        fi
+    done
+    [ "$START" != srun ] || die "srun cannot start ranks of this MPI ($kinds was tried)." "START=mpirun starts them without it. 'srun --mpi=list' names what Slurm has."
+    START=mpirun
+    say "start: mpirun in the job's nodes, as this MPI does not understand srun ($kinds was tried)"
+}

@@ -31,7 +31,7 @@ part() {   # $1: name  then: the command
 part 'launch/install_horovod.sh' launch/install_horovod.sh
 part 'ruff check .' ruff check .
 part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
-part 'shellcheck' shellcheck launch/*.sh launch/shim/mpirun .ci/run
+part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun .ci/run
 part 'python -m pytest tests' python -m pytest tests "$@"
 
 printf '\n%-40s %-8s %6s\n%s' part result seconds "$table"
