@@ -5,6 +5,7 @@ Importing this module imports `mpi4py.MPI`, which initialises MPI; `import mpi_b
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import itertools
@@ -351,6 +352,16 @@ class MPITransport:
     def submitted(self) -> int:
         """How many of its collectives, in the order that is equal on all ranks, need no further call of this rank."""
         return next((o.turn for o in list(self._unlaunched) if o.turn is not None), self._turns)
+
+    def started_beyond(self, turn: int) -> str | None:
+        """If this rank has started its collective number `turn`, what it is. Another thread may ask."""
+        if turn >= self._turns:
+            return None
+        with contextlib.suppress(RuntimeError):  # the queue changed meanwhile
+            for operation in self._in_flight:
+                if operation.turn == turn:
+                    return operation.what
+        return f"collective number {turn}"
 
     def progress(self, through: int = -1) -> None:
         """Launch second stages in start order: those whose turn has come, and, blocking, those of operations numbered up to `through`."""

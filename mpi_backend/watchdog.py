@@ -5,7 +5,7 @@ why, and ends it if need be: a rank can be deep in a call of MPI that will never
 A rank that computes for long, or stands still in a debugger, is alive to the others, since the process beside it is.
 
 A rank *leaves* when it shuts down, by the end of its script or `sys.exit`; what it never submitted will never come. So a rank that has been shutting
-down for a second tells how many collectives it took part in on each transport, and one that is blocked in a later one ends the job.
+down for a second tells how many collectives it took part in on each transport, and one that has started a later one ends the job.
 
 Variables: MPI_BACKEND_WATCHDOG=0 turns all of this off. MPI_BACKEND_WATCHDOG_TIMEOUT: seconds of silence after which a rank counts as cut off (6).
 MPI_BACKEND_INTERFACE: network interfaces or networks (10.0.0.0/8), comma-separated, that signs of life take (those that Open MPI was told, or all).
@@ -71,7 +71,7 @@ class Watchdog:
         self._transports: dict[str, tuple[MPITransport, tuple[int, ...]]] = {}
         self._left: dict[int, dict[str, int]] = {}
         self._leaving_since: float | None = None
-        self._suspect: tuple[object, str] | None = None  # the operation this rank was blocked in at the last look, and why that is hopeless
+        self._suspect: str | None = None  # why this rank waited for nothing at the last look
         self._interrupted: tuple[float, object] | None = None
         self._stop = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -247,18 +247,16 @@ class Watchdog:
             self._end(f"rank {self.rank} was interrupted (SIGINT) while it waited for other ranks")
 
     def _look_at_those_who_left(self) -> None:
-        for key, (transport, members) in self._transports.items():
-            operation = transport.blocked
-            if operation is None or operation.turn is None:
-                continue
-            gone = [r for r, counts in self._left.items() if r in members and counts.get(key, 0) <= operation.turn]
-            if not gone:
-                continue
-            ranks = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, sorted(gone)))}"
-            why = f"{ranks} left (by the end of the script, or sys.exit) without the collective that rank {self.rank} waits for: {operation.what}"
-            if self._suspect == (operation, why):
-                self._end(why)
-            self._suspect = operation, why
+        hopeless = [
+            f"rank {r} left (by the end of the script, or sys.exit) without a collective that rank {self.rank} has started: {what}"
+            for key, (transport, members) in self._transports.items()
+            for r, counts in sorted(self._left.items())
+            if r in members and (what := transport.started_beyond(counts.get(key, 0))) is not None
+        ]
+        why = hopeless[0] if hopeless else None
+        if why is not None and why == self._suspect:
+            self._end(why)
+        self._suspect = why
 
     def _end(self, why: str | None = None) -> None:
         """End this process, and through the launcher the job. Without `why`, the process beside it has said it."""

@@ -12,7 +12,7 @@ from tests.ranks import require_mpirun, run_job
 
 PROGRAM = Path(__file__).parent / "program_failure.py"
 LIMIT = 10.0  # seconds from the failure to the end of the last process
-LEFT = r"rank 1 left \(by the end of the script, or sys\.exit\) without the collective that rank 0 waits for: "
+LEFT = r"rank 1 left \(by the end of the script, or sys\.exit\) without a collective that rank 0 has started: "
 
 
 def job(how: str, where: str, *options: str, env: dict[str, str] | None = None, expect_failure: bool = True, n: int = 2, timeout: float = 90) -> str:
