@@ -48,6 +48,7 @@ def result(printed: str) -> tuple[float, str]:
     return float(found[1]), found[2]
 
 
+@pytest.mark.timeout(600)
 def test_both_batch_files_train_on_two_nodes_and_requeue_resumes(cluster: Slurm) -> None:
     """A job that is requeued in the middle goes on from its last checkpoint, and ends with the weights of the Horovod job, which was not."""
     require_horovod()
