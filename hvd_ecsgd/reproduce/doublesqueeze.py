@@ -8,7 +8,7 @@ from typing import Any
 from ..compression import double_squeeze_comparison
 from ..compressors import Ternary, TopK
 from ..protocols import Compressor
-from .report import Claim, Report, Spread, Table, seeds
+from .report import Claim, Report, Spread, Table, need, seeds
 from .simulation import Size, Trained, run_all, train
 
 __all__ = ["claims", "run"]
@@ -90,6 +90,8 @@ def run(size: Size) -> Report:
                 mean = [sum(c[i][1]["loss"] for c in curves) / len(curves) for i in range(len(curves[0]))]
                 axis.plot([step for step, _ in curves[0]], mean, label=method.replace("_", " "), linestyle="--" if method == "vanilla" else "-")
             axis.set(title=compressor, xlabel="step", yscale="log")
+            for choose in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                choose(need("matplotlib.ticker").LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("training loss (mean of seeds)")
         axes[0].legend()
