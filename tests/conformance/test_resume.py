@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import reliability
 from tests.cases import CASES
-from tests.ranks import horovodrun, mpirun
+from tests.ranks import REPO, horovodrun, mpirun
+from tests.reliability import Results
 
 PROGRAM = "tests/conformance/program_resume.py"
 ENV = {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_FUSION_THRESHOLD": "0"}
@@ -20,9 +23,7 @@ LAUNCH: dict[tuple[str, int], Callable[..., str]] = {("mpi", 2): mpirun, ("mpi",
 pytestmark = pytest.mark.timeout(1200)  # the first test of each backend starts four jobs; each has a limit of its own
 
 OTHER = {2: 3, 3: 2}
-
-Results = dict[str, list[dict[str, Any]]]
-"""Method → what each rank found."""
+BACKENDS = ("mpi", "horovod")
 
 
 def launch(backend: str, n: int, task: str, folder: Path, *sizes: int) -> None:
@@ -30,57 +31,68 @@ def launch(backend: str, n: int, task: str, folder: Path, *sizes: int) -> None:
     assert "done" in said, said
 
 
-@pytest.fixture(scope="session", params=["mpi", "horovod"])
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A backend, and what its jobs of 2 and of 3 ranks saved."""
-    folder = tmp_path_factory.mktemp(request.param)
-    for n in OTHER:
-        (folder / f"{request.param}-{n}").mkdir()
-        launch(request.param, n, "save", folder)
-    return request.param, folder
-
-
-def found(folder: Path, backend: str, saved_size: int, n: int) -> Results:
-    everyone = [json.loads((folder / f"{backend}-{saved_size}" / f"load-{n}-rank{r}.json").read_text()) for r in range(n)]
+def found(folder: Path, n: int) -> dict[str, list[dict[str, Any]]]:
+    everyone = [json.loads((folder / f"load-{n}-rank{r}.json").read_text()) for r in range(n)]
     return {name: [rank[name] for rank in everyone] for name in everyone[0]}
 
 
 @pytest.fixture(scope="session")
-def loaded(saved: tuple[str, Path]) -> tuple[str, dict[tuple[int, int], Results]]:
-    """(saved by, loaded by) so many ranks → results, on one backend."""
-    backend, folder = saved
-    results = {}
-    for n, other in OTHER.items():
-        launch(backend, n, "load", folder, n, other)
-        for before in (n, other):
-            results[before, n] = found(folder, backend, before, n)
-    return backend, results
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Results]:
+    """What the jobs of a backend found; they run once."""
+
+    @cache
+    def run(backend: str) -> Results:
+        root = tmp_path_factory.mktemp(backend)
+        for n in OTHER:
+            (root / f"{backend}-{n}").mkdir()
+            launch(backend, n, "save", root)
+        for n, other in OTHER.items():
+            launch(backend, n, "load", root, n, other)
+        return {(before, n): found(root / f"{backend}-{before}", n) for n in OTHER for before in OTHER}
+
+    return run
 
 
 def expected(backend: str) -> list[str]:
     return [c.name for c in CASES if backend == "mpi" or c.stock_horovod]
 
 
-def test_resumed_in_new_processes_every_method_goes_on_bit_for_bit(loaded: tuple[str, dict[tuple[int, int], Results]]) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_resumed_in_new_processes_every_method_goes_on_bit_for_bit(backend: str, loaded: Callable[[str], Results]) -> None:
     """4 steps, save, new processes, load, 3 steps: weights, optimizer and state of 7 steps, on 2 ranks and on 3."""
-    backend, results = loaded
     for n in OTHER:
-        assert list(results[n, n]) == expected(backend)
-        assert [name for name, ranks in results[n, n].items() if not all(r["bit-exact"] for r in ranks)] == []
+        assert list(loaded(backend)[n, n]) == expected(backend)
+        assert [name for name, ranks in loaded(backend)[n, n].items() if not all(r["bit-exact"] for r in ranks)] == []
 
 
-def test_without_the_state_it_is_another_run(loaded: tuple[str, dict[tuple[int, int], Results]]) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_the_state_it_is_another_run(backend: str, loaded: Callable[[str], Results]) -> None:
     """Control: model and optimizer alone do not lead there."""
     for n in OTHER:
-        found = {name: ranks[0]["same without the state"] for name, ranks in loaded[1][n, n].items() if "same without the state" in ranks[0]}
-        assert found == {"none": True, "top_k": False, "random_block": False, "double_squeeze": False}
+        same = {name: ranks[0]["same without the state"] for name, ranks in loaded(backend)[n, n].items() if "same without the state" in ranks[0]}
+        assert same == {"none": True, "top_k": False, "random_block": False, "double_squeeze": False}
 
 
-def test_on_another_number_of_ranks_the_mean_residual_is_kept(loaded: tuple[str, dict[tuple[int, int], Results]]) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_another_number_of_ranks_the_mean_residual_is_kept(backend: str, loaded: Callable[[str], Results]) -> None:
     """2 → 3 and 3 → 2 ranks: to one rounding in float32, and all ranks go on with the same bits."""
-    backend, results = loaded
     for n, other in OTHER.items():
-        assert list(results[other, n]) == expected(backend)
-        for name, ranks in results[other, n].items():
+        assert list(loaded(backend)[other, n]) == expected(backend)
+        for name, ranks in loaded(backend)[other, n].items():
             assert all(r["equal"] for r in ranks), (backend, name, n)
             assert all(r["change"] <= 2.0**-24 for r in ranks), (backend, name, n, ranks)
+
+
+def test_the_table_of_the_documentation_is_what_the_tests_find(loaded: Callable[[str], Results], pytestconfig: pytest.Config) -> None:
+    """docs/reliability.md holds it; `pytest tests/conformance/test_resume.py --reliability-table` writes it anew."""
+    table = reliability.render({"MPI": loaded("mpi"), "Horovod": loaded("horovod")})
+    document = REPO / "docs" / "reliability.md"
+    before, _, rest = document.read_text(encoding="utf-8").partition(reliability.START)
+    held, _, after = rest.partition(reliability.END)
+    if pytestconfig.getoption("--reliability-table"):
+        document.write_text(f"{before}{reliability.START}\n{table}\n{reliability.END}{after}", encoding="utf-8")
+    else:
+        assert held.strip() == table, "run: python -m pytest tests/conformance/test_resume.py --reliability-table"
+    rows = dict(zip((c.name for c in CASES), table.splitlines()[2:], strict=True))
+    assert not [row for row in rows.values() if "off by" in row or "differ" in row or "moves" in row]
+    assert [c.name for c in CASES if c.conserves and "nothing lost" not in rows[c.name]] == []
