@@ -829,6 +829,10 @@ class Aggregator:
             "parameters": parameters,
         }
 
+    def begin_step(self) -> None:
+        """A gradient is complete: state may change from now on, perhaps in a thread that has not begun yet."""
+        self._in_step = True
+
     def check_between_steps(self, what: str) -> None:
         """Raise `CompressionError` when a step's exchange is under way: residuals then hold half a step."""
         if self._in_step:

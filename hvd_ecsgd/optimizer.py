@@ -283,6 +283,7 @@ class _Distributed(torch.optim.Optimizer):
                 "raise backward_passes_per_step to accumulate locally."
             )
         if left == 0:
+            self._aggregator.begin_step()
             self._waiting_for[id(self._bucket_of[id(parameter)])] -= 1
             self._watch_backward()
             if self._overlap:
