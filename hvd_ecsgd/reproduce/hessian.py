@@ -67,11 +67,13 @@ def claims(z: dict[str, dict[str, Spread]]) -> list[Claim]:
 
     def beside(problem: str) -> str:
         diagonal, plain = z[problem]["A = I - η diag H"], z[problem]["A = I"]
-        return f"{diagonal:.4f}, A = I {plain:.4f}"
+        return f"{diagonal:.4f}, A = I {plain:.4f} (agreement: nearer by more than the spread)"
+
+    def nearer(problem: str) -> bool:
+        return z[problem]["A = I"].above(z[problem]["A = I - η diag H"])
 
     exact = [of("n=1", "A = I - ηH (global)"), of("n=8, one H", "A = I - ηH (global)"), of("n=8, different H", "A = I - ηH (global)")]
     local, plain = of("n=8, different H", "A = I - ηH_i (local)"), of("n=8, different H", "A = I")
-    both = [(of(p, "A = I - η diag H"), of(p, "A = I")) for p in DIAGONAL]
     return [
         Claim(
             "error compensation helps: A = I ends nearer than A = 0",
@@ -91,10 +93,10 @@ def claims(z: dict[str, dict[str, Spread]]) -> list[Claim]:
         Claim(
             "the diagonal of H is enough: better than A = I where H is nearly diagonal",
             beside("nearly diagonal H"),
-            both[0][0] < both[0][1],
+            nearer("nearly diagonal H"),
         ),
-        Claim("the same on sparse logistic regression", beside("logistic regression"), both[2][0] < both[2][1]),
-        Claim("the same where H is rotated, so that its diagonal says little", beside("rotated H"), both[1][0] < both[1][1]),
+        Claim("the same on sparse logistic regression", beside("logistic regression"), nearer("logistic regression")),
+        Claim("the same where H is rotated, so that its diagonal says little", beside("rotated H"), nearer("rotated H")),
     ]
 
 

@@ -39,6 +39,10 @@ class Spread:
         """Of the seeds, not of their mean; 0 with one seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
+    def above(self, other: Spread) -> bool:
+        """By more than either spreads over the seeds."""
+        return self.mean > other.mean + max(self.sd, other.sd)
+
     def __format__(self, spec: str) -> str:
         return f"{self.mean:{spec}} ± {self.sd:{spec}}" if len(self.values) > 1 else f"{self.mean:{spec}}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -110,6 +111,12 @@ def train(
     return run_simulated(workers, worker, timeout=600.0)[0]
 
 
+def _begin() -> None:
+    """Of each process: one core; and silence about steps undone, as of runs that diverge at the largest rate of a grid."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "a gradient or a payload held an inf or NaN")
+
+
 def run_all(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], size: Size, what: str) -> list[Any]:
     """[function(*job) for job in jobs], on all cores unless it is a smoke run. `function` is a module's, arguments and results are picklable."""
     processes = min(size.processes or min(os.cpu_count() or 1, 8), len(jobs))
@@ -117,7 +124,7 @@ def run_all(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], size:
         return [function(*job) for job in jobs]
     results: dict[int, Any] = {}
     context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
-    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_begin) as pool:
         numbers = {pool.submit(function, *job): i for i, job in enumerate(jobs)}
         for done, future in enumerate(as_completed(numbers), 1):
             results[numbers[future]] = future.result()
