@@ -1,6 +1,6 @@
 """Train on scikit-learn's bundled digits with compressed gradients: the few lines that differ from a plain Horovod script are marked with (+).
 
-    mpirun -n 2 python examples/digits.py --method random_block --ratio 64
+    mpirun -n 2 python examples/digits.py --method detached --ratio 64
     horovodrun --gloo -np 2 python examples/digits.py --backend horovod --method double_squeeze
     mpirun -n 2 python examples/digits.py --checkpoint folder        # saves after every epoch, and goes on from there when it is started again
 
@@ -153,7 +153,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--backend", choices=("mpi", "horovod"), default="mpi", help="mpi: mpi_backend, needs no Horovod")
-    parser.add_argument("--method", choices=sorted(METHODS), default="random_block")
+    parser.add_argument("--method", choices=sorted(METHODS), default="detached")
     parser.add_argument("--ratio", type=float, default=64.0, help="elements in ÷ elements sent, for methods that have a ratio")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=0.05)
