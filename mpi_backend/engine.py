@@ -130,7 +130,7 @@ class Channel:
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.ranks = list(ranks)
         first = self.rank == _COORDINATOR
-        self._coordinator = Coordinator(self.ranks, fusion_bytes(), StallCheck.from_environment()) if first else None
+        self._coordinator = Coordinator(self.ranks, engine.fusion_bytes, engine.stall) if first else None
         self._lock = threading.Lock()  # the four below are touched by callers
         self._queue: deque[_Submission | Join | Leave] = deque()
         self._names: set[str] = set()
@@ -427,6 +427,7 @@ class Engine:
     """Serves channels, by a thread of its own if `threaded`, else in turns that callers take."""
 
     def __init__(self, threaded: bool) -> None:
+        self.fusion_bytes, self.stall = fusion_bytes(), StallCheck.from_environment()  # on all ranks: what is wrong there, all must raise
         self.threaded = threaded
         self.timeline: Timeline | None = None
         self._channels: tuple[Channel, ...] = ()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import require_mpirun, run_job
+from tests.ranks import mpirun, require_mpirun, run_job
 
 PROGRAM = Path(__file__).parent / "program_failure.py"
 LIMIT = 10.0  # seconds from the failure to the end of the last process
@@ -66,3 +66,9 @@ def test_slow_ranks_are_left_alone() -> None:
 def test_a_wrong_timeout_is_refused() -> None:
     output = run_job([], "import mpi_backend\nmpi_backend.init()", env={"MPI_BACKEND_WATCHDOG_TIMEOUT": "soon"}, expect_failure=True)
     assert "MPI_BACKEND_WATCHDOG_TIMEOUT is 'soon'; expected a number of seconds, at least 1." in output
+
+
+def test_a_wrong_setting_of_the_engine_is_refused_on_all_ranks() -> None:
+    """Also on those that do not negotiate: they would wait for the one that does."""
+    output = mpirun(2, "import mpi_backend\nmpi_backend.init()", env={"HOROVOD_FUSION_THRESHOLD": "4M"}, expect_failure=True, bare=True, timeout=60)
+    assert "HOROVOD_FUSION_THRESHOLD is '4M'; expected a number of bytes, 0 for no fusion." in output
