@@ -26,7 +26,7 @@ from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle
 
 from .errors import HorovodInternalError, MismatchError
-from .negotiation import Coordinator, Decision, Fail, Join, Joined, Leave, Left, Message, Request, Run, StallCheck
+from .negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, Leave, Left, Message, Request, Run, StallCheck
 from .timeline import Timeline
 from .transport import MPITransport
 
@@ -318,6 +318,10 @@ class Channel:
                 assert self._joining is not None
                 joining, self._joining = self._joining, None
                 joining.settle(decision.last)
+            elif isinstance(decision, JoinFailed):
+                if self.rank in decision.ranks and self._joining is not None:
+                    joining, self._joining = self._joining, None
+                    joining.fail(HorovodInternalError(decision.message))
             else:
                 assert isinstance(decision, Left)
                 self._closed = True

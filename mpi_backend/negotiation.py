@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Coordinator", "Decision", "Fail", "Join", "Joined", "Leave", "Left", "Message", "Reduce", "Request", "Run", "StallCheck"]
+__all__ = ["Coordinator", "Decision", "Fail", "Join", "Joined", "JoinFailed", "Leave", "Left", "Message", "Reduce", "Request", "Run", "StallCheck"]
 
 _SHOWN = 360
 """Characters of a request's text in an error message; of a longer one its beginning, and the place where it differs."""
@@ -94,11 +94,19 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class JoinFailed:
+    """The joining of `ranks` fails, because somebody left and will never join."""
+
+    ranks: frozenset[int]
+    message: str
+
+
+@dataclass(frozen=True)
 class Left:
     """Everybody shuts down."""
 
 
-Decision: TypeAlias = Run | Fail | Joined | Left
+Decision: TypeAlias = Run | Fail | Joined | JoinFailed | Left
 
 
 @dataclass
@@ -164,6 +172,10 @@ class Coordinator:
                 self._left.add(rank)
             for name in list(self._entries):
                 self._look_at(name)
+            if self._joined and (gone := self._left - self._joined.keys()):
+                why = f"join: {self._list(gone)} shut down without joining. That rank finished, or ended after an error."
+                self._decided += [*self._fuse(), JoinFailed(frozenset(self._joined), why)]
+                self._joined.clear()
             if self._left == self._everyone:
                 self._decided += [*self._fuse(), Left()]
 

@@ -1,5 +1,5 @@
 """The last rank fails, in the way that the first argument says, while the others wait for it, in what the second argument says: `function`, one of
-the package's collectives, or `step`, an optimizer's. With `slow` it is only very late; `work` goes on until something outside ends it."""
+the package's collectives, `join`, or `step`, an optimizer's. With `slow` it is only very late; `work` goes on until something outside ends it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1)
 def collective() -> None:
     if where == "function":
         hvd.allreduce(torch.ones(3), name="awaited")
+    elif where == "join":
+        hvd.join()
     else:
         model(torch.ones(1, 4)).sum().backward()
         optimizer.step()

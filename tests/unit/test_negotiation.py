@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_backend.negotiation import Coordinator, Decision, Fail, Join, Joined, Leave, Left, Reduce, Request, Run, StallCheck
+from mpi_backend.negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, Leave, Left, Reduce, Request, Run, StallCheck
 
 NEVER = StallCheck(None, None)
 
@@ -125,6 +125,18 @@ def test_leaving() -> None:
     decisions = coordinator.take()
     assert isinstance(decisions[-1], Left)
     assert [d.name for d in decisions if isinstance(d, Fail)] == ["a"]
+
+
+def test_joining_fails_when_a_rank_has_left() -> None:
+    for order in ([(0, Join()), (2, Leave())], [(2, Leave()), (0, Join())]):
+        coordinator = Coordinator([0, 1, 2], 0, NEVER)
+        for rank, message in order:
+            coordinator.receive(rank, [message], 0.0)
+        (failed,) = coordinator.take()
+        assert isinstance(failed, JoinFailed) and failed.ranks == {0} and "rank 2 shut down without joining" in failed.message
+        coordinator.receive(0, [Leave()], 0.0)
+        coordinator.receive(1, [Leave()], 0.0)
+        assert coordinator.take() == [Left()]
 
 
 def test_stalls() -> None:
