@@ -438,7 +438,7 @@ class Engine:
         self._lock = threading.RLock()  # of the turn, and of the list of channels
         self._work = threading.Event()
         self._stop = False
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="mpi_backend", daemon=True) if threaded else None
         if self._thread is not None:
             self._thread.start()
@@ -453,7 +453,7 @@ class Engine:
 
     def remove(self, channel: Channel) -> None:
         """Complete what all ranks submitted there, and free it; collective."""
-        if self._failure is not None:
+        if self.failure is not None:
             return
         channel.leave().wait()
         with self._lock:
@@ -462,14 +462,14 @@ class Engine:
 
     def close(self) -> None:
         """Complete what all ranks submitted, and end the thread; collective."""
-        if self._failure is None:
+        if self.failure is None:
             for leaving in [c.leave() for c in self._channels]:  # all at once: ranks need not have them in the same order
                 leaving.wait()
         self._stop = True
         self._work.set()
         if self._thread is not None:
             self._thread.join()
-        if self._failure is None:
+        if self.failure is None:
             for channel in self._channels:
                 channel.fail_all(HorovodInternalError("mpi_backend was shut down before all ranks submitted this."))
                 channel.close()
@@ -503,8 +503,8 @@ class Engine:
 
     def raise_failure(self) -> None:
         """Raise what ended the engine, if something has."""
-        if self._failure is not None:
-            raise HorovodInternalError(f"communication has failed earlier: {self._failure!r}") from self._failure
+        if self.failure is not None:
+            raise HorovodInternalError(f"communication has failed earlier: {self.failure!r}") from self.failure
 
     def _turn(self) -> bool:
         with self._lock:
@@ -530,7 +530,7 @@ class Engine:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        self._failure = error
+        self.failure = error
         log.error("mpi_backend: communication failed; the next call will raise this.", exc_info=error)
         failed = HorovodInternalError(f"communication failed: {error!r}")
         failed.__cause__ = error

@@ -148,7 +148,7 @@ def shutdown() -> None:
             background.close()
         _backgrounds.clear()
         if watchdog is not None:
-            watchdog.wait_for_all()
+            watchdog.wait_for_all(closing.engine.failure)
         for made in _optimizers:
             made.close()
         _optimizers.clear()

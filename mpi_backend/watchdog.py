@@ -41,6 +41,7 @@ __all__ = ["Settings", "Watchdog"]
 
 _TICK = 0.25  # seconds between looks
 _LEAVING = 1.0  # seconds of shutting down after which others are told: mostly all ranks shut down together
+_FAILED = 3.0  # seconds in which ranks whose communication failed must meet to shut down
 _INTERRUPT = 2.0  # seconds after SIGINT in which the main thread must have come back from MPI to see it
 
 
@@ -102,10 +103,15 @@ class Watchdog:
         """This rank shuts down. If that takes long, because others wait for something else, they are told."""
         self._leaving_since = time.monotonic()
 
-    def wait_for_all(self) -> None:
-        """Return when all ranks are here, on their way out. What others still wait for in transports is carried on meanwhile."""
-        request = self._comm.Ibarrier()
+    def wait_for_all(self, failure: BaseException | None = None) -> None:
+        """Return when all ranks are here, on their way out. What others still wait for in transports is carried on meanwhile.
+
+        After a `failure` of this rank's communication the others may wait for it where nobody answers: then the job ends, soon.
+        """
+        request, since = self._comm.Ibarrier(), time.monotonic()
         while not request.Test():
+            if failure is not None and time.monotonic() - since > _FAILED:
+                self._end(f"communication failed on rank {self.rank}, and other ranks have not shut down: {failure!r}")
             for transport, _ in self._transports.values():
                 transport.progress()
             time.sleep(0.002)
@@ -270,7 +276,8 @@ class Watchdog:
                 stream.flush()
         time.sleep(0.2)  # for the announcement to leave
         if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-            threading.Timer(1.0, os._exit, (1,)).start()  # behind a cut link an abort may not return
+            with contextlib.suppress(RuntimeError):  # at the end of the interpreter threads cannot be started
+                threading.Timer(1.0, os._exit, (1,)).start()  # behind a cut link an abort may not return
             self._comm.Abort(1)
         os._exit(1)
 

@@ -3,6 +3,7 @@ the package's collectives, `join`, or `step`, an optimizer's. With `slow` it is 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,6 +15,7 @@ import time
 import torch
 
 import mpi_backend as hvd
+from mpi_backend import engine
 
 how, where = sys.argv[1:]
 hvd.init()
@@ -73,6 +75,15 @@ if last:
     elif how == "exit":
         sys.exit(3)
     elif how == "early":
+        sys.exit()
+    elif how == "caught":
+
+        def fail(self: object, run: object) -> None:
+            raise MemoryError("on purpose")
+
+        engine.Channel._run = fail  # type: ignore[assignment,method-assign]
+        with contextlib.suppress(hvd.HorovodInternalError):
+            collective()
         sys.exit()
     elif how == "ctrl-c":
         os.kill(os.getppid(), signal.SIGINT)  # mpirun's
