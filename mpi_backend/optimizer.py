@@ -6,7 +6,8 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +18,9 @@ from hvd_ecsgd.transport import SelfTransport, Transport
 from . import runtime
 from .collectives import Adasum, Average, Sum
 from .process_sets import ProcessSet, global_process_set
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 __all__ = ["DistributedOptimizer"]
 
@@ -70,15 +74,15 @@ def DistributedOptimizer(
         sparse_as_dense=sparse_as_dense,
         overlap=os.environ.get("MPI_BACKEND_OVERLAP", "1") != "0",
         executor=background,
-        observer=_trace,
+        observer=partial(_trace, runtime.context().engine),
     )
     if background is not None:
         weakref.finalize(distributed, background.close)
     return distributed
 
 
-def _trace(row: str, what: str, begin: float, end: float) -> None:
-    if (timeline := runtime.context().engine.timeline) is not None:
+def _trace(engine: Engine, row: str, what: str, begin: float, end: float) -> None:
+    if (timeline := engine.timeline) is not None:  # the engine's it was made with: while that shuts down, buckets are still completed
         timeline.span(row, what, begin, end)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 import mpi_backend as hvd
+from mpi_backend import runtime
 from tests.mpi.verdict import Verdict
 
 verdict = Verdict()
@@ -217,4 +219,15 @@ for options, message in (
 ):
     verdict.raises(ValueError, lambda options=options: wrap(model, **options), str(options), message)
 verdict.raises(NotImplementedError, lambda: wrap(model, op=hvd.Adasum), "Adasum", "op=Average")
+
+# Shutting down completes the buckets of a backward pass that no step follows, also those that have not begun by then.
+model = conv()
+optimizer = wrap(model)
+background = runtime._backgrounds[-1] if runtime.context().engine.threaded else None
+if background is not None:
+    background.submit(lambda: time.sleep(0.5))
+sum(p.sum() for p in model.parameters()).backward()
+hvd.shutdown()
+verdict.expect(background is None or background._error is None, f"buckets at shutdown: {background and background._error!r}")
+hvd.init()
 verdict.conclude()
