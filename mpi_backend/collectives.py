@@ -126,7 +126,7 @@ def allreduce_async_(
     Raises ValueError for a wrong `op`, and for a dtype that has no sum (bool, complex); NotImplementedError for Adasum.
     """
     reduction = _op(op, average)
-    given = _tensor(tensor, "allreduce")
+    given = _tensor(tensor, "allreduce_", written=True)
     return _start_allreduce([given], [_work(given)], name, reduction, prescale_factor, postscale_factor, process_set, _only)
 
 
@@ -187,7 +187,7 @@ def grouped_allreduce_async_(
 ) -> Pending[tuple[torch.Tensor, ...]]:
     """As `allreduce_async_`, for several tensors, perhaps of different types, that run when all of them were submitted on all ranks."""
     reduction = _op(op, average)
-    given = [_tensor(t, "grouped_allreduce") for t in tensors]
+    given = [_tensor(t, "grouped_allreduce_", written=True) for t in tensors]
     return _start_allreduce(given, [_work(t) for t in given], name, reduction, prescale_factor, postscale_factor, process_set, tuple)
 
 
@@ -423,7 +423,7 @@ def broadcast_async_(tensor: Array, root_rank: int, name: str | None = None, pro
 
     `root_rank` is a global rank, also in a process set. Raises ValueError for one that does not belong to it.
     """
-    given = _tensor(tensor, "broadcast")
+    given = _tensor(tensor, "broadcast_", written=True)
     return _start_broadcast(given, _work(given), root_rank, name, process_set)
 
 
@@ -692,12 +692,14 @@ def check_root(root_rank: int, process_set: ProcessSet, what: str) -> int:
     return ranks.index(root_rank)
 
 
-def _tensor(array: Array, what: str) -> torch.Tensor:
+def _tensor(array: Array, what: str, written: bool = False) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
         if array.layout != torch.strided:
             raise ValueError(f"{what}: a tensor of layout {array.layout} is not supported; pass tensor.to_dense().")
         return array
     if hasattr(array, "__array__"):
+        if written and not getattr(getattr(array, "flags", None), "writeable", True):  # MPI would write there all the same, or crash in a mapped file
+            raise ValueError(f"{what}: the NumPy array is read-only, and the result would be written there; pass array.copy().")
         return torch.as_tensor(array)  # shares memory
     raise ValueError(f"{what}: expected a tensor or a NumPy array, not {type(array).__name__}; pass torch.as_tensor(…), or use the object functions.")
 

@@ -112,6 +112,9 @@ handle = hvd.allreduce_async_(array, op=hvd.Sum)
 result = hvd.synchronize(handle)
 verdict.expect(result.data_ptr() == array.__array_interface__["data"][0] and array.tolist() == [size * (size - 1) / 2] * 3, "NumPy, in place")
 verdict.expect(hvd.alltoall(np.arange(size), np.ones(size, dtype=np.int32))[0].tolist() == [rank] * size, "NumPy splits")
+array.flags.writeable = False
+for call in (hvd.allreduce_, lambda a: hvd.grouped_allreduce_([a]), lambda a: hvd.broadcast_(a, 0)):
+    verdict.raises(ValueError, lambda call=call: call(array), "a read-only NumPy array, in place", "read-only")
 verdict.expect(hvd.allgather(np.array([rank])).tolist() == list(range(size)), "NumPy all-gather")
 
 # ---- inference mode
