@@ -60,6 +60,7 @@ _optimizers: list[MPITransport] = []
 _backgrounds: list[Background] = []
 _exit_registered = False
 _previous_hook = sys.excepthook
+_ending = False
 
 
 def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
@@ -340,8 +341,14 @@ def _communicator(comm: MPI.Comm | Sequence[int] | None) -> MPI.Intracomm:
 
 def _end_the_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The hook for uncaught exceptions: the others would wait for this rank, some for ever."""
+    global _ending
+    if _ending:  # a hook that was set after the first init() calls this one, and after a second init() is the previous one
+        sys.__excepthook__(kind, error, trace)
+        return
+    _ending = True
     if _context is None or _context.size == 1:
         _previous_hook(kind, error, trace)
+        _ending = False
         return
     if _watchdog is not None:
         _watchdog.announce(f"uncaught {kind.__name__}: {error}")

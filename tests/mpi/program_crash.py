@@ -1,4 +1,5 @@
-"""One rank fails where the others wait for it. Arguments: `chained`, with a hook of its own; `unhooked`, with Python's own hook put back."""
+"""One rank fails where the others wait for it. Arguments: `chained`, with a hook of its own; `rechained`, with one
+around the package's, which is then initialised again; `unhooked`, with Python's own hook put back."""
 
 from __future__ import annotations
 
@@ -17,6 +18,16 @@ def previous(kind: type[BaseException], error: BaseException, trace: object) -> 
 if "chained" in sys.argv:
     sys.excepthook = previous
 hvd.init()
+if "rechained" in sys.argv:
+    packages = sys.excepthook
+
+    def around(kind: type[BaseException], error: BaseException, trace: object) -> None:
+        print(f"the hook around saw {kind.__name__}: {error}", file=sys.stderr)
+        packages(kind, error, trace)  # type: ignore[arg-type]
+
+    sys.excepthook = around
+    hvd.shutdown()
+    hvd.init()
 if "unhooked" in sys.argv:
     sys.excepthook = sys.__excepthook__
 if hvd.rank() == hvd.size() - 1:

@@ -102,6 +102,11 @@ def test_the_previous_hook_still_runs() -> None:
     assert "the previous hook saw RuntimeError: rank fails on purpose" in output
 
 
+def test_a_hook_around_ours_does_not_go_in_circles_after_a_second_init() -> None:
+    output = mpirun(2, HERE / "program_crash.py", "rechained", timeout=60, expect_failure=True, bare=True)
+    assert output.count("the hook around saw RuntimeError: rank fails on purpose") == 1 and "RecursionError" not in output, output
+
+
 def test_without_the_hook_the_job_hangs() -> None:
     """The control: the end of the job in the test above is the hook's doing."""
     with pytest.raises(AssertionError, match=r"time limit of 15 s(.|\n)*raised at"):
