@@ -215,7 +215,8 @@ class Watchdog:
                 *lines, buffer = (buffer + data).split(b"\n")
                 for line in lines:
                     self._obey(line.decode())
-            if self._signals and self._signals[0] in readable and signal.SIGINT in self._signals[0].recv(64):
+            interrupted = self._signals and self._signals[0] in readable and signal.SIGINT in self._signals[0].recv(64)
+            if interrupted and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a script's own handler may mean to go on
                 self._interrupted = now, self._blocked()
             if not told_left and self._leaving_since is not None and now - self._leaving_since > _LEAVING:
                 told_left = True

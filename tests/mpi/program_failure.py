@@ -1,5 +1,6 @@
 """The last rank fails, in the way that the first argument says, while the others wait for it, in what the second argument says: `function`, one of
-the package's collectives, `join`, or `step`, an optimizer's. With `slow` it is only very late; `work` goes on until something outside ends it."""
+the package's collectives, `join`, or `step`, an optimizer's. With `slow` it is only very late, with `handled` it has its
+own way with Ctrl-C; `work` goes on until something outside ends it."""
 
 from __future__ import annotations
 
@@ -62,6 +63,15 @@ if how == "slow":
     collective()
     hvd.shutdown()
     print("well", flush=True)
+    sys.exit()
+if how == "handled":
+    signal.signal(signal.SIGINT, lambda *given: print("handled", flush=True))
+    if last:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        time.sleep(4)
+    collective()
+    hvd.shutdown()
     sys.exit()
 if last:
     time.sleep(0.5)  # the others are waiting by now

@@ -65,6 +65,11 @@ def test_slow_ranks_are_left_alone() -> None:
     assert "ending" not in output, output
 
 
+@pytest.mark.parametrize("thread", ["0", "1"])
+def test_a_script_may_handle_an_interrupt_itself(thread: str) -> None:
+    assert job("handled", "step", env={"MPI_BACKEND_THREAD": thread}, expect_failure=False).count("handled") == 1
+
+
 def test_a_wrong_timeout_is_refused() -> None:
     output = run_job([], "import mpi_backend\nmpi_backend.init()", env={"MPI_BACKEND_WATCHDOG_TIMEOUT": "soon"}, expect_failure=True)
     assert "MPI_BACKEND_WATCHDOG_TIMEOUT is 'soon'; expected a number of seconds, at least 1." in output
