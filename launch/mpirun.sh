@@ -58,6 +58,7 @@ done
 [ "$#" -gt 0 ] || die "no command to run." "E.g. $0 -n 2 python examples/digits.py"
 case $BIND in none|core|socket) ;; *) die "BIND='$BIND' is not known." "It is none, core or socket." ;; esac
 case $TRANSPORT in auto|tcp) ;; *) die "TRANSPORT='$TRANSPORT' is not known." "It is auto or tcp." ;; esac
+case ${EXPORT//[[:space:]]/,} in *[!A-Za-z0-9_,]*) die "EXPORT='$EXPORT' is not a list of names of variables." "Set them, and name them: A=1 EXPORT=A,B $0 …" ;; esac
 
 use_environment
 detect_mpi

@@ -140,6 +140,11 @@ def test_wrong_arguments_are_worded(script: str, arguments: list[str], message: 
     assert f"error: {message}" in done.stdout
 
 
+def test_only_names_are_exported(machine: dict[str, str]) -> None:
+    done = run(["launch/mpirun.sh", "-x", "A=1", "y"], machine)
+    assert done.returncode == 1 and "error: EXPORT='A=1' is not a list of names of variables." in done.stdout
+
+
 @pytest.mark.parametrize("option", ["--bind", "--transport", "--controller"])
 def test_unknown_choices_are_refused(option: str, machine: dict[str, str]) -> None:
     done = run(["launch/horovodrun.sh" if option == "--controller" else "launch/mpirun.sh", option, "best", "x"], machine)
