@@ -761,7 +761,12 @@ class Aggregator:
 
     def _now(self) -> dict[str, Any]:
         """What changes from step to step and must be equal on all ranks."""
-        return {"step": self.step, "hyper-parameters": sorted({repr(self.settings(bucket)) for bucket in self.buckets})}
+        return {"step": self.step, "hyper-parameters": sorted({repr(self._compared(bucket)) for bucket in self.buckets})}
+
+    def _compared(self, bucket: Bucket) -> GroupSettings:
+        """The settings that must be equal on all ranks. Updates are in true units, and after an overflow in a local step scalers differ."""
+        settings = self.settings(bucket)
+        return replace(settings, loss_scale=1.0) if bucket.method.feedback.applies_update else settings
 
     def _digest(self) -> torch.Tensor:
         if self._static_digest is None:
@@ -799,7 +804,7 @@ class Aggregator:
 
     def settings_hash(self, bucket: Bucket) -> int:
         """4 bits that change with settings, hyper-parameters and step; compared across ranks in every payload."""
-        text = f"{self._method_text}|{self.step}|{self.settings(bucket)}"
+        text = f"{self._method_text}|{self.step}|{self._compared(bucket)}"
         return blake2b(text.encode(), digest_size=1).digest()[0] % 16
 
     # -- state -------------------------------------------------------------------------------------------------------------------

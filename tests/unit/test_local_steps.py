@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer
+from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.feedback import LocalMomentum
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL
@@ -69,6 +70,38 @@ def test_a_bad_gradient_in_a_local_step_concerns_its_rank_alone() -> None:
     assert same_bits(x for x, _, _ in results)
     assert results[0][0].isfinite().all()
     assert [(undone, stood_still) for _, undone, stood_still in results] == [(0, False), (1, True), (0, False)]
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
+@pytest.mark.parametrize("bad_step", [1, 5])
+def test_an_overflow_in_a_local_step_lowers_the_scale_of_its_rank_alone(bad_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates are in true units, so ranks with different loss scales go on, to the bits of the run without a scaler. Control: compared scales."""
+
+    def run(scaled: bool) -> list[Any]:
+        def worker(transport: Transport) -> Any:
+            model = mlp()
+            sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            optimizer = DistributedOptimizer(sgd, model.named_parameters(), Compression.detached(8, period=4, **ALL), transport=transport)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=scaled)
+            if scaled:
+                optimizer.compression.attach(optimizer, scaler)
+            for t in range(8):
+                optimizer.zero_grad()
+                x, y = batch(transport.rank, t)
+                loss = torch.nn.functional.cross_entropy(model(x), y)
+                scaler.scale(loss * float("inf") if t == bad_step and transport.rank == 1 else loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            return weights(model, optimizer.compression), scaler.get_scale(), optimizer.compression.undone_steps
+
+        return run_simulated(N, worker)
+
+    with_scaler, without = run(True), run(False)
+    assert [(scale, undone) for _, scale, undone in with_scaler] == [(64.0, 0), (32.0, 1), (64.0, 0)]
+    assert same_bits([x for x, *_ in with_scaler] + [x for x, *_ in without])
+    monkeypatch.setattr(Aggregator, "_compared", lambda self, bucket: self.settings(bucket))
+    with pytest.raises(DisagreementError, match="loss_scale"):
+        run(True)
 
 
 @pytest.mark.parametrize("shifted", [True, False])
