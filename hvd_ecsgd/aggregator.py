@@ -890,6 +890,9 @@ class Aggregator:
             staged.append((bucket, feedback_state, exchange_state, saved[present[0]]))
 
         def take_over() -> None:
+            for bucket in self.buckets:  # what the saved training had not allocated yet begins anew
+                bucket.state = bucket.exchange_state = bucket.previous_lr = None
+                bucket.clean, bucket.versions = True, []
             for bucket, feedback_state, exchange_state, entry in staged:
                 bucket.state, bucket.exchange_state = feedback_state, exchange_state
                 bucket.previous_lr = entry["previous_lr"]

@@ -291,3 +291,26 @@ def test_state_of_16_bit_parameters_is_float32(dtype: torch.dtype) -> None:
     assert residual.dtype == torch.float32
     assert residual.any()
     assert p.dtype == p.grad.dtype == dtype  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["top_k", "double_squeeze", "power_sgd", "cser", "detached", "detached-local_steps"])
+def test_going_back_to_the_very_beginning(name: str) -> None:
+    """State saved before the first step holds nothing; loading it leaves nothing of the steps since. Control: it is not loaded."""
+
+    def worker(transport: Transport) -> list[torch.Tensor]:
+        setup = Setup(by_name(name), transport)
+        start = setup.save()
+        found = []
+        setup.train(0, 4)
+        found.append(weights(setup.model, setup.compression))
+        setup.load(start)
+        setup.train(0, 4)
+        found.append(weights(setup.model, setup.compression))
+        with setup.compression.at("averaged"):
+            setup.load(start, "model optimizer schedule")
+        setup.train(0, 4)
+        return [*found, weights(setup.model, setup.compression)]
+
+    for first, again, control in run_simulated(N, worker):
+        assert torch.equal(first, again)
+        assert not torch.equal(first, control)
