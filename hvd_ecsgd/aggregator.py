@@ -850,6 +850,8 @@ class Aggregator:
     def prepare_load(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Check `state` and build everything aside; calling the result takes it over and cannot fail. Raises as `load_state_dict`."""
         self.check_between_steps("state was loaded")
+        if self._held:
+            raise CompressionError("load_state_dict(): leave `with compression.at(…):` first; on leaving, x would be read from shifted parameters.")
         if not isinstance(state, Mapping) or state.get("format") != 1 or not {"method", "rank", "size", "step", "undone", "parameters"} <= set(state):
             raise CompressionError(f"this is not a state of format 1 that compression.state_dict() returned: {state!r:.80}")
         if state["method"] != repr(self.method):

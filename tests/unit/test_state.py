@@ -12,7 +12,7 @@ import torch
 
 from hvd_ecsgd import BoundCompression, Compression, CompressionError, DisagreementError, DistributedOptimizer
 from hvd_ecsgd.compressors import TopK
-from hvd_ecsgd.transport import Transport, run_simulated
+from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import ALL, CASES, Case, bound_method, by_name, ids
 from tests.problems import mlp, same_bits, train, weights
 
@@ -314,3 +314,14 @@ def test_going_back_to_the_very_beginning(name: str) -> None:
     for first, again, control in run_simulated(N, worker):
         assert torch.equal(first, again)
         assert not torch.equal(first, control)
+
+
+def test_no_state_is_loaded_while_parameters_are_held_at_a_point() -> None:
+    """On leaving, the shifted parameters would be taken for x. Afterwards (control) the state can be loaded, and x is as before."""
+    setup = Setup(by_name("detached"), SelfTransport())
+    setup.train(0, 3)
+    before, state = weights(setup.model, setup.compression), setup.compression.state_dict()
+    with setup.compression.at("averaged"), pytest.raises(CompressionError, match="leave `with compression.at"):
+        setup.compression.load_state_dict(state)
+    setup.compression.load_state_dict(state)
+    assert torch.equal(weights(setup.model, setup.compression), before)
