@@ -269,7 +269,8 @@ class Reduction:
     def commit(self) -> None:
         """The step stands: remember the learning rate that the residual is measured in, and let the payloads go."""
         self.bucket.previous_lr = self.settings.lr or self.bucket.previous_lr
-        self.bucket.clean = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
+        took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
+        self.bucket.clean = took_all and (self.bucket.clean or not self.bucket.method.feedback.scratches)  # whose buffer is not the residual
         self.task.forget_undo()
 
 

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_ecsgd import Compression, CompressionError
+from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
+from hvd_ecsgd.aggregator import Reduction
 from hvd_ecsgd.compressors import RandomBlock, TopK
 from hvd_ecsgd.exchange import AllReduce, ErrorReset
 from hvd_ecsgd.feedback import CSER, ErrorFeedback
 from hvd_ecsgd.segments import Key, Segments
+from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL
-from tests.problems import batch, flat, mlp, same_bits, simulate
+from tests.problems import batch, flat, mlp, same_bits, simulate, slot, train
 from tests.unit.test_invariants import LRS, N, largest_violation_of_z, mean, trajectory, vary
 
 
@@ -109,3 +111,37 @@ def test_what_it_refuses() -> None:
     for period in (0, -1, 2.0, True, None):
         with pytest.raises(CompressionError, match="period"):
             ErrorReset(period=period)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
+def test_undoing_an_uncompressed_step_keeps_the_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up begins while there are errors, by a switch; it sends changes, not errors. Control: that everything was sent is taken to mean that
+    the residual is zero."""
+
+    def errors_lost() -> float:
+        def worker(transport: Transport) -> float:
+            model = mlp(torch.float64)
+            sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+            optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(50), transport=transport)
+            train(model, optimizer, transport.rank, range(3))
+            optimizer.compression.switch(Compression.cser(RandomBlock(8), RandomBlock(2), 50, warmup_steps=20, **ALL))
+            train(model, optimizer, transport.rank, range(3, 5))
+            before = slot(optimizer.compression, "residual").clone()
+            assert before.any()
+            x, y = batch(transport.rank, 5, torch.float64)
+            optimizer.zero_grad()
+            (torch.nn.functional.cross_entropy(model(x), y) * (float("nan") if transport.rank == 0 else 1.0)).backward()
+            optimizer.step()
+            return float((slot(optimizer.compression, "residual") - before).abs().max())
+
+        return max(run_simulated(2, worker))
+
+    assert errors_lost() == 0
+    commit = Reduction.commit
+
+    def forgetful(self: Reduction) -> None:
+        commit(self)
+        self.bucket.clean = self.task.compressor.lossless
+
+    monkeypatch.setattr(Reduction, "commit", forgetful)
+    assert errors_lost() > 1e-3
