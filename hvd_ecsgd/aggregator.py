@@ -676,8 +676,8 @@ class Aggregator:
     @torch.no_grad()
     def switch(self, new: Method) -> None:
         """Go on with `new`'s compressor and exchange. Residuals stay as they are, in their units; a server's residual whose pieces the new exchange
-        does not have goes back to the workers, n-fold to the one that held it, as the mean divides by n. Other state of the exchange is kept if
-        it fits.
+        does not have, or does not use yet (warm-up), goes back to the workers, n-fold to the one that held it, as the mean divides by n. Other
+        state of the exchange is kept if it fits.
 
         Collective after the first step. Nothing is changed when `CompressionError`, or on every rank `DisagreementError`, is raised.
         """
@@ -691,8 +691,10 @@ class Aggregator:
         method = old.switched(new)
         allocated = [b for b in self.buckets if not b.dense and b.state is not None]
         ranks = range(n)
+        compresses = self.step >= method.warmup_steps  # else nobody would ask the servers, nor carry their residuals from one η to the next
         kept = {
-            b.name: [old.exchange.state_segments(b.segments, r, n) for r in ranks]
+            b.name: compresses
+            and [old.exchange.state_segments(b.segments, r, n) for r in ranks]
             == [method.exchange.state_segments(b.segments, r, n) for r in ranks]
             for b in allocated
         }

@@ -48,6 +48,20 @@ def test_nothing_is_lost_in_gradient_units(lrs: Sequence[float]) -> None:
     assert not any(r.e.any() for r in records[5]), "a step with Identity sends all that is left"
 
 
+def test_what_servers_hold_goes_back_to_workers_when_a_warm_up_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asks the servers in uncompressed steps. Control: they keep their residuals, in units of an η of long ago."""
+
+    def warm() -> Compression:
+        return Compression.double_squeeze(TopK(5), Sign(), warmup_steps=6, **ALL)
+
+    plan: Plan = {0: lambda: Compression.double_squeeze(TopK(5), Sign(), **ALL), 2: warm}
+    records = trajectory(plan[0], LRS, change=switching(plan))
+    assert largest_violation(records, LRS) < 1e-13
+    carry_over = Aggregator._carry_over
+    monkeypatch.setattr(Aggregator, "_carry_over", lambda self, bucket, old, same_pieces: carry_over(self, bucket, old, True))
+    assert largest_violation(trajectory(plan[0], LRS, change=switching(plan)), LRS) > 1e-3
+
+
 def test_nothing_is_lost_in_update_units() -> None:
     """DEF with momentum, weight decay and learning rates that change too; x stays equal on all ranks."""
     records = trajectory(DETACHED[0], LRS, momentum=0.9, change=switching(DETACHED, vary))
