@@ -542,6 +542,8 @@ class BoundCompression:
             raise CompressionError("this compression object belongs to another optimizer already; bind one for each.")
         self._aggregator = aggregator
         aggregator.statistics = self._statistics
+        if self.method.feedback.shifts:  # they are averaged together
+            aggregator.also_agree_on(**{"batch-norm statistics (bind the module itself on every rank)": [tuple(t.shape) for t in self._statistics()]})
         newcomers.discard(self)
         if self._waiting is not None:
             state, self._waiting = self._waiting, None

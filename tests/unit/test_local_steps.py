@@ -134,6 +134,27 @@ def test_batch_norm_statistics_are_averaged_where_workers_evaluate_at_different_
         assert [n for *_, n in ranks] == [t + 1] * N
 
 
+@pytest.mark.parametrize("shifted", [True, False])
+def test_ranks_that_bind_other_batch_norm_statistics_are_told(shifted: bool) -> None:
+    """Only some would start the collective that averages them. Methods that do not average any do not mind (control)."""
+
+    def worker(transport: Transport) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 5))
+        compression = Compression.detached(4, 0.3 if shifted else 0.0, **ALL)
+        bound = compression.bind(model if transport.rank == 0 else model.named_parameters())
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), compression=bound, transport=transport)
+        x, y = batch(transport.rank, 0)
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    if not shifted:
+        run_simulated(2, worker)
+        return
+    with pytest.raises(DisagreementError, match="batch-norm statistics"):
+        run_simulated(2, worker)
+
+
 def averaged(h2: int | None) -> Callable[[], Compression]:
     return lambda: Compression.detached(8, 1.0, average_errors=h2, **ALL)
 
