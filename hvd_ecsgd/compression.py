@@ -189,6 +189,8 @@ class Compression:
         """DoubleSqueeze (Tang et al. 2019): compressed in both directions, feedback on both sides. 1-bit signs by default.
 
         Every rank is the server of a piece of each parameter; with `central`, rank 0 of everything."""
+        if not isinstance(central, bool):
+            raise CompressionError(f"double_squeeze: central must be True or False, got {central!r:.100}.")
         exchange = Central(server_compressor) if central else TwoPass(server_compressor)
         return Compression(Sign() if compressor is None else compressor, ErrorFeedback(), exchange, **options)
 
@@ -283,6 +285,8 @@ class Compression:
 
 
 def _feedback(wanted: bool) -> Feedback:
+    if not isinstance(wanted, bool):
+        raise CompressionError(f"error_feedback must be True or False, got {wanted!r:.100}.")
     return ErrorFeedback() if wanted else NoFeedback()
 
 
@@ -441,6 +445,10 @@ class BoundCompression:
         Raises `CompressionError` when the optimizer holds none of the bound parameters, when such a method is given another optimizer than
         Horovod's around a plain SGD, and for momentum both in the method and in the optimizer (looked at again in every step).
         """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise CompressionError(f"attach(): expected the optimizer that hvd.DistributedOptimizer returned, got {optimizer!r:.100}.")
+        if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+            raise CompressionError(f"attach(): scaler must be a torch.amp.GradScaler, got {scaler!r:.100}.")
         self.scaler = scaler if scaler is not None else self.scaler
         ours: object = getattr(optimizer, "compression", None)
         if ours is self:  # ours: attached already

@@ -60,6 +60,8 @@ def exponential_ratios(ratio: float, stage_steps: int, stages: int = 5, first: f
     check_ratio(first, "exponential_ratios")
     check_count(stage_steps, "exponential_ratios", "stage_steps", 2**62)
     check_count(stages, "exponential_ratios", "stages", 10_000)
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise CompressionError(f"exponential_ratios: start must be a step, an integer ≥ 0, got {start!r}.")
     if stages == 1:
         return ((start, float(ratio)),)
     growth = (ratio / first) ** (1 / (stages - 1))

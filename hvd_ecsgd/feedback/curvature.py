@@ -63,6 +63,11 @@ class Matrix(Curvature):
     matrices: Vectors = field(repr=False, compare=False)
     local: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.matrices, Mapping):
+            raise CompressionError(f"Matrix: expected a dictionary from parameter name to its Hessian, got {self.matrices!r:.100}.")
+        _check_local(self.local, "Matrix")
+
     def _of(self, segment: Segment) -> torch.Tensor:
         try:
             h = self.matrices[segment.name]
@@ -140,6 +145,10 @@ class Product(Curvature):
     function: Callable[[Vectors], Vectors] = field(repr=False, compare=False)
     local: bool = True
 
+    def __post_init__(self) -> None:
+        _check_product(self.function, "Product")
+        _check_local(self.local, "Product")
+
     @property
     def prepares(self) -> bool:
         return True
@@ -192,6 +201,7 @@ class Hutchinson(_Diagonal):
     every: int = 1
 
     def __post_init__(self) -> None:
+        _check_product(self.function, "Hutchinson")
         _check_decay(self.decay, "Hutchinson")
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise CompressionError(f"Hutchinson: every must be an integer ≥ 1, got {self.every!r}.")
@@ -246,6 +256,16 @@ class GradientSquares(_Diagonal):
 
     def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         yield [part.state["diagonal"] for part in parts]
+
+
+def _check_product(function: Callable[[Vectors], Vectors], who: str) -> None:
+    if not callable(function):
+        raise CompressionError(f"{who}: expected a function {{parameter name: v}} → {{parameter name: H·v}}, got {function!r:.100}.")
+
+
+def _check_local(local: bool, who: str) -> None:
+    if not isinstance(local, bool):
+        raise CompressionError(f"{who}: local must be True (this worker's own Hessian) or False (that of the mean), got {local!r:.100}.")
 
 
 def _check_decay(decay: float, who: str) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, UnboundParameterError
+from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, UnboundParameterError, exponential_ratios
 from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.compressors import RandomBlock, Sign, TopK
 from hvd_ecsgd.exchange import AllGather, AllReduce
-from hvd_ecsgd.feedback import LocalMomentum
+from hvd_ecsgd.feedback import Hutchinson, LocalMomentum, Matrix, Product
 from hvd_ecsgd.horovod_slot import HorovodSlot
 from hvd_ecsgd.transport import SelfTransport
 from hvd_ecsgd.transport.horovod import SlotHandle
@@ -47,6 +47,16 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "seed none": (lambda: Compression.random_block(seed=None), "seed"),
     "dense_below negative": (lambda: Compression.one_bit(dense_below=-1), "dense_below"),
     "dense_below a fraction": (lambda: Compression.one_bit(dense_below=0.5), "dense_below"),
+    "start negative": (lambda: exponential_ratios(8, 3, start=-1), "start must be"),
+    "start text": (lambda: exponential_ratios(8, 3, start="0"), "start must be"),
+    "Matrix without a dictionary": (lambda: Matrix(torch.eye(3)), "dictionary from parameter name"),
+    "Product without a function": (lambda: Product({"w": torch.eye(3)}), "Product: expected a function"),
+    "Hutchinson without a function": (lambda: Hutchinson(0.9), "Hutchinson: expected a function"),
+    "local for a rank": (lambda: Product(dict, 1), "local must be"),
+    "central for a rank": (lambda: Compression.double_squeeze(central=0), "central must be"),
+    "error_feedback none": (lambda: Compression.power_sgd(error_feedback=None), "error_feedback must be"),
+    "attach a schedule": (lambda: Compression.top_k().bind(mlp()).attach(None), "expected the optimizer"),
+    "attach a scale": (lambda: Compression.top_k().bind(mlp()).attach(torch.optim.SGD(mlp().parameters(), 0.1), 1024.0), "scaler must be"),
     "a class for a compressor": (lambda: Compression(TopK), "compressor"),
     "text for a compressor": (lambda: Compression("top_k"), "compressor"),
     "text for feedback": (lambda: Compression(Sign(), feedback="none"), "feedback"),
