@@ -694,8 +694,7 @@ class Aggregator:
         compresses = self.step >= method.warmup_steps  # else nobody would ask the servers, nor carry their residuals from one η to the next
         kept = {
             b.name: compresses
-            and [old.exchange.state_segments(b.segments, r, n) for r in ranks]
-            == [method.exchange.state_segments(b.segments, r, n) for r in ranks]
+            and [old.exchange.state_segments(b.segments, r, n) for r in ranks] == [method.exchange.state_segments(b.segments, r, n) for r in ranks]
             for b in allocated
         }
         served = "server_residual" in old.exchange.init(Segments(()), 0, 1)
@@ -758,7 +757,7 @@ class Aggregator:
             "warmup_steps": self.method.warmup_steps,
             "ratio_schedule": repr(self.method.ratio_schedule),
             **self._also,
-            "buckets": len(self.buckets),
+            "parameters per bucket (bucket_bytes)": [len(bucket.parameters) for bucket in self.buckets],
             **{f"parameter '{name}'": f"{tuple(p.shape)} {p.dtype} in param group {groups[name]}" for name, p in self.named},
         }
 

@@ -414,3 +414,26 @@ def test_every_rank_names_the_parameter_that_differs(model_of: Any, message: str
 def test_ranks_that_agree_are_left_alone() -> None:
     """Control: the same check on equal settings."""
     assert all(said == "nothing was raised" for said, _ in disagreement(lambda odd: Compression.top_k(), lambda odd: mlp()))
+
+
+@pytest.mark.parametrize("other", [1600, 1200])
+def test_ranks_with_other_buckets_are_told(other: int) -> None:
+    """Also where there are as many: [300], [100, 200] elements are not [300, 100], [200]. With equal ones (control) nothing is raised."""
+
+    def worker(transport: Transport) -> None:
+        model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(size)) for name, size in (("a", 200), ("b", 100), ("c", 300))})
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model.named_parameters(),
+            Compression.random_block(4, **ALL),
+            transport=transport,
+            bucket_bytes=other if transport.rank else 1200,
+        )
+        torch.stack([p.sum() for p in model.values()]).sum().backward()
+        optimizer.step()
+
+    if other == 1200:
+        run_simulated(2, worker)
+        return
+    with pytest.raises(DisagreementError, match="parameters per bucket"):
+        run_simulated(2, worker)
