@@ -180,7 +180,8 @@ CASES: tuple[Case, ...] = (
     Case("local_momentum", lambda: Compression.local_momentum(8), slots=2, draws=True),
     Case("local_momentum-dense", lambda: Compression(Identity(), LocalMomentum(0.0), AllReduce()), slots=2),
     Case("detached", lambda: Compression.detached(8), slots=3, draws=True),
-    Case("detached-local_steps", lambda: Compression.detached(8, period=5, **ALL), slots=4, draws=True),
+    # Eight exchanges of an eighth in the 40 steps of the test.
+    Case("detached-local_steps", lambda: Compression.detached(8, period=5, **ALL), slots=4, draws=True, converges=0.35),
     Case("detached-local_steps-average_errors", lambda: Compression.detached(4, 1.0, period=5, average_errors=5), slots=4, draws=True),
     Case("detached-step_ahead-everything", lambda: Compression.detached(8, 1.0, **ALL), slots=3, draws=True),
     Case(
