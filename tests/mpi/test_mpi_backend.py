@@ -107,10 +107,10 @@ def test_a_hook_around_ours_does_not_go_in_circles_after_a_second_init() -> None
     assert output.count("the hook around saw RuntimeError: rank fails on purpose") == 1 and "RecursionError" not in output, output
 
 
-def test_without_the_hook_the_job_hangs() -> None:
-    """The control: the end of the job in the test above is the hook's doing."""
-    with pytest.raises(AssertionError, match=r"time limit of 15 s(.|\n)*raised at"):
-        mpirun(2, HERE / "program_crash.py", "unhooked", timeout=15, bare=True)
+def test_without_the_hook_the_others_are_told_only_that_a_rank_has_left() -> None:
+    """The control: the message above is the hook's. Without it the leaving rank's farewell, or the watchdog, ends the job."""
+    output = mpirun(2, HERE / "program_crash.py", "unhooked", timeout=60, expect_failure=True, bare=True)
+    assert "raised at" in output and "uncaught exception on rank" not in output and "got through" not in output, output
 
 
 def test_importing_does_not_initialise_mpi() -> None:
