@@ -27,13 +27,13 @@ ON_THREE = [
 
 def test_every_method_on_two_ranks_is_its_simulation() -> None:
     """Bit for bit: weights, residuals, bytes sent and skipped; the same bits on all ranks. Also a run that changes its method on the way."""
-    said = mpirun(2, PROGRAM, "methods", timeout=120, env=YIELD)
+    said = mpirun(2, PROGRAM, "methods", timeout=240, env=YIELD)
     assert re.findall(r"^passed (\S+)$", said, re.MULTILINE) == ["switching", *(c.name for c in CASES)]
 
 
 def test_some_methods_on_three_ranks_are_their_simulation() -> None:
     """To rounding of the sums."""
-    said = mpirun(3, PROGRAM, "methods", *ON_THREE, timeout=120, env=YIELD)
+    said = mpirun(3, PROGRAM, "methods", *ON_THREE, timeout=240, env=YIELD)
     assert sorted(re.findall(r"^passed (\S+)$", said, re.MULTILINE)) == sorted(["switching", *ON_THREE])
 
 
