@@ -31,6 +31,7 @@ __all__ = ["REPO", "horovodrun", "mpirun", "require_horovod", "require_mpirun", 
 REPO = Path(__file__).resolve().parents[1]
 TAIL = 8000  # characters of output in a failure's message
 GRACE = 5.0  # seconds between asking a job to end and killing it, and for the last processes of an ended job to vanish
+KILLED = 30.0  # seconds that killed processes may take to vanish: giving back much memory takes time on a busy machine
 MARK = "HVD_ECSGD_JOB"  # in the environment of every process of a job, its value names the job
 
 
@@ -211,15 +212,18 @@ def _end(job: subprocess.Popen[bytes], mark: str) -> None:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGTERM)
     _wait_gone(job, mark, GRACE)
-    for _ in range(3):  # a process may fork while we look
-        everyone |= {p.pid: p for p in _processes(job, mark)}
-        if not any(_running(p) for p in everyone.values()):
+    deadline = time.monotonic() + KILLED
+    while True:
+        everyone |= {p.pid: p for p in _processes(job, mark)}  # a process may fork while we look
+        left = [p for p in everyone.values() if _running(p)]  # one that is dying has no environment any more: a new list would lack it
+        if not left or time.monotonic() > deadline:
             break
-        for process in everyone.values():
+        for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()  # psutil checks that the pid is still the same process
-        _wait_gone(job, mark, 1.0)
+        time.sleep(0.05)
+        job.poll()
     with contextlib.suppress(subprocess.TimeoutExpired):
         job.wait(GRACE)
-    if remaining := [_describe(p) for p in everyone.values() if _running(p)]:
-        raise RuntimeError(f"processes that cannot be killed: {', '.join(remaining)}")
+    if left:
+        raise RuntimeError(f"processes that cannot be killed: {', '.join(map(_describe, left))}")

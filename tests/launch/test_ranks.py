@@ -86,6 +86,20 @@ def test_ranks_that_ignore_sigterm_and_leave_the_session_are_killed(marker: str)
     assert not processes_with(marker)
 
 
+def test_a_killed_process_that_takes_long_to_vanish_is_waited_for(marker: str) -> None:
+    """While it gives its memory back it is neither gone nor known by its environment any more."""
+    program = """
+        import os, time
+        if os.fork() == 0:
+            os.setsid()
+            ballast = bytearray(b"x") * (2 << 30)
+            time.sleep(1000)
+    """
+    with pytest.raises(AssertionError, match="these processes went on"):
+        ranks.run_job([], program, (marker,), timeout=60)
+    assert not processes_with(marker)
+
+
 def test_processes_left_behind_by_a_job_that_ended_well_are_an_error(marker: str) -> None:
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)"
     with pytest.raises(AssertionError, match="these processes went on"):
