@@ -22,12 +22,15 @@ from .kernels import all_finite, fingerprint
 from .protocols import Compressor, Exchange, Feedback, Part, State, StepContext, Steps, Task, Traffic
 from .schedule import at_step, check_ratios
 from .segments import Key, Segment, Segments
-from .transport.base import Handle, Transport
+from .transport.base import Handle, Ready, Transport
 
-__all__ = ["Aggregator", "Bucket", "GroupSettings", "Method", "Reduction", "drive", "newcomers"]
+__all__ = ["Aggregator", "Bucket", "Comparison", "GroupSettings", "Method", "Reduction", "drive", "newcomers"]
 
 _DIGEST = 16
 """Bytes of the hash of settings and step that ranks compare."""
+
+_JOINED = bytes(_DIGEST)
+"""In its place, of a worker that has joined: its settings are those of a step that the others have left behind."""
 
 _PATIENCE = 5.0
 """Seconds that the first step waits for the other ranks' settings while another object here has its first step still to come."""
@@ -290,6 +293,24 @@ def drive(reductions: Iterable[Reduction]) -> None:
         open_ones = [r for r in open_ones if not r.finished]
 
 
+class Comparison:
+    """Of what every rank says at the beginning of a step; nothing in a local step."""
+
+    def __init__(self, aggregator: Aggregator, transport: Transport, said: Handle[list[torch.Tensor]]) -> None:
+        self._aggregator, self._transport, self._said = aggregator, transport, said
+
+    def done(self) -> bool:
+        return self._said.done()
+
+    def notes(self) -> list[bytes]:
+        """Everybody's, by rank. Waits for them."""
+        return [t[_DIGEST:].numpy().tobytes() for t in self._said.wait()]
+
+    def settle(self) -> None:
+        """Raise `DisagreementError`, on every rank, where ranks differ. All do this after they have started the same collectives of the step."""
+        self._aggregator.raise_on_difference(self._transport, [t[:_DIGEST].numpy().tobytes() for t in self._said.wait()])
+
+
 class Aggregator:
     """Residuals by parameter name, step counter, seed and traffic counters of one bound method.
 
@@ -422,19 +443,21 @@ class Aggregator:
             "wrote to it on some ranks only (clipping, loading, initialising), or a hyper-parameter differs there."
         )
 
-    def compare(self, transport: Transport) -> Callable[[], None]:
-        """Start to compare settings, hyper-parameters and step across ranks; the function returned raises `DisagreementError` on every rank.
+    def compare(self, transport: Transport, note: bytes = b"", joined: bool = False) -> Comparison:
+        """Start to compare settings, hyper-parameters and step across ranks.
 
         Steps can come apart when state is loaded on some ranks only, learning rates when schedules differ. The comparison travels ahead of
-        the payloads, so it costs no waiting. Nothing is compared in a local step.
+        the payloads, so it costs no waiting. Nothing is compared in a local step. `note` travels along; it has one length on all ranks.
+        `joined`: this rank's settings are left out of the comparison.
         """
-        if self._local:
-            return lambda: None
-        handle = transport.allgather(self._digest(), "agreement", [_DIGEST] * transport.size)
-        return lambda: self._raise_on_difference(transport, handle)
+        if self.local:
+            return Comparison(self, transport, Ready([]))
+        said = _JOINED + note if joined else self._digest() + note
+        handle = transport.allgather(torch.frombuffer(bytearray(said), dtype=torch.uint8), "agreement", [len(said)] * transport.size)
+        return Comparison(self, transport, handle)
 
     @property
-    def _local(self) -> bool:
+    def local(self) -> bool:
         """Nothing is sent in this step."""
         return not self.method.feedback.exchanges(self.step)
 
@@ -506,7 +529,7 @@ class Aggregator:
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
-        steps, rescale = _stay(task) if self._local else exchange.run(task, transport), 1.0 if feedback.applies_update else scale
+        steps, rescale = _stay(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else scale
         return Reduction(bucket, task, steps, gradients, group, rescale)
 
     def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
@@ -514,7 +537,7 @@ class Aggregator:
 
         `transport`: for what the rule then does together with the other ranks; the step's by default.
         """
-        finite, where = all(r.task.finite for r in reductions), "this rank (a local step)" if self._local else "all ranks"
+        finite, where = all(r.task.finite for r in reductions), "this rank (a local step)" if self.local else "all ranks"
         self._in_step = False
         for reduction in reductions:
             n = self.transport.size
@@ -770,19 +793,19 @@ class Aggregator:
         settings = self.settings(bucket)
         return replace(settings, loss_scale=1.0) if bucket.method.feedback.applies_update else settings
 
-    def _digest(self) -> torch.Tensor:
+    def _digest(self) -> bytes:
         if self._static_digest is None:
             text = json.dumps(list(self._description().items()))  # order matters too: it fixes the buckets, and places in the model
             self._static_digest = blake2b(text.encode(), digest_size=_DIGEST).digest()
-        digest = blake2b(self._static_digest + json.dumps(self._now()).encode(), digest_size=_DIGEST).digest()
-        return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        return blake2b(self._static_digest + json.dumps(self._now()).encode(), digest_size=_DIGEST).digest()
 
-    def _raise_on_difference(self, transport: Transport, digests: Handle[list[torch.Tensor]]) -> None:
-        parts = digests.wait()
-        if all(torch.equal(d, parts[0]) for d in parts):
+    def raise_on_difference(self, transport: Transport, digests: Sequence[bytes]) -> None:
+        """`digests`: by rank. Where those of ranks that have not joined differ, all ranks raise."""
+        if len({d for d in digests if d != _JOINED}) < 2:
             return
         # Seen by every rank, so all of them send their texts now.
-        self._raise_on_other_texts(transport.allgather(self._packed_text(), "disagreement"))
+        joined = digests[transport.rank] == _JOINED
+        self._raise_on_other_texts(transport.allgather(torch.empty(0, dtype=torch.uint8) if joined else self._packed_text(), "disagreement"))
         raise DisagreementError("ranks do not agree on their settings or step; use the same Compression arguments and state on every rank.")
 
     def _packed_text(self) -> torch.Tensor:
@@ -790,16 +813,18 @@ class Aggregator:
         return torch.frombuffer(bytearray(zlib.compress(text, 1)), dtype=torch.uint8)
 
     def _raise_on_other_texts(self, packed: Handle[list[torch.Tensor]]) -> None:
-        parts = packed.wait()
-        if all(torch.equal(p, parts[0]) for p in parts):
+        """A rank that sent nothing has no say."""
+        parts = {r: p for r, p in enumerate(packed.wait()) if p.numel()}
+        lowest, first_part = next(iter(parts.items()))
+        if all(torch.equal(p, first_part) for p in parts.values()):
             return
-        texts = [dict(json.loads(zlib.decompress(bytes(p.tolist())))) for p in parts]
-        first = texts[0]
-        for r, other in enumerate(texts):
+        texts = {r: dict(json.loads(zlib.decompress(bytes(p.tolist())))) for r, p in parts.items()}
+        first = texts[lowest]
+        for r, other in texts.items():
             for what in [*first, *(k for k in other if k not in first)]:
                 if first.get(what) != other.get(what):
                     raise DisagreementError(
-                        f"ranks do not agree on {what}: rank 0 has {first.get(what, 'none')}, rank {r} has {other.get(what, 'none')}. "
+                        f"ranks do not agree on {what}: rank {lowest} has {first.get(what, 'none')}, rank {r} has {other.get(what, 'none')}. "
                         "Every rank must bind the same model with the same settings (and load the same step)."
                     )
         raise DisagreementError("ranks list their parameters in different orders; pass model.named_parameters() on every rank.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
 import weakref
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .aggregator import Aggregator, Bucket, GroupSettings, Reduction, drive
+from .aggregator import Aggregator, Bucket, Comparison, GroupSettings, Reduction, drive
 from .compression import AnyCompression, BoundCompression, Compression, bind, check_plain_sgd
 from .errors import CompressionError
 from .transport import SelfTransport, Transport
@@ -23,6 +24,7 @@ from .transport.base import Handle
 __all__ = ["DistributedOptimizer", "Executor", "Inline", "Observer"]
 
 BUCKET_BYTES = 25 * 2**20
+_TRAINS = 2**62  # the step at which a worker that still trains has joined, as it tells the others: later than any
 _SHORTEST, _LONGEST = 20e-6, 1e-3  # seconds between looks at a payload on its way, in a thread that must not take a core from the backward pass
 
 Observer = Callable[[str, str, float, float], None]
@@ -82,7 +84,8 @@ def DistributedOptimizer(
     `overlap=False`: nothing starts before `step()`. `executor`: what compresses and communicates; by default the gradient hooks do, and the
     backward pass waits while they compress. All ranks must choose alike. `observer` is told what happens when, for a trace.
 
-    Attributes beside the optimizer's: `compression` (the bound object), `synchronize()`, `skip_synchronize()`, `set_backward_passes_per_step()`.
+    Attributes beside the optimizer's: `compression` (the bound object), `synchronize()`, `skip_synchronize()`, `join()`,
+    `set_backward_passes_per_step()`.
     Raises `CompressionError` for parameters without a name, duplicate names, or a method that cannot work with this optimizer;
     at the first step `DisagreementError`, on every rank, when ranks hold different settings or parameters.
     """
@@ -108,17 +111,44 @@ def _events(tensors: Iterable[torch.Tensor]) -> list[Any]:
     return events
 
 
-def _wait_patiently(handle: Handle[Any]) -> None:
-    """Until `handle` is done, looking at it now and then: waiting inside of a network library takes a whole core."""
+def _never() -> bool:
+    return False
+
+
+def _wait_patiently(handle: Handle[Any] | Comparison, give_up: Callable[[], bool] = _never) -> bool:
+    """Until `handle` is done, looking at it now and then: waiting inside of a network library takes a whole core. False when given up."""
     pause = _SHORTEST
     while not handle.done():
+        if give_up():
+            return False
         time.sleep(pause)
         pause = min(1.5 * pause, _LONGEST)
+    return True
 
 
 def _check_passes(passes: int) -> None:
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise CompressionError(f"backward_passes_per_step must be an integer ≥ 1, got {passes!r}.")
+
+
+def _numbers(value: Any) -> list[float]:
+    """Those in a hyper-parameter; none if it is something else."""
+    if isinstance(value, (tuple, list)):
+        return [number for part in value for number in _numbers(part)]
+    single = isinstance(value, (bool, int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    return [float(value)] if single else []
+
+
+def _with_numbers(value: Any, numbers: Iterator[float]) -> Any:
+    """A hyper-parameter like `value`, that holds the next of these numbers."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_with_numbers(part, numbers) for part in value)
+    if not _numbers(value):
+        return value
+    new = next(numbers)
+    if isinstance(value, torch.Tensor):
+        return value.fill_(new)
+    return value if float(value) == new else bool(new) if isinstance(value, bool) else new
 
 
 # Parameter → the optimizer that listens to its gradients: making a new one for the same parameters retires the old.
@@ -189,6 +219,7 @@ class _Distributed(torch.optim.Optimizer):
             )
 
         self._updates = self.compression.method.feedback.applies_update
+        self._numbered = [(g, key) for g, group in enumerate(self.param_groups) for key in sorted(self.defaults) if _numbers(group.get(key))]
         self._check_optimizer()
         self._aggregator = Aggregator(
             self.compression.method,
@@ -203,6 +234,7 @@ class _Distributed(torch.optim.Optimizer):
                 "optimizer": type(inner).__name__,
                 "gradients": "summed" if sum_gradients else "averaged",
                 "backward_passes_per_step": passes,
+                "hyper-parameters that are numbers": [f"{key} of param group {g}" for g, key in self._numbered],
                 "exchange in a thread": self._executor.concurrent,  # bucket by bucket then, in another order
             },
         )
@@ -212,25 +244,36 @@ class _Distributed(torch.optim.Optimizer):
         self._bucket_of = {id(p): bucket for bucket in self._aggregator.buckets for p in bucket.parameters}
         self._submitted = 0  # buckets of this step, handed to the executor
         self._started: list[Reduction | None] = []  # the executor's, until it is drained
-        self._agreed = False
         self._results: list[Reduction] | None = None
         self._stands = True
         self._silent = False
-        self._comparison: Callable[[], None]
+        self._opening: Comparison | None = None  # the comparison that begins a step, from its start until its end
         self._sent_at: dict[int, float] = {}
         self._backward_watched = False
         self._should_synchronize = True
         self._reset_counts()
         self._in_flight: list[_Noted] = []
         self._hooks: list[Any] = []
+        listening = weakref.WeakMethod(self._gradient_ready)
+
+        def ready(parameter: torch.Tensor) -> None:  # what a parameter's hook refers to is never collected with it
+            listen = listening()
+            if listen is not None:
+                listen(parameter)
+
         with _wrapped_lock:
             for _, parameter in trained:
                 before = _wrapped.get(parameter)
                 old = None if before is None else before()
                 if old is not None:
                     old._release()
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient_ready))  # type: ignore[no-untyped-call]
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(ready))  # type: ignore[no-untyped-call]
                 _wrapped[parameter] = weakref.ref(self)
+
+    @property
+    def listens(self) -> bool:
+        """Whether this optimizer exchanges the gradients of its parameters; a newer one for them may have taken over."""
+        return bool(self._hooks)
 
     def _release(self) -> None:
         """Another optimizer has taken over the parameters: listen to their gradients no more."""
@@ -267,11 +310,14 @@ class _Distributed(torch.optim.Optimizer):
     def set_backward_passes_per_step(self, passes: int) -> None:
         """From now on gradients of so many backward passes are summed before the exchange. All ranks call it at the same step, and between steps."""
         _check_passes(passes)
-        if self._submitted or any(left < self._passes for left in self._passes_left.values()):
-            raise CompressionError("set_backward_passes_per_step(): gradients of this step are under way; call it after step().")
+        self._check_no_gradients("set_backward_passes_per_step()")
         self._passes = passes
         self._aggregator.also_agree_on(backward_passes_per_step=passes)
         self._reset_counts()
+
+    def _check_no_gradients(self, what: str) -> None:
+        if self._submitted or any(left < self._passes for left in self._passes_left.values()):
+            raise CompressionError(f"{what}: gradients of this step are under way; call it after step().")
 
     def _gradient_ready(self, parameter: torch.Tensor) -> None:
         self._results = None  # synchronised, but never stepped: a GradScaler found an overflow
@@ -320,9 +366,8 @@ class _Distributed(torch.optim.Optimizer):
         matter of timing, and with one on its way and one being finished both the link and the processor are busy."""
         for event in events:
             event.synchronize()
-        if not self._started:
-            self._aggregator.use(self._transport)
-            self._comparison, self._agreed = self._aggregator.compare(self._transport), False
+        if not self._started and self._opening is None:
+            self._open()
         begin = time.perf_counter()
         untouched = [n for n in noted if n.gradient._version == n.version] if self.compression.loss_scale != 1.0 else []
         self._started.append(self._aggregator.start(bucket, gradients, self._transport))
@@ -335,12 +380,21 @@ class _Distributed(torch.optim.Optimizer):
             self._agree()
             self._finish([self._started[-2]])
 
+    def _open(self, joined_at: int = _TRAINS) -> Comparison:
+        """Begin a step together with the other workers. They are told what those that have joined (at which step) need to know."""
+        self._aggregator.use(self._transport)
+        numbers = [n for g, key in self._numbered for n in _numbers(self.param_groups[g][key])]
+        scaler = {} if self.compression.scaler is None else self.compression.scaler.state_dict()
+        note = struct.pack(f"<q{len(numbers) + 2}d", joined_at, scaler.get("scale", 1.0), scaler.get("_growth_tracker", 0), *numbers)
+        self._opening = self._aggregator.compare(self._transport, note, joined=joined_at != _TRAINS)
+        return self._opening
+
     def _agree(self) -> None:
         """Nothing that was received is used before ranks are known to agree."""
-        if not self._agreed:
+        opening, self._opening = self._opening, None
+        if opening is not None:
             self._aggregator.settle()
-            self._comparison()
-            self._agreed = True
+            opening.settle()
 
     def _finish(self, started: list[Reduction | None]) -> None:
         reductions = [r for r in started if r is not None]
@@ -489,8 +543,65 @@ class _Distributed(torch.optim.Optimizer):
         if not self._stands:
             scaler._check_inf_per_device(self)  # as GradScaler asks of optimizers that handle its scale
         elif not self._updates:
-            gradients = [p.grad for p in self._bound_parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients or [torch.empty(0)], 1 / float(scale))
+            self._multiply_gradients(1 / float(scale))
+
+    def _multiply_gradients(self, factor: float) -> None:
+        torch._foreach_mul_([p.grad for p in self._bound_parameters() if p.grad is not None] or [torch.empty(0)], factor)
+
+    # -- workers without data ----------------------------------------------------------------------------------------------------
+
+    def join(self, give_up: Callable[[], bool] = _never) -> int:
+        """For a worker that has no more batches: take part in the others' steps until all workers have called this; how many steps that were.
+
+        These are whole steps, with gradients of zero (the mean still divides by all workers): what is left in the residual goes on being sent, and
+        the mean is applied here too, with the hyper-parameters and the loss scale of those that train. So replicas stay equal, and nothing need be
+        broadcast; afterwards every worker has the hyper-parameters of the last one to join. Schedulers are not stepped: those that are stepped by
+        batch must be brought to the last worker's state. Steps without an exchange (local steps) are taken alone. Collective. `give_up` is
+        asked while this waits, and True ends it; then the optimizer is of no more use.
+
+        Raises `CompressionError` between a backward pass and `step()`, and whatever a step raises.
+        """
+        self._check_no_gradients("join()")
+        self._results = None
+        joined_at, steps = self._aggregator.step, 0
+        while True:
+            while self._aggregator.local:
+                self._stand_in()
+                steps += 1
+            opening = self._open(joined_at)
+            if not _wait_patiently(opening, give_up):
+                return steps
+            said = [struct.unpack(f"<q{len(note) // 8 - 1}d", note) for note in opening.notes()]
+            latest = max(said, key=lambda numbers: numbers[0])
+            if latest[0] > joined_at:
+                self._follow(*latest[1:])
+            if latest[0] < _TRAINS:  # nobody begins this step
+                self._agree()
+                break
+            self._stand_in()
+            steps += 1
+        for p in self._bound_parameters():
+            p.grad = None
+        return steps
+
+    def _follow(self, scale: float, growth_tracker: float, *hyper_parameters: float) -> None:
+        """Take over what another worker has told, so that the step it begins, or has ended, is the same one here."""
+        numbers = iter(hyper_parameters)
+        for g, key in self._numbered:
+            self.param_groups[g][key] = _with_numbers(self.param_groups[g][key], numbers)
+        scaler = self.compression.scaler
+        if scaler is not None and scaler.is_enabled():
+            scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth_tracker)})
+
+    def _stand_in(self) -> None:
+        """A step of a worker without data."""
+        for p in self._bound_parameters():
+            p.grad = None
+        self.synchronize()
+        if self._stands and not self._updates and (scale := self.compression.loss_scale) != 1.0:  # there is no GradScaler.step to do it
+            self._multiply_gradients(1 / scale)
+        with self.skip_synchronize():
+            self.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the optimizer's. Raises between the start of a backward pass's exchange and `step()`."""

@@ -13,8 +13,11 @@ processed.
 from __future__ import annotations
 
 import math
+import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
@@ -23,6 +26,7 @@ from hvd_ecsgd.compression import Compression
 from hvd_ecsgd.transport.base import Handle, Ready
 
 from . import runtime
+from .errors import HorovodInternalError
 from .negotiation import Reduce, Request
 from .process_sets import ProcessSet, global_process_set
 
@@ -82,17 +86,62 @@ def join(device: int = -1) -> int:
     """Say that this rank has no more data, and wait until all ranks have said so; returns the rank that did last.
 
     Meanwhile this rank contributes zeros to the all-reduces (Average, which still divides by the size, and Sum) that the others submit; other
-    collectives fail. `device`: accepted as Horovod's; the zeros are made on the CPU. Optimizers of this package do not go on without a rank:
-    all ranks must take equal numbers of steps before they join, and a warning says so.
+    collectives fail. It takes part in the steps of their DistributedOptimizers with gradients of zero, and, unlike in Horovod, applies these
+    steps too (see `hvd_ecsgd.DistributedOptimizer`'s `join`): models, optimizers and hyper-parameters are equal on all ranks afterwards, with
+    nothing to broadcast. Schedulers that step by batch are the exception: `broadcast_object(scheduler.state_dict(), root_rank=join())`.
+    `device`: accepted as Horovod's; the zeros are made on the CPU.
+
+    Raises `HorovodInternalError` when a rank leaves without joining, or when ranks hold different optimizers; `CompressionError` between a backward
+    pass and its `step()`. Without MPI_THREAD_MULTIPLE optimizers do not go on without a rank, and a warning says so.
     """
-    if runtime.context().size > 1 and runtime.has_optimizers():
+    here = runtime.context()
+    joining = runtime.channel(global_process_set).join()
+    if here.size > 1 and here.engine.threaded:
+        return _join_steps(joining)
+    if here.size > 1 and runtime.optimizers():
         warnings.warn(
-            "join(): a DistributedOptimizer of mpi_backend waits for all ranks in every step, unlike Horovod's; join only after equal numbers of "
-            "steps on all ranks (drop the last batches, or repeat some).",
+            "join(): without MPI_THREAD_MULTIPLE a DistributedOptimizer of mpi_backend waits for all ranks in every step; join only after equal "
+            "numbers of steps on all ranks (drop the last batches, or repeat some).",
             RuntimeWarning,
             stacklevel=2,
         )
-    return runtime.channel(global_process_set).join().wait()
+    return joining.wait()
+
+
+def _join_steps(joining: Pending[int]) -> int:
+    """Wait, and take part in the steps of all optimizers: in a thread for each, as the others may step them in any order, and at once."""
+    optimizers = runtime.optimizers()
+    given_up = threading.Event()
+    start = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    pool = ThreadPoolExecutor(max(1, len(optimizers)), "join", *start)
+    try:
+        parts = [pool.submit(optimizer.join, given_up.is_set) for optimizer in optimizers.values()]
+        while not joining.done() and not any(part.done() and part.exception() for part in parts):
+            time.sleep(1e-3)
+        for part in parts:
+            if part.done():
+                part.result()  # raises what it raised
+        last = joining.wait()
+        # Everybody is here now. An optimizer that lives on some ranks only would be waited for in vain.
+        everyones = _tell_all("join", sorted(optimizers))
+        if any(numbers != everyones[0] for numbers in everyones):
+            raise HorovodInternalError(
+                "join: ranks hold different DistributedOptimizers; make and drop each of them on all ranks. In the order in which they were made, "
+                f"by rank: {', '.join(map(str, everyones))}."
+            )
+        for part in parts:
+            part.result()
+        return last
+    finally:
+        given_up.set()
+        pool.shutdown(wait=False)
+
+
+def _tell_all(name: str, value: object) -> Sequence[Any]:
+    """Everybody's `value`, by rank."""
+    request = Request(f"{name}.values", name, extra=value)
+    done: Sequence[Any] = runtime.channel(global_process_set).submit(request, lambda extras: extras, start=lambda extras: Ready(extras)).wait()
+    return done
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:

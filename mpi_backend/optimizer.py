@@ -76,6 +76,7 @@ def DistributedOptimizer(
         executor=background,
         observer=partial(_trace, runtime.context().engine),
     )
+    runtime.add_optimizer(distributed)
     if background is not None:
         weakref.finalize(distributed, background.close)
     return distributed

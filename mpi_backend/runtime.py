@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import itertools
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # mpi4py.MPI initialises MPI when it is imported: only init() may do that.
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from .transport import MPITransport
     from .watchdog import Watchdog
 
-__all__ = ["Context", "agree", "channel", "context", "has_optimizers", "init", "is_initialized", "members", "new_background", "new_transport",
-           "register", "shutdown", "start_timeline", "stop_timeline", "unregister"]  # fmt: skip
+__all__ = ["Context", "agree", "channel", "context", "add_optimizer", "init", "is_initialized", "members", "new_background", "new_transport",
+           "optimizers", "register", "shutdown", "start_timeline", "stop_timeline", "unregister"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Context:
 _context: Context | None = None
 _watchdog: Watchdog | None = None
 _optimizers: list[MPITransport] = []
+_distributed: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 _backgrounds: list[Background] = []
 _exit_registered = False
 _previous_hook = sys.excepthook
@@ -153,6 +157,7 @@ def shutdown() -> None:
         for made in _optimizers:
             made.close()
         _optimizers.clear()
+        _distributed.clear()
         if watchdog is not None:
             watchdog.stop()
         for process_set in closing.process_sets.values():
@@ -295,9 +300,15 @@ def new_background() -> Background | None:
     return _backgrounds[-1]
 
 
-def has_optimizers() -> bool:
-    """Whether transports were made for optimizers since init()."""
-    return bool(_optimizers)
+def add_optimizer(optimizer: Any) -> None:
+    """Note a DistributedOptimizer, for `join`; all ranks note theirs in the same order."""
+    _distributed[next(_numbers)] = optimizer
+
+
+def optimizers() -> dict[int, Any]:
+    """Those in use, by number. One that only a cycle of references keeps is not, and another rank may have let it go already."""
+    gc.collect()
+    return {number: optimizer for number, optimizer in sorted(_distributed.items()) if optimizer.listens}
 
 
 def new_transport(process_set: ProcessSet | None = None) -> MPITransport:

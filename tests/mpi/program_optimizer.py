@@ -200,12 +200,6 @@ for t in range(4):
 verdict.expect(scaler.get_scale() == 32.0, f"the scale is {scaler.get_scale()} after one overflow")
 same(model, reference(3), "GradScaler")
 
-# Optimizers do not go on without a rank that has joined, and join() says so.
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    verdict.expect(hvd.join() in range(size), "all ranks join after equal numbers of steps")
-verdict.expect(["waits for all ranks in every step" in str(w.message) for w in caught] == [True] * (size > 1), "join() with an optimizer warns")
-
 # Arguments that are refused.
 model = conv()
 for options, message in (

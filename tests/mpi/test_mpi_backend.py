@@ -20,7 +20,7 @@ def last_line(output: str) -> str:
 
 
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("program", ["transport", "bits", "flight", "functions", "surface", "state", "optimizer"])
+@pytest.mark.parametrize("program", ["transport", "bits", "flight", "functions", "surface", "state", "optimizer", "join"])
 def test_program(program: str, n: int) -> None:
     output = mpirun(n, HERE / f"program_{program}.py")
     assert last_line(output).startswith("ok "), output
@@ -57,6 +57,15 @@ def test_functions_without_a_communication_thread() -> None:
     assert last_line(mpirun(2, HERE / "program_functions.py", env=CALLERS)).startswith("ok ")
 
 
+def test_joining_without_a_communication_thread_warns() -> None:
+    assert last_line(mpirun(2, HERE / "program_join.py", "unthreaded", env=CALLERS)).startswith("ok ")
+
+
+def test_an_optimizer_that_only_some_ranks_hold_is_named_when_they_join() -> None:
+    output = mpirun(2, HERE / "program_join.py", "different", timeout=60, expect_failure=True)
+    assert "join: ranks hold different DistributedOptimizers" in output and "by rank: [0], [0, 1]." in output and "went on" not in output, output
+
+
 def test_mpi_without_threads_is_said_and_works() -> None:
     code = """
     import mpi4py
@@ -74,7 +83,7 @@ def test_mpi_without_threads_is_said_and_works() -> None:
     assert "ok 0" in mpirun(2, code)
 
 
-@pytest.mark.parametrize("program", ["transport", "functions", "surface", "state", "optimizer"])
+@pytest.mark.parametrize("program", ["transport", "functions", "surface", "state", "optimizer", "join"])
 def test_one_process_without_mpirun(program: str) -> None:
     require_mpirun()
     output = run_job([], HERE / f"program_{program}.py")

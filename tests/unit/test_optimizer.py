@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -331,6 +333,23 @@ def test_the_wrapped_optimizer_is_of_the_optimizers_class() -> None:
         before = weights(model)
         train(model, optimizer, 0, range(3))
         assert not torch.equal(weights(model), before)
+
+
+def test_an_optimizer_is_let_go_and_its_model_with_it() -> None:
+    """The hooks of its parameters, which the garbage collector does not see into, must not keep it."""
+
+    def made(**options: Any) -> tuple[weakref.ref[Any], weakref.ref[Any]]:
+        model = mlp()
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression.top_k(4))
+        train(model, optimizer, 0, range(2))
+        if options.get("kept"):  # the control: what such a hook refers to stays
+            next(model.parameters()).register_post_accumulate_grad_hook(lambda p: optimizer)
+        return weakref.ref(model), weakref.ref(optimizer)
+
+    gone, kept = made(), made(kept=True)
+    gc.collect()
+    assert gone[0]() is None and gone[1]() is None
+    assert kept[1]() is not None
 
 
 def test_param_groups_have_learning_rates_of_their_own() -> None:

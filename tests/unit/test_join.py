@@ -1,0 +1,190 @@
+"""Workers that have no more batches go on with gradients of zero: the same numbers as of a worker that feeds zeros, whatever the method."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer
+from hvd_ecsgd.optimizer import _Distributed
+from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
+from tests.cases import CASES, Case, bound_method, by_name, ids
+from tests.problems import batch, mlp, same_bits, weights
+from tests.unit.test_undo import everything
+
+STEPS = (7, 4, 0)
+"""By rank: of the first epoch. Then all take three more."""
+LR = 0.05
+
+
+def rate(case: Case, t: int) -> float:
+    """Local steps are taken before the others' rates are known, so those methods get a constant one."""
+    return LR if getattr(bound_method(case).feedback, "period", 1) > 1 else LR / (1 + t)
+
+
+def run(case: Case, finish: Callable[[Any, Callable[[int, bool], None], int], None], steps: tuple[int, ...] = STEPS) -> list[Any]:
+    """What `everything` says after the first epoch, which `finish` ends, and after three more steps; and the hyper-parameters."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp(torch.float64)
+        sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport)
+
+        def step(t: int, data: bool) -> None:
+            optimizer.param_groups[0]["lr"] = rate(case, t)
+            optimizer.zero_grad()
+            x, y = batch(transport.rank, t, torch.float64)
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+            (loss if data else sum(0 * p.sum() for p in model.parameters())).backward()
+            optimizer.step()
+
+        for t in range(steps[transport.rank]):
+            step(t, True)
+        finish(optimizer, step, transport.rank)
+        after = everything(model, optimizer)
+        group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        first = optimizer.compression.aggregator.step
+        for t in range(first, first + 3):
+            step(t, True)
+        return after, everything(model, optimizer), group, optimizer.compression.state_dict()["step"]
+
+    return run_simulated(len(steps), worker)
+
+
+def join(optimizer: Any, step: Callable[[int, bool], None], rank: int) -> None:
+    optimizer.join()
+
+
+def feed_zeros(optimizer: Any, step: Callable[[int, bool], None], rank: int) -> None:
+    aggregator = optimizer.compression.aggregator
+    while aggregator.step < max(STEPS) or aggregator.local:
+        step(aggregator.step, False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_joining_is_feeding_zeros(case: Case) -> None:
+    joined, fed = run(case, join), run(case, feed_zeros)
+    for rank, (one, other) in enumerate(zip(joined, fed, strict=True)):
+        for mine, theirs in zip(one[:2], other[:2], strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in mine:
+                assert torch.equal(mine[name], theirs[name]), f"rank {rank}: {name}"
+        assert one[2:] == other[2:]
+    assert same_bits(after["x"] for after, *_ in joined)
+    assert same_bits(later["x"] for _, later, *_ in joined)
+
+
+def test_without_the_others_learning_rates_replicas_come_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test above."""
+    monkeypatch.setattr(_Distributed, "_follow", lambda *numbers: None)
+    with pytest.raises((AssertionError, DisagreementError)):
+        test_joining_is_feeding_zeros(by_name("double_squeeze"))
+
+
+def test_with_equal_numbers_of_steps_nothing_happens() -> None:
+    steps = (3, 3)
+    joined = run(by_name("top_k"), lambda optimizer, step, rank: optimizer.join(), steps)
+    plain = run(by_name("top_k"), lambda optimizer, step, rank: None, steps)
+    assert torch.equal(joined[0][1]["x"], plain[0][1]["x"])
+    assert joined[0][3] == plain[0][3] == 6
+
+
+def test_all_hyper_parameters_follow_and_keep_their_kind() -> None:
+    """As OneCycleLR changes them: Adam's betas too; and a learning rate that is a tensor."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        adam = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01), betas=(0.9, 0.99))
+        optimizer = DistributedOptimizer(adam, model.named_parameters(), Compression.one_bit(), transport=transport)
+        rate = optimizer.param_groups[0]["lr"]
+        for t in range(2 + 3 * transport.rank):
+            rate.fill_(0.01 / (1 + t))
+            optimizer.param_groups[0]["betas"] = (0.9 - 0.1 * t, 0.99)
+            optimizer.zero_grad()
+            x, y = batch(transport.rank, t)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        assert optimizer.join() == 3 - 3 * transport.rank
+        group = optimizer.param_groups[0]
+        assert group["lr"] is rate and isinstance(group["betas"], tuple) and group["amsgrad"] is False
+        return weights(model), float(rate), group["betas"]
+
+    (w0, *hyper0), (w1, *hyper1) = run_simulated(2, worker)
+    assert torch.equal(w0, w1)
+    assert hyper0 == hyper1 and hyper0[1] == (0.9 - 0.1 * 4, 0.99)
+
+
+@pytest.mark.parametrize("case", [by_name("none"), by_name("top_k"), by_name("local_momentum")], ids=ids)
+def test_a_grad_scaler_follows(case: Case) -> None:
+    """Also what it makes of an overflow after this worker has joined, and when it grows next."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        optimizer.compression.attach(optimizer, scaler)
+        for t in range(2 + 4 * transport.rank):
+            optimizer.zero_grad()
+            x, y = batch(transport.rank, t)
+            loss = scaler.scale(torch.nn.functional.cross_entropy(model(x), y))
+            (loss * float("inf") if t == 3 else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.join()
+        return weights(model, optimizer.compression), scaler.state_dict(), optimizer.compression.undone_steps
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a gradient or a payload held an inf or NaN")
+        (w0, scaler0, undone0), (w1, scaler1, undone1) = run_simulated(2, worker)
+    assert torch.equal(w0, w1) and w0.isfinite().all()
+    assert scaler0 == scaler1 and (scaler0["scale"], scaler0["_growth_tracker"]) == (64.0, 2)
+    assert undone0 == undone1 == 1
+
+
+def test_other_settings_of_those_that_train_are_named() -> None:
+    """The rank that has joined has no say, and learns of it all the same."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), Compression.top_k(4), transport=transport)
+        for t in range(1 + (transport.rank > 0)):
+            optimizer.param_groups[0]["lr"] = 0.05 - 0.01 * t * transport.rank
+            optimizer.zero_grad()
+            x, y = batch(transport.rank, t)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        optimizer.join()
+
+    with pytest.raises(DisagreementError, match=r"hyper-parameters: rank 1 has .*0\.04.*, rank 2 has .*0\.03"):
+        run_simulated(3, worker)
+
+
+def test_gradients_under_way_are_not_forgotten() -> None:
+    model = mlp()
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), transport=SelfTransport())
+    model(batch(0, 0)[0]).sum().backward()
+    with pytest.raises(CompressionError, match=r"join\(\): gradients of this step are under way; call it after step\(\)"):
+        optimizer.join()
+    optimizer.step()
+    assert optimizer.join() == 0
+
+
+def test_giving_up() -> None:
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), transport=transport)
+        for _ in range(1 + transport.rank):
+            if optimizer.compression.state_dict()["step"] == 1:
+                return "left"
+            model(batch(0, 0)[0]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer.join(lambda: True)
+
+    assert run_simulated(2, worker) == [0, "left"]
