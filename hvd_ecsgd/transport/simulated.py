@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,6 +16,8 @@ from .base import Handle
 __all__ = ["SimulatedTransport", "run_simulated"]
 
 T = TypeVar("T")
+
+_GLANCE = 1e-5  # seconds in which others may get their turn, of a worker that looks whether something is done
 
 
 class _Hub:
@@ -26,6 +30,7 @@ class _Hub:
         self.posted: dict[int, dict[int, tuple[str, Any]]] = {}
         self.taken: dict[int, int] = {}
         self.failure: str | None = None
+        self.turn = threading.Lock()
 
     def fail(self, why: str) -> None:
         with self.changed:
@@ -63,18 +68,54 @@ class _Hub:
             return parts
 
 
+class _Turn:
+    """One worker computes at a time: threads that all do spend most of their time on handing the interpreter lock around (half of it, measured)."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._waiting = 0  # threads of this worker
+        self._changing = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let other workers compute meanwhile."""
+        with self._changing:
+            self._waiting += 1
+            if self._waiting == 1:
+                self._lock.release()
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._waiting -= 1
+                if self._waiting == 0:
+                    self._lock.acquire()
+
+
 class _Handle(Generic[T]):
-    def __init__(self, hub: _Hub, number: int, name: str, finish: Callable[[list[Any]], T]) -> None:
-        self._hub, self._number, self._name, self._finish = hub, number, name, finish
+    def __init__(self, hub: _Hub, turn: _Turn, number: int, name: str, finish: Callable[[list[Any]], T]) -> None:
+        self._hub, self._turn, self._number, self._name, self._finish = hub, turn, number, name, finish
         self._result: list[T] = []
 
     def done(self) -> bool:
         with self._hub.changed:
-            return bool(self._result) or self._hub.complete(self._number)
+            if self._result or self._hub.complete(self._number):
+                return True
+        with self._turn.aside():
+            time.sleep(_GLANCE)
+        return False
 
     def wait(self) -> T:
         if not self._result:
-            self._result.append(self._finish(self._hub.collect(self._number, self._name)))
+            with self._turn.aside():
+                parts = self._hub.collect(self._number, self._name)
+            self._result.append(self._finish(parts))
         return self._result[0]
 
 
@@ -84,18 +125,18 @@ class SimulatedTransport:
     What is handed over is copied at once, as a network would; all-reduce sums in rank order (16-bit types in float32, rounded once).
     """
 
-    def __init__(self, hub: _Hub, rank: int) -> None:
+    def __init__(self, hub: _Hub, rank: int, turn: _Turn) -> None:
         self.rank = rank
         self.size = hub.size
         self.divisor = hub.size
-        self._hub = hub
+        self._hub, self._turn = hub, turn
         self._number = 0
 
     def _start(self, name: str, value: Any, finish: Callable[[list[Any]], T]) -> Handle[T]:
         number = self._number
         self._number += 1
         self._hub.post(number, self.rank, name, value)
-        return _Handle(self._hub, number, name, finish)
+        return _Handle(self._hub, self._turn, number, name, finish)
 
     def allreduce_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
         def finish(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -138,19 +179,21 @@ class SimulatedTransport:
 def run_simulated(size: int, worker: Callable[[SimulatedTransport], T], timeout: float = 120.0) -> list[T]:
     """Run `worker(transport)` on `size` threads and return the results by rank.
 
-    The first exception of a worker is raised here, after the others were told. A collective that some rank does not start within `timeout`
-    seconds is an error. Workers share the process: draw data from generators of their own, not from the global one.
+    They take turns in computing (torch's own threads within an operation are another matter), so a worker that waits for another one otherwise than
+    in a collective waits for ever. The first exception of a worker is raised here, after the others were told. A collective that some rank does not
+    start within `timeout` seconds is an error. Workers share the process: draw data from generators of their own, not from the global one.
     """
     hub = _Hub(size, timeout)
     results: dict[int, T] = {}
     errors: list[tuple[int, BaseException]] = []
 
     def run(rank: int) -> None:
-        try:
-            results[rank] = worker(SimulatedTransport(hub, rank))
-        except BaseException as error:
-            errors.append((rank, error))
-            hub.fail(f"rank {rank} failed: {error!r}")
+        with (turn := _Turn(hub.turn)):
+            try:
+                results[rank] = worker(SimulatedTransport(hub, rank, turn))
+            except BaseException as error:
+                errors.append((rank, error))
+                hub.fail(f"rank {rank} failed: {error!r}")
 
     threads = [threading.Thread(target=run, args=(r,), name=f"worker-{r}", daemon=True) for r in range(size)]
     for thread in threads:
