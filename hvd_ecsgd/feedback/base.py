@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ from ..errors import CompressionError
 from ..protocols import Part, State, StepContext
 from ..segments import Key, Segments
 
-__all__ = ["AppliesUpdate", "GradientUnit", "Rule", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_options", "take_from_momentum_"]
+__all__ = ["AppliesUpdate", "GradientUnit", "Rule", "Shifted", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_options",
+           "take_from_momentum_"]  # fmt: skip
 
 
 def refuse_options(rule: object, options: Mapping[str, Any], where: str, plain: Mapping[str, Any], remedy: str = "") -> None:
@@ -132,3 +134,27 @@ class AppliesUpdate(Rule):
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
         refuse_options(self, options, where, {"dampening": 0, "nesterov": False, "maximize": False})
+
+
+class Shifted(AppliesUpdate, ABC):
+    """Mixin: while `shifts`, the parameters hold a shifted point, to which `shift_` moves them, and x is kept in a slot of its own."""
+
+    @property
+    @abstractmethod
+    def shifts(self) -> bool: ...
+
+    @abstractmethod
+    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None: ...
+
+    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
+        """x ← what the parameters hold now: at the first step, and after somebody else wrote to them."""
+        if self.shifts:
+            torch._foreach_copy_(segments.shaped_views(state["x"]), list(parameters))
+
+    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+        """x ← x − out."""
+        if self.shifts:
+            state["x"].sub_(out)
+            self.shift_(state, parameters, segments)
+        else:
+            torch._foreach_sub_(list(parameters), segments.shaped_views(out))

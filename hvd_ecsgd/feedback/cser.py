@@ -9,13 +9,13 @@ import torch
 
 from ..protocols import Feedback, State, StepContext
 from ..segments import Segments
-from .base import AppliesUpdate, add_to_momentum_, take_from_momentum_
+from .base import Shifted, add_to_momentum_, take_from_momentum_
 
 __all__ = ["CSER"]
 
 
 @dataclass(frozen=True)
-class CSER(AppliesUpdate):
+class CSER(Shifted):
     """p_i = x − e_i;  g = ∇F_i(p_i) + wd·p_i;  m = μm + g;  (c, r) = ηm split by C1;  x ← x − mean c;  e_i ← e_i + r;  and in every `period`-th step
     (c, r) = e_i split by C2;  x ← x − mean c;  e_i ← r.  Unit: update.
 
@@ -57,17 +57,6 @@ class CSER(AppliesUpdate):
     ) -> None:
         if gradients is not None:
             take_from_momentum_(state["momentum"], gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
-
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        if self.shifts:
-            state["x"].sub_(out)
-            self.shift_(state, parameters, segments)
-        else:
-            torch._foreach_sub_(list(parameters), segments.shaped_views(out))
-
-    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        if self.shifts:
-            torch._foreach_copy_(segments.shaped_views(state["x"]), list(parameters))
 
     def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
         """parameters ← x − e."""

@@ -11,13 +11,13 @@ import torch
 from ..errors import CompressionError
 from ..protocols import Feedback, Part, State, StepContext
 from ..segments import Key, Segments
-from .base import AppliesUpdate, add_to_momentum_, take_from_momentum_
+from .base import Shifted, add_to_momentum_, take_from_momentum_
 
 __all__ = ["LocalMomentum"]
 
 
 @dataclass(frozen=True)
-class LocalMomentum(AppliesUpdate):
+class LocalMomentum(Shifted):
     """p = x − λe;  g = ∇F(p) + wd·p;  m = μm + g;  u = e + ηm;  c = C(u);  e = u − c;  x = x − mean c.  Unit: update.
 
     λ = 0 is error feedback with local momentum (EF), 0 < λ < 1 detached error feedback (DEF; the authors use .3), λ = 1 step-ahead error feedback
@@ -98,18 +98,9 @@ class LocalMomentum(AppliesUpdate):
         take_from_momentum_(momentum, gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
 
     def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        if self.shifts:
-            state["x"].sub_(out)
-            if self.period > 1:
-                torch.mul(state["residual"], 0.0 if self.dense else self.lambda_, out=state["displacement"])
-            self.shift_(state, parameters, segments)
-        else:
-            torch._foreach_sub_(list(parameters), segments.shaped_views(out))
-
-    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """x ← what the parameters hold now: at the first step, and after somebody else wrote to them."""
-        if self.shifts:
-            torch._foreach_copy_(segments.shaped_views(state["x"]), list(parameters))
+        if self.period > 1:  # the local steps are part of x now
+            torch.mul(state["residual"], 0.0 if self.dense else self.lambda_, out=state["displacement"])
+        super().finish_(state, out, parameters, segments, ctx)
 
     def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
         """parameters ← x − λe, less the local steps."""
