@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     again = commands.add_parser("reproduce", help="Run the central comparison of a paper, and say where its claims hold here.")
     again.add_argument("paper", choices=list(PAPERS))
     again.add_argument("--seeds", type=int, default=None, help="default 3; with --full 5, with --smoke 1")
-    again.add_argument("--out", type=Path, default=Path("results"), help="folder for PAPER.json and PAPER.png")
+    again.add_argument("--out", type=Path, default=Path("results"), help="folder for PAPER.json, PAPER.md and PAPER.png")
     how_much = again.add_mutually_exclusive_group()
     how_much.add_argument("--full", action="store_true", help="larger models, more steps and seeds: up to hours")
     how_much.add_argument("--smoke", action="store_true", help="seconds, to see that it runs; the figures mean nothing")

@@ -19,7 +19,7 @@ PAPERS = {"doublesqueeze": "doublesqueeze", "def": "detached", "compskip": "comp
 
 
 def reproduce(paper: str, size: Size, out: Path) -> Report:
-    """Run, print the table and what the paper claims, and write PAPER.json and PAPER.png to the folder `out`."""
+    """Run, print the table and what the paper claims, and write PAPER.json, PAPER.md and PAPER.png to the folder `out`."""
     started = time.perf_counter()
     report: Report = importlib.import_module(f".{PAPERS[paper]}", __name__).run(size)
     report.seconds = time.perf_counter() - started

@@ -74,6 +74,9 @@ class Table:
         lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
         return "\n".join([self.title, "-" * sum(widths, 2 * len(widths) - 2), lines[0], *lines[1:]])
 
+    def markdown(self) -> str:
+        return "\n".join([f"{self.title}:", "", _row(self.columns), _row(["---"] * len(self.columns)), *map(_row, self.rows)])
+
 
 @dataclass
 class Report:
@@ -94,8 +97,13 @@ class Report:
         parts.append(f"{sum(c.agrees for c in self.claims)} of {len(self.claims)} claims agree ({self.seconds:.0f} s).")
         return "\n\n".join(parts)
 
+    def markdown(self) -> str:
+        claims = [_row((c.claim, c.measured, c.verdict if c.agrees else f"**{c.verdict.lower()}**")) for c in self.claims]
+        parts = [f"## {self.title}", f"{self.setting}. It took {self.seconds:.0f} s.", *[table.markdown() for table in self.tables]]
+        return "\n\n".join([*parts, "\n".join([_row(("the paper claims", "here", "")), _row(["---"] * 3), *claims])]) + "\n"
+
     def save(self, folder: Path, name: str) -> list[Path]:
-        """Write name.json and name.png; the files."""
+        """Write name.json, name.md and name.png; the files."""
         folder.mkdir(parents=True, exist_ok=True)
         data = {
             "title": self.title,
@@ -105,12 +113,17 @@ class Report:
             "figures": self.figures,
             "seconds": round(self.seconds, 1),
         }
-        files = [folder / f"{name}.json", folder / f"{name}.png"]
+        files = [folder / f"{name}.{kind}" for kind in ("json", "md", "png")]
         files[0].write_text(json.dumps(_plain(data), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        files[1].write_text(self.markdown(), encoding="utf-8")
         need("matplotlib").use("Agg")
         figure = self.draw(need("matplotlib.pyplot"))
-        figure.savefig(files[1], dpi=120)
+        figure.savefig(files[2], dpi=120)
         return files
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _wrapped(text: str, label: str = "") -> str:

@@ -33,6 +33,10 @@ def test_every_paper_runs(paper: str, tmp_path: Path, capsys: pytest.CaptureFixt
     agreeing = sum(claim["agrees"] for claim in saved["claims"])
     assert f"{agreeing} of {len(saved['claims'])} claims agree" in printed
     assert printed.count("DOES NOT AGREE") == len(saved["claims"]) - agreeing
+    page = (tmp_path / f"{paper}.md").read_text()
+    assert page.count("**does not agree**") == len(saved["claims"]) - agreeing
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(lines) == sum(len(t["rows"]) + 2 for t in saved["tables"]) + len(saved["claims"]) + 2
 
 
 def spread(value: float) -> Spread:
