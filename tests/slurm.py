@@ -22,7 +22,9 @@ import pytest
 __all__ = ["Slurm", "slurm"]
 
 PACKAGES = "slurm-wlm slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge libmunge2 libhwloc15 liblua5.1-0".split()  # noqa: SIM905
+PACKAGES += ["libpmix2", "libevent-core-2.1-7", "libevent-pthreads-2.1-7"]  # for srun --mpi=pmix
 _LIBRARIES = Path("usr/lib/x86_64-linux-gnu")
+_PMIX = b"/usr/lib/x86_64-linux-gnu/pmix2/lib\0"  # where Slurm's plugin looks for libpmix.so: it is compiled in
 _CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -33,6 +35,7 @@ AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
+TmpFS={folder}/tmp-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -60,21 +63,21 @@ class Slurm:
     folder: Path
     environment: dict[str, str]
 
-    def run(self, *command: str, timeout: float = 60) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
+    def run(self, *command: str, timeout: float = 60, env: dict[str, str] | None = None) -> str:
+        done = subprocess.run(command, env=self.environment | (env or {}), capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}{self.logs()}"
         return done.stdout
 
     def state(self, job: str) -> str:
         return next(word[9:] for word in self.run("scontrol", "show", "job", job).split() if word.startswith("JobState="))
 
-    def wait(self, job: str, log: Path, timeout: float) -> str:
-        """What the job printed, when it has ended well."""
+    def wait(self, job: str, log: Path, timeout: float, end: str = "COMPLETED") -> str:
+        """What the job printed, when it has ended: well, or in another state that is expected."""
         deadline = time.monotonic() + timeout
         while (state := self.state(job)) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
             assert time.monotonic() < deadline, f"job {job} is {state} after {timeout:g} s: {text(log)}"
             time.sleep(0.5)
-        assert state == "COMPLETED", f"job {job}: {state}: {text(log)}"
+        assert state == end, f"job {job}: {state}, {end} was expected: {text(log)}"
         return text(log)
 
     def logs(self) -> str:
@@ -94,6 +97,9 @@ def slurm(folder: Path, environment: dict[str, str]) -> Iterator[Slurm]:
         pytest.skip("Slurm is taken from Debian's packages for x86_64, by apt-get and dpkg-deb")
     root = folder / "root"
     _unpack(folder / "packages", root)
+    _place_pmix(folder / "pmix", root)
+    for node in ("node0", "node1"):  # of their own: in a common one the two, which are one machine here, would make the same files
+        (folder / f"tmp-{node}").mkdir()
     libraries, plugins = root / _LIBRARIES, root / _LIBRARIES / "slurm-wlm"
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
@@ -173,3 +179,17 @@ def _unpack(packages: Path, root: Path) -> None:
         pytest.skip("Debian's Slurm packages cannot be downloaded: no network, another system, or another release")
     for package in packages.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", str(package), str(root)], check=True, timeout=60)
+
+
+def _place_pmix(place: Path, root: Path) -> None:
+    """Put PMIx's library where Slurm's plugin finds it, and away from where MPIs do, which bring their own."""
+    libraries = root / _LIBRARIES
+    plugin = libraries / "slurm-wlm" / "mpi_pmix.so"
+    compiled = plugin.read_bytes()
+    moved = bytes(place) + b"\0"
+    assert compiled.count(_PMIX) == 1 and len(moved) <= len(_PMIX), f"{plugin} does not name {_PMIX!r} once, or {place} is longer"
+    plugin.resolve().write_bytes(compiled.replace(_PMIX, moved.ljust(len(_PMIX), b"\0")))
+    (libraries / "pmix2" / "lib").rename(place)
+    (place / "libpmix.so").symlink_to("libpmix.so.2")
+    for link in libraries.glob("libpmix.so*"):
+        link.unlink()
