@@ -351,22 +351,55 @@ slurm_job() {
     say "Slurm job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes, start number $((${SLURM_RESTART_COUNT:-0} + 1))"
 }
 
+# try_srun KIND: start two ranks by srun --mpi=KIND, on two nodes if the job has them.
+# Sets SAW, what they saw: "each other", "themselves only", or the message that came instead.
+try_srun() {
+    local said nodes=1 program
+    if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then nodes=2; fi
+    # The memory is filled first, as a real script's is. MPICH 5.0 over UCX hands on 4096 bytes from where its address lies, whatever follows there;
+    # the more of that is not zero, the longer are its lines, and Slurm's PMI (22.05) fails on those above 1024 bytes: only an empty program would pass.
+    # An MPI that waits for ranks in vain is given 15 seconds, Slurm and Python more.
+    program='import signal
+memory = [bytes([165]) * n for n in range(600, 4600)]; del memory[::2]
+signal.alarm(15)
+from mpi4py import MPI
+print("ranks", MPI.COMM_WORLD.Get_size())'
+    # They get one processor each, shared if need be, so that a job of one task, or one whose tasks have all the processors, can try it too.
+    said=$(guarded timeout -k 10 60 srun --mpi="$1" --ntasks=2 --nodes="$nodes" --ntasks-per-node=$((2 / nodes)) \
+        --cpus-per-task=1 --overcommit --overlap --wait=5 python -c "$program" 2>&1) || [ $? != 124 ] || said='nothing within 60 seconds'
+    case $(grep -a '^ranks [0-9]*$' <<<"$said" || true) in
+        $'ranks 2\nranks 2') SAW='each other' ;;
+        $'ranks 1\nranks 1') SAW='themselves only' ;;
+        *) if [[ $said == *'Alarm clock'* ]]; then said='nothing within 15 seconds'; fi
+           SAW=$(grep -a -v -E '^([[:space:]]|Traceback|srun: |slurmstepd|$)' <<<"$said" | tail -n 1) || true
+           SAW=${SAW:-${said##*$'\n'}} SAW=${SAW:-nothing} ;;
+    esac
+}
+
 # Sets START to srun or mpirun, and START_WITH to the interface between Slurm and the MPI.
 choose_start() {
-    local kind kinds=$START_WITH
+    local kind kinds=$START_WITH before
+    case $START in srun|mpirun|auto) ;; *) die "START='$START' is not known." "It is srun, mpirun or auto." ;; esac
     if [ "$START" = mpirun ]; then say "start: mpirun, as asked"; return; fi
     if [ "$kinds" = auto ]; then kinds='pmix pmi2'; fi
     for kind in $kinds; do
-        # An MPI that does not speak Slurm's language starts every rank alone, as rank 0 of 1; or fails.
-        if [ "$START" = srun ] && [ "$START_WITH" != auto ]; then START_WITH=$kind; say "start: srun --mpi=$kind, as asked"; return; fi
-        if [ "$SLURM_NTASKS" -gt 1 ] && [ "$(guarded timeout 60 srun --mpi="$kind" --ntasks=2 --nodes=1 --ntasks-per-node=2 --overcommit --overlap \
-                python -c 'from mpi4py import MPI; print("ranks", MPI.COMM_WORLD.Get_size())' 2>/dev/null | grep -c '^ranks 2$')" = 2 ]; then
+        # An MPI that does not speak Slurm's language fails, or starts every rank alone, as rank 0 of 1.
+        before=$SECONDS
+        try_srun "$kind"
+        if [ "$SAW" = 'each other' ]; then
             START=srun START_WITH=$kind
-            say "start: srun --mpi=$kind, which this MPI understands"
+            say "start: srun --mpi=$kind, which this MPI understands (tried in $((SECONDS - before)) s)"
             return
         fi
+        say "srun --mpi=$kind: two ranks should see each other, and saw: $SAW (tried in $((SECONDS - before)) s)"
     done
-    [ "$START" != srun ] || die "srun cannot start ranks of this MPI ($kinds was tried)." "START=mpirun starts them without it. 'srun --mpi=list' names what Slurm has."
+    # The trial needs mpi4py, which a script may do without.
+    if [ "$START" = srun ] && [ "$START_WITH" != auto ] && [ "$SAW" != 'themselves only' ]; then
+        say "start: srun --mpi=$START_WITH, as asked, though the trial failed"
+        return
+    fi
+    [ "$START" != srun ] || die "srun cannot start ranks of this MPI ($kinds was tried)." \
+        "START=mpirun starts them without it. 'srun --mpi=list' names what Slurm has; START_WITH chooses."
     START=mpirun
-    say "start: mpirun in the job's nodes, as this MPI does not understand srun ($kinds was tried)"
+    say "start: mpirun in the job's nodes, as ranks that srun starts do not see each other ($kinds was tried)"
 }

