@@ -298,11 +298,12 @@ choose_interface() {
     say "network interface: left to the launcher, as no other machine is named in HOSTS; INTERFACE names one"
 }
 
-# Threads of each rank: what is set, or this machine's cores shared among the ranks that it gets.
+# Threads of each rank: what is set, or what each task of the Slurm job has, or this machine's cores shared among the ranks that it gets.
 choose_threads() {
     local here=$RANKS i
     for i in ${HOST_NAMES[@]+"${!HOST_NAMES[@]}"}; do if is_this_machine "${HOST_NAMES[i]}"; then here=${HOST_SLOTS[i]}; fi; done
     if [ "${#HOST_NAMES[@]}" = 0 ]; then here=$(((RANKS + ${SLURM_JOB_NUM_NODES:-1} - 1) / ${SLURM_JOB_NUM_NODES:-1})); fi
+    if [ "${#HOST_NAMES[@]}" = 0 ] && [ -n "${SLURM_JOB_ID:-}" ]; then OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-}}; fi
     if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS=$(($(cores) / here)); fi
     if [ "$OMP_NUM_THREADS" = 0 ]; then OMP_NUM_THREADS=1; fi
     whole_number "$OMP_NUM_THREADS" "the number of threads"
@@ -346,7 +347,7 @@ launch() {
 
 slurm_job() {
     [ -n "${SLURM_JOB_ID:-}" ] || die "this is no Slurm job." "Submit it: sbatch $0"
-    export SLURM_NTASKS=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
+    export SLURM_NTASKS=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}
     use_environment
     say "Slurm job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes, start number $((${SLURM_RESTART_COUNT:-0} + 1))"
 }

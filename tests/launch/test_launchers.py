@@ -118,6 +118,8 @@ def test_in_a_slurm_job_mpirun_takes_its_tasks_and_nodes(machine: dict[str, str]
     done = run(["launch/mpirun.sh", "train"], env)
     assert "ranks 0-3: on the nodes of Slurm job 5, n[1-2]" in done.stdout and "threads of each rank: 4" in done.stdout
     assert "\n-x\nPATH\n" in done.stdout
+    done = run(["launch/mpirun.sh", "train"], {**env, "SLURM_CPUS_PER_TASK": "3"})
+    assert "threads of each rank: 3" in done.stdout
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])

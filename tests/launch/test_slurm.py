@@ -62,9 +62,11 @@ def by_mpirun(cluster: Slurm) -> str:
     return trained(cluster.wait(job, log, 200), "mpirun, as asked")
 
 
-def submit(cluster: Slurm, file: str, name: str, *arguments: str, env: dict[str, str] | None = None) -> tuple[str, Path]:
+def submit(cluster: Slurm, file: str, name: str, *arguments: str, env: dict[str, str] | None = None, cpus: int = 1) -> tuple[str, Path]:
     log = cluster.folder / f"{name}.out"
     sbatch = ["sbatch", "--parsable", f"--chdir={REPO}", f"--output={log}"]
+    if cpus > 1:
+        sbatch.append(f"--cpus-per-task={cpus}")
     return cluster.run(*sbatch, str(BATCH / file), *arguments, env=env).strip(), log
 
 
@@ -170,6 +172,18 @@ def test_srun_is_refused_where_it_would_leave_every_rank_alone(cluster: Slurm) -
     printed = cluster.wait(job, log, 120, end="FAILED")
     assert "error: srun cannot start ranks of this MPI (pmi2 was tried)." in printed and "START=mpirun starts them without it." in printed, printed
     assert "rank 0 of" not in printed, printed
+
+
+def test_srun_and_each_task_are_told_of_the_processors_that_the_job_asked_for(cluster: Slurm) -> None:
+    """Also where the MPI cannot be tried, as mpi4py finds none: what was asked for is done."""
+    say = ["sh", "-c", 'echo "$SLURM_PROCID on $SLURMD_NODENAME: $OMP_NUM_THREADS threads"']
+    env = {"START": "srun", "START_WITH": "pmix", "MPI4PY_LIBMPI": "/nothing", "OMP_NUM_THREADS": ""}
+    job, log = submit(cluster, "mpi.sbatch", "processors", *say, env=env, cpus=3)
+    printed = cluster.wait(job, log, 120)
+    assert "two ranks should see each other, and saw: /nothing: cannot open shared object file" in printed, printed
+    assert "== start: srun --mpi=pmix, as asked, though the trial failed" in printed, printed
+    assert re.search("^== srun --mpi=pmix .*--cpus-per-task=3 ", printed, re.MULTILINE), printed
+    assert sorted(re.findall(r"^\d on .*threads$", printed, re.MULTILINE)) == ["0 on node0: 3 threads", "1 on node1: 3 threads"], printed
 
 
 @pytest.mark.parametrize("file", ["mpi.sbatch", "horovod.sbatch"])
