@@ -390,8 +390,9 @@ class Aggregator:
 
     # -- one step ----------------------------------------------------------------------------------------------------------------
 
-    def use(self, transport: Transport) -> None:
+    def use(self, transport: Transport, joined: bool = False) -> None:
         """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective).
+        A rank that has `joined` may hold another x.
 
         It waits for the slowest rank, however long that loads its data. Only with two models in one backward pass another rank may be waiting
         in the other one, so while another object of this process has its first step to come, patience ends and `settle` finishes the comparison.
@@ -399,7 +400,10 @@ class Aggregator:
         self._transport = transport
         every = self.method.verify_every
         if every and self.step and self.step % every == 0:
-            self._verification = transport.allgather(self._fingerprints(), "replicas", [len(self.named)] * transport.size)
+            mine = torch.zeros(1 + len(self.named), dtype=torch.int64)
+            if not joined:
+                mine[0], mine[1:] = 1, self._fingerprints()
+            self._verification = transport.allgather(mine, "replicas", [mine.numel()] * transport.size)
         if self not in newcomers:
             return
         newcomers.discard(self)
@@ -431,16 +435,17 @@ class Aggregator:
         return torch.stack([found[name] for name, _ in self.named]).cpu()
 
     def _raise_on_drift(self, fingerprints: torch.Tensor) -> None:
-        """`fingerprints`: (rank, parameter)."""
-        differs = (fingerprints != fingerprints[0]).any(0)
+        """`fingerprints`: (rank, 1 + parameter); beginning with 0 of a rank that has joined."""
+        ranks, fingerprints = fingerprints[:, 0].nonzero().view(-1).tolist(), fingerprints[:, 1:]
+        differs = (fingerprints[ranks] != fingerprints[ranks[:1]]).any(0)
         if not bool(differs.any()):
             return
         first = int(differs.nonzero()[0])
-        others = [r for r, value in enumerate(fingerprints[:, first].tolist()) if value != int(fingerprints[0, first])]
+        others = [r for r in ranks if fingerprints[r, first] != fingerprints[ranks[0], first]]
         raise DisagreementError(
             f"replicas have drifted apart before step {self.step}: parameter '{self.named[first][0]}' (the first of {int(differs.sum())}) "
-            f"holds other bits on rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))} than on rank 0. Something outside of training "
-            "wrote to it on some ranks only (clipping, loading, initialising), or a hyper-parameter differs there."
+            f"holds other bits on rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))} than on rank {ranks[0]}. Something outside of "
+            "training wrote to it on some ranks only (clipping, loading, initialising), or a hyper-parameter differs there."
         )
 
     def compare(self, transport: Transport, note: bytes = b"", joined: bool = False) -> Comparison:
@@ -629,6 +634,11 @@ class Aggregator:
         bucket.versions = versions
 
     @property
+    def held(self) -> bool:
+        """Inside of `at`."""
+        return self._held
+
+    @property
     def shifted(self) -> bool:
         """The parameters hold a shifted point now, different on every rank."""
         return not self._held and any(
@@ -672,6 +682,10 @@ class Aggregator:
                     else:
                         torch._foreach_copy_(list(bucket.parameters), saved)
                     bucket.versions = [p._version for p in bucket.parameters]
+
+    def shared_state(self) -> list[torch.Tensor]:
+        """The slots that hold the same bits on all ranks and depend on the parameters, but for x."""
+        return [b.state[slot] for b in self.buckets if b.state is not None for slot in b.method.feedback.shared_slots]
 
     def _move_to(self, point: str, bucket: Bucket, moved: list[tuple[Bucket, list[torch.Tensor], list[int]]]) -> None:
         """Set the bucket's parameters to x or z; note what they held, and their versions afterwards."""

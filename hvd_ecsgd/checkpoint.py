@@ -11,13 +11,12 @@ import contextlib
 import fcntl
 import json
 import logging
-import math
 import os
 import secrets
 import socket
 import weakref
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -30,6 +29,7 @@ from .compression import BoundCompression
 from .errors import CheckpointError, CompressionError
 from .resize import Leaf, merge, resized_state, shares
 from .transport import Transport
+from .trees import decode, encode
 from .version import __version__
 
 __all__ = ["Loaded", "load_checkpoint", "save_checkpoint"]
@@ -254,7 +254,7 @@ class _Save:
         with _together(self.transport, "part"):
             package = _safetensors()
             tensors: dict[str, torch.Tensor] = {}
-            tree = _encode(everything, "", tensors)
+            tree = encode(everything, "", tensors)
             digests = {name: _digest(t) for name, t in tensors.items()}
         first = json.loads(_everyone(self.transport, json.dumps(digests) if self.first else "{}", "tensors")[0])
         known = {digest: (0, name) for name, digest in reversed(first.items())}
@@ -345,59 +345,6 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
-# -- trees as JSON ---------------------------------------------------------------------------------------------------------------
-
-
-def _encode(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """`value` as JSON; its tensors go to `tensors` by their place. What JSON has no word for is {"$kind": …}."""
-    if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.is_complex() or value.is_quantized:
-            raise CheckpointError(f"'{where}': a {value.dtype} tensor of layout {value.layout} cannot be saved; dense real tensors can.")
-        tensors[where] = value
-        return {"$tensor": where}
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if type(value) is int:
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
-    if isinstance(value, (list, tuple)):
-        items = [_encode(v, f"{where}/{i}", tensors) for i, v in enumerate(value)]
-        return items if isinstance(value, list) else {"$tuple": items}
-    if isinstance(value, Mapping):
-        pairs = [(k, _encode(v, f"{where}/{k}" if where else str(k), tensors)) for k, v in value.items()]
-        if isinstance(value, Counter):
-            return {"$counter": [list(p) for p in pairs]}
-        if all(isinstance(k, str) and not k.startswith("$") for k, _ in pairs):
-            return dict(pairs)
-        if all(k is None or isinstance(k, (str, int)) for k, _ in pairs):
-            return {"$items": [list(p) for p in pairs]}
-    raise CheckpointError(
-        f"'{where}' is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: numbers, strings, None, lists, tuples, "
-        "dictionaries and tensors can be saved (torch.from_numpy makes a tensor of an array)."
-    )
-
-
-def _decode(tree: Any, tensor: Callable[[str], Any]) -> Any:
-    if isinstance(tree, list):
-        return [_decode(v, tensor) for v in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if len(tree) == 1:
-        (kind, value), *_ = tree.items()
-        if kind == "$tensor":
-            return tensor(value)
-        if kind == "$float":
-            return float(value)
-        if kind == "$tuple":
-            return tuple(_decode(v, tensor) for v in value)
-        if kind == "$counter":
-            return Counter({k: v for k, v in value})
-        if kind == "$items":
-            return {k: _decode(v, tensor) for k, v in value}
-    return {k: _decode(v, tensor) for k, v in tree.items()}
-
-
 # -- loading ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -477,13 +424,13 @@ class _Parts:
 
     def everything(self, r: int) -> Any:
         """What rank r saved."""
-        return _decode(self._about(r)["tree"], lambda name: self.tensor(r, name))
+        return decode(self._about(r)["tree"], lambda name: self.tensor(r, name))
 
     def lazily(self, r: int) -> Any:
         """What rank r saved, with `Leaf`s for tensors."""
         if r not in self._lazy:
             places = self._about(r)["tensors"]
-            self._lazy[r] = _decode(self._about(r)["tree"], lambda name: Leaf(places[name][2], lambda: self.tensor(r, name)))
+            self._lazy[r] = decode(self._about(r)["tree"], lambda name: Leaf(places[name][2], lambda: self.tensor(r, name)))
         return self._lazy[r]
 
     def resized(self, template: Aggregator) -> tuple[Any, list[str]]:

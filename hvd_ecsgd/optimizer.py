@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import numbers
 import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +22,7 @@ from .compression import AnyCompression, BoundCompression, Compression, bind, ch
 from .errors import CompressionError
 from .transport import SelfTransport, Transport
 from .transport.base import Handle
+from .trees import decode, encode
 
 __all__ = ["DistributedOptimizer", "Executor", "Inline", "Observer"]
 
@@ -111,6 +114,12 @@ def _events(tensors: Iterable[torch.Tensor]) -> list[Any]:
     return events
 
 
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+
+
 def _never() -> bool:
     return False
 
@@ -135,17 +144,17 @@ def _numbers(value: Any) -> list[float]:
     """Those in a hyper-parameter; none if it is something else."""
     if isinstance(value, (tuple, list)):
         return [number for part in value for number in _numbers(part)]
-    single = isinstance(value, (bool, int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    single = isinstance(value, numbers.Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
     return [float(value)] if single else []
 
 
-def _with_numbers(value: Any, numbers: Iterator[float]) -> Any:
-    """A hyper-parameter like `value`, that holds the next of these numbers."""
+def _with_numbers(value: Any, told: Iterator[float]) -> Any:
+    """A hyper-parameter like `value`, that holds the next of the numbers told."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_with_numbers(part, numbers) for part in value)
+        return type(value)(_with_numbers(part, told) for part in value)
     if not _numbers(value):
         return value
-    new = next(numbers)
+    new = next(told)
     if isinstance(value, torch.Tensor):
         return value.fill_(new)
     return value if float(value) == new else bool(new) if isinstance(value, bool) else new
@@ -254,6 +263,7 @@ class _Distributed(torch.optim.Optimizer):
         self._reset_counts()
         self._in_flight: list[_Noted] = []
         self._hooks: list[Any] = []
+        weakref.finalize(self, _remove, self._hooks).atexit = False
         listening = weakref.WeakMethod(self._gradient_ready)
 
         def ready(parameter: torch.Tensor) -> None:  # what a parameter's hook refers to is never collected with it
@@ -277,9 +287,7 @@ class _Distributed(torch.optim.Optimizer):
 
     def _release(self) -> None:
         """Another optimizer has taken over the parameters: listen to their gradients no more."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        _remove(self._hooks)
         self._submitted = 0
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -382,10 +390,10 @@ class _Distributed(torch.optim.Optimizer):
 
     def _open(self, joined_at: int = _TRAINS) -> Comparison:
         """Begin a step together with the other workers. They are told what those that have joined (at which step) need to know."""
-        self._aggregator.use(self._transport)
-        numbers = [n for g, key in self._numbered for n in _numbers(self.param_groups[g][key])]
-        scaler = {} if self.compression.scaler is None else self.compression.scaler.state_dict()
-        note = struct.pack(f"<q{len(numbers) + 2}d", joined_at, scaler.get("scale", 1.0), scaler.get("_growth_tracker", 0), *numbers)
+        self._aggregator.use(self._transport, joined=joined_at != _TRAINS)
+        told = [n for g, key in self._numbered for n in _numbers(self.param_groups[g][key])]
+        scaler = self._scaler_state()
+        note = struct.pack(f"<q{len(told) + 2}d", joined_at, scaler.get("scale", 1.0), scaler.get("_growth_tracker", 0), *told)
         self._opening = self._aggregator.compare(self._transport, note, joined=joined_at != _TRAINS)
         return self._opening
 
@@ -553,15 +561,18 @@ class _Distributed(torch.optim.Optimizer):
     def join(self, give_up: Callable[[], bool] = _never) -> int:
         """For a worker that has no more batches: take part in the others' steps until all workers have called this; how many steps that were.
 
-        These are whole steps, with gradients of zero (the mean still divides by all workers): what is left in the residual goes on being sent, and
-        the mean is applied here too, with the hyper-parameters and the loss scale of those that train. So replicas stay equal, and nothing need be
-        broadcast; afterwards every worker has the hyper-parameters of the last one to join. Schedulers are not stepped: those that are stepped by
-        batch must be brought to the last worker's state. Steps without an exchange (local steps) are taken alone. Collective. `give_up` is
-        asked while this waits, and True ends it; then the optimizer is of no more use.
+        These are whole steps, with gradients of zero (the mean still divides by all workers) and with the hyper-parameters and loss scale of those
+        that train: what is left in the residual goes on being sent, and the mean is applied here too. In the end every worker gets the parameters,
+        optimizer state, hyper-parameters and loss scale of the last one to join, so what its script did around the steps (clipping, averaging
+        weights) is there as well, and nothing need be broadcast. Schedulers and the model's buffers stay each worker's own: a scheduler that is
+        stepped by batch must be brought to the last worker's state. Steps without an exchange (local steps) are taken alone. Collective. `give_up`
+        is asked while this waits, and True ends it; then the optimizer is of no more use.
 
-        Raises `CompressionError` between a backward pass and `step()`, and whatever a step raises.
+        Raises `CompressionError` between a backward pass and `step()`, and inside `compression.at(…)`; and whatever a step raises.
         """
         self._check_no_gradients("join()")
+        if self._aggregator.held:
+            raise CompressionError("join(): leave `with compression.at(…):` first.")
         self._results = None
         joined_at, steps = self._aggregator.step, 0
         while True:
@@ -572,7 +583,7 @@ class _Distributed(torch.optim.Optimizer):
             if not _wait_patiently(opening, give_up):
                 return steps
             said = [struct.unpack(f"<q{len(note) // 8 - 1}d", note) for note in opening.notes()]
-            latest = max(said, key=lambda numbers: numbers[0])
+            latest = max(said, key=lambda told: told[0])
             if latest[0] > joined_at:
                 self._follow(*latest[1:])
             if latest[0] < _TRAINS:  # nobody begins this step
@@ -582,16 +593,52 @@ class _Distributed(torch.optim.Optimizer):
             steps += 1
         for p in self._bound_parameters():
             p.grad = None
+        if any(told[0] != latest[0] for told in said):
+            self._take_over(said.index(latest))
         return steps
+
+    def _take_over(self, root: int) -> None:
+        """Parameters (at x), what the method keeps alike on all workers, and the optimizer's state, from worker `root`. Collective."""
+        mine, params = self._transport.rank == root, [p for group in self.param_groups for p in group["params"]]
+        with self._aggregator.at("averaged"), torch.no_grad():
+            self._broadcast([*self._bound_parameters(), *self._aggregator.shared_state()], root)
+        held: dict[str, torch.Tensor] = {}
+        tree = encode({str(i): dict(self.state[p]) for i, p in enumerate(params) if p in self.state}, "", held) if mine else None
+        layout = [(name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type == "cpu") for name, t in held.items()]
+        text = json.dumps([tree, layout]) if mine else ""
+        packed = self._transport.allgather(torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8), "join.state").wait()[root]
+        tree, layout = json.loads(packed.numpy().tobytes())
+        if not mine:
+            for name, dtype, shape, on_cpu in layout:
+                device = torch.device("cpu") if on_cpu else params[int(name.split("/")[0])].device
+                held[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        self._broadcast(list(held.values()), root)
+        if not mine:
+            self.state.clear()
+            self.state.update({params[int(i)]: state for i, state in decode(tree, held.__getitem__).items()})
+
+    def _broadcast(self, tensors: Sequence[torch.Tensor], root: int) -> None:
+        """Into these, which may have any layout of their elements."""
+        flat = [t.detach().contiguous() for t in tensors]
+        for handle in [self._transport.broadcast_(f, root, f"join.{i}") for i, f in enumerate(flat)]:
+            handle.wait()
+        for t, f in zip(tensors, flat, strict=True):
+            if f.data_ptr() != t.data_ptr():
+                t.copy_(f)
+
+    def _scaler_state(self) -> dict[str, float]:
+        """What GradScaler says of itself; less, of something else that was attached for one."""
+        tell = getattr(self.compression.scaler, "state_dict", None)
+        return tell() if tell is not None else {"scale": self.compression.loss_scale}
 
     def _follow(self, scale: float, growth_tracker: float, *hyper_parameters: float) -> None:
         """Take over what another worker has told, so that the step it begins, or has ended, is the same one here."""
-        numbers = iter(hyper_parameters)
+        told = iter(hyper_parameters)
         for g, key in self._numbered:
-            self.param_groups[g][key] = _with_numbers(self.param_groups[g][key], numbers)
-        scaler = self.compression.scaler
-        if scaler is not None and scaler.is_enabled():
-            scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth_tracker)})
+            self.param_groups[g][key] = _with_numbers(self.param_groups[g][key], told)
+        scaler = self._scaler_state()
+        if "_growth_tracker" in scaler:
+            self.compression.scaler.load_state_dict({**scaler, "scale": scale, "_growth_tracker": int(growth_tracker)})
 
     def _stand_in(self) -> None:
         """A step of a worker without data."""

@@ -162,6 +162,11 @@ class Feedback(Protocol):
         """The buffer is not the residual: an exchange that `settles` must add what is left in it."""
         ...
 
+    @property
+    def shared_slots(self) -> tuple[str, ...]:
+        """Those of the state that hold the same bits on all ranks and depend on the parameters; `x` apart."""
+        ...
+
     def exchanges(self, step: int) -> bool:
         """Whether something is sent in this step. If not it is a local one: nothing is, and `shift_` follows `accumulate_`."""
         ...

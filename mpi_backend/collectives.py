@@ -86,9 +86,9 @@ def join(device: int = -1) -> int:
     """Say that this rank has no more data, and wait until all ranks have said so; returns the rank that did last.
 
     Meanwhile this rank contributes zeros to the all-reduces (Average, which still divides by the size, and Sum) that the others submit; other
-    collectives fail. It takes part in the steps of their DistributedOptimizers with gradients of zero, and, unlike in Horovod, applies these
-    steps too (see `hvd_ecsgd.DistributedOptimizer`'s `join`): models, optimizers and hyper-parameters are equal on all ranks afterwards, with
-    nothing to broadcast. Schedulers that step by batch are the exception: `broadcast_object(scheduler.state_dict(), root_rank=join())`.
+    collectives fail. It takes part in the steps of their DistributedOptimizers with gradients of zero, and gets their parameters, optimizer state
+    and hyper-parameters in the end (see `join` of `hvd_ecsgd.DistributedOptimizer`'s result): unlike with Horovod nothing need be broadcast, but
+    for buffers (batch-norm statistics) and schedulers that step by batch: `broadcast_object(scheduler.state_dict(), root_rank=last)`.
     `device`: accepted as Horovod's; the zeros are made on the CPU.
 
     Raises `HorovodInternalError` when a rank leaves without joining, or when ranks hold different optimizers; `CompressionError` between a backward

@@ -69,6 +69,10 @@ class Rule:
     def scratches(self) -> bool:
         return False
 
+    @property
+    def shared_slots(self) -> tuple[str, ...]:
+        return ()
+
     def exchanges(self, step: int) -> bool:
         return True
 

@@ -25,6 +25,10 @@ class PEF(Unshifted, AppliesUpdate):
     Slots: `residual`; `momentum`, which holds the same bits on all ranks. Memory beside parameters and gradients: 2 times the parameters.
     """
 
+    @property
+    def shared_slots(self) -> tuple[str, ...]:
+        return ("momentum",)
+
     def for_dense(self) -> Feedback:
         return self
 

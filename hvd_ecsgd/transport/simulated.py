@@ -74,27 +74,31 @@ class _Turn:
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
         self._waiting = 0  # threads of this worker
+        self._over = False
         self._changing = threading.Lock()
 
     def __enter__(self) -> None:
         self._lock.acquire()
 
     def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        with self._changing:
+            self._over = True
+            if self._waiting == 0:
+                self._lock.release()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Let other workers compute meanwhile."""
         with self._changing:
             self._waiting += 1
-            if self._waiting == 1:
+            if self._waiting == 1 and not self._over:
                 self._lock.release()
         try:
             yield
         finally:
             with self._changing:
                 self._waiting -= 1
-                if self._waiting == 0:
+                if self._waiting == 0 and not self._over:
                     self._lock.acquire()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -163,6 +164,87 @@ def test_other_settings_of_those_that_train_are_named() -> None:
 
     with pytest.raises(DisagreementError, match=r"hyper-parameters: rank 1 has .*0\.04.*, rank 2 has .*0\.03"):
         run_simulated(3, worker)
+
+
+def clip(model: torch.nn.Module, optimizer: Any, t: int) -> None:
+    optimizer.synchronize()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    with optimizer.skip_synchronize():
+        optimizer.step()
+
+
+def leave_out(model: torch.nn.Module, optimizer: Any, t: int) -> None:
+    optimizer.synchronize()
+    if t != 3:
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+def clamp(model: torch.nn.Module, optimizer: Any, t: int) -> None:
+    optimizer.step()
+    with optimizer.compression.at("averaged"), torch.no_grad():
+        for p in model.parameters():
+            p.clamp_(-0.3, 0.3)
+
+
+def freeze(model: torch.nn.Module, optimizer: Any, t: int) -> None:
+    optimizer.step()
+    if t == 3:
+        model[0].weight.requires_grad_(False)  # type: ignore[index,operator,union-attr]
+
+
+AROUND = {
+    "clip": (clip, lambda: Compression.double_squeeze(verify_every=1)),
+    "leave out": (leave_out, lambda: Compression.top_k(4)),
+    "clamp": (clamp, lambda: Compression.none),
+    "clamp, pef": (clamp, lambda: Compression.pef(4)),
+    "clamp, detached": (clamp, lambda: Compression.detached(4, verify_every=1)),
+    "freeze": (freeze, lambda: Compression.none),
+}
+"""What only the scripts of those that train do around a step."""
+
+
+def around(what: str) -> list[torch.Tensor]:
+    """By rank, after two epochs: all that is alike on all workers."""
+    step, make = AROUND[what]
+
+    def worker(transport: Transport) -> torch.Tensor:
+        model = mlp()
+        if "," in what:
+            inner: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+        else:
+            inner = torch.optim.AdamW(model.parameters(), lr=0.02)
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), make(), transport=transport)
+        for epoch in range(2):
+            for t in range(2 + 4 * (transport.rank + epoch) % 8):
+                optimizer.zero_grad()
+                x, y = batch(transport.rank, t)
+                torch.nn.functional.cross_entropy(model(x), y).backward()
+                step(model, optimizer, t)
+            optimizer.join()
+            for p in model.parameters():
+                p.requires_grad_()
+        held = [v for p in model.parameters() for _, v in sorted(optimizer.state.get(p, {}).items())]
+        held += [b.state["momentum"] for b in optimizer.compression.aggregator.buckets if what == "clamp, pef"]
+        return torch.cat([weights(model, optimizer.compression), *(v.flatten() for v in held)])
+
+    return run_simulated(2, worker)
+
+
+@pytest.mark.parametrize("what", AROUND)
+def test_what_others_do_around_their_steps_arrives_too(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: it does not, when nothing is taken over in the end."""
+    assert same_bits(around(what))
+    monkeypatch.setattr(_Distributed, "_take_over", lambda self, root: None)
+    with contextlib.suppress(DisagreementError):  # as verify_every says
+        assert not same_bits(around(what))
+
+
+def test_not_while_the_parameters_are_held_at_a_point() -> None:
+    model = mlp()
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), transport=SelfTransport())
+    with optimizer.compression.at("averaged"), pytest.raises(CompressionError, match=r"leave `with compression\.at"):
+        optimizer.join()
 
 
 def test_gradients_under_way_are_not_forgotten() -> None:

@@ -352,6 +352,15 @@ def test_an_optimizer_is_let_go_and_its_model_with_it() -> None:
     assert kept[1]() is not None
 
 
+def test_an_optimizer_that_is_let_go_takes_its_hooks_along() -> None:
+    model = mlp()
+    for _ in range(3):
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+        del optimizer
+        gc.collect()
+    assert [len(p._post_accumulate_grad_hooks) for p in model.parameters()] == [0] * 4
+
+
 def test_param_groups_have_learning_rates_of_their_own() -> None:
     """A group with learning rate 0 stands still while the other trains, and its residual keeps."""
     model = mlp()

@@ -31,9 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "aggregator": BELOW_AGGREGATOR,
     "horovod_slot": {"aggregator", *BELOW_AGGREGATOR},
     "compression": {"horovod_slot", "aggregator", *BELOW_AGGREGATOR},
-    "optimizer": {"compression", "aggregator", *BELOW_AGGREGATOR},
+    "trees": {"errors"},
+    "optimizer": {"trees", "compression", "aggregator", *BELOW_AGGREGATOR},
     "resize": {"aggregator", *BELOW_AGGREGATOR},
-    "checkpoint": {"resize", "compression", "aggregator", *BELOW_AGGREGATOR},
+    "checkpoint": {"resize", "trees", "compression", "aggregator", *BELOW_AGGREGATOR},
 }
 # The package itself and the command line may import every room.
 MAY_IMPORT["reproduce"] = set(MAY_IMPORT)
