@@ -95,8 +95,8 @@ optimizer_a = hvd.DistributedOptimizer(sgd(a), a.named_parameters(), hvd.Compres
 optimizer_b = hvd.DistributedOptimizer(sgd(b), b.named_parameters(), hvd.Compression.power_sgd(2))
 optimizer_c = hvd.DistributedOptimizer(sgd(c), c.named_parameters(), process_set=pair)
 for t in range(3 * rank):
-    for optimizer in (optimizer_a, optimizer_b):
-        optimizer.zero_grad()
+    optimizer_a.zero_grad()
+    optimizer_b.zero_grad()
     x, y = batch(rank, t)
     loss = torch.nn.functional.cross_entropy(b(x), y)
     if t % 3 != 1:
