@@ -29,8 +29,16 @@ PRINT_RANK = ["python", "-c", "from mpi4py import MPI; print(f'rank {MPI.COMM_WO
 def cluster() -> Iterator[Slurm]:
     require_mpirun()
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: sockets lie below it
-    # Slurm believes in more processors than the ranks share here: an MPI that waits must leave them to others.
-    environment = {k: v for k, v in rank_environment({"OMPI_MCA_mpi_yield_when_idle": "1"}).items() if not k.startswith("SLURM_")}
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    variables = {
+        # Slurm believes in more processors than the ranks share here: an MPI that waits must leave them to others.
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+        # Ranks that are alone, or killed, leave files behind.
+        "TMPDIR": str(scratch),
+        "OMPI_MCA_btl_sm_backing_directory": str(scratch),
+    }
+    environment = {k: v for k, v in rank_environment(variables).items() if not k.startswith("SLURM_")}
     try:
         with slurm(folder, environment) as started:
             yield started
@@ -39,7 +47,7 @@ def cluster() -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="module")
-def mpich(cluster: Slurm) -> dict[str, str]:
+def mpich(cluster: Slurm) -> Iterator[dict[str, str]]:
     """What a job needs in its environment to use MPICH, which is put in a folder of the tests: mpi4py loads the MPI that it is told."""
     import mpi4py  # which loads no MPI yet
 
@@ -52,7 +60,10 @@ def mpich(cluster: Slurm) -> dict[str, str]:
         subprocess.run([*pip, "--no-deps", "--ignore-installed", f"--prefix={prefix}", "-c", constraints, "mpich"], capture_output=True, timeout=90)
     if not (prefix / "lib" / "libmpi.so.12").exists():
         pytest.skip("MPICH cannot be installed from PyPI: no network, no pip, or no wheel for this machine")
-    return {"PATH": f"{prefix}/bin:{cluster.environment['PATH']}", "MPI4PY_LIBMPI": str(prefix / "lib" / "libmpi.so.12")}
+    before = set(Path("/dev/shm").glob("mpich_shm_*"))
+    yield {"PATH": f"{prefix}/bin:{cluster.environment['PATH']}", "MPI4PY_LIBMPI": str(prefix / "lib" / "libmpi.so.12")}
+    for left in set(Path("/dev/shm").glob("mpich_shm_*")) - before:  # by ranks that failed; MPICH knows no other folder
+        left.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
