@@ -13,6 +13,7 @@ processed.
 from __future__ import annotations
 
 import math
+import numbers
 import threading
 import time
 import warnings
@@ -124,7 +125,7 @@ def _join_steps(joining: Pending[int]) -> int:
         last = joining.wait()
         # Everybody is here now. An optimizer that lives on some ranks only would be waited for in vain.
         everyones = _tell_all("join", sorted(optimizers))
-        if any(numbers != everyones[0] for numbers in everyones):
+        if any(held != everyones[0] for held in everyones):
             raise HorovodInternalError(
                 "join: ranks hold different DistributedOptimizers; make and drop each of them on all ranks. In the order in which they were made, "
                 f"by rank: {', '.join(map(str, everyones))}."
@@ -326,7 +327,8 @@ def _start_allreduce(
         if t.dtype not in _REDUCIBLE:
             known = ", ".join(str(d).removeprefix("torch.") for d in _REDUCIBLE)
             raise ValueError(f"allreduce {name!r}: Tensor type {t.dtype} is not supported. Expected one of {known}; convert it first.")
-    reduce = Reduce(_REDUCTIONS[op], op == Average, float(prescale), float(postscale), tuple((t.dtype, t.numel()) for t in works))
+    prescale, postscale = _factors(prescale, postscale, f"allreduce {name!r}")
+    reduce = Reduce(_REDUCTIONS[op], op == Average, prescale, postscale, tuple((t.dtype, t.numel()) for t in works))
     options = _OP_NAMES[op] + (f", scaled by {prescale!r} and {postscale!r}" if (prescale, postscale) != (1.0, 1.0) else "")
     text = f"allreduce ({options}) of {', '.join(map(describe, works))}, named {name!r}"
 
@@ -334,6 +336,12 @@ def _start_allreduce(
         return shaped([_write(work, out) for work, out in zip(works, outs, strict=True)])
 
     return channel.submit(Request(name, text, reduce=reduce), finish, tensors=works)
+
+
+def _factors(prescale: object, postscale: object, what: str) -> tuple[float, float]:
+    if not all(isinstance(f, numbers.Real) for f in (prescale, postscale)):
+        raise ValueError(f"{what}: prescale_factor and postscale_factor must be numbers, got {prescale!r} and {postscale!r}.")
+    return float(cast(float, prescale)), float(cast(float, postscale))
 
 
 def _op(op: int | None, average: bool | None) -> int:
@@ -698,6 +706,7 @@ def _start_reducescatter(
         raise ValueError(f"reducescatter {label!r}: a 0-D tensor has no rows; pass tensor.reshape(1).")
     if wrong := [t.dtype for t in tensors if t.dtype not in _REDUCIBLE]:
         raise ValueError(f"reducescatter {label!r}: Tensor type {wrong[0]} is not supported.")
+    prescale, postscale = _factors(prescale, postscale, f"reducescatter {label!r}")
     works = [_work(t) if prescale == 1.0 else _fresh(t) for t in tensors]
 
     def start(extras: Sequence[Any]) -> Handle[list[torch.Tensor]]:

@@ -164,6 +164,8 @@ class Channel:
         of all ranks; `tensors` are then those that it reads. `finish` makes the result of `wait` from what the handle gave. Raises ValueError
         while `request.name` is in use.
         """
+        if not isinstance(request.name, str):
+            raise ValueError(f"{request.text}: the name must be a string, got {request.name!r}.")
         pending: Pending[T] = Pending(self._engine, finish)
         submission = _Submission(request, pending, tensors, start, time.perf_counter())
         for t in tensors:

@@ -74,6 +74,10 @@ for dtype in DTYPES:
 x = torch.ones(2 * size, requires_grad=True)
 out = hvd.reducescatter(x, op=hvd.Sum, prescale_factor=0.5)
 verdict.equal(out.detach(), torch.full((2,), size / 2), "prescaled")
+for call in (hvd.allreduce, hvd.reducescatter):
+    for wrong in ("x", None):
+        verdict.raises(ValueError, lambda: call(x.detach(), prescale_factor=wrong), f"prescale_factor={wrong!r}", "must be numbers")  # noqa: B023
+    verdict.raises(ValueError, lambda: call(x.detach(), name=5), "name=5", "the name must be a string, got 5")  # noqa: B023
 (out * (rank + 1)).sum().backward()
 close(x.grad, torch.repeat_interleave(torch.arange(1.0, size + 1), 2) * size * 0.5, "gradient of reducescatter Sum, as Horovod's")
 one, two = hvd.grouped_reducescatter([torch.ones(size), torch.ones(size, 2, dtype=torch.int64)], op=hvd.Sum)
