@@ -345,6 +345,8 @@ class Aggregator:
         self._transport = transport
         self.statistics: Callable[[], list[torch.Tensor]] = list
         """Running statistics of the model (batch norm), which are averaged where workers evaluate at different points."""
+        self.outside: Callable[[str], None] = lambda what: None
+        """What `check_together` does once a step has been taken."""
         self._agreement: Handle[list[torch.Tensor]] | None = None
         self._verification: Handle[list[torch.Tensor]] | None = None
         newcomers.add(self)
@@ -448,14 +450,14 @@ class Aggregator:
             "training wrote to it on some ranks only (clipping, loading, initialising), or a hyper-parameter differs there."
         )
 
-    def compare(self, transport: Transport, note: bytes = b"", joined: bool = False) -> Comparison:
+    def compare(self, transport: Transport, note: bytes = b"", joined: bool = False, outside: bool = False) -> Comparison:
         """Start to compare settings, hyper-parameters and step across ranks.
 
         Steps can come apart when state is loaded on some ranks only, learning rates when schedules differ. The comparison travels ahead of
         the payloads, so it costs no waiting. Nothing is compared in a local step. `note` travels along; it has one length on all ranks.
-        `joined`: this rank's settings are left out of the comparison.
+        `joined`: this rank's settings are left out of the comparison. `outside`: this begins no step.
         """
-        if self.local:
+        if self.local and not outside:
             return Comparison(self, transport, Ready([]))
         said = _JOINED + note if joined else self._digest() + note
         handle = transport.allgather(torch.frombuffer(bytearray(said), dtype=torch.uint8), "agreement", [len(said)] * transport.size)
@@ -662,6 +664,8 @@ class Aggregator:
                 f"at('virtual') is defined for update-unit methods (EF with local momentum, DEF, SAEF); this one is {self.method.feedback}. "
                 "Use at('averaged')."
             )
+        if point == "virtual":
+            self.check_together("at('virtual')")
         moved: list[tuple[Bucket, list[torch.Tensor], list[int]]] = []
         self._held = True
         try:
@@ -740,6 +744,7 @@ class Aggregator:
             raise CompressionError(
                 f"switch(): the servers' residuals have no place in {method.exchange} with {method.feedback}; switch to a method with feedback."
             )
+        self.check_together("switch()")
         self._set_method(method)
         if self not in newcomers:
             try:
@@ -883,6 +888,11 @@ class Aggregator:
         """Raise `CompressionError` when a step's exchange is under way: residuals then hold half a step."""
         if self._in_step:
             raise CompressionError(f"{what} between a backward pass and its optimizer.step(): the step's exchange is under way; do it after step().")
+
+    def check_together(self, what: str) -> None:
+        """All ranks call this before they do `what` together outside of a step. `CompressionError` where some have joined and will not come."""
+        if self not in newcomers:
+            self.outside(what)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over state saved by `state_dict` on the same rank of a group of the same size. Nothing is changed when an error is raised."""

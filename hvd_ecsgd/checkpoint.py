@@ -83,6 +83,7 @@ def save_checkpoint(
     folder = Path(directory).absolute()
     transport = _checked(compression, optimizer).transport
     compression.check_between_steps("a checkpoint was saved")
+    compression.check_together("save_checkpoint()")
     state = compression.state_dict()
     with compression.at("averaged"), contextlib.ExitStack() as stack:
         job = _Save(folder, transport, stack)
@@ -125,6 +126,7 @@ def load_checkpoint(
     """
     folder = Path(directory).absolute()
     transport = _checked(compression, optimizer).transport
+    compression.check_together("load_checkpoint()")
     rank, size = transport.rank, transport.size
     with contextlib.ExitStack() as stack:
         with _together(transport, "load"):

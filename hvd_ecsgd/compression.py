@@ -615,6 +615,11 @@ class BoundCompression:
         if self._aggregator is not None:
             self._aggregator.check_between_steps(what)
 
+    def check_together(self, what: str) -> None:
+        """See `Aggregator.check_together`."""
+        if self._aggregator is not None:
+            self._aggregator.check_together(what)
+
     def at(self, point: Literal["averaged", "virtual", "local"]) -> AbstractContextManager[None]:
         """Hold the parameters at a point for evaluation or saving; see `Aggregator.at`."""
         if self._aggregator is None and self.method.feedback.unit == "gradient" and point in ("averaged", "local"):

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .aggregator import Aggregator, Bucket, Comparison, GroupSettings, Reduction, drive
 from .compression import AnyCompression, BoundCompression, Compression, bind, check_plain_sgd
-from .errors import CompressionError
+from .errors import CheckpointError, CompressionError
 from .transport import SelfTransport, Transport
 from .transport.base import Handle
 from .trees import decode, encode
@@ -28,6 +28,7 @@ __all__ = ["DistributedOptimizer", "Executor", "Inline", "Observer"]
 
 BUCKET_BYTES = 25 * 2**20
 _TRAINS = 2**62  # the step at which a worker that still trains has joined, as it tells the others: later than any
+_OUTSIDE = _TRAINS + 1  # the same, of a worker that begins no step, but something else that all do together
 _SHORTEST, _LONGEST = 20e-6, 1e-3  # seconds between looks at a payload on its way, in a thread that must not take a core from the backward pass
 
 Observer = Callable[[str, str, float, float], None]
@@ -247,6 +248,7 @@ class _Distributed(torch.optim.Optimizer):
                 "exchange in a thread": self._executor.concurrent,  # bucket by bucket then, in another order
             },
         )
+        self._aggregator.outside = self._check_nobody_joined
         self.compression.adopt(self._aggregator)
         self._bound_ids = {id(p) for _, p in trained}
         self._passes = passes
@@ -390,11 +392,12 @@ class _Distributed(torch.optim.Optimizer):
 
     def _open(self, joined_at: int = _TRAINS) -> Comparison:
         """Begin a step together with the other workers. They are told what those that have joined (at which step) need to know."""
-        self._aggregator.use(self._transport, joined=joined_at != _TRAINS)
+        joined = joined_at < _TRAINS
+        self._aggregator.use(self._transport, joined)
         told = [n for g, key in self._numbered for n in _numbers(self.param_groups[g][key])]
         scaler = self._scaler_state()
         note = struct.pack(f"<q{len(told) + 2}d", joined_at, scaler.get("scale", 1.0), scaler.get("_growth_tracker", 0), *told)
-        self._opening = self._aggregator.compare(self._transport, note, joined=joined_at != _TRAINS)
+        self._opening = self._aggregator.compare(self._transport, note, joined, outside=joined_at == _OUTSIDE)
         return self._opening
 
     def _agree(self) -> None:
@@ -570,9 +573,7 @@ class _Distributed(torch.optim.Optimizer):
 
         Raises `CompressionError` between a backward pass and `step()`, and inside `compression.at(…)`; and whatever a step raises.
         """
-        self._check_no_gradients("join()")
-        if self._aggregator.held:
-            raise CompressionError("join(): leave `with compression.at(…):` first.")
+        self.check_join()
         self._results = None
         joined_at, steps = self._aggregator.step, 0
         while True:
@@ -584,7 +585,10 @@ class _Distributed(torch.optim.Optimizer):
                 return steps
             said = [struct.unpack(f"<q{len(note) // 8 - 1}d", note) for note in opening.notes()]
             latest = max(said, key=lambda told: told[0])
-            if latest[0] > joined_at:
+            if latest[0] == _OUTSIDE:  # no step: what the others wanted to do together cannot be done without this worker, as they see
+                self._agree()
+                continue
+            if said.index(latest) != self._transport.rank:
                 self._follow(*latest[1:])
             if latest[0] < _TRAINS:  # nobody begins this step
                 self._agree()
@@ -597,24 +601,47 @@ class _Distributed(torch.optim.Optimizer):
             self._take_over(said.index(latest))
         return steps
 
+    def check_join(self) -> None:
+        """Raise `CompressionError` where `join` is not possible now."""
+        self._check_no_gradients("join()")
+        if self._aggregator.held:
+            raise CompressionError("join(): leave `with compression.at(…):` first.")
+
+    def _check_nobody_joined(self, what: str) -> None:
+        opening = self._open(_OUTSIDE)
+        self._agree()
+        joined = [r for r, note in enumerate(opening.notes()) if struct.unpack_from("<q", note)[0] < _TRAINS]
+        if joined:
+            raise CompressionError(
+                f"{what} needs all workers, and {', '.join(map(str, joined))} (by rank) joined: they have no more batches. Do it after join()."
+            )
+
     def _take_over(self, root: int) -> None:
         """Parameters (at x), what the method keeps alike on all workers, and the optimizer's state, from worker `root`. Collective."""
         mine, params = self._transport.rank == root, [p for group in self.param_groups for p in group["params"]]
         with self._aggregator.at("averaged"), torch.no_grad():
             self._broadcast([*self._bound_parameters(), *self._aggregator.shared_state()], root)
         held: dict[str, torch.Tensor] = {}
-        tree = encode({str(i): dict(self.state[p]) for i, p in enumerate(params) if p in self.state}, "", held) if mine else None
-        layout = [(name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type == "cpu") for name, t in held.items()]
-        text = json.dumps([tree, layout]) if mine else ""
-        packed = self._transport.allgather(torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8), "join.state").wait()[root]
-        tree, layout = json.loads(packed.numpy().tobytes())
+        said: Any = None
+        if mine:
+            try:
+                tree = encode({str(i): dict(self.state[p]) for i, p in enumerate(params) if p in self.state}, "", held)
+                said = [tree, [(name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type == "cpu") for name, t in held.items()]]
+            except CheckpointError as error:
+                said = str(error)
+        packed = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+        said = json.loads(self._transport.allgather(packed, "join.state").wait()[root].numpy().tobytes())
+        if isinstance(said, str):
+            raise CompressionError(f"join(): the optimizer's state cannot be given to the workers that joined earlier; {said}")
+        tree, layout = said
         if not mine:
             for name, dtype, shape, on_cpu in layout:
                 device = torch.device("cpu") if on_cpu else params[int(name.split("/")[0])].device
                 held[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         self._broadcast(list(held.values()), root)
         if not mine:
-            self.state.clear()
+            for p in params:
+                self.state.pop(p, None)
             self.state.update({params[int(i)]: state for i, state in decode(tree, held.__getitem__).items()})
 
     def _broadcast(self, tensors: Sequence[torch.Tensor], root: int) -> None:
@@ -625,6 +652,8 @@ class _Distributed(torch.optim.Optimizer):
         for t, f in zip(tensors, flat, strict=True):
             if f.data_ptr() != t.data_ptr():
                 t.copy_(f)
+            else:
+                torch.autograd.graph.increment_version(t)  # a network may write behind torch's back
 
     def _scaler_state(self) -> dict[str, float]:
         """What GradScaler says of itself; less, of something else that was attached for one."""

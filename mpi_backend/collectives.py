@@ -89,13 +89,16 @@ def join(device: int = -1) -> int:
     Meanwhile this rank contributes zeros to the all-reduces (Average, which still divides by the size, and Sum) that the others submit; other
     collectives fail. It takes part in the steps of their DistributedOptimizers with gradients of zero, and gets their parameters, optimizer state
     and hyper-parameters in the end (see `join` of `hvd_ecsgd.DistributedOptimizer`'s result): unlike with Horovod nothing need be broadcast, but
-    for buffers (batch-norm statistics) and schedulers that step by batch: `broadcast_object(scheduler.state_dict(), root_rank=last)`.
+    for buffers (batch-norm statistics) and schedulers that step by batch: `broadcast_object(scheduler.state_dict(), root_rank=last)`. What
+    needs all ranks fails while some have joined: SyncBatchNorm, new optimizers, checkpoints, `compression.switch`.
     `device`: accepted as Horovod's; the zeros are made on the CPU.
 
     Raises `HorovodInternalError` when a rank leaves without joining, or when ranks hold different optimizers; `CompressionError` between a backward
     pass and its `step()`. Without MPI_THREAD_MULTIPLE optimizers do not go on without a rank, and a warning says so.
     """
     here = runtime.context()
+    for optimizer in runtime.optimizers().values():
+        optimizer.check_join()  # before the others hear of it
     joining = runtime.channel(global_process_set).join()
     if here.size > 1 and here.engine.threaded:
         return _join_steps(joining)
@@ -133,6 +136,11 @@ def _join_steps(joining: Pending[int]) -> int:
         for part in parts:
             part.result()
         return last
+    except BaseException:
+        for optimizer in optimizers.values():
+            if hasattr(transport := optimizer.compression.transport, "abandon"):
+                transport.abandon()  # others may never take part in what was begun
+        raise
     finally:
         given_up.set()
         pool.shutdown(wait=False)

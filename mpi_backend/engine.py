@@ -189,6 +189,8 @@ class Channel:
         pending: Pending[int] = Pending(self._engine, int)
         with self._lock:
             self._refuse_if_closed()
+            if self._joining is not None:
+                raise ValueError("join: this rank has joined already, and waits for the others.")
             self._joining = pending
             self._queue.append(Join())
         self._engine.nudge()

@@ -223,13 +223,13 @@ def channel(process_set: ProcessSet) -> Channel:
     return found.channel
 
 
-def agree(text: str) -> None:
-    """Return when every rank has called it; raise `MismatchError` on every rank when texts differ."""
+def agree(text: str, among: Members | None = None) -> None:
+    """Return when every rank has called it, of all or of a process set; raise `MismatchError` on every rank when texts differ."""
     from hvd_ecsgd.transport.base import Ready
 
     from .negotiation import Request
 
-    everybody = context().process_sets[0].channel
+    everybody = (context().process_sets[0] if among is None else among).channel
     assert everybody is not None
     everybody.submit(Request(everybody.automatic_name(), text), lambda nothing: None, start=lambda extras: Ready(None)).wait()
 
@@ -321,6 +321,7 @@ def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
 
     everybody = context().process_sets[0]
     users = everybody if process_set is None else members(process_set)
+    agree("a DistributedOptimizer is made", users)  # without it a rank that has joined, or makes none, would be waited for in silence
     made = MPITransport(users.comm)
     _optimizers.append(made)
     if _watchdog is not None:

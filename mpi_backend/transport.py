@@ -186,6 +186,7 @@ class MPITransport:
         """What a caller waits for at this moment; others may look."""
         self._numbers = itertools.count()
         self._turns = 0
+        self._abandoned = False
         self._in_flight: deque[_Operation[Any]] = deque()  # in start order; keeps the buffers of handles that were dropped
         self._unlaunched: deque[_Operation[Any]] = deque()  # those with a second stage to come, in start order
 
@@ -339,8 +340,16 @@ class MPITransport:
         """Return when every rank has called it."""
         self._start("barrier", [self._first.Ibarrier()], lambda: None).wait()
 
+    def abandon(self) -> None:
+        """Something in flight will never be complete: `close` does not wait for it, and its buffers stay, as MPI may write to them until the end."""
+        if not self._abandoned:
+            self._abandoned = True
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
     def close(self) -> None:
         """Complete what is in flight and free the communicators; collective. The transport must not be used afterwards."""
+        if self._abandoned:
+            return
         self.progress(through=next(self._numbers))
         while self._in_flight:
             self._in_flight.popleft().complete(block=True)

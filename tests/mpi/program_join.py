@@ -30,11 +30,15 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 def epochs(model: torch.nn.Module, optimizer: Any, r: int, join: Callable[[], int], after_step: Callable[[], object]) -> tuple[Any, list[int]]:
-    """Rank r has 2r + 1 batches; then an epoch in which all have two; then one without rank 0. The weights, and what `join` said."""
+    """Rank r has 2r + 1 batches; then an epoch in which all have two; then one without rank 0. Who trains clamps the weights after each step.
+    The weights, and what `join` said."""
     said = []
     for count in (2 * r + 1, 2, min(r, 1)):
         for t in range(count):
             train(model, optimizer, r, [t], lambda t: optimizer.param_groups[0].update(lr=0.1 / (1 + t)))
+            with optimizer.compression.at("averaged"), torch.no_grad():
+                for p in model.parameters():
+                    p.clamp_(-0.4, 0.4)
             after_step()
         said.append(join())
     return weights(model, optimizer.compression), said
@@ -115,6 +119,12 @@ if size > 1:
     everyones = hvd.allgather(weights(c)[None])
     verdict.expect(torch.equal(everyones[0], everyones[1]) and not torch.equal(everyones[0], weights(mlp())), "process set: its members have stepped")
     verdict.expect(all(torch.equal(w, weights(mlp())) for w in everyones[2:]), "process set: others have not")
+if size > 1:
+    a(batch(rank, 0)[0]).sum().backward()
+    verdict.raises(ValueError, hvd.join, "join() with gradients under way", "call it after step()")
+    optimizer_a.step()
+    verdict.expect(hvd.join() in range(size), "the refused join() was none")
+    verdict.same_bits(weights(a), "after a refused join()")
 hvd.shutdown()
 hvd.init()
 verdict.expect(hvd.join() in range(size), "optimizers from before shutdown() are not waited for")

@@ -240,6 +240,58 @@ def test_what_others_do_around_their_steps_arrives_too(what: str, monkeypatch: p
         assert not same_bits(around(what))
 
 
+@pytest.mark.parametrize("make", [lambda: Compression.local_momentum(4), lambda: Compression.detached(4, period=3)], ids=["ef", "local steps"])
+def test_what_needs_all_workers_is_refused_while_some_have_joined(make: Callable[[], Any]) -> None:
+    """And nothing comes of it: training goes on."""
+
+    def worker(transport: Transport) -> torch.Tensor:
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(), transport=transport)
+        for t in range(1 + 5 * transport.rank):
+            optimizer.zero_grad()
+            x, y = batch(transport.rank, t)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if t == 3:
+                with pytest.raises(CompressionError, match=r"at\('virtual'\) needs all workers, and 0 \(by rank\) joined"):
+                    optimizer.compression.at("virtual").__enter__()
+                with pytest.raises(CompressionError, match=r"switch\(\) needs all workers"):
+                    optimizer.compression.switch(make())
+        optimizer.join()
+        with optimizer.compression.at("virtual"):
+            pass
+        return weights(model, optimizer.compression)
+
+    assert same_bits(run_simulated(2, worker))
+
+
+def test_state_that_cannot_be_given_away_is_an_error_on_all_workers() -> None:
+    errors = []
+
+    def worker(transport: Transport) -> None:
+        model = mlp()
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), transport=transport)
+        for t in range(1 + transport.rank):
+            optimizer.zero_grad()
+            model(batch(transport.rank, t)[0]).sum().backward()
+            optimizer.step()
+            optimizer.state["mine"] = transport.rank  # belongs to no parameter: stays each worker's own
+        optimizer.join()
+        assert optimizer.state["mine"] == transport.rank
+        for t in range(1 + transport.rank):
+            optimizer.zero_grad()
+            model(batch(transport.rank, t)[0]).sum().backward()
+            optimizer.step()
+        optimizer.state[next(model.parameters())]["odd"] = object()
+        with pytest.raises(CompressionError, match="cannot be given to the workers that joined earlier; '0/odd' is a") as caught:
+            optimizer.join()
+        errors.append(caught)
+
+    run_simulated(2, worker)
+    assert len(errors) == 2
+
+
 def test_not_while_the_parameters_are_held_at_a_point() -> None:
     model = mlp()
     optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), transport=SelfTransport())
