@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -83,6 +83,11 @@ class Compression:
         names, a parameter under two names, and complex parameters.
         """
         return BoundCompression(self.method, model, process_set)
+
+    if not TYPE_CHECKING:  # where it would hide misspelt names
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise _unbound(name, self)
 
     # Horovod calls these two on whatever it is given as `compression=`.
 
@@ -341,6 +346,13 @@ def double_squeeze_comparison(
         "mem_sgd": Compression(worker, ErrorFeedback(), dense_server, **options),
         "double_squeeze": Compression.double_squeeze(worker, server_compressor, **options),
     }
+
+
+def _unbound(name: str, what: object) -> AttributeError:
+    """Forgetting to bind is the usual mistake."""
+    if not name.startswith("_") and hasattr(BoundCompression, name):
+        return AttributeError(f"'{name}' is for a bound compression: compression = Compression.….bind(model), then compression.{name}(…).")
+    return AttributeError(f"{type(what).__name__!r} object has no attribute {name!r}")
 
 
 class BoundCompression:

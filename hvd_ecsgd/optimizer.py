@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import numbers
 import struct
@@ -202,8 +203,19 @@ class _Distributed(torch.optim.Optimizer):
         self._sum = sum_gradients
         self._sparse_as_dense = sparse_as_dense
         owned = {id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
+        closure = inspect.signature(type(inner).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise CompressionError(
+                f"{type(inner).__name__} evaluates its closure several times in a step, and gradients are exchanged once. Use an optimizer that "
+                "takes one gradient a step (SGD, Adam, …)."
+            )
         if named_parameters is not None:
-            named = [(n, p) for n, p in named_parameters]
+            named = list(named_parameters)
+            if wrong := [pair for pair in named if not (isinstance(pair, tuple) and len(pair) == 2)]:
+                raise CompressionError(
+                    f"named_parameters: expected (name, parameter) pairs such as model.named_parameters(), got {wrong[0]!r:.80} in a "
+                    f"{type(named_parameters).__name__}."
+                )
         elif isinstance(compression, BoundCompression):
             named = compression.named
         else:
@@ -495,7 +507,8 @@ class _Distributed(torch.optim.Optimizer):
                 name = next(n for n, p in self._aggregator.named if p is noted.parameter)
                 raise CompressionError(
                     f"the gradient of parameter '{name}' was changed after its exchange had started in the backward pass. Change gradients "
-                    "(clipping, scaler.unscale_) after optimizer.synchronize(), then step inside `with optimizer.skip_synchronize():`."
+                    "(clipping, scaler.unscale_) after optimizer.synchronize(), then step inside `with optimizer.skip_synchronize():`. If it was a "
+                    "second backward pass, raise backward_passes_per_step."
                 )
 
     @contextmanager

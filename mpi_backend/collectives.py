@@ -386,12 +386,16 @@ class _Sparse:
 
 
 def sparse_allreduce_async(tensor: torch.Tensor, name: str, op: int, process_set: ProcessSet = global_process_set) -> _Sparse:
-    """Start to reduce a sparse COO tensor (Average or Sum): everybody's entries are gathered. Calling the handle gives the result, uncoalesced."""
+    """Start to reduce a sparse COO tensor (Average or Sum): everybody's entries are gathered. Calling the handle gives the result, uncoalesced.
+
+    Sizes must be equal on all ranks.
+    """
     if op not in (Average, Sum):
         raise ValueError(f"sparse_allreduce_async {name!r}: op is {op!r}; expected Average or Sum.")
     if tensor.layout != torch.sparse_coo:
         raise ValueError(f"sparse_allreduce_async {name!r}: expected a sparse COO tensor, not layout {tensor.layout}; use allreduce.")
-    indices = allgather_async(tensor._indices().t(), f"{name}.indices", process_set)
+    what = f"sparse_allreduce_async of size {tuple(tensor.size())}"  # which the entries do not tell: compared as a part of the request
+    indices = _start_allgather([tensor._indices().t()], f"{name}.indices", process_set, lambda gathered, rows: gathered[0], what)
     values = allgather_async(tensor._values(), f"{name}.values", process_set)
     return _Sparse(indices, values, tensor.size(), runtime.channel(process_set).size if op == Average else 1)
 
@@ -451,6 +455,7 @@ def _start_allgather(
     name: str | None,
     process_set: ProcessSet,
     shaped: Callable[[list[torch.Tensor], Sequence[list[int]]], T],
+    what: str = "allgather",
 ) -> Pending[T]:
     channel = runtime.channel(process_set)
     label = name or channel.automatic_name()
@@ -463,7 +468,7 @@ def _start_allgather(
         everyones.extend(extras)
         return _Together([channel.transport.allgather_concatenated(t, label, [rows[i] for rows in extras]) for i, t in enumerate(works)])
 
-    text = f"allgather of {', '.join(describe(t, rows=True) for t in works)}, named {label!r}"
+    text = f"{what} of {', '.join(describe(t, rows=True) for t in works)}, named {label!r}"
     return channel.submit(Request(label, text, [t.shape[0] for t in works]), lambda out: shaped(out, everyones), tensors=works, start=start)
 
 

@@ -88,9 +88,10 @@ class Pending(Generic[T]):
         self._settled.set()
 
     def fail(self, error: Exception) -> None:
-        """For the engine: it has failed."""
-        self._error = error
-        self._settled.set()
+        """For the engine: it has failed, unless it was done before."""
+        if not self._settled.is_set():
+            self._error = error
+            self._settled.set()
 
 
 @dataclass
@@ -137,6 +138,7 @@ class Channel:
         self._numbers = itertools.count()
         self._closed = False
         self._held: dict[str, _Submission] = {}  # from here on: the engine's
+        self._taken: list[Pending[Any]] = []  # out of `_held`, and not on their way yet, or not any more
         self._flights: list[_Flight] = []
         self._sends: list[tuple[MPI.Request, bytes]] = []
         self._joining: Pending[int] | None = None
@@ -251,7 +253,7 @@ class Channel:
             self._closed = True
             waiting = [s.pending for s in self._queue if isinstance(s, _Submission)]
             self._queue.clear()
-        waiting += [s.pending for s in self._held.values()]
+        waiting += [s.pending for s in self._held.values()] + self._taken
         waiting += [p for flight in self._flights for p in flight.pendings]
         for pending in (*waiting, self._joining, self._leaving):
             if pending is not None:
@@ -314,10 +316,12 @@ class Channel:
         for decision in decisions:
             if isinstance(decision, Run):
                 self._run(decision)
+                self._taken.clear()
             elif isinstance(decision, Fail):
                 if self.rank in decision.ranks:
                     kind = MismatchError if decision.mismatch else HorovodInternalError
                     self._take(decision.name, "FAILED").pending.fail(kind(decision.message))
+                    self._taken.clear()
             elif isinstance(decision, Joined):
                 assert self._joining is not None
                 joining, self._joining = self._joining, None
@@ -333,6 +337,7 @@ class Channel:
     def _take(self, name: str, outcome: str = "") -> _Submission:
         """The submission of this name, which is free again."""
         submission = self._held.pop(name)
+        self._taken.append(submission.pending)
         with self._lock:
             self._names.discard(name)
         if (timeline := self._engine.timeline) is not None:
@@ -404,12 +409,14 @@ class Channel:
             if not all(handle.done() for handle in flight.handles):
                 continue
             self._flights.remove(flight)
+            self._taken += flight.pendings
             landed = True
             try:
                 flight.finish([handle.wait() for handle in flight.handles])
             except TransportError as error:
                 for pending in flight.pendings:
                     pending.fail(HorovodInternalError(str(error)))
+            self._taken.clear()
             if (timeline := self._engine.timeline) is not None:
                 timeline.span(flight.label, flight.kind.split(" ")[0].upper(), flight.since, time.perf_counter(), what=flight.kind)
         if self._closed and self._leaving is not None and not self._flights and not self._sends:

@@ -83,7 +83,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     HOROVOD_FUSION_THRESHOLD (bytes; 4 MiB), HOROVOD_TIMELINE (a file; see `start_timeline`).
 
     Raises ValueError for a `comm` that is none of these, or does not contain this process, and for process sets of ranks that do not exist, or
-    given twice.
+    given twice; likewise for other things in their place.
     """
     global _context, _watchdog, _exit_registered, _previous_hook
     if _context is not None:
@@ -94,6 +94,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         atexit.register(_finalize)
 
+    _check_process_sets(process_sets)
     from .engine import Engine, threads_available
     from .watchdog import Settings, Watchdog
 
@@ -262,6 +263,15 @@ def unregister(process_set: ProcessSet) -> bool:
         here.engine.remove(found.channel)
         found.comm.Free()
     return found is not None
+
+
+def _check_process_sets(process_sets: object) -> None:
+    from .process_sets import ProcessSet
+
+    if process_sets is None or process_sets == "dynamic":
+        return
+    if not isinstance(process_sets, list | tuple) or not all(isinstance(given, ProcessSet) for given in process_sets):
+        raise ValueError(f'init: process_sets is {process_sets!r}; expected a list of ProcessSet, or "dynamic".')
 
 
 def _register_all(process_sets: Sequence[ProcessSet]) -> None:

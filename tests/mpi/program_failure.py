@@ -95,6 +95,13 @@ if last:
         with contextlib.suppress(hvd.HorovodInternalError):
             collective()
         sys.exit()
+    elif how in ("start", "landing"):  # out of memory, say, when the data is about to leave, or has arrived
+
+        def out_of_memory(*given: object) -> None:
+            raise MemoryError("on purpose")
+
+        setattr(engine, "scale_" if how == "start" else "average_", out_of_memory)
+        collective()
     elif how == "ctrl-c":
         os.kill(os.getppid(), signal.SIGINT)  # mpirun's
     elif where == "step":  # within MPI, where Python does not see the signal: the others do not take part
@@ -102,5 +109,7 @@ if last:
     time.sleep(60)
 if how == "interrupt":
     time.sleep(60)
+if how == "landing":  # the data of this one has arrived here
+    collective()
 collective()
 print(f"rank {hvd.rank()} got through", flush=True)

@@ -74,6 +74,9 @@ for dtype in DTYPES:
 x = torch.ones(2 * size, requires_grad=True)
 out = hvd.reducescatter(x, op=hvd.Sum, prescale_factor=0.5)
 verdict.equal(out.detach(), torch.full((2,), size / 2), "prescaled")
+sparse = torch.sparse_coo_tensor([[rank]], [1.0], (size + (rank == 0),))
+if size > 1:
+    verdict.raises(hvd.MismatchError, lambda: hvd.sparse_allreduce_async(sparse, "sizes", hvd.Sum)(), "sparse sizes", f"of size ({size + 1},)")
 for call in (hvd.allreduce, hvd.reducescatter):
     for wrong in ("x", None):
         verdict.raises(ValueError, lambda: call(x.detach(), prescale_factor=wrong), f"prescale_factor={wrong!r}", "must be numbers")  # noqa: B023

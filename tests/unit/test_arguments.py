@@ -374,3 +374,26 @@ def test_gradients_of_one_shape_are_told_apart() -> None:
     saved = s.aggregator.state_dict()["parameters"]
     assert saved["0"]["residual"].sum() == 2 * 64 - (1 + 2)
     assert saved["1"]["residual"].sum() == 20 * 64 - (10 + 20)
+
+
+def test_lbfgs_is_refused() -> None:
+    model = mlp()
+    with pytest.raises(CompressionError, match="LBFGS evaluates its closure several times"):
+        DistributedOptimizer(torch.optim.LBFGS(model.parameters()), model.named_parameters())
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("given", [lambda m: dict(m.named_parameters()), lambda m: list(m.parameters()), lambda m: "weights"])
+def test_named_parameters_that_are_no_pairs_are_refused(given: Callable[[torch.nn.Module], Any], bound: bool) -> None:
+    model = mlp()
+    compression = Compression.top_k(4)
+    with pytest.raises(CompressionError, match=r"named_parameters: expected \(name, parameter\) pairs"):
+        DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), given(model), compression.bind(model) if bound else compression)
+
+
+@pytest.mark.parametrize("name", ["attach", "state_dict", "at"])
+def test_what_needs_a_bound_compression_says_so(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"'{name}' is for a bound compression: .*bind\(model\)"):
+        getattr(Compression.random_block(4), name)
+    with pytest.raises(AttributeError, match="has no attribute 'atach'"):
+        Compression.random_block(4).atach  # noqa: B018
