@@ -9,7 +9,7 @@ Importing this package needs torch and NumPy only; Horovod is imported when Horo
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .compression import BoundCompression, Compression, double_squeeze_comparison
-from .errors import CheckpointError, CompressionError, DisagreementError, TransportError, UnboundParameterError
+from .errors import CheckpointError, CompressionError, DisagreementError, SequenceError, TransportError, UnboundParameterError
 from .optimizer import DistributedOptimizer
 from .schedule import exponential_ratios
 from .version import __version__
@@ -20,6 +20,7 @@ __all__ = [
     "Compression",
     "CompressionError",
     "DisagreementError",
+    "SequenceError",
     "DistributedOptimizer",
     "TransportError",
     "UnboundParameterError",

@@ -11,6 +11,10 @@ class UnboundParameterError(CompressionError):
     """A gradient arrived that belongs to no bound parameter (or to two of them)."""
 
 
+class SequenceError(CompressionError, AssertionError):
+    """Calls in an order that would lose gradients. Horovod raises AssertionError there, so scripts may expect one."""
+
+
 class CheckpointError(CompressionError):
     """A checkpoint is missing, damaged, or not of this training; or it could not be written, and the previous one stands."""
 

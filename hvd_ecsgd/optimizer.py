@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .aggregator import Aggregator, Bucket, Comparison, GroupSettings, Reduction, drive
 from .compression import AnyCompression, BoundCompression, Compression, bind, check_plain_sgd
-from .errors import CheckpointError, CompressionError
+from .errors import CheckpointError, CompressionError, SequenceError
 from .transport import SelfTransport, Transport
 from .transport.base import Handle
 from .trees import decode, encode
@@ -346,7 +346,7 @@ class _Distributed(torch.optim.Optimizer):
         left = self._passes_left[id(parameter)] = self._passes_left[id(parameter)] - 1
         if left < 0:
             name = next(n for n, p in self._aggregator.named if p is parameter)
-            raise CompressionError(
+            raise SequenceError(
                 f"parameter '{name}' got gradients from more than backward_passes_per_step={self._passes} backward passes before step(); "
                 "raise backward_passes_per_step to accumulate locally."
             )
@@ -695,7 +695,7 @@ class _Distributed(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the optimizer's. Raises between the start of a backward pass's exchange and `step()`."""
         if self._submitted:
-            raise CompressionError(
+            raise SequenceError(
                 "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
                 "Call it after step(). (After an exception in the backward pass, make a new DistributedOptimizer.)"
             )
