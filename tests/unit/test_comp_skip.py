@@ -180,6 +180,18 @@ def test_workers_by_norm_skip_and_do_not_starve() -> None:
         assert at_zero == 0
 
 
+@pytest.mark.parametrize(("rate", "sends"), [(1.0, True), (0.1, False)])
+def test_what_waits_is_weighed_by_the_learning_rate(rate: float, sends: bool) -> None:
+    """The same gradient at a tenth of the rate moves the model by a hundredth of the energy, less than it has moved by of late."""
+    x = torch.nn.Parameter(torch.zeros(4))
+    optimizer = DistributedOptimizer(torch.optim.SGD([x], lr=1.0), [("x", x)], Compression.comp_skip(NormBased(1.0), Every(1), Identity(), **ALL))
+    for lr in (1.0, rate):
+        optimizer.param_groups[0]["lr"] = lr
+        x.grad = torch.ones(4)
+        optimizer.step()
+    assert (optimizer.compression.traffic.skipped == 0) == sends
+
+
 def test_caps_bound_the_skips_in_a_row() -> None:
     """Bernoulli(0.02) would be silent for long; with a cap of 2 every third step is sent, on every rank alike."""
 

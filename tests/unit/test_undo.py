@@ -26,6 +26,7 @@ def everything(model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor
     result = {"x": weights(model, optimizer.compression), "held": flat(model.parameters())}
     for name, entry in optimizer.compression.state_dict()["parameters"].items():
         result |= {f"{name}.{slot}": t for slot, t in entry.items() if isinstance(t, torch.Tensor)}
+        result[f"{name}.previous_lr"] = torch.tensor(entry["previous_lr"] or 0.0, dtype=torch.float64)  # what the residual is measured in
     for i, state in enumerate(optimizer.state_dict()["state"].values()):
         result |= {f"optimizer.{i}.{k}": v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
     return result
