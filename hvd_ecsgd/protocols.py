@@ -191,7 +191,7 @@ class Exchange(Protocol):
 
     @property
     def approximates(self) -> bool:
-        """What arrives is less than what the compressor extracts: with a lossless one, too, something is left."""
+        """What arrives may be less than the buffer though the compressor is lossless: something may be left on the worker with any compressor."""
         ...
 
     @property
@@ -242,12 +242,14 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One bucket between steps, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero."""
+    """One bucket between steps, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero. `rests`: the learning
+    rate was 0 in this step, in which its parameters and state stay as they are."""
 
     state: State
     parameters: Sequence[torch.Tensor]
     segments: Segments
     lossless: bool
+    rests: bool = False
 
 
 @dataclass

@@ -44,7 +44,8 @@ def DistributedOptimizer(
     `gradient_predivide_factor`, `num_groups`, `groups` tune Horovod's fusion and order of scaling; buckets take their place, the mean is formed
     from unscaled numbers, and results do not depend on them: they are checked and have no further effect.
     Buckets are compressed and sent by a thread of the optimizer's own, while the backward pass goes on; without MPI_THREAD_MULTIPLE by the
-    gradient hooks; with MPI_BACKEND_OVERLAP=0 not before `step()`. `sparse_as_dense`: sparse gradients become dense before the exchange.
+    gradient hooks; with MPI_BACKEND_OVERLAP=0 not before `step()`. Sparse gradients travel as dense ones (compressed
+    like them), where Horovod gathers their rows; the optimizer is given the mean's rows that are not zero, or with `sparse_as_dense` the dense mean.
     `process_set`: who exchanges; all ranks of the job call this, and one outside of the set trains by itself.
 
     Raises ValueError for an `op` other than Average and Sum, NotImplementedError for Adasum; `CompressionError` (a ValueError) as

@@ -26,7 +26,7 @@ from hvd_ecsgd.compressors import (
     TopK,
 )
 from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, CompSkip, Every, NormBased, PowerSGD, SkipAllReduce, TwoPass
-from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, Product
+from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, MemSGD, Product
 
 __all__ = ["CASES", "COMPRESSORS", "SWITCHES", "Case", "CompressorCase", "by_name", "bound_method", "ids"]
 
@@ -55,6 +55,8 @@ class Case:
     """Results depend on the step number: by randomness (and the parameter's name), or by a schedule."""
     saves: bool = True
     """Sends fewer bytes than a dense exchange. False: a dense all-reduce of the error goes with every step."""
+    momentum: float = 0.9
+    """Of the SGD that the tests train it with. 0: the method refuses any."""
     converges: float = 0.15
     """The training loss of `tests.problems` falls below this share of what it was, in 40 steps."""
 
@@ -176,6 +178,9 @@ CASES: tuple[Case, ...] = (
     Case("power_sgd-own-everything", lambda: Compression.power_sgd(4, residual="own", **ALL), draws=True),
     Case("power_sgd-no_feedback", lambda: Compression.power_sgd(8, error_feedback=False), slots=0, conserves=False, draws=True),
     Case("power_sgd-local_momentum", lambda: Compression(Identity(), LocalMomentum(0.3), PowerSGD(2), **ALL), slots=3, draws=True),
+    Case("topk_sgd", lambda: Compression.topk_sgd(10), momentum=0, converges=0.5),
+    Case("topk_sgd-block-everything", lambda: Compression.topk_sgd(8, block=64, **ALL), momentum=0, converges=0.5),
+    Case("topk_sgd-double_squeeze", lambda: Compression(TopK(5), MemSGD(), TwoPass()), server_slots=1, momentum=0, converges=0.5),
     Case("pef", lambda: Compression.pef(8), slots=2, draws=True),
     Case("local_momentum", lambda: Compression.local_momentum(8), slots=2, draws=True),
     Case("local_momentum-dense", lambda: Compression(Identity(), LocalMomentum(0.0), AllReduce()), slots=2),

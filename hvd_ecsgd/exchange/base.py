@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..protocols import State
 from ..segments import Segments
 
-__all__ = ["Faithful", "Stateless"]
+__all__ = ["Faithful", "Skipping", "Stateless"]
 
 
 class Faithful:
@@ -18,6 +18,14 @@ class Faithful:
     @property
     def settles(self) -> bool:
         return False
+
+
+class Skipping(Faithful):
+    """Mixin: in a step that is skipped the buffer stays as it is."""
+
+    @property
+    def approximates(self) -> bool:
+        return True
 
 
 class Stateless(Faithful):

@@ -12,7 +12,7 @@ from ..protocols import Compressor, State, Steps, Task, Traffic, poison
 from ..segments import Key, Segments
 from ..transport.base import Handle, Transport
 from .all_reduce import AllReduce
-from .base import Faithful
+from .base import Skipping
 from .skip import Every, SkipPolicy
 from .two_pass import absorb_, answer_, finite
 
@@ -72,7 +72,7 @@ def _energy(t: torch.Tensor, task: Task) -> float:
 
 
 @dataclass(frozen=True)
-class CompSkip(Faithful):
+class CompSkip(Skipping):
     """Two-pass compression in which each worker, and the server, may skip a step. A reconstruction of CompSkipDSGD.
 
         worker i:  u = (what feedback accumulates);  skip: send nothing, e ← u;   else send Δ = C(u), e ← u − Δ
@@ -211,7 +211,7 @@ class CompSkip(Faithful):
 
 
 @dataclass(frozen=True)
-class SkipAllReduce(Faithful):
+class SkipAllReduce(Skipping):
     """An ordinary all-reduce that all workers skip together, or none: the decision is drawn from the shared seed. Needs a summable compressor and a
     predictable policy. A skipped step sends one byte per rank, which tells of an inf or NaN. As `CompSkip`, a reconstruction of CompSkipDSGD.
 

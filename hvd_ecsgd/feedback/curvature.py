@@ -105,6 +105,8 @@ class Matrix(Curvature):
         for part, mean in zip(parts, means, strict=True):
             if not part.lossless:
                 part.state["correction"].copy_(self._times(mean, part.segments))
+            elif not part.rests:
+                part.state["correction"].zero_()  # there may be one from before the method was switched
 
     def correction(self, state: State, segments: Segments, lr: float) -> torch.Tensor:
         return self._times(state["residual"], segments)
@@ -190,10 +192,9 @@ class _Diagonal(Curvature):
 class Hutchinson(_Diagonal):
     """The diagonal of H by Hutchinson's estimator: h ← decay·h + (1 − decay)·mean z⊙H_i z, with random signs z of each worker's own.
 
-    `function` multiplies by this worker's H_i, as in `Product`; it is called after every `every`-th step, for one dense all-reduce. z⊙Hz is
-    exact for a diagonal H. h starts at 0, that is at plain error feedback, and is right after some 3/(1 − decay) samples.
-    A sample with an inf or NaN on any
-    rank is left out on all. Slot: `diagonal`.
+    `function` multiplies by this worker's H_i, as in `Product`, but is given vectors for the compressed parameters only; it is called after every
+    `every`-th step, for one dense all-reduce. z⊙Hz is exact for a diagonal H. h starts at 0, that is at plain error feedback, and is right after
+    some 3/(1 − decay) samples. A sample with an inf or NaN on any rank is left out on all. Slot: `diagonal`.
     """
 
     function: Callable[[Vectors], Vectors] = field(repr=False, compare=False)

@@ -27,9 +27,9 @@ class LocalMomentum(Shifted):
     `period` H > 1 makes H local steps between exchanges: p moves with them, p ← p − ηm, and u = e + Σ ηm over them; also parameters that travel
     uncompressed then move locally in between. An exchange takes place in steps H−1, 2H−1, … counted from 0. An inf or NaN in a local step is
     undone on its rank alone. `average_errors` H₂ (a multiple of H; the option of the SAEF paper): after the exchange of steps H₂−1, 2H₂−1, … the
-    residuals are replaced by their mean, by a dense all-reduce.
+    residuals are replaced by their mean, by a dense all-reduce; not those of a param group whose η is 0 in that step.
 
-    x − mean e moves as momentum SGD on the mean of the workers' momenta, whatever η, μ, wd, H and H₂ are.
+    x − mean e (− E, where servers keep a residual) moves as momentum SGD on the mean of the workers' momenta, whatever η, μ, wd, H and H₂ are.
 
     Slots: `residual` (e, and u between exchanges), `momentum`; where the parameters hold p between steps (λ > 0 or H > 1) `x`, because computing it
     back from p would drift between ranks; for H > 1 `displacement`, x − p. Memory beside parameters and gradients: 2 to 4 times the parameters.
@@ -62,7 +62,7 @@ class LocalMomentum(Shifted):
     def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         """e ← mean e, in the steps that `average_errors` says."""
         if self.average_errors is not None and (key.step + 1) % self.average_errors == 0:
-            yield [part.state["residual"] for part in parts if not part.lossless]
+            yield [part.state["residual"] for part in parts if not part.lossless and not part.rests]
 
     @property
     def shifts(self) -> bool:

@@ -16,8 +16,10 @@ from tests.ranks import REPO, horovodrun, mpirun
 from tests.reliability import Results
 
 PROGRAM = "tests/conformance/program_resume.py"
-ENV = {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_FUSION_THRESHOLD": "0"}
-"""Three ranks on two cores: let the others work while waiting. Horovod without fusion adds in one order, whatever becomes ready first."""
+ENV = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+"""Three ranks on two cores: let the others work while waiting."""
+IN_ORDER = {"HOROVOD_FUSION_THRESHOLD": "0"}
+"""For three ranks of Horovod, which then adds in one order, whatever becomes ready first. Two ranks have one order only."""
 
 LAUNCH: dict[tuple[str, int], Callable[..., str]] = {("mpi", 2): mpirun, ("mpi", 3): mpirun, ("horovod", 2): horovodrun, ("horovod", 3): mpirun}
 pytestmark = pytest.mark.timeout(1200)  # the first test of each backend starts four jobs; each has a limit of its own
@@ -26,8 +28,9 @@ OTHER = {2: 3, 3: 2}
 BACKENDS = ("mpi", "horovod")
 
 
-def launch(backend: str, n: int, task: str, folder: Path, *sizes: int) -> None:
-    said = LAUNCH[backend, n](n, PROGRAM, backend, task, str(folder), *map(str, sizes), timeout=280, env=ENV)
+def launch(backend: str, n: int, task: str, folder: Path, *sizes: int, env: dict[str, str] | None = None) -> None:
+    env = ENV | (IN_ORDER if n > 2 else {}) if env is None else env
+    said = LAUNCH[backend, n](n, PROGRAM, backend, task, str(folder), *map(str, sizes), timeout=280, env=env)
     assert "done" in said, said
 
 
@@ -59,7 +62,7 @@ def expected(backend: str) -> list[str]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_resumed_in_new_processes_every_method_goes_on_bit_for_bit(backend: str, loaded: Callable[[str], Results]) -> None:
-    """4 steps, save, new processes, load, 3 steps: weights, optimizer and state of 7 steps, on 2 ranks and on 3."""
+    """4 steps, save, new processes, load, 3 steps: weights, optimizer and state of 7 steps, on 2 ranks and on 3 (of Horovod: without fusion)."""
     for n in OTHER:
         assert list(loaded(backend)[n, n]) == expected(backend)
         assert [name for name, ranks in loaded(backend)[n, n].items() if not all(r["bit-exact"] for r in ranks)] == []
@@ -69,8 +72,18 @@ def test_resumed_in_new_processes_every_method_goes_on_bit_for_bit(backend: str,
 def test_without_the_state_it_is_another_run(backend: str, loaded: Callable[[str], Results]) -> None:
     """Control: model and optimizer alone do not lead there."""
     for n in OTHER:
-        same = {name: ranks[0]["same without the state"] for name, ranks in loaded(backend)[n, n].items() if "same without the state" in ranks[0]}
-        assert same == {"none": True, "top_k": False, "random_block": False, "double_squeeze": False}
+        off = {name: ranks[0]["off without the state"] for name, ranks in loaded(backend)[n, n].items() if "off" in ranks[0]}
+        assert {name: value > 1e-4 for name, value in off.items()} == {"none": False, "top_k": True, "random_block": True, "double_squeeze": True}
+
+
+def test_three_ranks_of_horovod_with_fusion_resume_to_rounding(tmp_path: Path) -> None:
+    """By default Horovod fuses what is ready, and adds in an order that is a matter of timing. The control is the test above."""
+    (tmp_path / "horovod-3").mkdir()
+    launch("horovod", 3, "save-some", tmp_path, env=ENV)
+    launch("horovod", 3, "load-some", tmp_path, 3, env=ENV)
+    assert {name: max(r["off"] for r in ranks) < 1e-5 for name, ranks in found(tmp_path / "horovod-3", 3).items()} == dict.fromkeys(
+        ("none", "random_block", "top_k", "double_squeeze"), True
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

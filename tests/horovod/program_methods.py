@@ -29,7 +29,7 @@ def expected(case: Case, prefix: str) -> torch.Tensor:
 
     def worker(transport: object) -> torch.Tensor:
         model = mlp()
-        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=case.momentum)
         optimizer = DistributedOptimizer(sgd, prefixed(model, prefix), case.make(), transport=transport)  # type: ignore[arg-type]
         train(model, optimizer, transport.rank, range(STEPS))  # type: ignore[attr-defined]
         return weights(model, optimizer.compression)
@@ -42,7 +42,7 @@ def check(case: Case) -> None:
     compression, feedback = case.make(), bound_method(case).feedback
     if feedback.keeps_residual or case.name not in ("none", "fp16"):
         compression = compression.bind(prefixed(model, case.name))
-    optimizer = stock(model, compression, case.name)
+    optimizer = stock(model, compression, case.name, momentum=case.momentum)
     if feedback.applies_update or feedback.needs_learning_rate:
         compression.attach(optimizer)
     train_stock(model, optimizer, range(STEPS))

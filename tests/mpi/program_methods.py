@@ -33,7 +33,7 @@ def method(transport: MPITransport, case: Case) -> str:
         return weights(model, optimizer.compression), slot(optimizer.compression, "residual"), optimizer.compression.traffic
 
     model = mlp()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=case.momentum, weight_decay=1e-4)
     # On two ranks as mpi_backend's optimizer does it, by a thread; on more in the gradient hooks.
     executor = Background("exchange") if transport.size == 2 else None
     optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport, executor=executor)
@@ -41,7 +41,7 @@ def method(transport: MPITransport, case: Case) -> str:
     w, residual, traffic = after(model, optimizer, None)
     if executor is not None:
         executor.close()
-    expected = simulate(transport.size, case.make, range(STEPS), after=after)[transport.rank]
+    expected = simulate(transport.size, case.make, range(STEPS), momentum=case.momentum, after=after)[transport.rank]
     if not same_on_all(w):
         return "ranks hold different bits"
     if traffic != expected[2]:

@@ -10,7 +10,8 @@ import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
 from hvd_ecsgd.aggregator import Aggregator
-from hvd_ecsgd.compressors import RandomBlock, Rounding, TopK
+from hvd_ecsgd.compressors import Identity, RandomBlock, Rounding, TopK
+from hvd_ecsgd.exchange import CompSkip, Every
 from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, LocalMomentum, Matrix, NoFeedback, Product
 from hvd_ecsgd.horovod_slot import HorovodSlot
 from hvd_ecsgd.protocols import Feedback, StepContext
@@ -235,6 +236,17 @@ def test_a_product_through_the_optimizer_is_exact_also_in_parameters_that_travel
     assert coupled_violation(lambda m: made(HessianAided(Product(m.product)))) < 1e-11
     assert coupled_violation(lambda m: made(ErrorFeedback())) > 0.1, "control: plain error feedback"
     assert coupled_violation(lambda m: made(HessianAided(Matrix({"large": m.hessian[:40, :40]}, local=True)))) > 0.01, "control: without coupling"
+
+
+def test_what_a_skip_holds_back_is_corrected_too() -> None:
+    """Where workers skip there are residuals without a lossy compressor. Controls: plain error feedback, and one's own e for the mean."""
+
+    def made(feedback: Feedback) -> Compression:
+        return Compression(Identity(), feedback, CompSkip(Every(2)), dense_below=20)
+
+    assert coupled_violation(lambda m: made(HessianAided(Product(m.product)))) < 1e-11
+    assert coupled_violation(lambda m: made(ErrorFeedback())) > 0.1
+    assert coupled_violation(lambda m: made(HessianAided(Product(m.product, local=False)))) > 0.1
 
 
 def test_a_gradient_at_the_shifted_point_is_the_same_where_hessians_are_equal() -> None:

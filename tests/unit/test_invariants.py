@@ -11,7 +11,7 @@ import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.compressors import RandomBlock
-from hvd_ecsgd.feedback import CSER, LocalMomentum
+from hvd_ecsgd.feedback import CSER, LocalMomentum, MemSGD
 from hvd_ecsgd.protocols import StepContext
 from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import Transport, run_simulated
@@ -24,6 +24,7 @@ CONSTANT = (0.1,) * 8
 
 GRADIENT_UNITS = [c for c in CASES if bound_method(c).feedback.unit == "gradient"]
 UPDATE_UNITS = [c for c in CASES if isinstance(bound_method(c).feedback, LocalMomentum | CSER)]
+HELD_BACK = [*UPDATE_UNITS, *(c for c in CASES if isinstance(bound_method(c).feedback, MemSGD))]
 
 
 @dataclass
@@ -56,9 +57,8 @@ def trajectory(
             gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(model(inputs), labels), list(model.parameters()))
             torch.nn.functional.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
-            saved = compression.state_dict()["parameters"]
-            server = {n: entry["server_residual"] for n, entry in saved.items() if "server_residual" in entry}
-            records.append(Record(weights(model, compression), slot(compression, "residual"), server, flat(gradients), slot(compression, "momentum")))
+            e, m = slot(compression, "residual"), slot(compression, "momentum")
+            records.append(Record(weights(model, compression), e, pieces(compression), flat(gradients), m))
         return records
 
     by_rank = run_simulated(N, worker)
@@ -69,10 +69,20 @@ def mean(tensors: Any) -> torch.Tensor:
     return torch.stack(list(tensors)).mean(0)
 
 
-def server_residual(ranks: list[Record]) -> torch.Tensor:
-    """E of the whole model: each rank holds its pieces."""
+def pieces(compression: Any) -> dict[str, torch.Tensor]:
+    """What this rank holds of E, by parameter."""
+    saved = compression.state_dict()["parameters"]
+    return {n: entry["server_residual"] for n, entry in saved.items() if "server_residual" in entry}
+
+
+def whole(servers: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """E of the whole model, of every rank's pieces."""
     named = list(mlp(torch.float64).named_parameters())
-    return flat(torch.cat([r.server[n] for r in ranks]) if n in ranks[0].server else torch.zeros_like(p) for n, p in named)
+    return flat(torch.cat([s[n] for s in servers]) if n in servers[0] else torch.zeros_like(p) for n, p in named)
+
+
+def server_residual(ranks: list[Record]) -> torch.Tensor:
+    return whole([r.server for r in ranks])
 
 
 def largest_violation(records: list[list[Record]], lrs: Sequence[float], unit: Sequence[float] | None = None) -> float:
@@ -277,16 +287,16 @@ def test_training_may_begin_with_learning_rate_zero() -> None:
 # -- where the model is evaluated ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", UPDATE_UNITS, ids=ids)
+@pytest.mark.parametrize("case", HELD_BACK, ids=ids)
 def test_points_of_evaluation(case: Case) -> None:
-    """`averaged` is x, equal everywhere; `virtual` is x − mean e; `local` is x − λe, as held. Training goes on as if not looked at."""
+    """`averaged` is x, equal everywhere; `virtual` is x − mean e − E; `local` is x − λe, as held. Training goes on as if not looked at."""
     feedback = bound_method(case).feedback
-    lambda_, period = (1.0, 1) if isinstance(feedback, CSER) else (feedback.lambda_, feedback.period)
+    lambda_, period = (1.0, 1) if isinstance(feedback, CSER) else (getattr(feedback, "lambda_", 0.0), getattr(feedback, "period", 1))
 
     def run(looking: bool) -> list[Any]:
         def worker(transport: Transport) -> Any:
             model = mlp(torch.float64)
-            sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=case.momentum)
             optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport)
             points: dict[str, torch.Tensor] = {}
             for t in range(6):
@@ -301,24 +311,25 @@ def test_points_of_evaluation(case: Case) -> None:
                             points[point] = flat(model.parameters())
                     assert torch.equal(held, flat(model.parameters())), "the parameters are put back"
                     points |= {"held": held, "displacement": slot(optimizer.compression, "displacement")}
-            return weights(model, optimizer.compression), points, slot(optimizer.compression, "residual")
+            return weights(model, optimizer.compression), points, slot(optimizer.compression, "residual"), pieces(optimizer.compression)
 
         return run_simulated(N, worker)
 
     seen, unseen = run(True), run(False)
-    mean_error = mean(e for _, _, e in seen)
-    for (x, points, e), (x_unseen, _, e_unseen) in zip(seen, unseen, strict=True):
+    mean_error, server = mean(e for _, _, e, _ in seen), whole([s for *_, s in seen])
+    for (x, points, e, _), (x_unseen, _, e_unseen, _) in zip(seen, unseen, strict=True):
         assert torch.equal(x, seen[0][0])
         assert torch.equal(x, x_unseen)
         assert torch.equal(e, e_unseen)
         assert torch.equal(points["averaged"], x)
         assert torch.equal(points["local"], points["held"])
-        torch.testing.assert_close(points["virtual"], x - mean_error, rtol=0, atol=1e-13)
+        torch.testing.assert_close(points["virtual"], x - mean_error - server, rtol=0, atol=1e-13)
         displacement = lambda_ * e if period == 1 else points["displacement"]
         torch.testing.assert_close(points["local"], x - displacement, rtol=0, atol=1e-13)
     if bound_method(case).compressor.lossless:
         return
     assert mean_error.abs().max().item() > 1e-4, "control: the points differ"
+    assert (server.abs().max().item() > 1e-4) == bool(case.server_slots), "control: and servers hold something"
 
 
 def test_methods_in_gradient_units_are_where_they_are() -> None:

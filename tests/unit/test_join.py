@@ -32,7 +32,7 @@ def run(case: Case, finish: Callable[[Any, Callable[[int, bool], None], int], No
 
     def worker(transport: Transport) -> Any:
         model = mlp(torch.float64)
-        sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3)
+        sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=case.momentum, weight_decay=1e-3)
         optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport)
 
         def step(t: int, data: bool) -> None:

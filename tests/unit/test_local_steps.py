@@ -13,7 +13,7 @@ from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.feedback import LocalMomentum
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL
-from tests.problems import batch, flat, mlp, same_bits, simulate, slot, weights
+from tests.problems import batch, flat, mlp, same_bits, simulate, slot, train, weights
 from tests.unit.test_invariants import LRS, largest_violation_of_z, trajectory, vary
 
 N = 3
@@ -176,6 +176,38 @@ def test_error_averaging_keeps_the_virtual_iterate(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(LocalMomentum, "prepare", add_up)
     assert largest_violation_of_z(trajectory(averaged(2), LRS, momentum=0.9, change=vary), LRS) > 1e-3
+
+
+def test_what_rests_is_not_averaged() -> None:
+    """A param group with η = 0 in the step that averages: its residuals and parameters stay. The other group (control) is averaged, and moves."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp(torch.float64)
+        groups = [{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()]}]
+        optimizer = DistributedOptimizer(torch.optim.SGD(groups, lr=0.1), model.named_parameters(), averaged(3)(), transport=transport)
+        compression, before = optimizer.compression, []
+        for t in range(4):
+            optimizer.param_groups[1]["lr"] = 0.1 if t != 2 else 0.0
+            before = [(flat(m.parameters()), e(compression, i)) for i, m in ((0, model[0]), (2, model[2]))]
+            train(model, optimizer, transport.rank, [t])
+            after = [(flat(m.parameters()), e(compression, i)) for i, m in ((0, model[0]), (2, model[2]))]
+            with compression.at("averaged"):
+                x = [flat(m.parameters()) for m in (model[0], model[2])]
+            for (held, residual), averaged_point in zip(after, x, strict=True):
+                torch.testing.assert_close(held, averaged_point - residual, rtol=0, atol=1e-14)
+            if t == 2:
+                kept = [(torch.equal(p, q), torch.equal(r, s)) for (p, r), (q, s) in zip(before, after, strict=True)]
+                residuals = [r for _, r in after]
+        return kept, residuals
+
+    def e(compression: Any, layer: int) -> torch.Tensor:
+        saved = compression.state_dict()["parameters"]
+        return flat(saved[f"{layer}.{p}"]["residual"] if f"{layer}.{p}" in saved else torch.zeros(1) for p in ("weight", "bias"))
+
+    results = run_simulated(N, worker)
+    assert all(kept == [(False, False), (True, True)] for kept, _ in results)
+    assert same_bits(r[0] for _, r in results)
+    assert not same_bits(r[1] for _, r in results)
 
 
 def test_what_averaging_sends_is_counted() -> None:

@@ -30,13 +30,19 @@ def _quiet() -> Iterator[None]:
 
 
 def run(
-    make: Callable[[], Any], scaled: bool, bad_rank: int | None = None, recipe: str = "plain", optimizer_of: Any = None, **scale: Any
+    make: Callable[[], Any],
+    scaled: bool,
+    bad_rank: int | None = None,
+    recipe: str = "plain",
+    optimizer_of: Any = None,
+    momentum: float = 0.9,
+    **scale: Any,
 ) -> list[Any]:
     """Train with or without a GradScaler; with `bad_rank`, that rank's loss is inf in one step. What each rank ends with."""
 
     def worker(transport: Transport) -> Any:
         model = mlp()
-        sgd = (optimizer_of or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3)))(model.parameters())
+        sgd = (optimizer_of or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=momentum, weight_decay=1e-3)))(model.parameters())
         optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(), transport=transport)
         scaler = torch.amp.GradScaler("cpu", enabled=scaled, **{"init_scale": 2.0**6, "growth_interval": 2, **scale})
         optimizer.compression.attach(optimizer, scaler)
@@ -68,7 +74,7 @@ def run(
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_plain_scaler_step_is_the_run_without_a_scaler(case: Case) -> None:
     """Weights and state, bit for bit, while the scale grows by powers of two."""
-    scaled, plain = run(case.make, True), run(case.make, False)
+    scaled, plain = (run(case.make, s, momentum=case.momentum) for s in (True, False))
     assert scaled[0][2][0] != scaled[0][2][-1], "the scale changed"
     for (w, state, *_), (w0, state0, *_) in zip(scaled, plain):
         if case.exact or bound_method(case).feedback.keeps_residual:
@@ -175,7 +181,7 @@ def bad_step(case: Case, exact: bool) -> list[tuple[dict[str, torch.Tensor], dic
         made = case.make()
         made = made if isinstance(made, Compression) else made()
         made.method = replace(made.method, exact=exact)
-        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=case.momentum, weight_decay=1e-3)
         optimizer = DistributedOptimizer(sgd, model.named_parameters(), made, transport=transport)
         held: dict[str, torch.Tensor] = {}
         for t in range(5):

@@ -32,7 +32,7 @@ def test_training_converges_with_the_same_bits_on_all_ranks(case: Case) -> None:
         with optimizer.compression.at("averaged"):
             return weights(model), loss_at(model, transport.rank), optimizer.compression.traffic
 
-    results = simulate(2, case.make, range(40), lr=0.05, after=after)
+    results = simulate(2, case.make, range(40), lr=0.05, momentum=case.momentum, after=after)
     assert same_bits(w for w, *_ in results)
     start = sum(loss_at(mlp(), r) for r in range(2))
     assert sum(loss for _, loss, _ in results) < case.converges * start
@@ -54,7 +54,7 @@ def test_uncompressed_training_is_training_on_all_data() -> None:
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_traffic_is_counted(case: Case) -> None:
     """Bytes per worker: what the payloads of twelve steps hold; a compressing method sends less than a dense one."""
-    traffic = simulate(N, case.make, after=lambda m, o, t: o.compression.traffic)
+    traffic = simulate(N, case.make, momentum=case.momentum, after=lambda m, o, t: o.compression.traffic)
     dense = simulate(N, lambda: Compression.none, after=lambda m, o, t: o.compression.traffic)[0]
     total = sum(p.numel() for p in mlp().parameters())
     assert dense.payload == 12 * 4 * total
@@ -71,7 +71,7 @@ def test_traffic_is_counted(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_results_do_not_depend_on_buckets(case: Case) -> None:
     """One bucket per parameter, several, and one for all: the same bits (segments, not buckets, are what compressors see)."""
-    runs = [simulate(N, case.make, bucket_bytes=b)[0] for b in (0, 1000, 25 * 2**20)]
+    runs = [simulate(N, case.make, momentum=case.momentum, bucket_bytes=b)[0] for b in (0, 1000, 25 * 2**20)]
     assert same_bits(runs)
 
 
@@ -155,7 +155,7 @@ def test_two_backward_passes_per_step(case: Case) -> None:
     def run(passes: int) -> Any:
         def worker(transport: Transport) -> Any:
             model = mlp(torch.float64)
-            sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+            sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=case.momentum)
             optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport, backward_passes_per_step=passes)
             for step in range(6):
                 optimizer.zero_grad()
@@ -283,6 +283,86 @@ def test_sums_are_n_times_means(case: Case) -> None:
     sums = simulate(2, case.make, lr=0.0625, weight_decay=0, sum_gradients=True)
     assert torch.equal(means[0], sums[0])
     assert not torch.equal(means[0], simulate(2, case.make, lr=0.0625, weight_decay=0)[0]), "control: half the step"
+
+
+# -- sparse gradients ------------------------------------------------------------------------------------------------------------
+
+
+class Words(torch.nn.Module):
+    """A table, of which the last worker uses nothing in even steps, and a layer."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.table = torch.nn.Embedding(90, 16, sparse=sparse)
+        self.out = torch.nn.Linear(16, 5)
+
+    def forward(self, rank: int, step: int) -> torch.Tensor:
+        if rank == N - 1 and step % 2 == 0:
+            return self.out(torch.ones(3, 16))
+        return self.out(self.table(torch.arange(7 * rank, 7 * rank + 12) % (20 + 30 * (step % 3))))
+
+
+def run_words(sparse: bool, make: Callable[[], Any], sgd: Callable[..., torch.optim.Optimizer], scaled: bool = False, **options: Any) -> Any:
+    def worker(transport: Transport) -> Any:
+        model = Words(sparse)
+        optimizer = DistributedOptimizer(sgd(model), model.named_parameters(), make(), transport=transport, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2, enabled=scaled)
+        optimizer.compression.attach(optimizer, scaler)
+        layouts = []
+        for step in range(7):
+            optimizer.param_groups[0]["lr"] = 0.0 if step == 4 else 0.1
+            optimizer.zero_grad(set_to_none=step % 3 > 0)
+            loss = model(transport.rank, step).square().mean()
+            if loss.requires_grad:
+                scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            grad = model.table.weight.grad
+            layouts.append(None if grad is None else grad.is_sparse)
+        return weights(model, optimizer.compression), layouts
+
+    return run_simulated(N, worker)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["none", "fp16", "top_k", "double_squeeze", "random_block", "comp_skip", "detached"])
+def test_sparse_gradients_are_those_of_a_dense_table(name: str, scaled: bool) -> None:
+    def sgd(model: Words) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    sparse, dense = (run_words(s, by_name(name).make, sgd, scaled) for s in (True, False))
+    assert same_bits(w for w, _ in sparse)
+    torch.testing.assert_close(sparse[0][0], dense[0][0], rtol=0, atol=1e-6)  # repeated words are added in another order
+    if not bound_method(by_name(name)).feedback.applies_update:
+        seen = [layouts[:2] for _, layouts in sparse]
+        assert seen[0] == [True, True]
+        assert seen[N - 1][1], "also where the first step did not use the table, from the first on that does"
+        assert not any(layout for _, layouts in dense for layout in layouts), "control"
+        as_dense = run_words(True, by_name(name).make, sgd, scaled, sparse_as_dense=True)
+        assert torch.equal(as_dense[0][0], sparse[0][0])
+        assert not any(layout for _, layouts in as_dense for layout in layouts)
+
+
+def test_sparse_adam_is_given_sparse_means() -> None:
+    """On a worker that does not use the table, too. The run is that of one process with the mean of all gradients."""
+
+    def adam(model: Words) -> torch.optim.Optimizer:
+        model.out.requires_grad_(False)
+        return torch.optim.SparseAdam([model.table.weight], lr=0.1)
+
+    found = run_words(True, lambda: Compression.none, adam)
+    model = Words(True)
+    alone = adam(model)
+    for step in range(7):
+        alone.param_groups[0]["lr"] = 0.0 if step == 4 else 0.1
+        alone.zero_grad()
+        total = sum(model(r, step).square().mean() for r in range(N) if r < N - 1 or step % 2)
+        (total / N).backward()
+        alone.step()
+    assert same_bits(w for w, _ in found)
+    torch.testing.assert_close(found[0][0], weights(model), rtol=0, atol=1e-6)
+    assert not torch.allclose(weights(model), weights(Words(True)), atol=1e-2), "control: it moved"
 
 
 # -- schedules -------------------------------------------------------------------------------------------------------------------

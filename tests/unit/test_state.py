@@ -24,7 +24,7 @@ class Setup:
 
     def __init__(self, case: Case, transport: Transport) -> None:
         self.model = mlp()
-        sgd = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        sgd = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=case.momentum, weight_decay=1e-4)
         self.optimizer = DistributedOptimizer(sgd, self.model.named_parameters(), case.make(), transport=transport)
         self.compression: BoundCompression = self.optimizer.compression
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, 0.3)

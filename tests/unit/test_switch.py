@@ -12,11 +12,11 @@ from hvd_ecsgd import Compression, CompressionError, DisagreementError, Distribu
 from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.compressors import Identity, Sign, TopK
 from hvd_ecsgd.exchange import AllReduce, Central, TwoPass
-from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum, NoFeedback
+from hvd_ecsgd.feedback import ErrorFeedback, HessianAided, LocalMomentum, Matrix, NoFeedback
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, SWITCHES, by_name
 from tests.problems import mlp, same_bits, slot, train, weights
-from tests.unit.test_invariants import CONSTANT, LRS, largest_violation, largest_violation_of_z, trajectory, vary
+from tests.unit.test_invariants import CONSTANT, LRS, largest_violation, largest_violation_of_z, mean, trajectory, vary
 
 Plan = dict[int, Callable[[], Compression]]
 
@@ -96,6 +96,20 @@ def test_the_servers_residuals_stay_where_their_pieces_do() -> None:
     assert all(torch.equal(p.e, q.e) for p, q in zip(a[2], c[2], strict=True))
     assert not torch.equal(a[-1][0].x, c[-1][0].x), "control"
     assert largest_violation(c, LRS) < 1e-13
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_no_correction_outlives_the_residual(local: bool) -> None:
+    """From Hessian-aided compression to sending all with the same rule: x then moves by the plain mean of gradients."""
+    hessians = {name: 0.5 * torch.eye(p.numel(), dtype=torch.float64) for name, p in mlp().named_parameters()}
+    rule = HessianAided(Matrix(hessians, local))
+    plan: Plan = {0: lambda: Compression(TopK(5), rule, **ALL), 3: lambda: Compression(Identity(), rule, AllReduce())}
+    records = trajectory(plan[0], CONSTANT, change=switching(plan))
+    for before, after, lr in zip(records[3:], records[4:], CONSTANT[4:]):
+        assert not any(r.e.any() for r in before)
+        assert (after[0].x - (before[0].x - lr * mean(r.gradient for r in after))).abs().max() < 1e-14
+    held_back = records[3][0].x - (records[2][0].x - CONSTANT[3] * mean(r.gradient for r in records[3]))
+    assert held_back.abs().max() > 1e-3, "control"
 
 
 def test_feedback_may_begin() -> None:

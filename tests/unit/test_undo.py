@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
+from hvd_ecsgd.compressors import Identity
+from hvd_ecsgd.exchange import CompSkip
+from hvd_ecsgd.feedback import LocalMomentum
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, by_name, ids
 from tests.problems import batch, flat, mlp, same_bits, slot, train, weights
@@ -32,12 +35,12 @@ def everything(model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor
     return result
 
 
-def run(make: Callable[[], Any], spoil: Spoil, dtype: torch.dtype = torch.float64, lr: float = 0.05) -> list[Any]:
+def run(make: Callable[[], Any], spoil: Spoil, dtype: torch.dtype = torch.float64, lr: float = 0.05, momentum: float = 0.9) -> list[Any]:
     """Before the bad step, after it, the number of undone steps, the warnings, and the weights five steps later."""
 
     def worker(transport: Transport) -> Any:
         model = mlp(dtype)
-        sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3)
+        sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=1e-3)
         optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(), transport=transport)
         before: dict[str, torch.Tensor] = {}
         after: dict[str, torch.Tensor] = {}
@@ -91,10 +94,16 @@ def check_undone(results: list[Any], tolerance: float) -> None:
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_a_bad_gradient_on_one_rank_undoes_the_step_everywhere(case: Case, spoil: Spoil) -> None:
     """Parameters and the optimizer's momentum are untouched; residuals, worker momentum and server residual are back to rounding."""
-    results = run(case.make, spoil)
+    results = run(case.make, spoil, momentum=case.momentum)
     check_undone(results, 1e-13)
     for before, after, *_ in results:
         assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("optimizer"))
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
+def test_a_residual_taken_up_from_others_is_put_back() -> None:
+    """Workers that send everything, in turns, and average what is left: a worker that had nothing left holds something after all."""
+    check_undone(run(lambda: Compression(Identity(), LocalMomentum(0.0, average_errors=1), CompSkip(), **ALL), nan_on_rank_1), 1e-13)
 
 
 @pytest.mark.parametrize("case", [by_name("fp16")], ids=ids)

@@ -30,7 +30,7 @@ def run(case: Case, every: int, spoil: Callable[[Any, Any], object] | None = Non
 
     def worker(transport: Transport) -> tuple[int, str]:
         model = mlp()
-        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=case.momentum)
         optimizer = DistributedOptimizer(sgd, model.named_parameters(), verifying(case, every), transport=transport)
         for step in range(STEPS):
             if spoil is not None and step == SPOIL and transport.rank == 1:
