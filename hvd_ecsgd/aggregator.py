@@ -99,6 +99,12 @@ class Method:
         """Workers' residuals are zero after every exchange."""
         return self.compressor.lossless and not self.exchange.approximates
 
+    @property
+    def stateful(self) -> bool:
+        """Something is carried from step to step: residuals, momentum, or what the exchange keeps."""
+        nothing = Segments(())
+        return bool(self.feedback.init(nothing)) or bool(self.exchange.init(nothing, 0, 1))
+
     def at(self, step: int) -> tuple[Compressor, Exchange]:
         """What compresses and exchanges in this step."""
         if step < self.warmup_steps:
@@ -357,8 +363,7 @@ class Aggregator:
     def _set_method(self, method: Method) -> None:
         self.method = method
         self._method_text = repr(method)
-        nothing = Segments(())
-        self._stateful = bool(method.feedback.init(nothing)) or bool(method.exchange.init(nothing, 0, 1))
+        self._stateful = method.stateful
         self._static_digest = None
 
     def _plan(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> list[Bucket]:

@@ -449,7 +449,8 @@ class BoundCompression:
         """Read learning rates live from `optimizer` (Horovod's, the one that steps). May be called again. Returns self.
 
         `scaler`: the GradScaler that scales the loss. Gradients are unscaled when they are compressed, so that all state is in true units whatever
-        the scale does, and the mean that the optimizer gets is scaled again.
+        the scale does, and the mean that the optimizer gets is scaled again. Own optimizers with a method without state attach it by themselves, in
+        its first `step`.
 
         Own optimizers attach by themselves. Without it, methods in gradient units assume a constant learning rate and say so once. Methods that
         apply the update themselves (`detached`, `local_momentum`, `pef`, …) need it: they read lr, momentum and weight decay of the SGD inside

@@ -6,6 +6,7 @@ import inspect
 import json
 import numbers
 import struct
+import sys
 import threading
 import time
 import weakref
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -96,6 +98,8 @@ def DistributedOptimizer(
     at the first step `DisagreementError`, on every rank, when ranks hold different settings or parameters.
     """
     transport = SelfTransport() if transport is None else transport
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise CompressionError(f"DistributedOptimizer(): expected a torch.optim optimizer, got {optimizer!r:.100}.")
     if isinstance(optimizer, _Distributed):
         raise CompressionError("DistributedOptimizer(): the optimizer is distributed already.")
     own = optimizer.__class__
@@ -136,6 +140,17 @@ def _wait_patiently(handle: Handle[Any] | Comparison, give_up: Callable[[], bool
         time.sleep(pause)
         pause = min(1.5 * pause, _LONGEST)
     return True
+
+
+def _calling_scaler() -> Any:
+    """The GradScaler whose `step` has called; None if there is none. It hands an optimizer its scale, and not itself."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if callable(getattr(found, "_check_inf_per_device", None)):
+            return found
+        frame = frame.f_back
+    return None
 
 
 def _check_passes(passes: int) -> None:
@@ -212,6 +227,10 @@ class _Distributed(torch.optim.Optimizer):
                 "takes one gradient a step (SGD, Adam, …)."
             )
         if named_parameters is not None:
+            if not isinstance(named_parameters, Iterable):
+                raise CompressionError(
+                    f"named_parameters: expected (name, parameter) pairs such as model.named_parameters(), got {named_parameters!r:.80}."
+                )
             named = list(named_parameters)
             if wrong := [pair for pair in named if not (isinstance(pair, tuple) and len(pair) == 2)]:
                 raise CompressionError(
@@ -410,7 +429,7 @@ class _Distributed(torch.optim.Optimizer):
         self._aggregator.use(self._transport, joined)
         told = [n for g, key in self._numbered for n in _numbers(self.param_groups[g][key])]
         scaler = self._scaler_state()
-        note = struct.pack(f"<q{len(told) + 2}d", joined_at, scaler.get("scale", 1.0), scaler.get("_growth_tracker", 0), *told)
+        note = struct.pack(f"<q{len(told) + 2}d", joined_at, scaler.get("scale", 0.0), scaler.get("_growth_tracker", 0), *told)
         self._opening = self._aggregator.compare(self._transport, note, joined, outside=joined_at == _OUTSIDE)
         return self._opening
 
@@ -555,6 +574,8 @@ class _Distributed(torch.optim.Optimizer):
             raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
         results, self._results = self._results, None
         assert results is not None
+        if found is not None:
+            self._meet_scaler(scale)
         if scale is not None:
             self._unscale(scale)
         if not self._stands or (found is not None and bool(found)):
@@ -569,16 +590,24 @@ class _Distributed(torch.optim.Optimizer):
         self._inner._opt_called = True  # type: ignore[attr-defined]  # what such a scheduler looks at before it warns
         return loss
 
-    def _unscale(self, scale: torch.Tensor) -> None:
-        """After the exchange in GradScaler.step: tell the scaler of an overflow on any rank, so that all lower the scale; else unscale the mean."""
-        scaler = self.compression.scaler
-        if scaler is None or float(scale) != self.compression.loss_scale:
+    def _meet_scaler(self, scale: torch.Tensor | None) -> None:
+        """In GradScaler.step, which gives its scale where gradients are scaled still. Without state the scale of a step is that step's matter
+        alone, so a scaler that is not attached may be now; with state it is too late."""
+        attached = self.compression.scaler
+        if attached is not None and (scale is None or float(scale) == self.compression.loss_scale):
+            return
+        caller = None if self._aggregator.method.stateful else _calling_scaler()
+        if caller is None:
             raise CompressionError(
                 "scaler.step(optimizer): this GradScaler is not attached, so residuals would hold loss-scaled gradients; call "
                 "optimizer.compression.attach(optimizer, scaler) before the first backward pass."
             )
+        self.compression.scaler = caller
+
+    def _unscale(self, scale: torch.Tensor) -> None:
+        """After the exchange in GradScaler.step: tell the scaler of an overflow on any rank, so that all lower the scale; else unscale the mean."""
         if not self._stands:
-            scaler._check_inf_per_device(self)  # as GradScaler asks of optimizers that handle its scale
+            self.compression.scaler._check_inf_per_device(self)  # as GradScaler asks of optimizers that handle its scale
         elif not self._updates:
             self._multiply_gradients(1 / float(scale))
 
@@ -597,14 +626,15 @@ class _Distributed(torch.optim.Optimizer):
         stepped by batch must be brought to the last worker's state. Steps without an exchange (local steps) are taken alone. Collective. `give_up`
         is asked while this waits, and True ends it; then the optimizer is of no more use.
 
-        Raises `CompressionError` between a backward pass and `step()`, and inside `compression.at(…)`; and whatever a step raises.
+        Raises `CompressionError` between a backward pass and `step()`, and inside `compression.at(…)`; on every worker, in the end, when the
+        GradScaler of some is not known, as they neither attached it nor took a step with it; and whatever a step raises.
         """
         self.check_join()
         self._results = None
         joined_at, steps = self._aggregator.step, 0
         while True:
             while self._aggregator.local:
-                self._stand_in()
+                self._stand_in(self.compression.loss_scale)
                 steps += 1
             opening = self._open(joined_at)
             if not _wait_patiently(opening, give_up):
@@ -619,12 +649,18 @@ class _Distributed(torch.optim.Optimizer):
             if latest[0] < _TRAINS:  # nobody begins this step
                 self._agree()
                 break
-            self._stand_in()
+            self._stand_in(latest[1] or 1.0)
             steps += 1
         for p in self._bound_parameters():
             p.grad = None
         if any(told[0] != latest[0] for told in said):
             self._take_over(said.index(latest))
+        unknown = [r for r, told in enumerate(said) if not told[1]]
+        if unknown and latest[1]:  # without this error they would go on with a scale of their own
+            raise CompressionError(
+                f"join(): the others' loss scale is {latest[1]:g}, and workers {', '.join(map(str, unknown))} (by rank), which took no step with "
+                "their GradScaler before, cannot be given it; call optimizer.compression.attach(optimizer, scaler) on every rank at first."
+            )
         return steps
 
     def check_join(self) -> None:
@@ -682,8 +718,11 @@ class _Distributed(torch.optim.Optimizer):
                 torch.autograd.graph.increment_version(t)  # a network may write behind torch's back
 
     def _scaler_state(self) -> dict[str, float]:
-        """What GradScaler says of itself; less, of something else that was attached for one."""
-        tell = getattr(self.compression.scaler, "state_dict", None)
+        """What GradScaler says of itself; less, of something else that was attached for one; nothing without one, or when it is disabled."""
+        scaler = self.compression.scaler
+        if scaler is None:
+            return {}
+        tell = getattr(scaler, "state_dict", None)
         return tell() if tell is not None else {"scale": self.compression.loss_scale}
 
     def _follow(self, scale: float, growth_tracker: float, *hyper_parameters: float) -> None:
@@ -692,15 +731,15 @@ class _Distributed(torch.optim.Optimizer):
         for g, key in self._numbered:
             self.param_groups[g][key] = _with_numbers(self.param_groups[g][key], told)
         scaler = self._scaler_state()
-        if "_growth_tracker" in scaler:
+        if scale and "_growth_tracker" in scaler:
             self.compression.scaler.load_state_dict({**scaler, "scale": scale, "_growth_tracker": int(growth_tracker)})
 
-    def _stand_in(self) -> None:
-        """A step of a worker without data."""
+    def _stand_in(self, scale: float) -> None:
+        """A step of a worker without data. `scale`: by which the others multiply their losses."""
         for p in self._bound_parameters():
             p.grad = None
         self.synchronize()
-        if self._stands and not self._updates and (scale := self.compression.loss_scale) != 1.0:  # there is no GradScaler.step to do it
+        if self._stands and not self._updates and scale != 1.0:  # there is no GradScaler.step to do it
             self._multiply_gradients(1 / scale)
         with self.skip_synchronize():
             self.step()

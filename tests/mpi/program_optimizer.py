@@ -181,24 +181,34 @@ if size > 1:
         verdict.expect(torch.allclose(a, b, rtol=1e-5, atol=1e-5), "within a process set")
 
 # GradScaler, as with Horovod: unscale what was exchanged. An overflow on one rank is everybody's, and lowers the scale everywhere.
-model = conv()
-optimizer = wrap(model)
-scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1000)
-optimizer.compression.attach(optimizer, scaler)
-stepped = 0
-for t in range(4):
-    optimizer.zero_grad()
-    loss = scaler.scale(model(batch(rank, stepped)).square().mean())
-    (loss * float("inf") if t == 1 and rank == 0 else loss).backward()
-    optimizer.synchronize()
-    scaler.unscale_(optimizer)
-    with optimizer.skip_synchronize(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scaler.step(optimizer)
-    scaler.update()
-    stepped += t != 1
-verdict.expect(scaler.get_scale() == 32.0, f"the scale is {scaler.get_scale()} after one overflow")
-same(model, reference(3), "GradScaler")
+# With a method without state nothing need be attached, also for a plain scaler.step: a stock script is right.
+for attached, recipe in ((True, True), (False, True), (False, False)):
+    model = conv()
+    optimizer = wrap(model, compression=hvd.Compression.none if recipe else hvd.Compression.none(dense_below=0))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1000)
+    if attached:
+        optimizer.compression.attach(optimizer, scaler)
+    stepped = 0
+    for t in range(4):
+        optimizer.zero_grad()
+        loss = scaler.scale(model(batch(rank, stepped)).square().mean())
+        (loss * float("inf") if t == 1 and rank == 0 else loss).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if recipe:
+                optimizer.synchronize()
+                scaler.unscale_(optimizer)
+                with optimizer.skip_synchronize():
+                    scaler.step(optimizer)
+            else:
+                scaler.step(optimizer)
+        scaler.update()
+        stepped += t != 1
+    verdict.expect(scaler.get_scale() == 32.0, f"the scale is {scaler.get_scale()} after one overflow")
+    same(model, reference(3), f"GradScaler, attached {attached}, recipe {recipe}")
+optimizer = wrap(model, compression=hvd.Compression.top_k(4))
+scaler.scale(model(batch(rank, 0)).square().mean()).backward()
+verdict.raises(ValueError, lambda: scaler.step(optimizer), "the control: with state", "this GradScaler is not attached")
 
 # Arguments that are refused.
 model = conv()

@@ -119,16 +119,19 @@ def test_all_hyper_parameters_follow_and_keep_their_kind() -> None:
     assert hyper0 == hyper1 and hyper0[1] == (0.9 - 0.1 * 4, 0.99)
 
 
-@pytest.mark.parametrize("case", [by_name("none"), by_name("top_k"), by_name("local_momentum")], ids=ids)
-def test_a_grad_scaler_follows(case: Case) -> None:
-    """Also what it makes of an overflow after this worker has joined, and when it grows next."""
+@pytest.mark.parametrize(
+    ("case", "attached"), [(by_name("none"), True), (by_name("none"), False), (by_name("top_k"), True), (by_name("local_momentum"), True)], ids=ids
+)
+def test_a_grad_scaler_follows(case: Case, attached: bool) -> None:
+    """Also what it makes of an overflow after this worker has joined, and when it grows next; and, without state, one that was never attached."""
 
     def worker(transport: Transport) -> Any:
         model = mlp()
         sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
-        optimizer.compression.attach(optimizer, scaler)
+        if attached:
+            optimizer.compression.attach(optimizer, scaler)
         for t in range(2 + 4 * transport.rank):
             optimizer.zero_grad()
             x, y = batch(transport.rank, t)
@@ -145,6 +148,34 @@ def test_a_grad_scaler_follows(case: Case) -> None:
     assert torch.equal(w0, w1) and w0.isfinite().all()
     assert scaler0 == scaler1 and (scaler0["scale"], scaler0["_growth_tracker"]) == (64.0, 2)
     assert undone0 == undone1 == 1
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_grad_scaler_that_took_no_step_must_be_attached_to_follow(attached: bool) -> None:
+    """Without data and without attach nobody knows it here: an error on all workers, after all that can be taken over was."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), model.named_parameters(), transport=transport)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        if attached:
+            optimizer.compression.attach(optimizer, scaler)
+        for t in range(4 * transport.rank):
+            optimizer.zero_grad()
+            x, y = batch(transport.rank, t)
+            scaler.scale(torch.nn.functional.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        if attached:
+            assert optimizer.join() == 4 * (1 - transport.rank)
+        else:
+            with pytest.raises(CompressionError, match=r"the others' loss scale is 128, and workers 0 \(by rank\), .*attach\(optimizer, scaler\)"):
+                optimizer.join()
+        return weights(model), scaler.get_scale()
+
+    (w0, scale0), (w1, scale1) = run_simulated(2, worker)
+    assert torch.equal(w0, w1)
+    assert (scale0, scale1) == (128.0 if attached else 64.0, 128.0)
 
 
 def test_other_settings_of_those_that_train_are_named() -> None:

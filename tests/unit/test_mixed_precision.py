@@ -36,16 +36,19 @@ def run(
     recipe: str = "plain",
     optimizer_of: Any = None,
     momentum: float = 0.9,
+    attached: bool = True,
+    bad: int = BAD,
     **scale: Any,
 ) -> list[Any]:
-    """Train with or without a GradScaler; with `bad_rank`, that rank's loss is inf in one step. What each rank ends with."""
+    """Train with or without a GradScaler; with `bad_rank`, that rank's loss is inf in step `bad`. What each rank ends with."""
 
     def worker(transport: Transport) -> Any:
         model = mlp()
         sgd = (optimizer_of or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=momentum, weight_decay=1e-3)))(model.parameters())
         optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(), transport=transport)
         scaler = torch.amp.GradScaler("cpu", enabled=scaled, **{"init_scale": 2.0**6, "growth_interval": 2, **scale})
-        optimizer.compression.attach(optimizer, scaler)
+        if attached:
+            optimizer.compression.attach(optimizer, scaler)
         scales, moved = [], []
         for t in range(STEPS):
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + t)
@@ -53,7 +56,7 @@ def run(
             before = weights(model, optimizer.compression)
             x, y = batch(transport.rank, t)
             loss = torch.nn.functional.cross_entropy(model(x), y)
-            if t == BAD and transport.rank == bad_rank:
+            if t == bad and transport.rank == bad_rank:
                 loss = loss * float("inf")
             scaler.scale(loss).backward()
             if recipe == "plain":
@@ -117,13 +120,59 @@ def test_other_optimizers_and_fused_ones() -> None:
         assert torch.equal(scaled[0][0], plain[0][0])
 
 
-def test_a_scaler_that_is_not_attached_is_refused() -> None:
+STATELESS = [c for c in CASES if not bound_method(c).stateful]
+"""Nothing is carried from step to step."""
+
+
+@pytest.mark.parametrize("recipe", ["plain", "synchronize first"])
+@pytest.mark.parametrize("bad", [0, BAD])
+@pytest.mark.parametrize("case", STATELESS, ids=ids)
+def test_without_state_a_scaler_need_not_be_attached(case: Case, bad: int, recipe: str) -> None:
+    """With one import changed a stock script is right: the bits of the run with attach, an overflow on one rank, also in the first step, included."""
+    bare, attached = (run(case.make, True, bad_rank=1, recipe=recipe, attached=a, bad=bad) for a in (False, True))
+    assert bare[0][2][bad] == (2.0**6 if bad == 0 else bare[0][2][bad - 1]) / 2
+    for (w, state, scales, moved), (w1, state1, scales1, moved1) in zip(bare, attached, strict=True):
+        assert torch.equal(w, w1) and w.isfinite().all()
+        assert equal(state, state1) and state["undone"] == 1
+        assert scales == scales1 and moved == moved1
+
+
+def test_the_presets_without_state_are_those_without_feedback() -> None:
+    assert {"none", "fp16", "bf16", "qsgd", "top_k-no_feedback", "double_squeeze-uncompensated"} < {c.name for c in STATELESS}
+    assert not any(bound_method(c).feedback.keeps_residual for c in STATELESS)
+    assert "power_sgd-no_feedback" not in {c.name for c in STATELESS}, "its factors are those of the last step"
+
+
+def test_what_finds_the_scaler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test above."""
+    monkeypatch.setattr("hvd_ecsgd.optimizer._calling_scaler", lambda: None)
+    with pytest.raises(CompressionError, match="not attached"):
+        run(by_name("none").make, True, attached=False)
+
+
+def test_another_scaler_takes_over() -> None:
+    """As in a script that makes one per epoch."""
     model = mlp()
-    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression.top_k(10))
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    scaler.scale(model(batch(0, 0)[0]).sum()).backward()
-    with pytest.raises(CompressionError, match=r"not attached.*attach\(optimizer, scaler\)"):
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+    alone = mlp()
+    reference = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for t, scale in enumerate((8.0, 32.0)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(model(batch(0, t)[0]).square().mean()).backward()
         scaler.step(optimizer)
+        optimizer.zero_grad()
+        alone(batch(0, t)[0]).square().mean().backward()
+        reference.step()
+        reference.zero_grad()
+        assert optimizer.compression.scaler is scaler
+    assert torch.equal(weights(model), weights(alone))
+
+
+@pytest.mark.parametrize("recipe", ["plain", "synchronize first"])
+@pytest.mark.parametrize("name", ["top_k", "power_sgd-no_feedback", "double_squeeze", "detached"])
+def test_with_state_a_scaler_that_is_not_attached_is_refused(name: str, recipe: str) -> None:
+    with pytest.raises(CompressionError, match=r"not attached.*attach\(optimizer, scaler\)"):
+        run(by_name(name).make, True, recipe=recipe, attached=False)
 
 
 def test_unscaling_or_clipping_before_the_exchange_is_refused() -> None:

@@ -191,6 +191,7 @@ def test_with_a_grad_scaler(name: str) -> None:
             torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), by_name(name).make(), transport=transport
         )
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        optimizer.compression.attach(optimizer, scaler)
         seen = []
         for t in range(6):
             optimizer.zero_grad()
