@@ -140,8 +140,14 @@ class Compression:
         return Compression(RandomK(ratio, unbiased), _feedback(not unbiased if error_feedback is None else error_feedback), AllReduce(), **options)
 
     @staticmethod
-    def top_k(ratio: float = 100.0, *, k: int | None = None, block: int | None = None, error_feedback: bool = True, **options: Any) -> Compression:
-        """The d/ratio (or `k`) largest entries of each parameter, or of each `block` of entries; all-gather, so bytes received grow with n."""
+    def top_k(
+        ratio: float | None = None, *, k: int | None = None, block: int | None = None, error_feedback: bool = True, **options: Any
+    ) -> Compression:
+        """The d/ratio (100 by default) or `k` largest entries of each parameter, or of each `block` of entries; all-gather, so bytes received grow
+        with n."""
+        if k is not None and ratio is not None:
+            raise CompressionError(f"top_k: give ratio (d/ratio entries of a parameter) or k (so many entries), not both; got {ratio!r} and {k!r}.")
+        ratio = 100.0 if ratio is None else ratio
         if k is not None and block is not None:
             raise CompressionError("top_k: give k (entries of a parameter) or block (then ratio says how many of its entries), not both.")
         return Compression(TopK(ratio, k) if block is None else BlockTopK(ratio, block), _feedback(error_feedback), AllGather(), **options)
@@ -758,11 +764,15 @@ def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[t
             raise CompressionError(
                 f"bind(): '{name}' and '{owners[id(parameter)]}' are the same (tied) parameter; bind it once. model.named_parameters() lists it once."
             )
+        if torch.nn.parameter.is_lazy(parameter):
+            raise CompressionError(f"bind(): parameter '{name}' of a lazy module has no shape yet; run a batch through the model first.")
         if parameter.is_complex():
             raise CompressionError(
                 f"bind(): parameter '{name}' is {parameter.dtype}; complex gradients are not supported. Keep real and imaginary part as "
                 "two parameters (torch.view_as_real)."
             )
+        if parameter.is_meta:
+            raise CompressionError(f"bind(): parameter '{name}' is on the meta device and has no values; give it some by model.to_empty(…) first.")
         if parameter.requires_grad and not parameter.is_leaf:
             raise CompressionError(f"bind(): '{name}' is not a leaf tensor and never gets a gradient; pass the parameter it was computed from.")
         names.add(name)

@@ -32,7 +32,8 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "ratio text": (lambda: Compression.random_block("64"), "ratio"),
     "ratio true": (lambda: Compression.random_block(True), "ratio"),
     "ratio tensor": (lambda: Compression.random_block(torch.tensor(4.0)), "ratio"),
-    "ratio none": (lambda: Compression.top_k(None), "ratio"),
+    "ratio none": (lambda: Compression.random_block(None), "ratio"),
+    "ratio and k": (lambda: Compression.top_k(4, k=4), "not both"),
     "detached ratio": (lambda: Compression.detached(0.9), "ratio"),
     "k 0": (lambda: Compression.top_k(k=0), "k must be"),
     "k negative": (lambda: Compression.top_k(k=-1), "k must be"),
@@ -77,7 +78,8 @@ def test_settings_at_their_bounds_are_right() -> None:
     """Control: the nearest values that are allowed."""
     for make in (
         lambda: Compression.random_block(1),
-        lambda: Compression.top_k(1.0, k=1),
+        lambda: Compression.top_k(1.0),
+        lambda: Compression.top_k(None, k=1),
         lambda: Compression.detached(1, 0),
         lambda: Compression.detached(lambda_=1),
         lambda: Compression.one_bit(dense_below=0, seed=-1),
@@ -125,6 +127,8 @@ BINDINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: [], "no parameter"),
     "all frozen": (lambda: mlp().requires_grad_(False), "no parameter"),
     "not a leaf": (lambda: [("doubled", parameter(3) * 2)], "doubled"),
+    "without a shape": (lambda: torch.nn.LazyLinear(3), "'weight' of a lazy module"),
+    "without values": (lambda: torch.nn.Linear(3, 3, device="meta"), "'weight' is on the meta device"),
 }
 
 
@@ -228,6 +232,9 @@ WRAPPINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "names of some only": (lambda: wrap(named_parameters=list(mlp().named_parameters())[:2]), "no name"),
     "another model bound": (lambda: wrap(compression=Compression.top_k().bind(mlp())), "bound"),
     "twice": (lambda: DistributedOptimizer(wrap()), "already"),
+    "a model for its parameters' names": (lambda: wrap(named_parameters=torch.nn.Linear(2, 2)), "such as model.named_parameters.., got Linear"),
+    "no optimizer": (lambda: DistributedOptimizer(None), "expected a torch.optim optimizer, got None"),
+    "parameters for an optimizer": (lambda: DistributedOptimizer(mlp().parameters()), "expected a torch.optim optimizer"),
 }
 
 
