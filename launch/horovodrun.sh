@@ -35,24 +35,25 @@ while [ "$#" -gt 0 ]; do
         -h|--help) usage "${BASH_SOURCE[0]}"; exit 0 ;;
         --dry-run) DRY_RUN=1; shift; continue ;;
         --) shift; break ;;
-        -*) need_value "$@" ;;
+        -*) ;;
         *) break ;;
     esac
     case $1 in
-        -n|-np|--ranks) RANKS=$2 ;;
-        -H|--hosts) HOSTS=$2 ;;
-        -c|--controller) CONTROLLER=$2 ;;
-        -i|--interface) INTERFACE=$2 ;;
-        -t|--threads) OMP_NUM_THREADS=$2 ;;
-        --ssh-port) SSH_PORT=$2 ;;
-        --start-timeout) START_TIMEOUT=$2 ;;
-        --fusion-mb) FUSION_MB=$2 ;;
-        --cycle-ms) CYCLE_MS=$2 ;;
-        --timeline) TIMELINE=$2 ;;
-        --log-level) LOG_LEVEL=$2 ;;
-        --mpi-args) MPI_ARGS=$2 ;;
+        -n|-np|--ranks) RANKS=${2-} ;;
+        -H|--hosts) HOSTS=${2-} ;;
+        -c|--controller) CONTROLLER=${2-} ;;
+        -i|--interface) INTERFACE=${2-} ;;
+        -t|--threads) OMP_NUM_THREADS=${2-} ;;
+        --ssh-port) SSH_PORT=${2-} ;;
+        --start-timeout) START_TIMEOUT=${2-} ;;
+        --fusion-mb) FUSION_MB=${2-} ;;
+        --cycle-ms) CYCLE_MS=${2-} ;;
+        --timeline) TIMELINE=${2-} ;;
+        --log-level) LOG_LEVEL=${2-} ;;
+        --mpi-args) MPI_ARGS=${2-} ;;
         *) die "unknown option '$1'." "See $0 --help; the training script's own options come after it." ;;
     esac
+    need_value "$@"
     shift 2
 done
 [ "$#" -gt 0 ] || die "no command to run." "E.g. $0 -n 2 python examples/digits.py --backend horovod"

@@ -35,24 +35,25 @@ while [ "$#" -gt 0 ]; do
         -h|--help) usage "${BASH_SOURCE[0]}"; exit 0 ;;
         --dry-run) DRY_RUN=1; shift; continue ;;
         --) shift; break ;;
-        -*) need_value "$@" ;;
+        -*) ;;
         *) break ;;
     esac
     case $1 in
-        -n|-np|--ranks) RANKS=$2 ;;
-        -H|--hosts) HOSTS=$2 ;;
-        -i|--interface) INTERFACE=$2 ;;
-        -t|--threads) OMP_NUM_THREADS=$2 ;;
-        -x|--export) EXPORT=$2 ;;
-        --transport) TRANSPORT=$2 ;;
-        --bind) BIND=$2 ;;
-        --oversubscribe) OVERSUBSCRIBE=$2 ;;
-        --ssh) MPI_SSH=$2 ;;
-        --tag) TAG=$2 ;;
-        --timeout) TIMEOUT=$2 ;;
-        --mpi-args) MPI_ARGS=$2 ;;
+        -n|-np|--ranks) RANKS=${2-} ;;
+        -H|--hosts) HOSTS=${2-} ;;
+        -i|--interface) INTERFACE=${2-} ;;
+        -t|--threads) OMP_NUM_THREADS=${2-} ;;
+        -x|--export) EXPORT=${2-} ;;
+        --transport) TRANSPORT=${2-} ;;
+        --bind) BIND=${2-} ;;
+        --oversubscribe) OVERSUBSCRIBE=${2-} ;;
+        --ssh) MPI_SSH=${2-} ;;
+        --tag) TAG=${2-} ;;
+        --timeout) TIMEOUT=${2-} ;;
+        --mpi-args) MPI_ARGS=${2-} ;;
         *) die "unknown option '$1'." "See $0 --help; the training script's own options come after it." ;;
     esac
+    need_value "$@"
     shift 2
 done
 [ "$#" -gt 0 ] || die "no command to run." "E.g. $0 -n 2 python examples/digits.py"
