@@ -17,7 +17,7 @@ import numbers
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
@@ -49,6 +49,9 @@ __all__ = [
 ]  # fmt: skip
 
 T = TypeVar("T")
+
+_TELL_DROPPED = 1.0
+"""Seconds of waiting in `join` after which others are told what they wait for in vain: mostly all ranks join together."""
 
 Average = 0
 Sum = 1
@@ -94,15 +97,17 @@ def join(device: int = -1) -> int:
     `device`: accepted as Horovod's; the zeros are made on the CPU.
 
     Raises `HorovodInternalError` when a rank leaves without joining, or when ranks hold different optimizers; `CompressionError` between a backward
-    pass and its `step()`. Without MPI_THREAD_MULTIPLE optimizers do not go on without a rank, and a warning says so.
+    pass and its `step()`, and on every rank when one that took no step has not attached the GradScaler that the others use. Where others step an
+    optimizer that this rank has dropped (`del`), which they would wait for in vain, the job ends on all ranks, and that optimizer is named. Without
+    MPI_THREAD_MULTIPLE optimizers do not go on without a rank, and a warning says so.
     """
-    here = runtime.context()
-    for optimizer in runtime.optimizers().values():
+    here, optimizers = runtime.context(), runtime.optimizers()
+    for optimizer in optimizers.values():
         optimizer.check_join()  # before the others hear of it
     joining = runtime.channel(global_process_set).join()
     if here.size > 1 and here.engine.threaded:
-        return _join_steps(joining)
-    if here.size > 1 and runtime.optimizers():
+        return _join_steps(joining, optimizers)
+    if here.size > 1 and optimizers:
         warnings.warn(
             "join(): without MPI_THREAD_MULTIPLE a DistributedOptimizer of mpi_backend waits for all ranks in every step; join only after equal "
             "numbers of steps on all ranks (drop the last batches, or repeat some).",
@@ -112,16 +117,18 @@ def join(device: int = -1) -> int:
     return joining.wait()
 
 
-def _join_steps(joining: Pending[int]) -> int:
+def _join_steps(joining: Pending[int], optimizers: Mapping[int, Any]) -> int:
     """Wait, and take part in the steps of all optimizers: in a thread for each, as the others may step them in any order, and at once."""
-    optimizers = runtime.optimizers()
-    given_up = threading.Event()
+    given_up, told_at = threading.Event(), time.monotonic() + _TELL_DROPPED
     start = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     pool = ThreadPoolExecutor(max(1, len(optimizers)), "join", *start)
     try:
         parts = [pool.submit(optimizer.join, given_up.is_set) for optimizer in optimizers.values()]
         while not joining.done() and not any(part.done() and part.exception() for part in parts):
             time.sleep(1e-3)
+            if time.monotonic() > told_at:
+                told_at = math.inf
+                runtime.tell_dropped(True)
         for part in parts:
             if part.done():
                 part.result()  # raises what it raised
@@ -144,6 +151,8 @@ def _join_steps(joining: Pending[int]) -> int:
     finally:
         given_up.set()
         pool.shutdown(wait=False)
+        if told_at == math.inf:
+            runtime.tell_dropped(False)
 
 
 def _tell_all(name: str, value: object) -> Sequence[Any]:

@@ -41,7 +41,7 @@ class Heartbeat:
         self.watched = {r for r in neighbours(self.rank, len(self.names)) if self.addresses[r]}
         self.heard: dict[int, float] = {}
         self.gone: set[int] = set()
-        self.left = ""  # the counts of this rank, once it has left
+        self.left = ""  # the counts of this rank, once it has left, or while it waits for the others
         self.end_at: float | None = None
         self.reason = ""
         self.told_at: float | None = None

@@ -77,7 +77,7 @@ def DistributedOptimizer(
         executor=background,
         observer=partial(_trace, runtime.context().engine),
     )
-    runtime.add_optimizer(distributed)
+    runtime.add_optimizer(distributed, transport)
     if background is not None:
         weakref.finalize(distributed, background.close)
     return distributed

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .watchdog import Watchdog
 
 __all__ = ["Context", "agree", "channel", "context", "add_optimizer", "init", "is_initialized", "members", "new_background", "new_transport",
-           "optimizers", "register", "shutdown", "start_timeline", "stop_timeline", "unregister"]  # fmt: skip
+           "optimizers", "register", "shutdown", "start_timeline", "stop_timeline", "tell_dropped", "unregister"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -310,9 +310,16 @@ def new_background() -> Background | None:
     return _backgrounds[-1]
 
 
-def add_optimizer(optimizer: Any) -> None:
-    """Note a DistributedOptimizer, for `join`; all ranks note theirs in the same order."""
+def add_optimizer(optimizer: Any, transport: Any) -> None:
+    """Note a DistributedOptimizer, for `join`, and for what is said of its transport; all ranks note theirs in the same order."""
     _distributed[next(_numbers)] = optimizer
+    transport.user = weakref.ref(optimizer)
+
+
+def tell_dropped(waits: bool) -> None:
+    """While this rank waits in `join`, those who step an optimizer that it has dropped wait for it in vain: they are told."""
+    if _watchdog is not None:
+        _watchdog.tell_dropped([transport for transport in _optimizers if waits and transport.user() is None])
 
 
 def optimizers() -> dict[int, Any]:

@@ -184,6 +184,8 @@ class MPITransport:
         self._cuda_aware = cuda_aware()
         self.blocked: _Operation[Any] | None = None
         """What a caller waits for at this moment; others may look."""
+        self.user: Callable[[], Any] = lambda: None
+        """A reference to the optimizer that this serves, for messages."""
         self._numbers = itertools.count()
         self._turns = 0
         self._abandoned = False

@@ -5,7 +5,8 @@ why, and ends it if need be: a rank can be deep in a call of MPI that will never
 A rank that computes for long, or stands still in a debugger, is alive to the others, since the process beside it is.
 
 A rank *leaves* when it shuts down, by the end of its script or `sys.exit`; what it never submitted will never come. So a rank that has been shutting
-down for a second tells how many collectives it took part in on each transport, and one that has started a later one ends the job.
+down for a second tells how many collectives it took part in on each transport, and one that has started a later one ends the job. So it is on the
+transports of optimizers that a rank has dropped before it joined.
 
 Variables: MPI_BACKEND_WATCHDOG=0 turns all of this off. MPI_BACKEND_WATCHDOG_TIMEOUT: seconds of silence after which a rank counts as cut off (6).
 MPI_BACKEND_INTERFACE: network interfaces or networks (10.0.0.0/8), comma-separated, that signs of life take (those that Open MPI was told, or all).
@@ -42,6 +43,7 @@ __all__ = ["Settings", "Watchdog"]
 _TICK = 0.25  # seconds between looks
 _LEAVING = 1.0  # seconds of shutting down after which others are told: mostly all ranks shut down together
 _FAILED = 3.0  # seconds in which ranks whose communication failed must meet to shut down
+_ELSEWHERE = ""  # among counts by transport: the others, on which a rank goes on
 _INTERRUPT = 2.0  # seconds after SIGINT in which the main thread must have come back from MPI to see it
 
 
@@ -70,7 +72,7 @@ class Watchdog:
         self._comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._transports: dict[str, tuple[MPITransport, tuple[int, ...]]] = {}
-        self._left: dict[int, dict[str, int]] = {}
+        self._left: dict[int, dict[str, int | None]] = {}
         self._leaving_since: float | None = None
         self._suspect: str | None = None  # why this rank waited for nothing at the last look
         self._interrupted: tuple[float, object] | None = None
@@ -102,6 +104,11 @@ class Watchdog:
     def leaving(self) -> None:
         """This rank shuts down. If that takes long, because others wait for something else, they are told."""
         self._leaving_since = time.monotonic()
+
+    def tell_dropped(self, dropped: Sequence[MPITransport]) -> None:
+        """This rank waits for others, and will never start anything in these transports again; none: it waits no more."""
+        counts = {key: transport.submitted() for key, (transport, _) in self._transports.items() if any(transport is d for d in dropped)}
+        self._tell(f"left {json.dumps({**counts, _ELSEWHERE: None}) if counts else ''}")
 
     def wait_for_all(self, failure: BaseException | None = None) -> None:
         """Return when all ranks are here, on their way out. What others still wait for in transports is carried on meanwhile.
@@ -254,16 +261,29 @@ class Watchdog:
             self._end(f"rank {self.rank} was interrupted (SIGINT) while it waited for other ranks")
 
     def _look_at_those_who_left(self) -> None:
-        hopeless = [
-            f"rank {r} left (by the end of the script, or sys.exit) without a collective that rank {self.rank} has started: {what}"
-            for key, (transport, members) in self._transports.items()
-            for r, counts in sorted(self._left.items())
-            if r in members and (what := transport.started_beyond(counts.get(key, 0))) is not None
-        ]
+        hopeless = [why for key in list(self._transports) for r in sorted(self._left) if (why := self._hopeless(key, r)) is not None]
         why = hopeless[0] if hopeless else None
         if why is not None and why == self._suspect:
             self._end(why)
         self._suspect = why
+
+    def _hopeless(self, key: str, rank: int) -> str | None:
+        """Why something that this rank has started in a transport will never be answered by `rank`; None if it may be."""
+        (transport, members), counts = self._transports[key], self._left[rank]
+        joined = _ELSEWHERE in counts
+        turn = counts.get(key, None if joined else 0)
+        if rank not in members or turn is None or (what := transport.started_beyond(turn)) is None:
+            return None
+        if not joined:
+            return f"rank {rank} left (by the end of the script, or sys.exit) without a collective that rank {self.rank} has started: {what}"
+        optimizer = transport.user()
+        if optimizer is None:  # dropped here too: nobody waits
+            return None
+        names = [name for name, _ in optimizer.compression.named]
+        return (
+            f"rank {rank} joined after it had dropped the DistributedOptimizer of {', '.join(map(repr, names[:3]))}{', …' * (len(names) > 3)} "
+            f"({len(names)} parameters), which rank {self.rank} still uses; keep it on all ranks until all have joined, or drop it on all"
+        )
 
     def _end(self, why: str | None = None) -> None:
         """End this process, and through the launcher the job. Without `why`, the process beside it has said it."""

@@ -1,9 +1,10 @@
 """`join` while optimizers step: ranks have different numbers of batches. With `different`, rank 0 has dropped an optimizer that the
-others hold; with `unthreaded`, there is no communication thread."""
+others hold, with `dropped` one that they step; with `unthreaded`, there is no communication thread."""
 
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +66,20 @@ if "different" in sys.argv:
     hvd.join()
     raise SystemExit("it went on")
 
+if "dropped" in sys.argv:
+    networks = {"kept": mlp(), "dropped": mlp()}
+    held = {k: hvd.DistributedOptimizer(sgd(m), [(f"{k}.{n}", p) for n, p in m.named_parameters()]) for k, m in networks.items()}
+    for name, network in networks.items():
+        train(network, held[name], rank, range(2))
+    if rank == 0:
+        del held["dropped"]
+    else:
+        train(networks["kept"], held["kept"], rank, range(2))
+        print(f"fails at {time.time()}", flush=True)
+        train(networks["dropped"], held["dropped"], rank, range(2))
+    hvd.join()
+    raise SystemExit("it went on")
+
 if "unthreaded" in sys.argv:
     model = mlp()
     optimizer = hvd.DistributedOptimizer(sgd(model), model.named_parameters())
@@ -111,6 +126,8 @@ for t in range(3 * rank):
         optimizer_a.step()
 for t in range(rank % 2):
     train(c, optimizer_c, rank, [t])
+if rank == last and size > 1:
+    time.sleep(1.7)  # the others tell which optimizers they have dropped: those of above, as everybody has
 verdict.expect(hvd.join() == last, "the last rank has the most batches")
 for model, what in ((a, "a"), (b, "b")):
     verdict.same_bits(weights(model), f"two models: {what}")

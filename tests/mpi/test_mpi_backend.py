@@ -66,6 +66,21 @@ def test_an_optimizer_that_only_some_ranks_hold_is_named_when_they_join() -> Non
     assert "join: ranks hold different DistributedOptimizers" in output and "by rank: [0], [0, 1]." in output and "went on" not in output, output
 
 
+def test_an_optimizer_that_others_step_after_a_rank_dropped_it_and_joined_is_named() -> None:
+    output = mpirun(2, HERE / "program_join.py", "dropped", timeout=60, expect_failure=True)
+    failed = re.search(r"fails at (\d+\.\d+)", output)
+    assert failed and time.time() - float(failed[1]) < 10 and "went on" not in output, output
+    said = "rank 0 joined after it had dropped the DistributedOptimizer of 'dropped.0.weight', 'dropped.0.bias', 'dropped.2.weight', … (4 parameters)"
+    assert f"{said}, which rank 1 still uses" in output, output
+
+
+@pytest.mark.full
+def test_without_the_watchdog_nobody_tells_of_a_dropped_optimizer() -> None:
+    """The control of the test above."""
+    with pytest.raises(AssertionError, match="ended by its time limit"):
+        mpirun(2, HERE / "program_join.py", "dropped", timeout=20, env={"MPI_BACKEND_WATCHDOG": "0"})
+
+
 def test_mpi_without_threads_is_said_and_works() -> None:
     code = """
     import mpi4py
