@@ -6,24 +6,25 @@ under one name must be equal; where they are not, every rank raises `MismatchErr
 is reported after a while (see `init`). Asynchronous functions return handles for `poll` and `synchronize`.
 
 Tensors may be of any dense layout and on any device; NumPy arrays are taken for CPU tensors without a copy (in-place functions write to them).
-Results are tensors. All functions raise ValueError before init(), for a process set that this rank is not in, and for a name that is still being
-processed.
+Results are tensors. All functions raise ValueError before init(), for a process set that this rank is not in, for a name that is still being
+processed, and for wrong arguments, before anything is sent.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
+import operator
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 
-from hvd_ecsgd.compression import Compression
+from hvd_ecsgd.compression import BoundCompression, Compression
 from hvd_ecsgd.transport.base import Handle, Ready
 
 from . import runtime
@@ -77,13 +78,22 @@ class Compressor(Protocol):
 
 
 def poll(handle: Handle[Any]) -> bool:
-    """Whether `synchronize(handle)` would return without blocking."""
-    return handle.done()
+    """Whether `synchronize(handle)` would return without blocking. Raises ValueError for anything but a handle."""
+    return _handle(handle, "poll").done()
 
 
 def synchronize(handle: Handle[T]) -> T:
-    """Wait for an asynchronous operation and return its result; again, it returns the same. Raises `HorovodInternalError` when it failed."""
-    return handle.wait()
+    """Wait for an asynchronous operation and return its result; again, it returns the same.
+
+    Raises `HorovodInternalError` when it failed, ValueError for anything but a handle.
+    """
+    return _handle(handle, "synchronize").wait()
+
+
+def _handle(handle: Handle[T], what: str) -> Handle[T]:
+    if not all(callable(getattr(handle, method, None)) for method in ("done", "wait")):
+        raise ValueError(f"{what}: expected a handle, which the functions named …_async return, got {handle!r:.100}.")
+    return handle
 
 
 def join(device: int = -1) -> int:
@@ -254,7 +264,7 @@ def grouped_allreduce_async_(
 ) -> Pending[tuple[torch.Tensor, ...]]:
     """As `allreduce_async_`, for several tensors, perhaps of different types, that run when all of them were submitted on all ranks."""
     reduction = _op(op, average)
-    given = [_tensor(t, "grouped_allreduce_", written=True) for t in tensors]
+    given = _tensors(tensors, "grouped_allreduce_", written=True)
     return _start_allreduce(given, [_work(t) for t in given], name, reduction, prescale_factor, postscale_factor, process_set, tuple)
 
 
@@ -269,7 +279,7 @@ def grouped_allreduce_async(
 ) -> Pending[tuple[torch.Tensor, ...]]:
     """As `grouped_allreduce_async_`, into new tensors."""
     reduction = _op(op, average)
-    fresh = [_fresh(_tensor(t, "grouped_allreduce")) for t in tensors]
+    fresh = [_fresh(t) for t in _tensors(tensors, "grouped_allreduce")]
     return _start_allreduce(fresh, fresh, name, reduction, prescale_factor, postscale_factor, process_set, tuple)
 
 
@@ -298,10 +308,10 @@ def grouped_allreduce(
 ) -> list[torch.Tensor]:
     """As `allreduce`, for several tensors; see `grouped_allreduce_async_`."""
     reduction = _op(op, average)
-    compressed, extras = _compressed([_tensor(t, "allreduce") for t in tensors], compression)
+    compressed, extras = _compressed(_tensors(tensors, "allreduce"), compression, "allreduce")
     options = reduction, prescale_factor, postscale_factor, process_set
     if _differentiated(compressed):
-        name = name or runtime.channel(process_set).automatic_name()
+        name = runtime.channel(process_set).named(name, "allreduce")
         results = cast("tuple[torch.Tensor, ...]", _Allreduce.apply(name, options, *compressed))  # type: ignore[no-untyped-call]
     else:
         results = _allreduce_fresh(compressed, name, *options)
@@ -339,7 +349,7 @@ def _start_allreduce(
 ) -> Pending[T]:
     """Reduce `works` in place and write them to `outs`, of which they may be views, or copies."""
     channel = runtime.channel(process_set)
-    name = name or channel.automatic_name()
+    name = channel.named(name, "allreduce")
     for t in works:
         if t.dtype not in _REDUCIBLE:
             known = ", ".join(str(d).removeprefix("torch.") for d in _REDUCIBLE)
@@ -365,14 +375,16 @@ def _op(op: int | None, average: bool | None) -> int:
     if average is not None:
         if op is not None:
             raise ValueError("allreduce: op supersedes average; give op only.")
+        if hasattr(average, "__array__"):
+            raise ValueError("allreduce: average is a tensor, expected True or False; several tensors go to grouped_allreduce([…]).")
         warnings.warn("allreduce: average is deprecated; use op=Average or op=Sum.", DeprecationWarning, stacklevel=3)
         return Average if average else Sum
     if op is None:
         return Average
+    if not isinstance(op, numbers.Integral) or op not in {*_OP_NAMES, Adasum}:
+        raise ValueError(f"allreduce: op is {op!r:.100}; expected one of {', '.join(_OP_NAMES.values())}.")
     if op == Adasum:
         raise NotImplementedError("Adasum is not implemented; use op=Average, or Horovod itself.")
-    if op not in _OP_NAMES:
-        raise ValueError(f"allreduce: op is {op!r}; expected one of {', '.join(_OP_NAMES.values())}.")
     return op
 
 
@@ -399,8 +411,11 @@ def sparse_allreduce_async(tensor: torch.Tensor, name: str, op: int, process_set
 
     Sizes must be equal on all ranks.
     """
-    if op not in (Average, Sum):
-        raise ValueError(f"sparse_allreduce_async {name!r}: op is {op!r}; expected Average or Sum.")
+    name = runtime.channel(process_set).named(name, "sparse_allreduce_async")
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"sparse_allreduce_async {name!r}: expected a sparse COO tensor, got {type(tensor).__name__}.")
+    if not isinstance(op, int) or op not in (Average, Sum):
+        raise ValueError(f"sparse_allreduce_async {name!r}: op is {op!r:.100}; expected Average or Sum.")
     if tensor.layout != torch.sparse_coo:
         raise ValueError(f"sparse_allreduce_async {name!r}: expected a sparse COO tensor, not layout {tensor.layout}; use allreduce.")
     what = f"sparse_allreduce_async of size {tuple(tensor.size())}"  # which the entries do not tell: compared as a part of the request
@@ -432,14 +447,14 @@ def grouped_allgather_async(
     tensors: Sequence[Array], name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> Pending[tuple[torch.Tensor, ...]]:
     """As `allgather_async`, for several tensors, which run when all of them were submitted on all ranks."""
-    return _start_allgather([_tensor(t, "grouped_allgather") for t in tensors], name, process_set, lambda gathered, rows: tuple(gathered))
+    return _start_allgather(_tensors(tensors, "grouped_allgather"), name, process_set, lambda gathered, rows: tuple(gathered))
 
 
 def grouped_allgather(tensors: Sequence[Array], name: str | None = None, process_set: ProcessSet = global_process_set) -> tuple[torch.Tensor, ...]:
     """As `allgather`, for several tensors."""
-    given = [_tensor(t, "allgather") for t in tensors]
+    given = _tensors(tensors, "allgather")
     if _differentiated(given):
-        name = name or runtime.channel(process_set).automatic_name()
+        name = runtime.channel(process_set).named(name, "allgather")
         return cast("tuple[torch.Tensor, ...]", _Allgather.apply(name, process_set, *given))  # type: ignore[no-untyped-call]
     return grouped_allgather_async(given, name, process_set).wait()
 
@@ -467,7 +482,7 @@ def _start_allgather(
     what: str = "allgather",
 ) -> Pending[T]:
     channel = runtime.channel(process_set)
-    label = name or channel.automatic_name()
+    label = channel.named(name, "allgather")
     if any(t.dim() == 0 for t in tensors):
         raise ValueError(f"allgather {label!r}: a 0-D tensor has no rows to gather; pass tensor.reshape(1).")
     works = [_work(t) for t in tensors]
@@ -524,7 +539,7 @@ def broadcast(tensor: Array, root_rank: int, name: str | None = None, process_se
     """
     given = _tensor(tensor, "broadcast")
     if _differentiated([given]):
-        name = name or runtime.channel(process_set).automatic_name()
+        name = runtime.channel(process_set).named(name, "broadcast")
         return cast(torch.Tensor, _Broadcast.apply(given, root_rank, name, process_set))  # type: ignore[no-untyped-call]
     return broadcast_async(given, root_rank, name, process_set).wait()
 
@@ -545,7 +560,7 @@ def _start_broadcast(
     out: torch.Tensor, work: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet
 ) -> Pending[torch.Tensor]:
     channel = runtime.channel(process_set)
-    label = name or channel.automatic_name()
+    label = channel.named(name, "broadcast")
     root = check_root(root_rank, process_set, f"broadcast {label!r}")
     text = f"broadcast from rank {root_rank} of {describe(work)}, named {label!r}"
 
@@ -568,7 +583,7 @@ def alltoall_async(
     Raises ValueError for splits that do not fit the tensor and the number of ranks.
     """
     channel = runtime.channel(process_set)
-    n, label = channel.size, name or channel.automatic_name()
+    n, label = channel.size, channel.named(name, "alltoall")
     work = _work(_tensor(tensor, f"alltoall {label!r}"))
     rows = work.shape[0] if work.dim() else 0
     if splits is None:
@@ -576,13 +591,13 @@ def alltoall_async(
             raise ValueError(f"alltoall {label!r}: a tensor of shape {tuple(work.shape)} has no equal parts for {n} ranks; give splits.")
         counts = [rows // n] * n
     else:
-        counts = [int(s) for s in splits]
+        counts = _splits(splits, f"alltoall {label!r}")
         if work.dim() == 0 or len(counts) != n or min(counts) < 0 or sum(counts) > rows:
             raise ValueError(
                 f"alltoall {label!r}: splits {counts} do not fit a tensor of shape {tuple(work.shape)} and {n} ranks; "
                 "expected one non-negative number of rows per rank, together at most the first dimension."
             )
-    work = work.narrow(0, 0, sum(counts))
+    work = work.narrow(0, 0, sum(counts))  # consecutive rows of what is contiguous
     dtype = splits.dtype if isinstance(splits, torch.Tensor) else torch.int32
 
     def start(extras: Sequence[Any]) -> Handle[list[torch.Tensor]]:
@@ -594,6 +609,17 @@ def alltoall_async(
     return channel.submit(Request(label, f"alltoall of {describe(work, rows=True)}, named {label!r}"), finish, tensors=[work], start=start)
 
 
+def _splits(splits: object, what: str) -> list[int]:
+    """One-dimensional, and integers: others would be rounded without a word."""
+    try:
+        given = splits.tolist() if hasattr(splits, "tolist") else list(cast(Any, splits))
+        if any(isinstance(s, bool) for s in given):
+            raise TypeError
+        return [operator.index(s) for s in given]
+    except (TypeError, ValueError, RuntimeError):  # a sparse tensor has no list
+        raise ValueError(f"{what}: splits must be a list, or 1-D array or tensor, of integers, rows for each rank; got {splits!r:.100}.") from None
+
+
 def alltoall(
     tensor: Array, splits: Sequence[int] | Array | None = None, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -603,7 +629,7 @@ def alltoall(
     """
     given = _tensor(tensor, "alltoall")
     if _differentiated([given]):
-        name = name or runtime.channel(process_set).automatic_name()
+        name = runtime.channel(process_set).named(name, "alltoall")
         out, received = cast("tuple[torch.Tensor, torch.Tensor]", _Alltoall.apply(given, splits, name, process_set))  # type: ignore[no-untyped-call]
     else:
         out, received = alltoall_async(given, splits, name, process_set).wait()
@@ -672,7 +698,7 @@ def grouped_reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> Pending[tuple[torch.Tensor, ...]]:
     """As `reducescatter_async`, for several tensors, which run when all of them were submitted on all ranks."""
-    given = [_tensor(t, "grouped_reducescatter") for t in tensors]
+    given = _tensors(tensors, "grouped_reducescatter")
     return _start_reducescatter(given, name, op, process_set, prescale_factor, postscale_factor, tuple)
 
 
@@ -686,10 +712,10 @@ def grouped_reducescatter(
     postscale_factor: float = 1.0,
 ) -> list[torch.Tensor]:
     """As `reducescatter`, for several tensors."""
-    compressed, extras = _compressed([_tensor(t, "reducescatter") for t in tensors], compression)
+    compressed, extras = _compressed(_tensors(tensors, "reducescatter"), compression, "reducescatter")
     options = op, process_set, prescale_factor, postscale_factor
     if _differentiated(compressed):
-        name = name or runtime.channel(process_set).automatic_name()
+        name = runtime.channel(process_set).named(name, "reducescatter")
         results = cast("tuple[torch.Tensor, ...]", _Reducescatter.apply(name, options, *compressed))  # type: ignore[no-untyped-call]
     else:
         results = _start_reducescatter(compressed, name, *options, tuple).wait()
@@ -723,7 +749,7 @@ def _start_reducescatter(
     from .engine import average_, scale_
 
     channel = runtime.channel(process_set)
-    label, n, op = name or channel.automatic_name(), channel.size, _op(op, None)
+    label, n, op = channel.named(name, "reducescatter"), channel.size, _op(op, None)
     if any(t.dim() == 0 for t in tensors):
         raise ValueError(f"reducescatter {label!r}: a 0-D tensor has no rows; pass tensor.reshape(1).")
     if wrong := [t.dtype for t in tensors if t.dtype not in _REDUCIBLE]:
@@ -766,27 +792,49 @@ def describe(t: torch.Tensor, rows: bool = False) -> str:
 def check_root(root_rank: int, process_set: ProcessSet, what: str) -> int:
     """The rank of `root_rank` within the process set."""
     ranks = runtime.members(process_set).ranks
-    if root_rank not in ranks:
+    try:
+        root = -1 if isinstance(root_rank, bool) else operator.index(root_rank)
+    except TypeError:
+        root = -1
+    if root not in ranks:
         expected = f"0 to {len(ranks) - 1}" if ranks == tuple(range(len(ranks))) else f"one of {', '.join(map(str, ranks))}"
-        raise ValueError(f"{what}: root_rank is {root_rank}; there are {len(ranks)} ranks, expected {expected}.")
-    return ranks.index(root_rank)
+        raise ValueError(f"{what}: root_rank is {root_rank!r}; there are {len(ranks)} ranks, expected {expected}.")
+    return ranks.index(root)
 
 
 def _tensor(array: Array, what: str, written: bool = False) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
+        if array.is_nested:
+            raise ValueError(f"{what}: a nested tensor is not supported; pass its parts, or one of torch.nested.to_padded_tensor.")
         if array.layout != torch.strided:
             raise ValueError(f"{what}: a tensor of layout {array.layout} is not supported; pass tensor.to_dense().")
+        if array.is_meta:
+            raise ValueError(f"{what}: a tensor of shape {tuple(array.shape)} on the meta device has no values to send; give it some first.")
+        if array.is_quantized:
+            raise ValueError(f"{what}: a quantised tensor ({array.dtype}) is not supported, as its scale would not travel; pass tensor.dequantize().")
+        if written and any(stride == 0 and n > 1 for stride, n in zip(array.stride(), array.shape, strict=True)):
+            raise ValueError(f"{what}: elements of the tensor of shape {tuple(array.shape)} share memory, and would be written; pass tensor.clone().")
         return array
     if hasattr(array, "__array__"):
         if written and not getattr(getattr(array, "flags", None), "writeable", True):  # MPI would write there all the same, or crash in a mapped file
             raise ValueError(f"{what}: the NumPy array is read-only, and the result would be written there; pass array.copy().")
-        return torch.as_tensor(array)  # shares memory
+        try:
+            return torch.as_tensor(array)  # shares memory
+        except TypeError as error:
+            raise ValueError(f"{what}: a NumPy array of type {array.dtype} is no tensor ({error}); use the object functions.") from None
     raise ValueError(f"{what}: expected a tensor or a NumPy array, not {type(array).__name__}; pass torch.as_tensor(…), or use the object functions.")
 
 
+def _tensors(arrays: Iterable[Array], what: str, written: bool = False) -> list[torch.Tensor]:
+    if isinstance(arrays, torch.Tensor | str | Mapping) or hasattr(arrays, "__array__") or not isinstance(arrays, Iterable):
+        raise ValueError(f"{what}: expected a list of tensors, got one {type(arrays).__name__}; pass [tensor].")
+    return [_tensor(array, what, written) for array in arrays]
+
+
 def _work(t: torch.Tensor) -> torch.Tensor:
-    """What the communication thread works on: `t` itself if it may, else a copy."""
-    return _fresh(t) if t.is_inference() else t.detach().contiguous()
+    """What the communication thread works on: `t` itself if it may, else a copy. A view that is lazily conjugated or negated has other values
+    than its memory."""
+    return _fresh(t) if t.is_inference() else t.detach().contiguous().resolve_conj().resolve_neg()
 
 
 def _fresh(t: torch.Tensor) -> torch.Tensor:
@@ -812,6 +860,10 @@ def _differentiated(tensors: Sequence[torch.Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _compressed(tensors: Sequence[torch.Tensor], compression: Compressor) -> tuple[list[torch.Tensor], list[Any]]:
+def _compressed(tensors: Sequence[torch.Tensor], compression: Compressor, what: str) -> tuple[list[torch.Tensor], list[Any]]:
+    if isinstance(compression, BoundCompression):
+        raise ValueError(f"{what}: {compression!r} belongs to the gradients of a DistributedOptimizer; pass Compression.none or .fp16 here.")
+    if not all(callable(getattr(compression, method, None)) for method in ("compress", "decompress")):
+        raise ValueError(f"{what}: compression is {compression!r:.100}; expected Compression.none or .fp16, or what has compress and decompress.")
     pairs = [compression.compress(t) for t in tensors]
     return [t for t, _ in pairs], [extra for _, extra in pairs]

@@ -152,6 +152,14 @@ class Channel:
         with self._lock:
             return f"noname.{next(self._numbers)}"
 
+    def named(self, name: object, what: str) -> str:
+        """`name`, or where the user gave none an automatic one. Raises ValueError, about `what`, for one that is no string."""
+        if name is None or (isinstance(name, str) and not name):
+            return self.automatic_name()
+        if not isinstance(name, str):
+            raise ValueError(f"{what}: the name must be a string, got {name!r:.100}.")
+        return name
+
     def submit(
         self,
         request: Request,
@@ -166,8 +174,6 @@ class Channel:
         of all ranks; `tensors` are then those that it reads. `finish` makes the result of `wait` from what the handle gave. Raises ValueError
         while `request.name` is in use.
         """
-        if not isinstance(request.name, str):
-            raise ValueError(f"{request.text}: the name must be a string, got {request.name!r}.")
         pending: Pending[T] = Pending(self._engine, finish)
         submission = _Submission(request, pending, tensors, start, time.perf_counter())
         for t in tensors:

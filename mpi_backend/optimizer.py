@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
 import warnings
 import weakref
@@ -48,21 +50,26 @@ def DistributedOptimizer(
     like them), where Horovod gathers their rows; the optimizer is given the mean's rows that are not zero, or with `sparse_as_dense` the dense mean.
     `process_set`: who exchanges; all ranks of the job call this, and one outside of the set trains by itself.
 
-    Raises ValueError for an `op` other than Average and Sum, NotImplementedError for Adasum; `CompressionError` (a ValueError) as
-    `hvd_ecsgd.DistributedOptimizer` does.
+    Raises ValueError for an `op` other than Average and Sum, and for other wrong arguments, NotImplementedError for Adasum; `CompressionError` (a
+    ValueError) as `hvd_ecsgd.DistributedOptimizer` does.
     """
+    if not isinstance(op, int):
+        raise ValueError(f"DistributedOptimizer(): op must be Average or Sum, got {op!r:.100}.")
     if op == Adasum:
         raise NotImplementedError("DistributedOptimizer(): Adasum is not implemented; use op=Average, or Horovod itself.")
     if op not in (Average, Sum):
         raise ValueError(f"DistributedOptimizer(): op must be Average or Sum, got {op!r}.")
-    if gradient_predivide_factor <= 0:
-        raise ValueError(f"DistributedOptimizer(): gradient_predivide_factor must be positive, got {gradient_predivide_factor!r}.")
+    factor = gradient_predivide_factor
+    if not isinstance(factor, numbers.Real) or not 0 < float(factor) < math.inf:
+        raise ValueError(f"DistributedOptimizer(): gradient_predivide_factor must be a positive number, got {factor!r}.")
     if gradient_predivide_factor != 1.0 and op != Average:
         raise ValueError("DistributedOptimizer(): gradient_predivide_factor goes with op=Average.")
-    if num_groups != 0:
+    if not isinstance(num_groups, int) or num_groups != 0:
         warnings.warn("DistributedOptimizer(): num_groups is deprecated; use groups.", DeprecationWarning, stacklevel=2)
     _check_groups(num_groups if groups is None else groups)
     runtime.members(process_set)
+    if not isinstance(optimizer, torch.optim.Optimizer):  # before the others are waited for
+        raise ValueError(f"DistributedOptimizer(): expected a torch.optim optimizer, got {optimizer!r:.100}.")
     transport: Transport = runtime.new_transport(process_set) if process_set.included() else SelfTransport()
     background = runtime.new_background()
     distributed = _DistributedOptimizer(
@@ -89,10 +96,10 @@ def _trace(engine: Engine, row: str, what: str, begin: float, end: float) -> Non
 
 
 def _check_groups(groups: int | Sequence[Sequence[torch.Tensor]]) -> None:
-    if isinstance(groups, int):
-        if groups < 0:
-            raise ValueError("DistributedOptimizer(): groups must be a non-negative integer or lists of parameters.")
+    if isinstance(groups, int) and groups >= 0:
         return
+    if not isinstance(groups, list | tuple) or any(isinstance(group, torch.Tensor) or not isinstance(group, Iterable) for group in groups):
+        raise ValueError(f"DistributedOptimizer(): groups must be a non-negative integer or lists of parameters, got {groups!r:.100}.")
     members = [p for group in groups for p in group]
     if not all(isinstance(p, torch.Tensor) for p in members):
         raise ValueError("DistributedOptimizer(): groups must consist of tensors.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,11 +22,11 @@ class ProcessSet:
     mpi_comm: Any = None
 
     def __init__(self, ranks_or_comm: Sequence[int] | Any) -> None:
-        if isinstance(ranks_or_comm, Iterable):
+        if isinstance(ranks_or_comm, Iterable) and getattr(ranks_or_comm, "ndim", 1) == 1:
             ranks = list(ranks_or_comm)
-            if any(not isinstance(r, int) or isinstance(r, bool) for r in ranks):
+            if any(not isinstance(r, numbers.Integral) or isinstance(r, bool) for r in ranks):
                 raise ValueError("ProcessSet should be initialized with a list of process ranks or an mpi4py Comm object")
-            self.ranks = sorted(ranks)
+            self.ranks = sorted(map(int, ranks))
             return
         from mpi4py import MPI
 
@@ -73,8 +74,10 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
 def remove_process_set(process_set: ProcessSet) -> bool:
     """Complete what its processes submitted, and give its communicators back; True if it was usable. All processes call this.
 
-    The global process set stays: False.
+    The global process set stays: False. Raises ValueError for anything but a ProcessSet.
     """
+    if not isinstance(process_set, ProcessSet):
+        raise ValueError(f"remove_process_set: expected the ProcessSet that add_process_set returned, got {process_set!r}.")
     if process_set.process_set_id in (None, 0):
         return False
     runtime.agree(f"remove_process_set {process_set.ranks}")

@@ -179,7 +179,7 @@ def is_initialized() -> bool:
 def context() -> Context:
     """The context. Raises ValueError before init()."""
     if _context is None:
-        raise ValueError("mpi_backend has not been initialized; use mpi_backend.init().")
+        raise ValueError("mpi_backend has not been initialized; call hvd.init() (mpi_backend.init()) first.")
     return _context
 
 
@@ -187,12 +187,14 @@ def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
     """Write a Chrome trace of what this rank negotiates, compresses and sends: rank 0 to `file_path`, rank r to `file_path`.rank`r`.
 
     Open it in ui.perfetto.dev or chrome://tracing. A file that is there is overwritten, a timeline that was running ends. `mark_cycles` has no
-    effect: there are no cycles here. Raises ValueError before init().
+    effect: there are no cycles here. Raises ValueError before init(), and for a `file_path` that is no path; OSError where it cannot be written.
     """
     from .timeline import Timeline
 
+    if not isinstance(file_path, str | os.PathLike):
+        raise ValueError(f"start_timeline: file_path is {file_path!r}; expected the path of the file to write.")
     stop_timeline()
-    here = context()
+    here, file_path = context(), os.fspath(file_path)
     here.engine.timeline = Timeline(file_path if here.rank == 0 else f"{file_path}.rank{here.rank}", here.rank)
 
 

@@ -23,40 +23,63 @@ T = TypeVar("T")
 def broadcast_object(obj: T, root_rank: int = 0, name: str | None = None, process_set: ProcessSet = global_process_set) -> T:
     """Root's object on every rank: pickled there, with cloudpickle (if installed) what pickle cannot. Root returns `obj` itself.
 
-    Unpickling runs code: it is for the job's own processes, which trust each other.
+    Unpickling runs code: it is for the job's own processes, which trust each other. Raises ValueError on every rank when root's object cannot be
+    pickled, and on a rank where it cannot be unpickled.
     """
     channel = runtime.channel(process_set)
-    name = name or channel.automatic_name()
-    check_root(root_rank, process_set, f"broadcast_object {name!r}")
+    name = channel.named(name, "broadcast_object")
+    what = f"broadcast_object {name!r}"
+    check_root(root_rank, process_set, what)
     root = rank() == root_rank
-    content = _pickled(obj, name) if root else torch.empty(0, dtype=torch.uint8)
-    length = broadcast_(torch.tensor([content.numel()]), root_rank, f"{name}.sz", process_set)
-    content = broadcast_(content if root else content.new_empty(int(length)), root_rank, f"{name}.t", process_set)
-    return obj if root else cast(T, pickle.loads(content.numpy().tobytes()))
+    packed = _pickled(obj) if root else _Packed(torch.empty(0, dtype=torch.uint8))
+    size = int(broadcast_(torch.tensor([packed.size]), root_rank, f"{name}.sz", process_set))
+    content = broadcast_(packed.content if root else packed.content.new_empty(abs(size)), root_rank, f"{name}.t", process_set)
+    if size < 0:
+        raise ValueError(f"{what}: rank {root_rank}, the root, {_text(content)}") from packed.error
+    return obj if root else cast(T, _unpickled(content, root_rank, what))
 
 
 def allgather_object(obj: T, name: str | None = None) -> list[T]:
-    """The objects of all ranks, in rank order; pickled as by `broadcast_object`."""
-    name = name or runtime.channel(global_process_set).automatic_name()
-    mine = _pickled(obj, name)
-    rows = allgather(torch.tensor([mine.numel()]), f"{name}.sz").tolist()
-    return [pickle.loads(part.numpy().tobytes()) for part in torch.split(allgather(mine, f"{name}.t"), rows)]
+    """The objects of all ranks, in rank order; pickled as by `broadcast_object`.
+
+    Raises ValueError on every rank when the object of some cannot be pickled, and on a rank where one cannot be unpickled.
+    """
+    name = runtime.channel(global_process_set).named(name, "allgather_object")
+    what = f"allgather_object {name!r}"
+    mine = _pickled(obj)
+    sizes = allgather(torch.tensor([mine.size]), f"{name}.sz").tolist()
+    contents = torch.split(allgather(mine.content, f"{name}.t"), [abs(size) for size in sizes])
+    if failed := [f"rank {r} {_text(content)}" for r, (size, content) in enumerate(zip(sizes, contents, strict=True)) if size < 0]:
+        raise ValueError(f"{what}: {' '.join(failed)}") from mine.error
+    return [_unpickled(content, r, what) for r, content in enumerate(contents)]
 
 
 def broadcast_parameters(params: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[torch.Tensor], root_rank: int) -> None:
     """Copy root's values into all tensors of a dict (a module's `state_dict()`), or of (name, tensor) pairs (`named_parameters()`), or of tensors.
 
-    Raises ValueError for anything but tensors, `MismatchError` on every rank when ranks hold different tensors.
+    Raises ValueError for anything but tensors, and for a name that is no string or there twice; `MismatchError` on every rank when ranks hold
+    different tensors.
     """
     if isinstance(params, Mapping):
-        pairs: list[tuple[str, Any]] = sorted(params.items())
-    elif isinstance(params, Iterable) and not isinstance(params, torch.Tensor | str):
+        pairs: list[Any] = list(params.items())
+    elif isinstance(params, Iterable) and not isinstance(params, torch.Tensor | torch.nn.Module | str):
         pairs = [p if isinstance(p, tuple) else (f"parameter.{i}", p) for i, p in enumerate(params)]
     else:
-        raise ValueError(f"broadcast_parameters: params is of type {type(params).__name__}; expected a dict, (name, tensor) pairs or tensors.")
-    for name, p in pairs:
+        how = "; pass model.state_dict()" if isinstance(params, torch.nn.Module) else ""
+        raise ValueError(f"broadcast_parameters: params is of type {type(params).__name__}; expected a dict, (name, tensor) pairs or tensors{how}.")
+    names: set[str] = set()
+    for pair in pairs:
+        if len(pair) != 2 or not isinstance(pair[0], str):
+            raise ValueError(f"broadcast_parameters: expected pairs of a name (a string) and a tensor, got {pair!r:.100}.")
+        name, p = pair
         if not isinstance(p, torch.Tensor):
             raise ValueError(f"broadcast_parameters: {name!r} is of type {type(p).__name__}, expected a tensor; send it by broadcast_object.")
+        if name in names:
+            raise ValueError(f"broadcast_parameters: two tensors are named {name!r}; give them different names.")
+        names.add(name)
+    if isinstance(params, Mapping):
+        pairs.sort()
+    check_root(root_rank, global_process_set, "broadcast_parameters")
     contents = ", ".join(f"{name}: {describe(p)}" for name, p in pairs)
     runtime.agree(f"broadcast_parameters of {len(pairs)} tensors ({contents}) from rank {root_rank}")  # else ranks wait for names others lack
     for handle in [broadcast_async_(p, root_rank, name) for name, p in pairs]:
@@ -79,8 +102,11 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     has it on the CPU), and what root does not have is dropped. No training step is run. Works for every optimizer whose state is made of tensors,
     picklable values, and dicts, lists and tuples of them. `model` is not needed, and accepted because Horovod's function has it.
 
-    Raises `MismatchError` on every rank when the optimizers have different types, groups or parameters.
+    Raises ValueError for anything but an optimizer, `MismatchError` on every rank when the optimizers have different types, groups or parameters.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"broadcast_optimizer_state: expected a torch.optim optimizer, got {optimizer!r:.100}.")
+    check_root(root_rank, global_process_set, "broadcast_optimizer_state")
     groups = optimizer.param_groups
     params: list[torch.Tensor] = [p for group in groups for p in group["params"]]
     sizes = [len(group["params"]) for group in groups]
@@ -136,12 +162,41 @@ def _with_tensors(value: Any, current: Any, device: torch.device, tensors: list[
     return value
 
 
-def _pickled(obj: object, name: str) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Packed:
+    """A pickled object; or, with the error, words for all ranks on why there is none, which its size tells by its sign."""
+
+    content: torch.Tensor
+    error: Exception | None = None
+
+    @property
+    def size(self) -> int:
+        return self.content.numel() if self.error is None else -self.content.numel()
+
+
+def _pickled(obj: object) -> _Packed:
+    failed: Exception | None = None
+    remedy = ""
     try:
         content = pickle.dumps(obj)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except Exception as error:  # whatever the object's own methods raise
         try:
             content = importlib.import_module("cloudpickle").dumps(obj)
         except ImportError:
-            raise ValueError(f"{name!r}: cannot pickle an object of type {type(obj).__name__} ({error}); cloudpickle may, if installed.") from error
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            failed, remedy = error, " (cloudpickle may, if installed)"
+        except Exception as another:
+            failed = another
+    if failed is not None:
+        content = f"cannot pickle its object of type {type(obj).__name__}: {type(failed).__name__}: {failed}{remedy}.".encode(errors="replace")
+    return _Packed(torch.frombuffer(bytearray(content), dtype=torch.uint8), failed)
+
+
+def _unpickled(content: torch.Tensor, sender: int, what: str) -> Any:
+    try:
+        return pickle.loads(content.numpy().tobytes())
+    except Exception as error:
+        raise ValueError(f"{what}: rank {rank()} cannot unpickle the object of rank {sender}: {type(error).__name__}: {error}.") from error
+
+
+def _text(content: torch.Tensor) -> str:
+    return content.numpy().tobytes().decode()

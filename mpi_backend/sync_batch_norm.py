@@ -18,7 +18,8 @@ class SyncBatchNorm(_BatchNorm):
 
     Input (N, C, …), on any device (Horovod's needs a GPU); arguments as torch's. Statistics are formed in float32 (float64 for float64), from each
     rank's own mean and sum of squared deviations (Chan, Golub, LeVeque 1983), so they do not cancel. The gradients of weight and bias are those of
-    this rank's examples: the distributed optimizer averages them. In evaluation, and on one rank, it is torch's.
+    this rank's examples: the distributed optimizer averages them. In evaluation, and on one rank, it is torch's. Raises ValueError for input of
+    fewer than two dimensions, of integers, and of other than `num_features` channels where something is kept by channel.
     """
 
     def __init__(
@@ -29,6 +30,10 @@ class SyncBatchNorm(_BatchNorm):
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        if input.shape[1] != self.num_features and (self.affine or self.track_running_stats):
+            raise ValueError(f"SyncBatchNorm: expected input with {self.num_features} channels, got shape {tuple(input.shape)}.")
+        if not input.is_floating_point():
+            raise ValueError(f"SyncBatchNorm: expected floating-point input, got {input.dtype}; the normalised values would be truncated.")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(input)

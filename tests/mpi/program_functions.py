@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -15,8 +16,8 @@ verdict = Verdict()
 
 assert "mpi4py.MPI" not in sys.modules or "tests.mpi.verdict" in sys.modules
 for call in (hvd.rank, hvd.size, hvd.local_rank, hvd.cross_size, hvd.is_homogeneous, hvd.barrier, hvd.mpi_threads_supported):
-    verdict.raises(ValueError, call, f"{call.__name__} before init", "mpi_backend has not been initialized; use mpi_backend.init().")
-verdict.raises(ValueError, lambda: hvd.allreduce(torch.ones(1)), "allreduce before init", "use mpi_backend.init()")
+    verdict.raises(ValueError, call, f"{call.__name__} before init", "not been initialized; call hvd.init() (mpi_backend.init()) first.")
+verdict.raises(ValueError, lambda: hvd.allreduce(torch.ones(1)), "allreduce before init", "call hvd.init()")
 verdict.expect(not hvd.is_initialized(), "not initialised")
 hvd.shutdown()
 for wrong in ("world", [99], [-1], 3.5):
@@ -82,6 +83,60 @@ verdict.raises(ValueError, lambda: hvd.allreduce(torch.eye(2).to_sparse()), "spa
 verdict.raises(ValueError, lambda: hvd.allreduce(torch.ones(1, dtype=torch.bool), name="mask"), "bool", "allreduce 'mask'", "torch.bool is not")
 verdict.raises(ValueError, lambda: hvd.broadcast(torch.ones(1), size, name="w"), "a wrong root", "'w'", f"expected 0 to {size - 1}")
 verdict.raises(ValueError, lambda: hvd.allgather(torch.tensor(1.0)), "0-D all-gather", "reshape(1)")
+for wrong in (5, None, "handle", torch.ones(1)):
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.synchronize(wrong), f"synchronize({wrong!r})", "synchronize: expected a handle")
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.poll(wrong), f"poll({wrong!r})", "poll: expected a handle")
+for wrong in (-1, 0.0, "0", None, True):
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.broadcast(torch.ones(1), wrong), f"root {wrong!r}", f"root_rank is {wrong!r}; there are")
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.broadcast_object(1, wrong), f"root {wrong!r}", f"root_rank is {wrong!r}; there are")
+verdict.expect(hvd.broadcast(torch.tensor([rank]), np.int64(0)).tolist() == [0], "the control: a root of NumPy's")
+verdict.raises(ValueError, lambda: hvd.allreduce(torch.ones(1), op=[1]), "op=[1]", "expected one of Average, Sum")
+verdict.raises(ValueError, lambda: hvd.allreduce(torch.ones(1), op=torch.ones(2)), "a tensor for op", "expected one of Average, Sum")
+verdict.raises(ValueError, lambda: hvd.allreduce(torch.ones(1), torch.ones(2)), "two tensors", "several tensors go to grouped_allreduce")
+for wrong in (np.array([object()]), np.array(["a"])):
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.allgather(wrong), f"NumPy {wrong.dtype}", "is no tensor", "use the object functions")
+verdict.raises(ValueError, lambda: hvd.allgather(torch.nested.nested_tensor([torch.ones(2)])), "nested", "a nested tensor is not supported")
+# A name made into a string would hold an address, and never be met on another rank.
+named = (lambda n: hvd.broadcast(torch.ones(1), 0, n), lambda n: hvd.broadcast_object(1, 0, n), lambda n: hvd.allgather_object(1, n))
+for call in (*named, lambda n: hvd.allreduce(torch.ones(1, requires_grad=True), name=n), lambda n: hvd.alltoall(torch.ones(size), name=n)):
+    for wrong in (object(), 5, torch.ones(2), ["w"]):
+        verdict.raises(ValueError, lambda call=call, wrong=wrong: call(wrong), f"name {wrong!r}", "the name must be a string, got")
+verdict.raises(ValueError, lambda: hvd.allreduce(torch.ones(1), compression=None), "compression=None", "compression is None; expected")
+bound = hvd.Compression.top_k(4).bind(torch.nn.Linear(4, 4))
+verdict.raises(ValueError, lambda: hvd.allreduce(torch.ones(1), compression=bound), "a bound method", "belongs to the gradients of")
+
+# Tensors without values of their own are refused before the communication thread meets them; what is lazy is not sent as it lies in memory.
+ghost, shared = torch.ones(size, device="meta"), torch.ones(1).expand(size)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch will drop them some day
+    quantised = torch.quantize_per_tensor(torch.ones(size), 0.1, 0, torch.quint8)
+from_zero = (lambda t: hvd.broadcast(t, 0), lambda t: hvd.broadcast_(t, 0))
+for call in (hvd.allreduce, hvd.allreduce_, hvd.allgather, hvd.alltoall, hvd.reducescatter, *from_zero):
+    verdict.raises(ValueError, lambda call=call: call(ghost), "meta", f"({size},) on the meta device has no values")
+    verdict.raises(ValueError, lambda call=call: call(quantised), "quantised", "pass tensor.dequantize()")
+if size > 1:
+    verdict.raises(ValueError, lambda: hvd.allreduce_(shared), "shared memory", "pass tensor.clone()")
+verdict.equal(hvd.allreduce(shared, op=hvd.Sum), torch.full((size,), float(size)), "expanded, into a new tensor")
+lazy = torch.tensor([1 + 2j, 3 - 1j]).conj()
+verdict.expect(lazy.is_conj() and lazy.imag.is_neg(), "the control: both are lazy")
+verdict.equal(hvd.allgather(lazy), lazy.resolve_conj().repeat(size), "a conjugate")
+verdict.equal(hvd.broadcast(lazy, 0), lazy.resolve_conj(), "a conjugate")
+for call in (hvd.allreduce, hvd.allreduce_, hvd.reducescatter):
+    part = torch.tensor([1 + 2j] * size).conj().imag
+    reduced = call(part, op=hvd.Sum).tolist()
+    verdict.expect(reduced[:1] == [-2.0 * size], f"a negated view: {reduced}")
+
+# Groups: of nothing; and one tensor is none.
+verdict.expect(hvd.grouped_allreduce([]) == [] and hvd.grouped_allgather([]) == () and hvd.grouped_reducescatter([]) == [], "empty groups")
+verdict.expect(hvd.grouped_allreduce_([]) == () and hvd.synchronize(hvd.grouped_allgather_async([])) == (), "empty groups")
+for call in (hvd.grouped_allreduce, hvd.grouped_allreduce_, hvd.grouped_allreduce_async, hvd.grouped_allgather, hvd.grouped_reducescatter):
+    for wrong in (torch.ones(2, 2), np.ones((2, 2)), {"w": torch.ones(1)}, None, 5, "tensors"):
+        kind = type(wrong).__name__
+        verdict.raises(ValueError, lambda call=call, wrong=wrong: call(wrong), f"a group {kind}", f"expected a list of tensors, got one {kind}")
+verdict.expect([t.tolist() for t in hvd.grouped_allreduce(torch.full((1,), i) for i in (1, 2))] == [[1], [2]], "a group from a generator")
+mixed = [torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.int64)]
+hvd.grouped_allreduce(mixed)[0].sum().backward()
+verdict.equal(mixed[0].grad, torch.ones(2), "gradient of a group with integers")
 
 
 class Half:
@@ -121,6 +176,10 @@ verdict.equal(hvd.synchronize(hvd.alltoall_async(torch.arange(size)))[1], torch.
 verdict.raises(ValueError, lambda: hvd.alltoall(torch.ones(size), [size + 1] * size, name="x"), "too many rows", "alltoall 'x'", "at most the first")
 if size > 1:
     verdict.raises(ValueError, lambda: hvd.alltoall(torch.ones(size + 1)), "unequal parts", "give splits")
+many = [[1.0], torch.ones(size), np.full(size, 1.5), torch.ones(size, 1, dtype=torch.int64), [True] * size, ["1"] * size, "1" * size, 1, [None]]
+for wrong in many:
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.alltoall(torch.ones(size), wrong), f"splits {wrong!r}", "splits must be", "of integers")
+verdict.equal(hvd.alltoall(torch.ones(size), [np.int16(1)] * size)[0], torch.ones(size), "the control: integers of NumPy's")
 
 # Handles: many at once, in another order on every rank.
 tensors = [torch.full((50 + i,), float(rank + i)).to(DTYPES[i % 5]) for i in range(40)]
@@ -165,6 +224,36 @@ verdict.expect(hvd.broadcast_object({"rank": rank}, size - 1) == {"rank": size -
 verdict.expect(hvd.broadcast_object([1, 2] if rank == 0 else None) == [1, 2], "broadcast_object, None elsewhere")
 verdict.expect(hvd.broadcast_object((lambda y: y + rank) if rank == 0 else None, name="function")(5) == 5, "broadcast_object of a lambda")
 verdict.expect(hvd.allgather_object("x" * rank) == ["x" * r for r in range(size)], "allgather_object")
+
+
+class Stubborn:
+    """What cannot be pickled, or what cannot be unpickled."""
+
+    def __init__(self, here: bool) -> None:
+        self.here = here
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.here:
+            raise OSError("no, not me — ever")
+        return int, ("no number",)
+
+
+# What one rank cannot pickle is an error on all, which goes on; root's alone counts in a broadcast.
+lock, last = threading.Lock(), size - 1
+says = "rank 0, the root, cannot pickle its object of type"
+verdict.raises(ValueError, lambda: hvd.broadcast_object(lock, 0, "a lock"), "a lock", "broadcast_object 'a lock'", f"{says} lock: TypeError")
+verdict.raises(ValueError, lambda: hvd.broadcast_object(Stubborn(True)), "own error", f"{says} Stubborn: OSError: no, not me — ever")
+verdict.expect(hvd.broadcast_object([3] if rank == last else lock, last) == [3], "the control: others' locks stay where they are")
+verdict.raises(ValueError, lambda: hvd.allgather_object([lock] if rank == last else 1, "o"), "one", "'o': ", f"rank {last} cannot pickle", "list")
+several = [f"rank {r} cannot pickle its object of type Stubborn" for r in range(0, size, 2)]
+verdict.raises(ValueError, lambda: hvd.allgather_object(Stubborn(True) if rank % 2 == 0 else None), "several of all", *several)
+unpickled = f"rank {rank} cannot unpickle the object of rank 0: ValueError"
+verdict.raises(ValueError, lambda: hvd.allgather_object(Stubborn(False)), "unpickling", unpickled)
+if rank:
+    verdict.raises(ValueError, lambda: hvd.broadcast_object(None), "unpickling", unpickled)
+else:
+    hvd.broadcast_object(Stubborn(False))
+verdict.expect(hvd.allgather_object(rank) == list(range(size)), "and all goes on")
 
 # Again, and on fewer ranks.
 hvd.shutdown()

@@ -184,7 +184,7 @@ if size > 1:
 # With a method without state nothing need be attached, also for a plain scaler.step: a stock script is right.
 for attached, recipe in ((True, True), (False, True), (False, False)):
     model = conv()
-    optimizer = wrap(model, compression=hvd.Compression.none if recipe else hvd.Compression.none(dense_below=0))
+    optimizer = wrap(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1000)
     if attached:
         optimizer.compression.attach(optimizer, scaler)
@@ -218,11 +218,19 @@ for options, message in (
     ({"groups": -1}, "non-negative"),
     ({"groups": [[1]]}, "consist of tensors"),
     ({"groups": [[parameters[0]], [parameters[0]]]}, "only appear once"),
+    *(({"groups": wrong}, "non-negative integer or lists of parameters") for wrong in (2.5, "x", parameters[:1], parameters[0])),
+    ({"num_groups": None}, "non-negative integer or lists of parameters"),
+    *(({"gradient_predivide_factor": wrong}, "must be a positive number") for wrong in ("x", None, 0, -1.0, float("nan"), float("inf"))),
+    ({"compression": None}, "expected Compression.<preset>"),
+    ({"compression": "top_k"}, "expected Compression.<preset>"),
+    ({"process_set": None}, "no usable process set"),
     ({"backward_passes_per_step": 0}, "≥ 1"),
     ({"process_set": hvd.ProcessSet([0])}, "add_process_set first"),
 ):
     verdict.raises(ValueError, lambda options=options: wrap(model, **options), str(options), message)
 verdict.raises(NotImplementedError, lambda: wrap(model, op=hvd.Adasum), "Adasum", "op=Average")
+for wrong in (None, model, model.parameters()):
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.DistributedOptimizer(wrong), f"{type(wrong)}", "expected a torch.optim optimizer")
 
 # Shutting down completes the buckets of a backward pass that no step follows, also those that have not begun by then.
 model = conv()

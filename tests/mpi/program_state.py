@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,35 @@ for form in range(4):
 verdict.expect(network[0].weight.is_contiguous(memory_format=torch.channels_last), "strides stay")
 verdict.raises(ValueError, lambda: hvd.broadcast_parameters(3, 0), "no parameters", "expected a dict")  # type: ignore[arg-type]
 verdict.raises(ValueError, lambda: hvd.broadcast_parameters({"step": 3}, 0), "no tensor", "'step'", "broadcast_object")  # type: ignore[dict-item]
+one, two = torch.ones(1), torch.ones(2)
+for wrong, message in (
+    ([("a", one, two)], "expected pairs of a name (a string) and a tensor, got ('a',"),
+    ([("a",)], "expected pairs"),
+    ([(0, one)], "expected pairs"),
+    ([(None, one)], "expected pairs"),
+    ({0: one, "a": two}, "expected pairs"),
+    ([("a", one), ("a", two)], "two tensors are named 'a'"),
+    (model(0), "is of type Sequential; expected a dict, (name, tensor) pairs or tensors; pass model.state_dict()"),
+    (torch.nn.Linear(1, 1), "pass model.state_dict()"),
+    ("weights", "is of type str"),
+    (one, "is of type Tensor"),
+    (None, "is of type NoneType"),
+    ({"a": None}, "'a' is of type NoneType"),
+    ({"a": torch.ones(2, device="meta")}, "meta device has no values"),
+    ({"a": torch.ones(1).expand(2)}, "share memory"),
+):
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.broadcast_parameters(wrong, 0), f"{type(wrong)}", message)
+for root_rank in (size, -1, None, "0", 0.0):
+    verdict.raises(ValueError, lambda r=root_rank: hvd.broadcast_parameters([("a", one)], r), "root", f"root_rank is {root_rank!r}")
+    optimizer_of_one = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    verdict.raises(ValueError, lambda r=root_rank, o=optimizer_of_one: hvd.broadcast_optimizer_state(o, r), "root", f"root_rank is {root_rank!r}")
+for wrong in (None, [one], model(0)):
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.broadcast_optimizer_state(wrong, 0), f"{type(wrong)}", "expected a torch.optim optimizer, got")
+hvd.broadcast_parameters({}, 0)
+hvd.broadcast_parameters([], 0)
+odd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+odd.state[odd.param_groups[0]["params"][0]]["lock"] = threading.Lock()
+verdict.raises(ValueError, lambda: hvd.broadcast_optimizer_state(odd, 0), "a lock", "'optimizer_state': rank 0, the root, cannot pickle", "lock")
 
 Make = Callable[[Any, float], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {

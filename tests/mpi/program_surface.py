@@ -112,6 +112,10 @@ for r in range(size):
 close(handle().to_dense(), everyone, "sparse average")
 close(hvd.synchronize(hvd.sparse_allreduce_async(dense.to_sparse(), "sparse", hvd.Sum)).to_dense(), everyone * size, "sparse sum")
 verdict.raises(ValueError, lambda: hvd.sparse_allreduce_async(dense, "dense", hvd.Sum), "dense", "use allreduce")
+verdict.raises(ValueError, lambda: hvd.sparse_allreduce_async(None, "none", hvd.Sum), "None", "'none': expected a sparse COO tensor, got NoneType")
+unnamed = [hvd.sparse_allreduce_async(dense.to_sparse(1) * i, None, hvd.Sum) for i in (1, 2)]
+close(unnamed[1]().to_dense(), 2 * everyone * size, "sparse, without a name")
+close(unnamed[0]().to_dense(), everyone * size, "sparse, without a name")
 
 # ---- NumPy: no copies
 array = np.full((3,), float(rank), dtype=np.float64)
@@ -159,6 +163,17 @@ if first_two is not None:
     verdict.expect(hvd.remove_process_set(first_two) and not hvd.remove_process_set(first_two), "removed once")
     verdict.expect(first_two.process_set_id is None and first_two.size() is None, "removed")
 verdict.expect(not hvd.remove_process_set(hvd.global_process_set), "everybody stays")
+for wrong in ("x", None, [0], 0):
+    expected = f"expected the ProcessSet that add_process_set returned, got {wrong!r}"
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.remove_process_set(wrong), f"remove {wrong!r}", expected)
+for wrong in (None, 5, "01", [], [0, 0], [True], [0.0]):
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.add_process_set(wrong), f"add {wrong!r}")
+for wrong in (None, 5, [0]):
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.barrier(wrong), f"barrier({wrong!r})", "is no usable process set")
+numbers = hvd.ProcessSet(np.arange(1, 3)).ranks
+verdict.expect(numbers == [1, 2] and numbers is not None and type(numbers[0]) is int, "the control: ranks of NumPy's")
+for wrong in (None, 3, True):
+    verdict.raises(ValueError, lambda wrong=wrong: hvd.start_timeline(wrong), f"start_timeline({wrong!r})", f"file_path is {wrong!r}; expected")
 if size > 1:
     verdict.raises(hvd.MismatchError, lambda: hvd.add_process_set([rank % 2]), "different sets", "add_process_set [0]", "add_process_set [1]")
 
@@ -199,6 +214,13 @@ for dtype, layout, last, tolerance in ((double, (6, 3), 2, 1e-12), (single, (4, 
         local = torch.nn.functional.batch_norm(mine, None, None, training=True)
         synchronised = hvd.SyncBatchNorm(3, affine=False).to(dtype)(mine)
         verdict.expect(not torch.allclose(synchronised, local, atol=1e-3), "the control: it is not the local norm")
+
+norm = hvd.SyncBatchNorm(3)
+verdict.raises(ValueError, lambda: norm(torch.ones(4, 3, dtype=torch.int64)), "integers", "expected floating-point input, got torch.int64")
+for channels in (1, 2):  # one would be broadcast to three without a word
+    verdict.raises(ValueError, lambda channels=channels: norm(torch.ones(4, channels)), "channels", f"3 channels, got shape (4, {channels})")
+verdict.raises(ValueError, lambda: norm(torch.ones(3)), "1-D", "at least 2D")
+verdict.expect(norm(torch.arange(12.0).view(4, 3)).shape == (4, 3), "the control: three channels")
 
 # ---- old and new arguments
 with warnings.catch_warnings(record=True) as caught:
