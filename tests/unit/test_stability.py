@@ -19,7 +19,7 @@ from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.compressors import Identity
 from hvd_ecsgd.exchange import CompSkip, SkipAllReduce
 from hvd_ecsgd.feedback import ErrorFeedback
-from hvd_ecsgd.segments import Key
+from hvd_ecsgd.segments import Key, Segment
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import ALL
 
@@ -115,6 +115,54 @@ def test_the_limits_tell_methods_apart() -> None:
     ones = torch.ones(16, dtype=torch.float64)
     x, _ = step_from(SelfTransport(), Compression.random_block(16, error_feedback=False, **ALL), 0.5, ones, {})
     assert sorted(x.tolist()) == [0.5, *[1.0] * 15]
+
+
+def descended(compression: Compression, s: float, steps: int = 4000) -> float:
+    """Mean x² after descending ½x² from 1 in 1024 dimensions by steps of size s; of a run that passes 1e6, what it is soon after."""
+    p = torch.nn.Parameter(torch.ones(1024, dtype=torch.float64))
+    optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=s), [("p", p)], compression)
+    x = torch.zeros(())
+    for t in range(1, steps + 1):
+        p.grad = p.detach().clone()
+        optimizer.step()
+        if t % 100 == 0 or t == steps:
+            with optimizer.compression.at("averaged"):
+                x = p.detach().clone()
+            if x.square().mean() > 1e6:
+                break
+    return float(x.square().mean())
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.3])
+@pytest.mark.parametrize("ratio", [16, 64])
+def test_runs_converge_below_the_limit_and_diverge_far_above_it(ratio: int, lambda_: float) -> None:
+    """At 0.9 and 6 times the mean-square limit, each the other's control. Steps of the latter size are no trouble to plain descent, nor to λ = 1."""
+    limit = LIMITS[ratio, lambda_]
+    assert descended(Compression.detached(ratio, lambda_, **ALL), 0.9 * limit) < 1e-3
+    assert descended(Compression.detached(ratio, lambda_, **ALL), 6 * limit) > 1e6
+    assert descended(Compression.none(**ALL), 6 * limit) < 1e-3
+    assert descended(Compression.detached(ratio, 1.0, **ALL), 6 * limit) < 1e-3
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.3, 1.0])
+def test_x_is_the_average_of_the_virtual_iterates(lambda_: float) -> None:
+    """E x⁺ = (1 − b)x + b·z⁺ with b = block/d, over one draw of every start; of another b, or of some starts (controls), it is not."""
+    d, ratio, s = 24, 4, 0.3
+    generator = torch.Generator().manual_seed(3)
+    x, e = torch.randn(2, d, generator=generator, dtype=torch.float64)
+    by_start: dict[int, torch.Tensor] = {}
+    for seed in itertools.count():
+        start = Key(seed, 1, None, "reduce").below(Segment("p", 0, d), d, "block")  # `step_from` takes steps 0 and 1
+        if start not in by_start:
+            slots = {"residual": e, "momentum": torch.zeros_like(x)}
+            by_start[start], _ = step_from(SelfTransport(), Compression.detached(ratio, lambda_, seed=seed, **ALL), s, x, slots)
+        if len(by_start) == d:
+            break
+    z = x - e - s * (x - lambda_ * e)
+    mean = torch.stack(list(by_start.values())).mean(0)
+    torch.testing.assert_close(mean, (1 - 1 / ratio) * x + z / ratio, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(mean, (1 - 1 / (ratio + 1)) * x + z / (ratio + 1))
+    assert not torch.allclose(torch.stack(list(by_start.values())[1:]).mean(0), mean)
 
 
 # -- CompSkip ---------------------------------------------------------------------------------------------------------------------
