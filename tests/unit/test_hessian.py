@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,6 +63,32 @@ def test_the_table(row: str, n: int, same: bool, expected: tuple[float, float | 
         assert z < 1e-12
     else:
         assert expected[1] / 3 < z < expected[1] * 3
+
+
+@pytest.mark.parametrize("k", [10, 20])
+def test_plain_feedback_is_exact_too_where_errors_are_relative(k: int) -> None:
+    """Top-k of 40, exact gradients, one worker: x and z reach the optimum, to 1e-13. Not with more workers, nor with rounding (controls)."""
+
+    def distances(n: int, compressor: Any, row: str = "I") -> tuple[float, float]:
+        problem = Quadratics(n, same=False)
+        return descend(problem, matrices(problem, row), 4000, compressor)
+
+    assert max(distances(1, TopK(k=k))) < 5e-13
+    assert max(distances(1, TopK(k=k), "I - ηH")) < 5e-13
+    assert min(distances(5, TopK(k=k))) > 1e-3
+    assert min(distances(1, None)) > 1e-3
+
+
+def test_the_hessian_bears_what_plain_feedback_does_not() -> None:
+    """A tenth of the entries, at η = 2/(μ + L): with H it converges, without (control) it diverges; at 0.7 of this η both converge."""
+    problem = Quadratics(1)
+    results = {
+        (row, share): descend(problem, matrices(problem, row), 4000, TopK(k=4), rate=lambda t, share=share: share * problem.eta)[0]  # type: ignore[misc]
+        for row in ("I", "I - ηH")
+        for share in (0.7, 1.0)
+    }
+    assert results.pop(("I", 1.0)) > 1e3
+    assert max(results.values()) < 5e-13
 
 
 def violation(which: str, forget_ratio: bool = False) -> float:
@@ -164,6 +191,82 @@ def test_hutchinsons_diagonal_is_global_and_right() -> None:
     assert noisy[0][0].std() > 1e-3, "control: this one is estimated"
 
 
+DIMENSIONS = 200
+
+
+def diagonals(n: int, hutchinson: Callable[[int], Hutchinson], steps: int) -> list[torch.Tensor]:
+    """Rank 0's diagonal after each step of n workers."""
+
+    def worker(transport: Transport) -> list[torch.Tensor]:
+        x = torch.nn.Parameter(torch.zeros(DIMENSIONS, dtype=torch.float64))
+        method = Compression.hessian_aided(hutchinson(transport.rank), **ALL)
+        optimizer = DistributedOptimizer(torch.optim.SGD([x], lr=0.01), [("x", x)], method, transport=transport)
+        seen = []
+        for _ in range(steps):
+            x.grad = torch.ones_like(x)
+            optimizer.step()
+            seen.append(slot(optimizer.compression, "diagonal"))
+        return seen
+
+    return run_simulated(n, worker)[0]
+
+
+def test_every_worker_draws_signs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the variance of a sample of the diagonal, Σ_{k≠j} H_jk² with one worker, falls as 1/n. With shared signs (control) it does not."""
+    root = torch.randn(DIMENSIONS, DIMENSIONS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    h, decay, steps = root + root.T, 0.5, 12
+
+    def variance(n: int) -> float:
+        """Relative to what one worker's should be."""
+        drawn: list[list[torch.Tensor]] = [[] for _ in range(n)]
+
+        def made(rank: int) -> Hutchinson:
+            return Hutchinson(lambda vectors: drawn[rank].append(vectors["x"].clone()) or {"x": h @ vectors["x"]}, decay)
+
+        kept = diagonals(n, made, steps)
+        samples = [(after - decay * before) / (1 - decay) for before, after in zip([torch.zeros(DIMENSIONS), *kept], kept, strict=False)]
+        for rank in range(1, n):
+            assert any(torch.equal(a, b) for a, b in zip(drawn[0], drawn[rank], strict=True)) == shared
+        assert all(bool((z.abs() == 1).all()) for signs in drawn for z in signs)
+        squares = torch.stack([(sample - h.diagonal()).square() for sample in samples])
+        return float(squares.sum() / (h.square().sum() - h.diagonal().square().sum()) / steps)
+
+    shared = False
+    assert variance(1) == pytest.approx(1, abs=0.25)
+    assert variance(4) == pytest.approx(1 / 4, abs=0.25 / 4)
+    shared, generator = True, Key.generator
+    monkeypatch.setattr(Key, "generator", lambda self, *arguments: generator(replace(self, rank=None), *arguments))
+    assert variance(4) == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_hutchinsons_diagonal_is_an_exponential_mean_from_zero(every: int) -> None:
+    """Of k equal samples c it is c·(1 − decayᵏ), one from every `every`-th step, from the first on. Another decay (control) is another value."""
+    c, decay = torch.linspace(-2, 5, DIMENSIONS, dtype=torch.float64), 0.9
+    kept = diagonals(1, lambda rank: Hutchinson(lambda vectors: {"x": c * vectors["x"]}, decay, every), 7)
+    for t, h in enumerate(kept):
+        torch.testing.assert_close(h, c * (1 - decay ** (t // every + 1)), rtol=1e-13, atol=1e-15)
+        assert not torch.allclose(h, c * (1 - 0.89 ** (t // every + 1)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("curvature", [Hutchinson(lambda v: v), GradientSquares()], ids=["hutchinson", "squares"])
+def test_a_diagonal_never_makes_a_residual_grow(curvature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factor is (η_{t−1}/η_t)(1 − ηh) with ηh cut to [0, 2]; inside that range h is taken as it is. Unclamped (control), entries grow."""
+    x = torch.zeros(6, dtype=torch.float64)
+    segments, rule = Segments.of([("x", x)]), HessianAided(curvature)
+
+    def factors() -> list[float]:
+        state = rule.init(segments)
+        state["residual"].fill_(1.0)
+        state["diagonal"].copy_(torch.tensor([-3.0, 0.0, 0.5, 2.0, 4.0, 10.0]))
+        kept: list[float] = rule.accumulate_(state, [x], [x], segments, StepContext(0, 1, lr=0.5, previous_lr=0.25)).tolist()
+        return kept
+
+    assert factors() == [0.5, 0.5, 0.375, 0.0, -0.5, -0.5]
+    monkeypatch.setattr(type(curvature), "correction", lambda self, state, segments, lr: state["diagonal"] * state["residual"])
+    assert factors() == [1.25, 0.5, 0.375, 0.0, -0.5, -2.0]
+
+
 def test_gradient_squares_are_the_mean_of_all_workers() -> None:
     results = train(lambda: Compression.hessian_aided(GradientSquares(4.0, 0.9), **ALL), 3)
     expected = torch.zeros_like(results[0][0])
@@ -247,6 +350,26 @@ def test_what_a_skip_holds_back_is_corrected_too() -> None:
     assert coupled_violation(lambda m: made(HessianAided(Product(m.product)))) < 1e-11
     assert coupled_violation(lambda m: made(ErrorFeedback())) > 0.1
     assert coupled_violation(lambda m: made(HessianAided(Product(m.product, local=False)))) > 0.1
+
+
+def test_the_mean_error_costs_one_dense_all_reduce_of_what_is_compressed() -> None:
+    """40 numbers of 8 bytes in a step; parameters that travel uncompressed have no error. With the global H (control) nothing."""
+
+    def payload(local: bool) -> int:
+        def worker(transport: Transport) -> int:
+            model = Coupled(transport.rank)
+            method = Compression(Rounding(8.0), HessianAided(Product(model.product, local)), dense_below=20)
+            optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model.named_parameters(), method, transport=transport)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model.loss().backward()
+                optimizer.step()
+            return int(optimizer.compression.traffic.payload)
+
+        return run_simulated(2, worker)[0]
+
+    assert payload(True) - payload(False) == 3 * 40 * 8
+    assert payload(False) == 3 * (2 * 40 + 10 * 8)
 
 
 def test_a_gradient_at_the_shifted_point_is_the_same_where_hessians_are_equal() -> None:
@@ -365,6 +488,55 @@ def test_a_product_that_is_not_finite_is_left_out() -> None:
     nan = run(HessianAided(Product(lambda vectors: {name: v * float("nan") for name, v in vectors.items()})))
     assert torch.equal(nan, run(ErrorFeedback()))
     assert not torch.equal(nan, run(HessianAided(Product(lambda vectors: vectors)))), "control"
+
+
+@pytest.mark.filterwarnings("ignore:Product:RuntimeWarning")
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "2.weight", "2.bias"])
+def test_a_product_with_a_nan_in_one_parameter_is_left_out_in_all(name: str) -> None:
+    """From an H that is not finite in one entry nothing is taken; from one that is (control), all."""
+
+    def run(feedback: Feedback) -> torch.Tensor:
+        model = mlp()
+        method = Compression(TopK(8), feedback, **ALL)
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), method)
+        for t in range(3):
+            optimizer.zero_grad()
+            x, y = batch(0, t)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return flat(model.parameters())
+
+    def product(value: float) -> Product:
+        def times(vectors: Any) -> Any:
+            h = {n: v.clone() for n, v in vectors.items()}
+            h[name].view(-1)[0] = value
+            return h
+
+        return Product(times)
+
+    plain = run(ErrorFeedback())
+    assert torch.equal(run(HessianAided(product(float("nan")))), plain)
+    assert not torch.equal(run(HessianAided(product(1.0))), plain)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_a_sample_of_the_diagonal_that_is_not_finite_on_one_rank_is_left_out_on_all(bad: float | None) -> None:
+    """h stays as it was, and goes on with the next sample. A sample that is finite (control) is taken."""
+
+    def made(rank: int) -> Hutchinson:
+        calls = []
+
+        def product(vectors: Any) -> Any:
+            calls.append(None)
+            h = 2.0 * vectors["x"]
+            if rank == 1 and len(calls) == 2 and bad is not None:
+                h[7] = bad
+            return {"x": h}
+
+        return Hutchinson(product, 0.5)
+
+    for h, samples in zip(diagonals(3, made, 3), (1, 1, 2) if bad is not None else (1, 2, 3), strict=True):
+        torch.testing.assert_close(h, torch.full_like(h, 2 * (1 - 0.5**samples)))
 
 
 def test_rounding_keeps_what_does_not_fit_and_names_what_is_not_finite() -> None:
