@@ -537,6 +537,22 @@ def test_threshold_of_a_small_segment_is_the_exact_quantile(size: int, kind: str
     assert np.array_equal(send(Threshold(4), v, Key(0, 0))[1].numpy(), expected)
 
 
+@pytest.mark.parametrize(("ratio", "sample"), [(4.0, 0.05), (10.0, 0.1), (3.3, 0.2), (1.5, 0.01)])
+def test_threshold_of_a_large_segment_is_that_of_its_sample(ratio: float, sample: float) -> None:
+    """Of max(sample·d, 16·ratio) magnitudes drawn with replacement the ⌊m/ratio⌋-th largest. The next one (control) is another threshold."""
+    v, d = values(5000, "gaussian", 4), 5000
+    m = max(math.ceil(sample * d), math.ceil(16 * ratio))
+    assert 2 * m < d
+    others = 0
+    for key in keys(20):
+        drawn = (key.words(table(d).table[0], "sample").random_raw(m).astype(object) * d) >> 64
+        magnitudes = np.sort(np.abs(v.numpy())[drawn.astype(int)])[::-1]
+        sent = send(Threshold(ratio, sample), v, key)[1].numpy()
+        assert np.array_equal(sent, np.where(np.abs(v.numpy()) >= magnitudes[int(m / ratio) - 1], v.numpy(), 0.0))
+        others += not np.array_equal(sent, np.where(np.abs(v.numpy()) >= magnitudes[int(m / ratio)], v.numpy(), 0.0))
+    assert others > 10
+
+
 def test_threshold_of_mostly_zeros_sends_no_zeros() -> None:
     v = torch.zeros(50_000)
     v[::1000] = 1.0

@@ -29,7 +29,7 @@ from hvd_ecsgd.compressors import (
 )
 from hvd_ecsgd.exchange import AllGather, AllReduce, TwoPass
 from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum, NoFeedback
-from hvd_ecsgd.protocols import Compressor, UnbiasedCompressor
+from hvd_ecsgd.protocols import Compressor, StepContext, UnbiasedCompressor
 from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import run_simulated
 from hvd_ecsgd.transport.horovod import HorovodTransport, SlotTransport
@@ -95,6 +95,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "on the worker of two": lambda: Compression.double_squeeze(RandomK(4, True), Identity()),
     "on the server": lambda: Compression(TopK(), ErrorFeedback(), TwoPass(RandomK(4, True))),
     "on the server, by default": lambda: Compression(RandomK(4, True), NoFeedback(), TwoPass()),
+    "on a server that skips": lambda: Compression.comp_skip(None, None, TopK(), RandomK(4, True)),
+    "in a reset": lambda: Compression.cser(TopK(), RandomK(4, True)),
 }
 
 
@@ -309,6 +311,30 @@ def test_all_ranks_hold_the_same_bits_whatever_the_buckets(what: str) -> None:
     assert all(torch.equal(weights, reference) for run in runs for weights, _ in run)
     assert reference.isfinite().all()
     assert not torch.equal(reference, torch.cat([p.detach().flatten() for p in model().parameters()]))
+
+
+@pytest.mark.parametrize("exchange", [AllGather(), TwoPass(Identity(), server_feedback=False)], ids=repr)
+@pytest.mark.parametrize("compressor", [QSGD(1, 64), QSGD(7, 64, "max"), Natural()], ids=repr)
+def test_private_draws_average_out(compressor: Any, exchange: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same gradient on n workers: the error of the mean has 1/n of a draw's exact variance. With draws that ranks share (control) it has all."""
+    v = torch.randn(8192, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def error(n: int) -> float:
+        def worker(transport: Any) -> float:
+            p = torch.nn.Parameter(torch.zeros_like(v))
+            method = Compression(compressor, NoFeedback(), exchange, **ALL)
+            optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=1.0), [("p", p)], method, transport=transport)
+            p.grad = v.clone()
+            optimizer.step()
+            return float((p.detach() + v).square().sum() / v.square().sum())
+
+        return run_simulated(n, worker)[0]
+
+    exact = 1 - compressor.delta(v)
+    for n in (2, 8):
+        assert error(n) == pytest.approx(exact / n, rel=0.15)
+    monkeypatch.setattr(StepContext, "key", lambda self, compressor, stage, rank=None: Key(self.seed, self.step, None, stage, self.size))
+    assert error(8) == pytest.approx(exact, rel=0.15)
 
 
 @pytest.mark.parametrize("what", [m for m in METHODS if "bf16" not in m])
