@@ -180,16 +180,73 @@ def test_workers_by_norm_skip_and_do_not_starve() -> None:
         assert at_zero == 0
 
 
-@pytest.mark.parametrize(("rate", "sends"), [(1.0, True), (0.1, False)])
-def test_what_waits_is_weighed_by_the_learning_rate(rate: float, sends: bool) -> None:
-    """The same gradient at a tenth of the rate moves the model by a hundredth of the energy, less than it has moved by of late."""
+@pytest.mark.parametrize("rule", [DistEFSGD(), ErrorFeedback(), LocalMomentum(0.0)], ids=repr)
+@pytest.mark.parametrize(("rate", "gradient", "sends"), [(1.0, 1.0, True), (0.1, 1.0, False), (0.1, 10.0, True)])
+def test_what_waits_is_weighed_by_the_learning_rate(rate: float, gradient: float, sends: bool, rule: Any) -> None:
+    """The same gradient at a tenth of the rate moves the model by a hundredth of the energy, less than it has moved by of late. In units of
+    updates the rate is in it already."""
     x = torch.nn.Parameter(torch.zeros(4))
-    optimizer = DistributedOptimizer(torch.optim.SGD([x], lr=1.0), [("x", x)], Compression.comp_skip(NormBased(1.0), Every(1), Identity(), **ALL))
-    for lr in (1.0, rate):
+    method = Compression(Identity(), rule, CompSkip(NormBased(1.0), Every(1)), **ALL)
+    optimizer = DistributedOptimizer(torch.optim.SGD([x], lr=1.0), [("x", x)], method)
+    for lr, g in ((1.0, 1.0), (rate, gradient)):
         optimizer.param_groups[0]["lr"] = lr
-        x.grad = torch.ones(4)
+        x.grad = torch.full((4,), g)
         optimizer.step()
     assert (optimizer.compression.traffic.skipped == 0) == sends
+
+
+def second_step(worker: Any, server: Any, factors: tuple[float, float]) -> list[Any]:
+    """Two workers, two pieces of 8. A gradient of 10 in the first piece and 1 in the second, then these times `factors`. By rank: which pieces moved
+    then, bytes skipped, and the state."""
+
+    def run(transport: Transport) -> Any:
+        x = torch.nn.Parameter(torch.zeros(16, dtype=torch.float64))
+        compression = Compression.comp_skip(worker, server, Identity(), **ALL)
+        optimizer = DistributedOptimizer(torch.optim.SGD([x], lr=1.0), [("x", x)], compression, transport=transport)
+        before = x.detach().clone()
+        for first, second in ((1.0, 1.0), factors):
+            before = x.detach().clone()
+            x.grad = torch.tensor([10.0 * first] * 8 + [second] * 8, dtype=torch.float64)
+            optimizer.step()
+        moved = [bool((x.detach() != before)[piece].all()) for piece in (slice(8), slice(8, 16))]
+        return moved, optimizer.compression.traffic.skipped, optimizer.compression.state_dict()["parameters"]["x"]
+
+    return run_simulated(2, run)
+
+
+def test_movement_is_a_running_mean_of_the_whole_and_of_ones_own_piece() -> None:
+    """A tenth of each step's square is added to nine tenths of the mean."""
+    for rank, (_, _, state) in enumerate(second_step(NormBased(0.0), NormBased(0.0), (2.0, 3.0))):
+        pieces = [0.1 * (0.9 * 800 + 4 * 800), 0.1 * (0.9 * 8 + 9 * 8)]
+        assert state["movement"].flatten().tolist() == pytest.approx([sum(pieces), pieces[rank]])
+
+
+def test_servers_look_at_their_own_piece_and_workers_at_the_whole() -> None:
+    """What waits in the second piece, 8, is large against how that piece has moved (.8), small against the whole (80.8). Thresholds, and smaller
+    gradients, for which they skip, are the controls."""
+    for moved, skipped, _ in second_step(Every(1), NormBased(9.0), (1.0, 1.0)):
+        assert moved == [True, True]
+        assert skipped == 0
+    for moved, skipped, _ in second_step(Every(1), NormBased(11.0), (1.0, 1.0)):
+        assert moved == [False, False]
+        assert skipped == 64
+    for moved, skipped, _ in second_step(NormBased(9.0), Every(1), (1.0, 1.0)):
+        assert moved == [True, True]
+        assert skipped == 0
+    # 50.5 in all: less than the whole has moved by, more than the second piece has.
+    for moved, skipped, _ in second_step(NormBased(1.0), Every(1), (0.25, 0.25)):
+        assert moved == [False, False]
+        assert skipped == 128
+
+
+def test_where_some_servers_are_silent_their_pieces_stand_still() -> None:
+    """And keep what they were sent; the others move."""
+    results = second_step(Every(1), NormBased(1.0), (1.0, 0.1))
+    for moved, _, _ in results:
+        assert moved == [True, False]
+    assert [skipped for _, skipped, _ in results] == [0, 64]
+    assert not results[0][2]["server_residual"].any()
+    assert results[1][2]["server_residual"].tolist() == pytest.approx([0.1] * 8)
 
 
 def test_caps_bound_the_skips_in_a_row() -> None:
@@ -208,6 +265,55 @@ def test_caps_bound_the_skips_in_a_row() -> None:
     assert same_bits(results)
     assert results[0][:, :N].max() == 2
     assert results[0][:, N].max() == 0
+
+
+NEVER = 1e-9
+
+CAPPED: dict[str, tuple[Any, list[int], list[int]]] = {  # the skips in a row after each step: of a worker, and of the server
+    "drawn": (CompSkip(Bernoulli(NEVER, cap=1), Bernoulli(NEVER, cap=3)), [1, 0, 1, 0, 1, 0, 1, 0], [1, 2, 3, 0, 1, 2, 3, 0]),
+    "in turns": (CompSkip(Every(10**6, offset=-1, cap=3), Every(10**6, offset=-1, cap=0)), [1, 2, 3, 0, 1, 2, 3, 0], [0] * 8),
+    "by norm": (CompSkip(NormBased(1e30, cap=2), NormBased(1e30, cap=1)), [0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 0, 1, 0, 1, 0, 1]),
+    "all-reduce": (SkipAllReduce(Bernoulli(NEVER, cap=2)), [1, 2, 0, 1, 2, 0, 1, 2], [1, 2, 0, 1, 2, 0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("what", CAPPED)
+def test_the_step_after_so_many_skips_is_sent(what: str) -> None:
+    """By policies that send at most once (of nothing the norms are large enough); each side counts its own skips against its own cap."""
+    exchange, workers, server = CAPPED[what]
+
+    def worker(transport: Transport) -> Any:
+        x = torch.nn.Parameter(torch.zeros(24, dtype=torch.float64))
+        method = Compression(Identity(), DistEFSGD(), exchange, **ALL)
+        optimizer, counted = DistributedOptimizer(torch.optim.SGD([x], lr=0.1), [("x", x)], method, transport=transport), []
+        for _ in workers:
+            x.grad = torch.ones_like(x)
+            optimizer.step()
+            row = optimizer.compression.state_dict()["parameters"]["x"]["skips"].flatten().tolist()
+            counted.append((row[transport.rank if len(row) > 1 else 0], row[-1]))
+        return counted
+
+    for counted in run_simulated(2, worker):
+        assert counted == list(zip(workers, server, strict=True))
+
+
+def test_what_a_silent_step_costs() -> None:
+    """A byte for each other rank, which tells of an inf or NaN; the workers' payloads are not sent, the servers' answers are, if they answer."""
+
+    def worker(transport: Transport) -> Any:
+        seen = []
+        for server in (Every(1), Every(2, offset=1)):
+            x = torch.nn.Parameter(torch.zeros(24))
+            compression = Compression.comp_skip(Every(2, offset=1), server, Identity(), **ALL)
+            optimizer = DistributedOptimizer(torch.optim.SGD([x], lr=0.1), [("x", x)], compression, transport=transport)
+            x.grad = torch.ones(24)
+            optimizer.step()
+            seen.append((optimizer.compression.traffic.payload, optimizer.compression.traffic.sent, optimizer.compression.traffic.skipped))
+        return seen
+
+    for answered, silent in run_simulated(N, worker):
+        assert answered == (1 + 32, 2 * 1 + 2 * 32, 96)
+        assert silent == (1, 2 * 1, 96 + 32)
 
 
 @pytest.mark.parametrize("name", METHODS)
