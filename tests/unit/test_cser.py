@@ -96,9 +96,9 @@ def test_resets_bring_the_models_together() -> None:
 
 def test_bytes() -> None:
     """Two bytes more per element and reset: d/8 elements of 4 bytes in each of 6 steps, d/2 in two of them."""
-    sent = simulate(2, make, range(6), after=lambda model, optimizer, transport: optimizer.compression.traffic.payload)[0]
+    traffic = simulate(2, make, range(6), after=lambda model, optimizer, transport: optimizer.compression.traffic)[0]
     sizes = [p.numel() for p in mlp().parameters()]
-    assert sent == 4 * (6 * sum(max(1, d // 8) for d in sizes) + 2 * sum(max(1, d // 2) for d in sizes))
+    assert traffic.payload == traffic.sent == 4 * (6 * sum(max(1, d // 8) for d in sizes) + 2 * sum(max(1, d // 2) for d in sizes))
 
 
 def test_what_it_refuses() -> None:

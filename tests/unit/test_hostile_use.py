@@ -10,6 +10,8 @@ import torch
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer
 from hvd_ecsgd.compressors import TopK
 from hvd_ecsgd.exchange import TwoPass
+from hvd_ecsgd.protocols import StepContext
+from hvd_ecsgd.segments import Key
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.problems import batch, mlp, train, weights
 
@@ -175,6 +177,32 @@ def test_half_precision_with_feedback_saturates_and_loses_nothing() -> None:
         optimizer.step()
     assert compression.undone_steps == 0
     torch.testing.assert_close(x.detach(), torch.tensor([-1e6]))
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_sum_of_saturated_workers_stays_in_range(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sends 1/n of half precision's range at most, the rest later. As if each were alone (control) the sum overflows, and the step is undone."""
+
+    def run() -> list[Any]:
+        def worker(transport: Transport) -> Any:
+            x = torch.nn.Parameter(torch.zeros(4))
+            method = Compression.fp16(error_feedback=True, dense_below=0, dense_1d=False)
+            optimizer = DistributedOptimizer(torch.optim.SGD([x], lr=1.0), [("x", x)], method, transport=transport)
+            for gradient in (1e5, *[0.0] * 12):
+                x.grad = torch.full((4,), gradient)
+                optimizer.step()
+            return x.detach(), optimizer.compression.undone_steps
+
+        return run_simulated(n, worker)
+
+    for x, undone in run():
+        assert undone == 0
+        torch.testing.assert_close(x, torch.full((4,), -1e5), rtol=1e-3, atol=0)  # the sum is rounded to half precision
+    monkeypatch.setattr(StepContext, "key", lambda self, compressor, stage, rank=None: Key(self.seed, self.step, None, stage, 1))
+    for x, undone in run():
+        assert undone > 0
+        assert not x.any()
 
 
 def test_other_classes_and_types_are_refused() -> None:

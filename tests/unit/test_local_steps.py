@@ -218,7 +218,30 @@ def test_what_averaging_sends_is_counted() -> None:
 
     d = flat(mlp().parameters()).numel()
     assert sent(averaged(4)) - sent(averaged(None)) == 4 * d
+    plain, with_dense = (lambda h2=h2: Compression.detached(8, 1.0, average_errors=h2) for h2 in (None, 4))  # type: ignore[misc]
+    assert sent(with_dense) - sent(plain) == 4 * mlp()[0].weight.numel(), "what travels uncompressed has no errors"
     assert sent(averaged(None)) == 4 * sum(4 * max(1, p.numel() // 8) for p in mlp().parameters())
+
+
+def test_statistics_that_are_averaged_are_counted() -> None:
+    """Mean and variance of 16 channels in each of 4 exchanges; where the module is not bound (control) there are none."""
+
+    def worker(transport: Transport) -> int:
+        sent = []
+        for module in (True, False):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 5))
+            compression = Compression.detached(4, 0.3, **ALL).bind(model if module else model.named_parameters())
+            optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), compression=compression, transport=transport)
+            for t in range(4):
+                optimizer.zero_grad()
+                x, y = batch(transport.rank, t)
+                torch.nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            sent.append(compression.traffic.payload)
+        return sent[0] - sent[1]
+
+    assert run_simulated(2, worker) == [4 * 2 * 16 * 4] * 2
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2", None])

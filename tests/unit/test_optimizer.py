@@ -88,6 +88,19 @@ def test_buckets_group_what_may_travel_together() -> None:
     assert count() == 4  # two groups × (compressed, dense)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dense_1d", "compressed"), [((4, 5), True, True), ((19, 1), True, False), ((20,), True, False), ((20,), False, True)]
+)
+def test_what_travels_uncompressed(shape: tuple[int, ...], dense_1d: bool, compressed: bool) -> None:
+    """Fewer than `dense_below` elements, 20 here, or with `dense_1d` one dimension."""
+    p = torch.nn.Parameter(torch.zeros(shape))
+    method = Compression.top_k(k=1, error_feedback=False, dense_below=20, dense_1d=dense_1d)
+    optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=1.0), [("p", p)], method)
+    p.grad = torch.ones(shape)
+    optimizer.step()
+    assert int(p.detach().count_nonzero()) == (1 if compressed else p.numel())
+
+
 # -- gradients that are late, shared, or do not come -----------------------------------------------------------------------------
 
 

@@ -123,6 +123,19 @@ def test_parameters_that_would_not_shrink_travel_as_they_are() -> None:
     assert run(lambda: Compression.power_sgd(2, **ALL), noise, steps=1)[0][1] == 8 * numbers
 
 
+@pytest.mark.parametrize(("shape", "whole"), [((4, 4), True), ((4, 5), False), ((3, 6), True), ((6, 2, 2), False)])
+def test_what_would_not_shrink_arrives_whole(shape: tuple[int, ...], whole: bool) -> None:
+    """a·(rows + columns) numbers that are as many as rows·columns are not fewer; where they are fewer (controls), a random matrix arrives changed."""
+    a = 2
+    p = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=1.0), [("p", p)], Compression.power_sgd(a, **ALL))
+    p.grad = gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradient = gradient.clone()
+    optimizer.step()
+    assert (a * (shape[0] + gradient[0].numel()) >= gradient.numel()) == whole
+    assert torch.equal(p.detach(), -gradient) == whole
+
+
 def test_results_do_not_depend_on_buckets() -> None:
     """One bucket for each parameter, several, or one for all: the same bits, though shapes are batched differently."""
     runs = [

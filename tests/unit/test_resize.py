@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_ecsgd import load_checkpoint, save_checkpoint
+from hvd_ecsgd import Compression, load_checkpoint, save_checkpoint
+from hvd_ecsgd.compressors import RandomBlock
+from hvd_ecsgd.exchange import Every, SkipAllReduce
+from hvd_ecsgd.feedback import DistEFSGD
 from hvd_ecsgd.resize import recut, shares
 from hvd_ecsgd.transport import Transport, run_simulated
-from tests.cases import CASES, Case, by_name
+from tests.cases import ALL, CASES, Case, by_name
 from tests.problems import flat, same_bits, weights
 from tests.unit.test_state import Setup, equal
 
@@ -115,6 +118,29 @@ def test_the_naive_ways_lose_something(tmp_path: Path) -> None:
     assert mean.abs().max() > 1e-3
     kept = resized(case, 2, tmp_path, lambda setup, loaded: setup.compression.state_dict())
     assert (whole(kept, "residual")["0.weight"] - mean).abs().max() < 1e-7
+
+
+ALIKE = {
+    "q": Case("power_sgd", lambda: Compression.power_sgd(4, **ALL)),
+    "skips": Case("skipped", lambda: Compression(RandomBlock(8), DistEFSGD(), SkipAllReduce(Every(9, offset=8)), **ALL)),
+}
+
+
+@pytest.mark.parametrize("m", [1, 3, 4])
+@pytest.mark.parametrize("slot", ALIKE)
+def test_what_an_exchange_holds_alike_everywhere_is_copied(slot: str, m: int, tmp_path: Path) -> None:
+    """PowerSGD's Q, from which it iterates, and the count of steps that all skipped. A count for each worker (control) starts again."""
+
+    def states(case: Case, folder: Path) -> tuple[Any, list[Any]]:
+        before = trained(case, 2, folder)[0]["compression"]["parameters"]
+        return before, resized(case, m, folder, lambda setup, loaded: setup.compression.state_dict()["parameters"])
+
+    before, after = states(ALIKE[slot], tmp_path / "alike")
+    assert any(entry[slot].any() for entry in before.values())
+    assert all(torch.equal(state[name][slot], before[name][slot]) for state in after for name in before)
+    before, after = states(Case("each", lambda: Compression.comp_skip(Every(9, offset=8), **ALL)), tmp_path / "each")
+    assert any(entry["skips"].any() for entry in before.values())
+    assert not any(entry["skips"].any() for state in after for entry in state.values())
 
 
 def test_it_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
