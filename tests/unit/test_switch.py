@@ -151,6 +151,25 @@ def test_switching_before_the_first_step_is_making_it_so() -> None:
         assert bound_too
 
 
+def test_seed_and_what_is_dense_stay_as_they_were() -> None:
+    """Switching from 1/8 to 1/4 is a schedule that does, bit for bit, whatever else the new method says; another seed (control) is another run."""
+
+    def run(first: Compression, then: Compression | None = None) -> torch.Tensor:
+        def worker(transport: Transport) -> torch.Tensor:
+            optimizer, model = make(first, transport)
+            train(model, optimizer, transport.rank, range(2))
+            if then is not None:
+                optimizer.compression.switch(then)
+            train(model, optimizer, transport.rank, range(2, 5))
+            return weights(model)
+
+        return run_simulated(2, worker)[0]
+
+    switched = run(Compression.random_block(8, seed=7, **ALL), Compression.random_block(4, seed=9, dense_below=10**6))
+    assert torch.equal(switched, run(Compression.random_block(8, seed=7, ratio_schedule=[(0, 8), (2, 4)], **ALL)))
+    assert not torch.equal(switched, run(Compression.random_block(8, seed=9, ratio_schedule=[(0, 8), (2, 4)], **ALL)))
+
+
 def test_a_resumed_run_binds_the_new_method() -> None:
     """Bit for bit; the one it began with is refused."""
 
