@@ -352,6 +352,22 @@ def test_a_skipped_step_does_not_move_the_model(rule: str, all_reduce: bool) -> 
     assert same_bits(seen[-1] for seen in results)
 
 
+@pytest.mark.parametrize(("threshold", "moves"), [(1e30, [True, False, False]), (0.0, [True, True, True])])
+def test_where_all_servers_are_silent_by_norm_nothing_moves(threshold: float, moves: list[bool]) -> None:
+    """Neither do the optimizer's momentum and weight decay; a threshold at which they answer is the control."""
+
+    def worker(transport: Transport) -> list[bool]:
+        model = mlp(torch.float64)
+        compression = Compression(Identity(), ErrorFeedback(), CompSkip(Every(1), NormBased(threshold)), dense_below=0, dense_1d=False)
+        optimizer, seen = trained(model, compression, transport, [], momentum=0.9, weight_decay=0.1), [weights(model)]
+        for t in range(3):
+            trained(model, None, transport, [t], optimizer)
+            seen.append(weights(model))
+        return [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
+
+    assert run_simulated(2, worker) == [moves] * 2
+
+
 def test_only_what_was_skipped_is_left_alone() -> None:
     """Dense parameters go on; a skipped parameter has no gradient, so the optimizer's momentum does not move it."""
 
