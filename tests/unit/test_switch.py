@@ -152,7 +152,8 @@ def test_switching_before_the_first_step_is_making_it_so() -> None:
 
 
 def test_seed_and_what_is_dense_stay_as_they_were() -> None:
-    """Switching from 1/8 to 1/4 is a schedule that does, bit for bit, whatever else the new method says; another seed (control) is another run."""
+    """Switching from 1/8 to 1/4 is a schedule that does, bit for bit, whatever else the new method says; another seed (control) is another run.
+    `exact` and `verify_every` stay too."""
 
     def run(first: Compression, then: Compression | None = None) -> torch.Tensor:
         def worker(transport: Transport) -> torch.Tensor:
@@ -166,6 +167,9 @@ def test_seed_and_what_is_dense_stay_as_they_were() -> None:
         return run_simulated(2, worker)[0]
 
     switched = run(Compression.random_block(8, seed=7, **ALL), Compression.random_block(4, seed=9, dense_below=10**6))
+    bound = Compression.top_k(verify_every=3, exact=True).bind(mlp())
+    bound.switch(Compression.top_k(7, verify_every=5))
+    assert (bound.method.verify_every, bound.method.exact) == (3, True)
     assert torch.equal(switched, run(Compression.random_block(8, seed=7, ratio_schedule=[(0, 8), (2, 4)], **ALL)))
     assert not torch.equal(switched, run(Compression.random_block(8, seed=9, ratio_schedule=[(0, 8), (2, 4)], **ALL)))
 
@@ -191,11 +195,15 @@ def test_a_resumed_run_binds_the_new_method() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
-def test_an_uncompressed_step_that_is_undone_keeps_what_was_left() -> None:
-    """The residual that a step with Identity was about to send is there again after a NaN; and is gone after a good step (control)."""
+@pytest.mark.parametrize(
+    "first", [Compression.top_k(10, **ALL), Compression.double_squeeze(Identity(), TopK(5), **ALL)], ids=["the worker's", "the servers'"]
+)
+def test_an_uncompressed_step_that_is_undone_keeps_what_was_left(first: Compression) -> None:
+    """The residual that a step with Identity was about to send, the worker's own or what servers left it, is there again after a NaN; and is gone
+    after a good step (control)."""
 
     def worker(transport: Transport) -> Any:
-        optimizer, model = make(Compression.top_k(10, **ALL), transport)
+        optimizer, model = make(first, transport)
         train(model, optimizer, transport.rank, range(3))
         optimizer.compression.switch(Compression(Identity(), ErrorFeedback(), AllReduce()))
         before = slot(optimizer.compression, "residual")
