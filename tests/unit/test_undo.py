@@ -35,13 +35,13 @@ def everything(model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor
     return result
 
 
-def run(make: Callable[[], Any], spoil: Spoil, dtype: torch.dtype = torch.float64, lr: float = 0.05, momentum: float = 0.9) -> list[Any]:
+def run(make: Callable[[], Any], spoil: Spoil, dtype: torch.dtype = torch.float64, lr: float = 0.05, mu: float = 0.9, **options: Any) -> list[Any]:
     """Before the bad step, after it, the number of undone steps, the warnings, and the weights five steps later."""
 
     def worker(transport: Transport) -> Any:
         model = mlp(dtype)
-        sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=1e-3)
-        optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(), transport=transport)
+        sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=mu, weight_decay=1e-3)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(), transport=transport, **options)
         before: dict[str, torch.Tensor] = {}
         after: dict[str, torch.Tensor] = {}
         for t in range(BAD_STEP + 6):
@@ -94,7 +94,7 @@ def check_undone(results: list[Any], tolerance: float) -> None:
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_a_bad_gradient_on_one_rank_undoes_the_step_everywhere(case: Case, spoil: Spoil) -> None:
     """Parameters and the optimizer's momentum are untouched; residuals, worker momentum and server residual are back to rounding."""
-    results = run(case.make, spoil, momentum=case.momentum)
+    results = run(case.make, spoil, mu=case.momentum)
     check_undone(results, 1e-13)
     for before, after, *_ in results:
         assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("optimizer"))
@@ -104,6 +104,23 @@ def test_a_bad_gradient_on_one_rank_undoes_the_step_everywhere(case: Case, spoil
 def test_a_residual_taken_up_from_others_is_put_back() -> None:
     """Workers that send everything, in turns, and average what is left: a worker that had nothing left holds something after all."""
     check_undone(run(lambda: Compression(Identity(), LocalMomentum(0.0, average_errors=1), CompSkip(), **ALL), nan_on_rank_1), 1e-13)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_what_is_bad_in_one_bucket_undoes_the_others_too(case: Case) -> None:
+    """Where every parameter is a bucket of its own, the exchanges of the others have gone well on all ranks, and are undone all the same."""
+    check_undone(run(case.make, inf_in_a_bias_on_rank_2, mu=case.momentum, bucket_bytes=0), 1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
+@pytest.mark.parametrize("method", ["dist_ef_sgd", "comp_skip", "local_momentum", "detached", "cser"])
+def test_without_momentum_nothing_of_an_undone_step_is_left_in_it(method: str) -> None:
+    """What was there before cannot be had back, and would not be read; it is zero. With momentum (control) it is what it was."""
+    for mu in (0.0, 0.9):
+        for before, after, *_ in run(by_name(method).make, nan_on_rank_1, mu=mu)[::2]:  # rank 1 did not accumulate
+            for name in (n for n in after if n.endswith(".momentum")):
+                assert before[name].any()
+                torch.testing.assert_close(after[name], before[name] if mu else torch.zeros_like(before[name]), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("case", [by_name("fp16")], ids=ids)
