@@ -153,6 +153,24 @@ def test_it_recovers_from_zero_gradients_and_lost_directions() -> None:
     assert worst(results, lambda t, i: mean(r[0][t][2][i] for r in results)) < 1e-10
 
 
+def test_the_first_q_is_drawn_from_seed_step_and_name() -> None:
+    """So another seed, another parameter, and a gradient that comes a step later, approximate one matrix otherwise; the same again (control) not."""
+    matrix = torch.randn(12, 20, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+
+    def approximation(seed: int, zeros: int = 0, name: str = "p") -> torch.Tensor:
+        p = torch.nn.Parameter(torch.zeros_like(matrix))
+        optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=1.0), [(name, p)], Compression.power_sgd(1, seed=seed, **ALL))
+        for t in range(zeros + 1):
+            p.grad = matrix * (t == zeros)
+            optimizer.step()
+        return p.detach()
+
+    reference = approximation(0)
+    assert torch.equal(reference, approximation(0))
+    for other in (approximation(1), approximation(0, 1), approximation(0, 2), approximation(0, name="q")):
+        assert (other - reference).abs().max() > 1e-3
+
+
 def test_q_is_saved() -> None:
     """By name, columns × approximation rank; a run resumed without it (control) is another."""
 
