@@ -449,6 +449,7 @@ def test_every() -> None:
     sends = [[Every(3).sends(Key(0, t, r), NAN, NAN) for t in range(6)] for r in range(3)]
     assert sends == [[(t - r) % 3 == 0 for t in range(6)] for r in range(3)]
     assert Every(2).sends(Key(0, 4, None), NAN, NAN)
+    assert [t for t in range(6) if Every(3, offset=1).sends(Key(0, t, 2), NAN, NAN)] == [1, 4]
     assert not Every(2, offset=1).sends(Key(0, 4, 0), NAN, NAN)
 
 

@@ -15,7 +15,7 @@ from hvd_ecsgd import Compression, load_checkpoint, save_checkpoint
 from hvd_ecsgd.compressors import RandomBlock
 from hvd_ecsgd.exchange import Every, SkipAllReduce
 from hvd_ecsgd.feedback import DistEFSGD
-from hvd_ecsgd.resize import recut, shares
+from hvd_ecsgd.resize import Leaf, merge, recut, shares
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, by_name
 from tests.problems import flat, same_bits, weights
@@ -50,6 +50,21 @@ def test_recutting_rounds_once() -> None:
         exact = sum(old[i].double() * w for i, w in mine.items()) / sum(mine.values())
         assert np.all(np.abs(new.numpy() - exact.numpy()) <= np.spacing(np.abs(new.numpy())) / 2 * (1 + 1e-6))  # type: ignore[union-attr]
     assert torch.equal(recut([old[0]] * 3, [1, 2, 4]), old[0])
+
+
+def test_merging_averages_floating_point_numbers_and_copies_all_else() -> None:
+    """By the weights, also inside lists; of counters, of tensors of other shapes, and of what is no tensor, the first worker's."""
+
+    def tree(x: list[float], count: int, size: int) -> dict[str, Any]:
+        tensors = {"x": torch.tensor(x), "count": torch.tensor(count), "size": torch.zeros(size)}
+        leaves = {name: Leaf(repr(t), lambda t=t: t) for name, t in tensors.items()}  # type: ignore[misc]
+        return {"list": [leaves["x"], count], **leaves}
+
+    merged = merge([tree([1.0, 4.0], 2, 3), tree([5.0, 4.0], 10, 4)], [1, 3])
+    assert merged["x"].tolist() == merged["list"][0].tolist() == [4.0, 4.0]
+    assert merged["count"].item() == merged["list"][1] == 2
+    assert merged["size"].numel() == 3
+    assert merge([tree([1.0], 2, 3)] * 2, [1, 3])["x"].tolist() == [1.0], "control: what is equal"
 
 
 def whole(states: list[dict[str, Any]], slot: str) -> dict[str, torch.Tensor]:
