@@ -652,6 +652,16 @@ def test_qsgd_rounds_to_a_neighbouring_level(compressor: QSGD, size: int, kind: 
         assert (sent * part >= 0).all()
 
 
+@pytest.mark.parametrize("levels", [100, 127])
+def test_qsgd_never_rounds_beyond_the_highest_level(levels: int) -> None:
+    """Entries of the largest magnitude are exact, all four million; in float32 level + uniform draw is the next level now and then (control)."""
+    v, key = torch.full((2**22,), -3.0), Key(0, 0)
+    (segment,) = table(v.numel(), dtype=v.dtype)
+    assert torch.equal(send(QSGD(levels, norm="max"), v, key)[1], v)
+    draws = torch.rand(v.numel(), generator=key.generator(segment, "cpu", "levels"))
+    assert int(draws.add(levels).floor().max()) == levels + 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @checked
 @given(size=st.integers(1, 90), kind=kinds | st.just("zeros"), seed=seeds)
