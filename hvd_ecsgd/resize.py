@@ -116,7 +116,7 @@ class _Pieces:
         self.fresh: State = exchange.init(segments, rank, size)
         self.now = exchange.state_segments(segments, rank, size)
         self.before = [exchange.state_segments(segments, r, saved_size) for r in range(saved_size)]
-        self.piecewise = any(table.numel != segments.numel for table in [self.now, *self.before])
+        self.piecewise = len({tuple((s.offset, s.numel) for s in table) for table in [self.now, *self.before]}) > 1
 
     def part(self, slot: str, i: int) -> torch.Tensor:
         t, segment = self.fresh[slot], self.now.table[i]

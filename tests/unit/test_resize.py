@@ -172,6 +172,13 @@ def test_it_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert [item.extras["rank"] for item in loaded] == [0, 1]
 
 
+def test_it_says_that_a_start_is_copied(tmp_path: Path) -> None:
+    """PowerSGD's Q has not the parameter's shape, and is the same on all workers all the same."""
+    trained(by_name("power_sgd-own-everything"), 3, tmp_path)
+    loaded = resized(by_name("power_sgd-own-everything"), 2, tmp_path, lambda setup, loaded: loaded)
+    assert all(set(item.notes) == {"cut anew: residual", "copied: q"} for item in loaded)
+
+
 def test_there_and_back(tmp_path: Path) -> None:
     """2 → 4 → 2 workers gives the state back bit for bit: copies, and means of equal numbers."""
     case = by_name("double_squeeze-everything")
