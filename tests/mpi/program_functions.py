@@ -117,14 +117,15 @@ for call in (hvd.allreduce, hvd.allreduce_, hvd.allgather, hvd.alltoall, hvd.red
 if size > 1:
     verdict.raises(ValueError, lambda: hvd.allreduce_(shared), "shared memory", "pass tensor.clone()")
 verdict.equal(hvd.allreduce(shared, op=hvd.Sum), torch.full((size,), float(size)), "expanded, into a new tensor")
-lazy = torch.tensor([1 + 2j, 3 - 1j]).conj()
-verdict.expect(lazy.is_conj() and lazy.imag.is_neg(), "the control: both are lazy")
+lazy = torch.tensor([1 + 2j] * size).conj()
+verdict.expect(lazy.is_conj() and lazy.is_contiguous(), "the control: what lies in memory is 1 + 2j")
 verdict.equal(hvd.allgather(lazy), lazy.resolve_conj().repeat(size), "a conjugate")
-verdict.equal(hvd.broadcast(lazy, 0), lazy.resolve_conj(), "a conjugate")
-for call in (hvd.allreduce, hvd.allreduce_, hvd.reducescatter):
-    part = torch.tensor([1 + 2j] * size).conj().imag
-    reduced = call(part, op=hvd.Sum).tolist()
-    verdict.expect(reduced[:1] == [-2.0 * size], f"a negated view: {reduced}")
+verdict.equal(hvd.alltoall(lazy), lazy.resolve_conj(), "a conjugate")
+lazy = lazy if rank == 0 else torch.zeros(size, dtype=lazy.dtype)
+verdict.expect(hvd.broadcast_(lazy, 0).tolist() == [1 - 2j] * size, "a conjugate on root, and none elsewhere")
+part = torch.tensor([1 + 2j]).conj().imag if rank == 0 else torch.tensor([-2.0])
+verdict.expect(part.is_neg() == (rank == 0) and part.is_contiguous(), "the control: what lies in memory is 2")
+verdict.expect(hvd.allreduce_(part, op=hvd.Sum).tolist() == [-2.0 * size], f"a negated view on rank 0: {part}")
 
 # Groups: of nothing; and one tensor is none.
 verdict.expect(hvd.grouped_allreduce([]) == [] and hvd.grouped_allgather([]) == () and hvd.grouped_reducescatter([]) == [], "empty groups")
