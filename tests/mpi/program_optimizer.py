@@ -154,17 +154,19 @@ for t in range(3):
 same(model, reference(3, dtype=torch.bfloat16), "bfloat16", tolerance=2e-2)
 verdict.expect(next(model.parameters()).grad.dtype == torch.bfloat16, "gradients stay bfloat16")
 
-# Sparse gradients.
-torch.manual_seed(0)
-table = torch.nn.Embedding(6, 3, sparse=True)
-whole = copy.deepcopy(table)
-optimizer = hvd.DistributedOptimizer(torch.optim.SGD(table.parameters(), lr=0.5), table.named_parameters(), sparse_as_dense=True)
-table(torch.tensor([rank, 5])).sum().backward()
-optimizer.step()
-for r in range(size):
-    (whole(torch.tensor([r, 5])).sum() / size).backward()
-torch.optim.SGD(whole.parameters(), lr=0.5).step()
-same(table, whole, "sparse_as_dense")
+# Sparse gradients: the optimizer is given sparse means, or dense ones if so asked.
+for inner, as_dense in ((torch.optim.SGD, False), (torch.optim.SparseAdam, False), (torch.optim.SGD, True)):
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(6, 3, sparse=True)
+    whole = copy.deepcopy(table)
+    optimizer = hvd.DistributedOptimizer(inner(table.parameters(), lr=0.5), table.named_parameters(), sparse_as_dense=as_dense)
+    table(torch.tensor([rank, 5])).sum().backward()
+    optimizer.step()
+    for r in range(size):
+        (whole(torch.tensor([r, 5])).sum() / size).backward()
+    inner(whole.parameters(), lr=0.5).step()
+    same(table, whole, f"sparse gradients, {inner.__name__}, sparse_as_dense={as_dense}")
+    verdict.expect(table.weight.grad.is_sparse != as_dense, "the mean is sparse, or dense as asked")
 
 # A process set: its members exchange, the others train by themselves.
 if size > 1:
