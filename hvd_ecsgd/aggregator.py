@@ -96,7 +96,7 @@ class Method:
 
     @property
     def lossless(self) -> bool:
-        """Workers' residuals are zero after every exchange."""
+        """Workers' residuals are zero after every exchange, of rules whose buffer is the residual."""
         return self.compressor.lossless and not self.exchange.approximates
 
     @property

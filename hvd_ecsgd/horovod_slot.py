@@ -164,7 +164,12 @@ class HorovodSlot:
 
     # -- decompress --------------------------------------------------------------------------------------------------------------
 
-    def decompress(self, reduced: torch.Tensor, pending: _Pending) -> torch.Tensor:
+    def decompress(self, reduced: torch.Tensor, pending: _Pending | None) -> torch.Tensor:
+        if pending is None:  # what Horovod gathered without calling compress()
+            raise CompressionError(
+                f"Horovod gathered a sparse gradient of shape {tuple(reduced.shape)} without compressing it; pass sparse_as_dense=True to "
+                "hvd.DistributedOptimizer, or use sparse=False in the embedding."
+            )
         if self._pending.get(pending.name) is not pending:
             raise CompressionError(f"parameter '{pending.name}': decompress() was called with a context of another step.")
         if not self._draining:

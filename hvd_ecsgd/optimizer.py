@@ -76,7 +76,6 @@ def DistributedOptimizer(
     backward_passes_per_step: int = 1,
     bucket_bytes: int = BUCKET_BYTES,
     sum_gradients: bool = False,
-    sparse_as_dense: bool = False,
     overlap: bool = True,
     executor: Executor | None = None,
     observer: Observer | None = None,
@@ -87,8 +86,8 @@ def DistributedOptimizer(
     bytes start to travel as soon as their gradients are complete, in the same order on every rank, while the backward pass goes on.
     A worker without a gradient for some parameter takes part with zeros. `compression`: any preset, bound or not; methods that apply the update
     themselves (`local_momentum`, `detached`, `dist_ef_sgd()`) need a plain `torch.optim.SGD`, whose lr, momentum and weight_decay they read.
-    `sum_gradients`: the sum instead of the mean (not for those methods). Sparse gradients (of embeddings) travel as dense ones, compressed like them;
-    the optimizer is given the rows of the mean that are not zero as a sparse tensor, or with `sparse_as_dense` the mean as it is.
+    `sum_gradients`: the sum instead of the mean (not for those methods). Sparse gradients (of embeddings) travel as dense ones, compressed like them,
+    and the optimizer is given the dense mean; SparseAdam, which takes no other, the rows that are not zero as a sparse tensor.
     `overlap=False`: nothing starts before `step()`. `executor`: what compresses and communicates; by default the gradient hooks do, and the
     backward pass waits while they compress. All ranks must choose alike. `observer` is told what happens when, for a trace.
 
@@ -108,7 +107,7 @@ def DistributedOptimizer(
     # A scheduler made before wrapping has put a `step` of its own on the instance; it would bypass ours.
     wrapped.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
     wrapped._overlap, wrapped._executor, wrapped._observer = overlap, Inline() if executor is None else executor, observer
-    wrapped._setup(optimizer, named_parameters, compression, transport, backward_passes_per_step, bucket_bytes, sum_gradients, sparse_as_dense)
+    wrapped._setup(optimizer, named_parameters, compression, transport, backward_passes_per_step, bucket_bytes, sum_gradients)
     return wrapped
 
 
@@ -211,14 +210,11 @@ class _Distributed(torch.optim.Optimizer):
         passes: int,
         bucket_bytes: int,
         sum_gradients: bool,
-        sparse_as_dense: bool,
     ) -> None:
         _check_passes(passes)
         self._inner = inner
         self._transport = transport
         self._sum = sum_gradients
-        self._sparse_as_dense = sparse_as_dense
-        self._sparse: set[int] = set()  # parameters whose gradients this worker has seen to be sparse
         owned = {id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
         closure = inspect.signature(type(inner).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -467,8 +463,7 @@ class _Distributed(torch.optim.Optimizer):
             return torch.zeros_like(parameter)
         if not parameter.grad.is_sparse:
             return parameter.grad
-        if not self._sparse_as_dense:
-            self._sparse.add(id(parameter))
+        parameter.grad = parameter.grad.coalesce()  # as a GradScaler would do later, for half precision
         return parameter.grad.to_dense()
 
     # -- step --------------------------------------------------------------------------------------------------------------------
@@ -508,7 +503,7 @@ class _Distributed(torch.optim.Optimizer):
         for bucket, reduction in zip(self._aggregator.buckets, started, strict=True):
             if reduction is None:  # learning rate 0
                 for p in bucket.parameters:
-                    p.grad = self._as_it_came(p, torch.zeros_like(p))
+                    p.grad = self._as_the_optimizer_expects(torch.zeros_like(p))
                 continue
             assert reduction.out is not None
             if reduction.task.skipped and not self._silent:
@@ -519,13 +514,13 @@ class _Distributed(torch.optim.Optimizer):
                 reduction.out.mul_(self._transport.size)
             for p, mean in zip(bucket.parameters, bucket.segments.shaped_views(reduction.out), strict=True):
                 # Frozen since: what is left of it in the residual must not move it.
-                p.grad = None if not p.requires_grad else self._as_it_came(p, mean if mean.dtype == p.dtype else mean.to(p.dtype))
+                p.grad = None if not p.requires_grad else self._as_the_optimizer_expects(mean if mean.dtype == p.dtype else mean.to(p.dtype))
 
-    def _as_it_came(self, parameter: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        """The mean as the optimizer expects it: its rows that are not zero, where gradients were sparse."""
-        if id(parameter) not in self._sparse and not isinstance(self._inner, torch.optim.SparseAdam):
+    def _as_the_optimizer_expects(self, mean: torch.Tensor) -> torch.Tensor:
+        """For SparseAdam the rows that are not zero. Alike on all workers: dense and sparse steps round differently."""
+        if not isinstance(self._inner, torch.optim.SparseAdam) or mean.dim() == 0:
             return mean
-        rows = mean.reshape(len(mean), -1).ne(0).any(1).nonzero().view(1, -1)
+        rows = mean.unsqueeze(-1).flatten(1).ne(0).any(1).nonzero().view(1, -1)
         return torch.sparse_coo_tensor(rows, mean[rows[0]], mean.shape, is_coalesced=True, check_invariants=False)
 
     def _bound_parameters(self) -> list[torch.nn.Parameter]:
@@ -593,16 +588,18 @@ class _Distributed(torch.optim.Optimizer):
     def _meet_scaler(self, scale: torch.Tensor | None) -> None:
         """In GradScaler.step, which gives its scale where gradients are scaled still. Without state the scale of a step is that step's matter
         alone, so a scaler that is not attached may be now; with state it is too late."""
-        attached = self.compression.scaler
-        if attached is not None and (scale is None or float(scale) == self.compression.loss_scale):
-            return
-        caller = None if self._aggregator.method.stateful else _calling_scaler()
-        if caller is None:
-            raise CompressionError(
-                "scaler.step(optimizer): this GradScaler is not attached, so residuals would hold loss-scaled gradients; call "
-                "optimizer.compression.attach(optimizer, scaler) before the first backward pass."
-            )
-        self.compression.scaler = caller
+        attached, caller = self.compression.scaler, _calling_scaler()
+        known = attached is not None and (caller is None or caller is attached or not hasattr(attached, "_check_inf_per_device"))
+        if not known or (scale is not None and float(scale) != self.compression.loss_scale):
+            if caller is None or self._aggregator.method.stateful:
+                raise CompressionError(
+                    "scaler.step(optimizer): this GradScaler is not attached, so what the method keeps would be in units of its scale; call "
+                    "optimizer.compression.attach(optimizer, scaler) before the first backward pass."
+                )
+            self.compression.scaler = caller
+        if caller is not None and not (looked := caller._per_optimizer_states[id(self)]["found_inf_per_device"]):
+            device = self._bound_parameters()[0].device
+            looked[device] = torch.zeros((), device=device)  # a worker without gradients: update() asks that somebody looked
 
     def _unscale(self, scale: torch.Tensor) -> None:
         """After the exchange in GradScaler.step: tell the scaler of an overflow on any rank, so that all lower the scale; else unscale the mean."""

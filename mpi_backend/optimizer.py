@@ -46,8 +46,9 @@ def DistributedOptimizer(
     `gradient_predivide_factor`, `num_groups`, `groups` tune Horovod's fusion and order of scaling; buckets take their place, the mean is formed
     from unscaled numbers, and results do not depend on them: they are checked and have no further effect.
     Buckets are compressed and sent by a thread of the optimizer's own, while the backward pass goes on; without MPI_THREAD_MULTIPLE by the
-    gradient hooks; with MPI_BACKEND_OVERLAP=0 not before `step()`. Sparse gradients travel as dense ones (compressed
-    like them), where Horovod gathers their rows; the optimizer is given the mean's rows that are not zero, or with `sparse_as_dense` the dense mean.
+    gradient hooks; with MPI_BACKEND_OVERLAP=0 not before `step()`. Sparse gradients travel as dense ones,
+    compressed like them, where Horovod gathers their rows unless `sparse_as_dense`, which therefore changes nothing here; the optimizer is given
+    the dense mean, SparseAdam a sparse one.
     `process_set`: who exchanges; all ranks of the job call this, and one outside of the set trains by itself.
 
     Raises ValueError for an `op` other than Average and Sum, and for other wrong arguments, NotImplementedError for Adasum; `CompressionError` (a
@@ -79,7 +80,6 @@ def DistributedOptimizer(
         transport=transport,
         backward_passes_per_step=backward_passes_per_step,
         sum_gradients=op == Sum,
-        sparse_as_dense=sparse_as_dense,
         overlap=os.environ.get("MPI_BACKEND_OVERLAP", "1") != "0",
         executor=background,
         observer=partial(_trace, runtime.context().engine),

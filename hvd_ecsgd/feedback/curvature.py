@@ -165,7 +165,7 @@ class Product(Curvature):
     def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         vectors = [part.state["residual"].clone() for part in parts]
         if self.local:
-            yield [v for v, part in zip(vectors, parts, strict=True) if not part.lossless]
+            yield [v for v, part in zip(vectors, parts, strict=True) if not part.lossless or part.rests]
         with torch.enable_grad():
             products = _call(self.function, _by_name(parts, vectors), "Product")
         finite = True

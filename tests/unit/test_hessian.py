@@ -12,7 +12,7 @@ import torch
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
 from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.compressors import Identity, RandomBlock, Rounding, TopK
-from hvd_ecsgd.exchange import CompSkip, Every
+from hvd_ecsgd.exchange import AllReduce, CompSkip, Every
 from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, LocalMomentum, Matrix, NoFeedback, Product
 from hvd_ecsgd.horovod_slot import HorovodSlot
 from hvd_ecsgd.protocols import Feedback, StepContext
@@ -370,6 +370,35 @@ def test_the_mean_error_costs_one_dense_all_reduce_of_what_is_compressed() -> No
 
     assert payload(True) - payload(False) == 3 * 40 * 8
     assert payload(False) == 3 * (2 * 40 + 10 * 8)
+
+
+def test_the_mean_error_of_what_rests_is_a_mean() -> None:
+    """A param group with η = 0 in the step that begins to send everything still holds its errors; H_i gets their mean, not (control) one's own."""
+
+    def worker(transport: Transport) -> Any:
+        model, given = Coupled(transport.rank), []
+
+        def product(vectors: Any) -> Any:
+            given.append(vectors["large"].flatten())
+            return model.product(vectors)
+
+        rule = HessianAided(Product(product))
+        groups = [{"params": [model.large]}, {"params": [model.small]}]
+        made = Compression(Rounding(8.0), rule, **ALL)
+        optimizer = DistributedOptimizer(torch.optim.SGD(groups, lr=0.05), model.named_parameters(), made, transport=transport)
+        for t in range(3):
+            if t == 2:
+                optimizer.compression.switch(Compression(Identity(), rule, AllReduce()))
+                groups[0]["lr"] = optimizer.param_groups[0]["lr"] = 0.0
+            optimizer.zero_grad()
+            model.loss().backward()
+            optimizer.step()
+        return given[-1], optimizer.compression.state_dict()["parameters"]["large"]["residual"].flatten()
+
+    (first, own), (second, other) = run_simulated(2, worker)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, (own + other) / 2, rtol=0, atol=1e-14)
+    assert (own - other).abs().max() > 0.1
 
 
 def test_a_gradient_at_the_shifted_point_is_the_same_where_hessians_are_equal() -> None:

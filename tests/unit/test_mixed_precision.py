@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -166,6 +167,77 @@ def test_another_scaler_takes_over() -> None:
         reference.zero_grad()
         assert optimizer.compression.scaler is scaler
     assert torch.equal(weights(model), weights(alone))
+
+
+def test_another_scaler_of_the_same_scale_hears_of_an_overflow() -> None:
+    """The one that steps is told, not one that was there before: else ranks would go on with different scales."""
+
+    def worker(transport: Transport) -> float:
+        model = mlp()
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), transport=transport)
+        for t in range(3):
+            if t != 1:
+                scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+            optimizer.zero_grad()
+            loss = scaler.scale(model(batch(transport.rank, t)[0]).square().mean())
+            (loss * float("inf") if (t, transport.rank) == (2, 1) else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return scaler.get_scale()
+
+    assert run_simulated(2, worker) == [2.0**7, 2.0**7]
+
+
+@pytest.mark.parametrize("recipe", ["plain", "synchronize first"])
+def test_with_state_another_scaler_is_refused(recipe: str) -> None:
+    """Also of the same scale, with which the next step would be of another."""
+    model = mlp()
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression.top_k(10))
+    attached, other = torch.amp.GradScaler("cpu", init_scale=2.0**8), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    optimizer.compression.attach(optimizer, attached)
+    for scaler in (attached, other):
+        optimizer.zero_grad()
+        scaler.scale(model(batch(0, 0)[0]).square().mean()).backward()
+        with pytest.raises(CompressionError, match="not attached") if scaler is other else nullcontext(), ExitStack() as stack:
+            if recipe != "plain":
+                optimizer.synchronize()
+                scaler.unscale_(optimizer)
+                stack.enter_context(optimizer.skip_synchronize())
+            scaler.step(optimizer)
+        scaler.update()
+
+
+@pytest.mark.parametrize("recipe", ["plain", "synchronize first"])
+@pytest.mark.parametrize("name", ["none", "top_k", "double_squeeze", "detached"])
+def test_a_worker_without_gradients_steps_with_its_scaler(name: str, recipe: str) -> None:
+    """`GradScaler.update` asks that somebody looked for overflows. The run is that of a worker whose gradients are zero."""
+
+    def worker(transport: Transport, zeros: bool) -> Any:
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), by_name(name).make(), transport=transport)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        optimizer.compression.attach(optimizer, scaler)
+        for t in range(3):
+            optimizer.zero_grad()
+            loss = model(batch(transport.rank, t)[0]).square().mean()
+            if transport.rank == 0 or t != 1:
+                scaler.scale(loss).backward()
+            elif zeros:
+                scaler.scale(0 * loss).backward()
+            with ExitStack() as stack:
+                if recipe != "plain":
+                    optimizer.synchronize()
+                    scaler.unscale_(optimizer)
+                    stack.enter_context(optimizer.skip_synchronize())
+                scaler.step(optimizer)
+            scaler.update()
+        return weights(model, optimizer.compression), scaler.get_scale()
+
+    without, zeros = (run_simulated(2, partial(worker, zeros=z)) for z in (False, True))
+    assert torch.equal(without[0][0], without[1][0])
+    assert torch.equal(without[0][0], zeros[0][0])
+    assert [scale for _, scale in without] == [2.0**8, 2.0**8]
 
 
 @pytest.mark.parametrize("recipe", ["plain", "synchronize first"])
