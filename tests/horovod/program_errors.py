@@ -158,6 +158,16 @@ def frozen() -> None:
     told(UnboundParameterError, lambda: one_step("frozen", bound, model), "frozen", "2.bias")
 
 
+def gathered() -> None:
+    """Horovod gathers sparse gradients beside the compression, unless told otherwise (which program_variants.py tests)."""
+    for compression in (Compression.random_block(8), Compression.top_k()):
+        model = torch.nn.Embedding(50, 40, sparse=True)
+        prefix = f"gathered.{type(compression.method.compressor).__name__}"
+        optimizer = stock(model, bound_to(model, prefix, compression), prefix, momentum=0.0)
+        model(torch.arange(5)).square().sum().backward()
+        told(CompressionError, optimizer.step, "sparse_as_dense=True", "sparse gradient of shape (50, 40)")
+
+
 def unchecked() -> None:
     """Control: with the comparison of settings and the checksum taken out, another seed on one rank trains to other weights, silently."""
     reference_model = mlp()
@@ -181,5 +191,5 @@ def unchecked() -> None:
 if __name__ == "__main__":
     hvd.init()
     checks = (ratio, seed, method, late, another_step, another_step_while_running, unbound, another_model, update_units)
-    checks += (averaged_twice, adasum, frozen, unchecked)
+    checks += (averaged_twice, adasum, frozen, gathered, unchecked)
     run_checks({check.__name__: check for check in checks})
