@@ -171,8 +171,8 @@ def test_mpirun_starts_an_mpich_whose_addresses_are_too_long_for_slurm(cluster: 
     env = {**mpich, "MPIR_CVAR_CH4_NETMOD": "ucx"}
     job, log = submit(cluster, "mpi.sbatch", "ucx", *SAY_NODE, *PRINT_RANK, env=env)
     printed = cluster.wait(job, log, 120)
-    # The ranks fail, or wait for each other in vain.
-    assert re.search(r"^== srun --mpi=pmi2: two ranks should .*, and saw: (.*ucx|nothing within 15 seconds)", printed, re.MULTILINE), printed
+    # The ranks fail, with whatever UCX or MPICH says last, or wait for each other in vain: they do not start alone.
+    assert re.search(r"^== srun --mpi=pmi2: two ranks should see each other, and saw: (?!themselves only)\S", printed, re.MULTILINE), printed
     assert "== start: mpirun in the job's nodes, as ranks that srun starts do not see each other (pmix pmi2 was tried)" in printed, printed
     assert nodes(printed) == ["node0", "node1"] and ranks(printed) == ["rank 0 of 2", "rank 1 of 2"], printed
 
