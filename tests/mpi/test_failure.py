@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,11 +20,12 @@ def job(how: str, where: str, *options: str, env: dict[str, str] | None = None, 
     """What the ranks printed; `run_job` fails the test when processes are left behind, or when the job had to be ended."""
     require_mpirun()
     launcher = ["mpirun", *options, "-n", str(n)]
-    output = run_job(launcher, PROGRAM, (how, where), timeout=timeout, env=env, expect_failure=expect_failure, bare=True)
-    if expect_failure:
-        failed = re.search(r"fails at (\d+\.\d+)", output)
-        assert failed and time.time() - float(failed[1]) < LIMIT, output
-        assert "got through" not in output, output
+    with tempfile.NamedTemporaryFile("r") as when:
+        output = run_job(launcher, PROGRAM, (how, where, when.name), timeout=timeout, env=env, expect_failure=expect_failure, bare=True)
+        if expect_failure:
+            failed = when.read()
+            assert failed and time.time() - float(failed) < LIMIT, f"failed at {failed or 'no time'}: {output}"
+            assert "got through" not in output, output
     return output
 
 
