@@ -6,7 +6,6 @@ import json
 import time
 import warnings
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from .agreement import packed_text, raise_on_other_texts
 from .compressors import Identity
 from .errors import CompressionError, DisagreementError
 from .exchange import AllReduce
@@ -426,7 +426,7 @@ class Aggregator:
         """Finish the comparisons that `use` started, before anything received is used. Raises `DisagreementError` on every rank."""
         agreement, self._agreement = self._agreement, None
         if agreement is not None:
-            self._raise_on_other_texts(agreement)
+            raise_on_other_texts(agreement.wait())
         verification, self._verification = self._verification, None
         if verification is not None:
             self._raise_on_drift(torch.stack(verification.wait()))
@@ -755,7 +755,7 @@ class Aggregator:
         self._set_method(method)
         if self not in newcomers:
             try:
-                self._raise_on_other_texts(self.transport.allgather(self._packed_text(), "switch"))
+                raise_on_other_texts(self.transport.allgather(self._packed_text(), "switch").wait())
             except BaseException:
                 self._set_method(old)
                 raise
@@ -835,29 +835,12 @@ class Aggregator:
             return
         # Seen by every rank, so all of them send their texts now.
         joined = digests[transport.rank] == _JOINED
-        self._raise_on_other_texts(transport.allgather(torch.empty(0, dtype=torch.uint8) if joined else self._packed_text(), "disagreement"))
+        text = torch.empty(0, dtype=torch.uint8) if joined else self._packed_text()
+        raise_on_other_texts(transport.allgather(text, "disagreement").wait())
         raise DisagreementError("ranks do not agree on their settings or step; use the same Compression arguments and state on every rank.")
 
     def _packed_text(self) -> torch.Tensor:
-        text = json.dumps(list({**self._description(), **self._now()}.items())).encode()
-        return torch.frombuffer(bytearray(zlib.compress(text, 1)), dtype=torch.uint8)
-
-    def _raise_on_other_texts(self, packed: Handle[list[torch.Tensor]]) -> None:
-        """A rank that sent nothing has no say."""
-        parts = {r: p for r, p in enumerate(packed.wait()) if p.numel()}
-        lowest, first_part = next(iter(parts.items()))
-        if all(torch.equal(p, first_part) for p in parts.values()):
-            return
-        texts = {r: dict(json.loads(zlib.decompress(bytes(p.tolist())))) for r, p in parts.items()}
-        first = texts[lowest]
-        for r, other in texts.items():
-            for what in [*first, *(k for k in other if k not in first)]:
-                if first.get(what) != other.get(what):
-                    raise DisagreementError(
-                        f"ranks do not agree on {what}: rank {lowest} has {first.get(what, 'none')}, rank {r} has {other.get(what, 'none')}. "
-                        "Every rank must bind the same model with the same settings (and load the same step)."
-                    )
-        raise DisagreementError("ranks list their parameters in different orders; pass model.named_parameters() on every rank.")
+        return packed_text({**self._description(), **self._now()})
 
     def settings_hash(self, bucket: Bucket) -> int:
         """4 bits that change with settings, hyper-parameters and step; compared across ranks in every payload."""

@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .aggregator import Aggregator, Bucket, GroupSettings, Method, newcomers
+from .agreement import Introduction
 from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from .compressors.base import check_unbiased
 from .errors import CompressionError
@@ -377,11 +377,7 @@ class BoundCompression:
         self.scaler: Any = None
         """The GradScaler that was attached."""
         self._places: dict[int, tuple[int, int]] = {}
-        # Two models may use the same names: number the binds of one table of names, which every rank does in the same order.
-        table = blake2b(repr([(n, tuple(p.shape)) for n, p in self.named]).encode(), digest_size=4).hexdigest()
-        with _claims_lock:
-            self._prefix = f"hvd_ecsgd.{table}.{_binds.get(table, 0)}"
-            _binds[table] = _binds.get(table, 0) + 1
+        self._introduction = Introduction(self.named, self._frozen, process_set)
         self._aggregator: Aggregator | None = None
         newcomers.add(self)
         self._slot: HorovodSlot | None = None
@@ -410,12 +406,12 @@ class BoundCompression:
         if self._slot is None:
             if self._aggregator is not None:
                 raise CompressionError("this compression object belongs to another optimizer; bind one for each.")
-            transport = SlotTransport(self._process_set, self._prefix)
+            transport = SlotTransport(self._process_set)
             aggregator = Aggregator(
                 self.method, self.named, rank=transport.rank, size=transport.size, settings=self._settings, transport=transport.direct
             )
             self.adopt(aggregator)
-            self._slot = HorovodSlot(aggregator, transport, self._frozen, self._check_skip)
+            self._slot = HorovodSlot(aggregator, transport, self._frozen, self._check_skip, self._introduction)
             _claim(self)
         return self._slot
 
@@ -485,6 +481,14 @@ class BoundCompression:
         if feedback.applies_update:
             self._check_applied_to(optimizer)
         self._optimizer = optimizer
+        on_horovod = getattr(optimizer, "_compression", None) is self and horovod_is_running()
+        if on_horovod and not feedback.applies_update and HorovodTransport(self._process_set).size == 1:
+            warnings.warn(
+                f"{self.method.compressor}: Horovod does not compress with one process, so this trains without it. "
+                "hvd_ecsgd.DistributedOptimizer, and mpi_backend's, compress with one process too.",
+                UserWarning,
+                stacklevel=2,
+            )
         if feedback.applies_update:
             self._slotted()  # now, so that state that is loaded shifts the parameters before the next forward pass
         return self
@@ -626,7 +630,7 @@ class BoundCompression:
         if self._aggregator is not None:
             return self._aggregator.transport
         if horovod_is_running():
-            return HorovodTransport(self._process_set, self._prefix)
+            return HorovodTransport(self._process_set)
         raise CompressionError("this compression object has not been used by an optimizer yet; make the DistributedOptimizer first.")
 
     def check_between_steps(self, what: str) -> None:
@@ -690,7 +694,6 @@ class _ShiftWarning:
 _claims: dict[int, weakref.ref[BoundCompression]] = {}
 _claims_lock = threading.Lock()
 _claims_watched = False
-_binds: dict[str, int] = {}
 
 
 def _claim(bound: BoundCompression) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from .aggregator import Aggregator, Bucket, Reduction, drive
+from .agreement import Introduction
 from .errors import CompressionError, DisagreementError, UnboundParameterError
 from .transport import SelfTransport
 from .transport.horovod import SlotHandle, SlotTransport
@@ -47,6 +48,7 @@ class HorovodSlot:
     """The compress/decompress pair over an aggregator with one bucket per parameter.
 
     `check_skip` is called with a parameter's name when its step is skipped; it raises when the optimizer would move it nevertheless.
+    `introduction`: how the other ranks' counterparts are found, before the first step.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class HorovodSlot:
         transport: SlotTransport,
         frozen: Iterable[tuple[str, torch.nn.Parameter]],
         check_skip: Callable[[str], None] = lambda name: None,
+        introduction: Introduction | None = None,
     ) -> None:
         self.aggregator = aggregator
         self.transport = transport
+        self._introduction = introduction
         self._frozen = list(frozen)
         self._check_skip = check_skip
         self._buckets: dict[str, Bucket] = {bucket.segments.names[0]: bucket for bucket in aggregator.buckets}
@@ -120,6 +124,9 @@ class HorovodSlot:
         return torch.cat([payload, torch.tensor(tail, dtype=payload.dtype, device=payload.device)]), pending
 
     def _begin_step(self, name: str, gradient: torch.Tensor) -> None:
+        if self._introduction is not None:
+            self.transport.rename(self._introduction.meet(self.transport.direct))
+            self._introduction = None
         self.aggregator.use(self.transport.direct)
         written = self._written.get(name)
         if self._ready is not None and not self._undone and (_inside_backward() or self._accumulated):

@@ -62,12 +62,12 @@ class _HorovodHandle(Generic[T]):
 
 
 class HorovodTransport:
-    """Collectives of `horovod.torch`, matched by name (starting with `prefix`), so ranks may start them in different orders.
+    """Collectives of `horovod.torch`, matched by name (which `rename` gives a prefix), so ranks may start them in different orders.
 
     `process_set`: a `horovod.torch.ProcessSet`; all processes by default.
     """
 
-    def __init__(self, process_set: Any = None, prefix: str = "hvd_ecsgd") -> None:
+    def __init__(self, process_set: Any = None) -> None:
         try:
             import horovod.torch as hvd
         except ImportError as error:
@@ -78,11 +78,15 @@ class HorovodTransport:
         if not hvd.is_initialized():
             raise TransportError("Horovod is not initialised; call hvd.init() before training.")
         self._hvd = hvd
-        self._prefix = prefix
+        self._prefix = "hvd_ecsgd"
         self._set = hvd.global_process_set if process_set is None else process_set
         self._options = {"process_set": self._set}
         self.rank: int = self._set.rank()
         self.size: int = self._set.size()
+
+    def rename(self, prefix: str) -> None:
+        """What names begin with from now on: something of one's own, that is equal on all ranks."""
+        self._prefix = prefix
 
     @property
     def divisor(self) -> int:
@@ -154,9 +158,13 @@ class SlotTransport(HorovodTransport):
     for what Horovod's own all-reduce cannot carry.
     """
 
-    def __init__(self, process_set: Any = None, prefix: str = "hvd_ecsgd") -> None:
-        super().__init__(process_set, prefix)
-        self.direct = HorovodTransport(process_set, prefix)
+    def __init__(self, process_set: Any = None) -> None:
+        super().__init__(process_set)
+        self.direct = HorovodTransport(process_set)
+
+    def rename(self, prefix: str) -> None:
+        super().rename(prefix)
+        self.direct.rename(prefix)
 
     @property
     def divisor(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 import hvd_ecsgd.aggregator
 import hvd_ecsgd.horovod_slot
-from hvd_ecsgd import Compression, CompressionError, DisagreementError, UnboundParameterError
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, UnboundParameterError, agreement
 from tests.cases import ALL
 from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
 from tests.problems import batch, mlp
@@ -77,6 +78,71 @@ def late() -> None:
         del waiting
     finally:
         hvd_ecsgd.aggregator._PATIENCE = patience
+
+
+def models() -> None:
+    """Other shapes, names, numbers or orders of parameters on one rank: told at the first gradient, and training can begin anew."""
+
+    def shape(model: Any) -> Any:
+        model[2] = torch.nn.Linear(model[2].in_features, model[2].out_features + 1) if odd() else model[2]
+        return model
+
+    def names(model: Any) -> Any:
+        return torch.nn.Sequential(model[0], torch.nn.Tanh(), *model[1:]) if odd() else model
+
+    def freeze(model: Any) -> Any:
+        model[0].weight.requires_grad_(not odd())
+        return model
+
+    for change, what, *values in (
+        (shape, "2.weight'", "rank 0 has (", f"rank {hvd.size() - 1} has ("),
+        (names, "2.weight'", "has none", "torch.float32"),
+        (freeze, "0.weight'", "torch.float32, frozen"),
+    ):
+        model = change(mlp())  # type: ignore[operator]
+        bound = Compression.random_block(8, **ALL).bind(model)
+        optimizer = stock(model, bound, f"models.{change.__name__}")
+        loss = model(torch.ones(2, model[0].in_features)).sum()
+        told(DisagreementError, loss.backward, "do not agree on parameter '", what, *values)  # in a hook, before anything of Horovod's
+        del optimizer
+        model = mlp()
+        one_step(f"anew.{change.__name__}", Compression.random_block(8, **ALL).bind(model), model)
+
+    model = mlp()
+    named = list(model.named_parameters())
+    bound = Compression.top_k(10, **ALL).bind(named[::-1] if odd() else named)
+    told(DisagreementError, lambda: one_step("order", bound, model), "in different orders")
+
+
+def looked_at() -> None:
+    """Methods that one rank only has bound: those that it let go do not count, and those that it keeps are told of, by name."""
+    model = mlp()
+    if odd():
+        repr(Compression.random_block(4).bind(model))
+    bound = Compression.random_block(8, **ALL).bind(model)
+    assert same_on_all(train_stock(model, stock(model, bound, "looked.at"), range(2)), "looked.at")
+    model = mlp()
+    kept = Compression.random_block(4).bind(model) if odd() else None
+    bound = Compression.random_block(8, **ALL).bind(model)
+    told(DisagreementError, lambda: one_step("kept", bound, model), "different numbers of compressions", "'0.weight'")
+    del kept
+
+
+def waited_for() -> None:
+    """A rank that compresses nothing, or late: the others say what they wait for."""
+    silence, agreement._SILENCE = agreement._SILENCE, 0.2
+    try:
+        model = mlp()
+        bound = bound_to(model, "waited", Compression.one_bit(**ALL))
+        if odd():
+            time.sleep(1.5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            one_step("waited", bound, model)
+        waited = [str(w.message) for w in caught if "has waited 0.2 s" in str(w.message)]
+        assert len(waited) == int(not odd()), waited
+    finally:
+        agreement._SILENCE = silence
 
 
 def another_step() -> None:
@@ -174,22 +240,35 @@ def unchecked() -> None:
     reference = train_stock(
         reference_model, stock(reference_model, bound_to(reference_model, "unchecked", Compression.random_block(8, **ALL)), "unchecked"), range(8)
     )
-    aggregator, slot = hvd_ecsgd.aggregator.Aggregator, hvd_ecsgd.horovod_slot.HorovodSlot
-    kept = aggregator._raise_on_other_texts, slot._check
-    aggregator._raise_on_other_texts = lambda self, packed: packed.wait() and None  # type: ignore[method-assign]
+    aggregator, slot = hvd_ecsgd.aggregator, hvd_ecsgd.horovod_slot.HorovodSlot
+    kept = aggregator.raise_on_other_texts, slot._check
+    aggregator.raise_on_other_texts = lambda packed: None
     slot._check = lambda self, reduced, name: 1.0  # type: ignore[method-assign]
     try:
         model = mlp()
         bound = bound_to(model, "unchecked", Compression.random_block(8, seed=int(odd()), **ALL))
         w = train_stock(model, stock(model, bound, "unchecked"), range(8))
     finally:
-        aggregator._raise_on_other_texts, slot._check = kept  # type: ignore[method-assign]
+        aggregator.raise_on_other_texts, slot._check = kept  # type: ignore[method-assign]
     assert not same_on_all(w, "unchecked")
     assert (w - reference).abs().max() > 1e-3
 
 
 if __name__ == "__main__":
     hvd.init()
-    checks = (ratio, seed, method, late, another_step, another_step_while_running, unbound, another_model, update_units)
+    checks = (
+        ratio,
+        seed,
+        method,
+        models,
+        looked_at,
+        waited_for,
+        late,
+        another_step,
+        another_step_while_running,
+        unbound,
+        another_model,
+        update_units,
+    )
     checks += (averaged_twice, adasum, frozen, gathered, unchecked)
     run_checks({check.__name__: check for check in checks})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,11 @@ def mistakes() -> None:
     with torch.no_grad():
         model.first.mul_(0.5)
     refused("at('averaged')", lambda: one_step(model, optimizer, hvd.rank(), 2))
+    with warnings.catch_warnings(record=True) as caught:  # in gradient units, the exchange is Horovod's, which has none with one process
+        warnings.simplefilter("always")
+        model, optimizer, compression = stock(lambda: Compression.top_k(4), "alone")
+        compression.attach(optimizer)
+    assert ["Horovod does not compress with one process" in str(w.message) for w in caught] == [True] * (hvd.size() == 1)
     if hvd.size() == 1:
         return
     model, optimizer, compression = stock(make, "sum", op=hvd.Sum)

@@ -31,7 +31,7 @@ def test_what_users_do() -> None:
 
 
 def test_mistakes_are_told_to_every_rank() -> None:
-    assert len(passed(horovodrun, 2, "program_errors.py")) == 14
+    assert len(passed(horovodrun, 2, "program_errors.py")) == 17
 
 
 def test_a_failing_check_fails_the_job() -> None:

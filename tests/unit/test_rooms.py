@@ -15,13 +15,14 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 
 BOTTOM = {"segments", "errors", "version", "protocols", "transport"}
-BELOW_AGGREGATOR = {"schedule", "exchange", "feedback", "compressors", "kernels", *BOTTOM}
+BELOW_AGGREGATOR = {"agreement", "schedule", "exchange", "feedback", "compressors", "kernels", *BOTTOM}
 # room (a module or a folder of hvd_ecsgd) → the other rooms of hvd_ecsgd that it may import
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
     "segments": {"errors"},
     "transport": {"segments", "errors", "version"},
+    "agreement": {"errors", "transport"},
     "protocols": {"segments", "errors", "version", "transport"},
     "kernels": {"segments", "errors", "version", "protocols"},
     "compressors": {"kernels", "protocols", "segments", "errors"},
