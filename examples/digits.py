@@ -150,12 +150,19 @@ def train(
     return Result(curve[-1], seconds, traffic.sent / 1e6, traffic.ratio if traffic.sent else math.nan, curve, digest)
 
 
+def positive(text: str) -> int:
+    """For argparse: a whole number, at least 1."""
+    if (n := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {n}")
+    return n
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--backend", choices=("mpi", "horovod"), default="mpi", help="mpi: mpi_backend, needs no Horovod")
     parser.add_argument("--method", choices=sorted(METHODS), default="detached")
     parser.add_argument("--ratio", type=float, default=64.0, help="elements in ÷ elements sent, for methods that have a ratio")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=positive, default=10)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--checkpoint", type=Path, help="a directory that all ranks share: save there after every epoch, and go on from there")
     args = parser.parse_args()

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from digits import Result, load_digits, train
+from digits import Result, load_digits, positive, train
 from tqdm import tqdm
 
 import mpi_backend as hvd
@@ -39,7 +39,7 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Result], file: Path) -> None:
+def plot(results: dict[str, Result], lr: float, file: Path) -> None:
     """Accuracy by epoch, and what it cost in bytes."""
     import matplotlib
 
@@ -52,18 +52,33 @@ def plot(results: dict[str, Result], file: Path) -> None:
         by_epoch.plot(epochs, r.curve, marker=".", label=name)
         by_bytes.plot([r.megabytes_sent * e / len(r.curve) for e in epochs], r.curve, marker=".", label=name)
     by_epoch.set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1.02))
-    by_bytes.set(xlabel="MB sent per worker", ylabel="test accuracy", xscale="log", ylim=(0, 1.02))
+    by_bytes.set(
+        xlabel="MB sent per worker",
+        ylabel="test accuracy",
+        xscale="log" if any(r.megabytes_sent for r in results.values()) else "linear",
+        ylim=(0, 1.02),
+    )
     by_epoch.xaxis.get_major_locator().set_params(integer=True)
     by_epoch.legend(loc="lower right", fontsize=8)
     for axes in (by_epoch, by_bytes):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"Digits, {hvd.size()} workers, SGD with momentum 0.9")
+    figure.suptitle(f"Digits, {hvd.size()} workers, SGD with momentum 0.9, learning rate {lr:g}, lowered after half and three quarters")
     figure.savefig(file, dpi=120)
+
+
+def unwritable(folder: Path) -> str:
+    """Why results cannot be saved there; empty when they can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "quickstart.json").touch()
+    except OSError as error:
+        return f"results cannot be saved in '{folder}' ({error.strerror}); name another folder with --out."
+    return ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=positive, default=20)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for quickstart.png and quickstart.json")
     args = parser.parse_args()
@@ -72,6 +87,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(hvd.local_rank())
+    if problem := hvd.broadcast_object(unwritable(args.out) if hvd.rank() == 0 else None):
+        raise SystemExit(f"error: {problem}" if hvd.rank() == 0 else 1)
     data = load_digits()
     results: dict[str, Result] = {}
     for name, method in COMPARED.items():
@@ -82,10 +99,10 @@ def main() -> None:
     if any(other != hashes for other in hvd.allgather_object(hashes)):
         raise SystemExit("error: the workers ended with different weights; please report this.")
     if hvd.rank() == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
+        print(f"\n{table(results)}\n")
         (args.out / "quickstart.json").write_text(json.dumps({name: dataclasses.asdict(r) for name, r in results.items()}, indent=1))
-        plot(results, args.out / "quickstart.png")
-        print(f"\n{table(results)}\n\nAll {hvd.size()} workers hold the same bits after every run. Plot: {args.out / 'quickstart.png'}")
+        plot(results, args.lr, args.out / "quickstart.png")
+        print(f"All {hvd.size()} workers hold the same bits after every run. Plot: {args.out / 'quickstart.png'}")
         print(
             "Seconds: these workers share one machine, where sending is copying in memory and there is little to gain;\n"
             "what compression saves is the megabytes, and on a slow link the time they take."

@@ -651,6 +651,11 @@ class Aggregator:
             b.method.feedback.shifts and b.state is not None and b.versions == [p._version for p in b.parameters] for b in self.buckets
         )
 
+    @staticmethod
+    def check_point(point: str) -> None:
+        if point not in ("averaged", "virtual", "local"):
+            raise CompressionError(f"at(): expected 'averaged', 'virtual' or 'local', got {point!r}.")
+
     @contextmanager
     def at(self, point: Literal["averaged", "virtual", "local"]) -> Iterator[None]:
         """Hold the parameters at a point for evaluation or saving; training goes on from where it was. Not nested; no training step inside.
@@ -660,8 +665,7 @@ class Aggregator:
         collective). `local`: where this worker evaluates its gradients. They are the same, and nothing is done, for methods that do not shift the
         model, but for `virtual`, inside of which writes are lost.
         """
-        if point not in ("averaged", "virtual", "local"):
-            raise CompressionError(f"at(): expected 'averaged', 'virtual' or 'local', got {point!r}.")
+        self.check_point(point)
         if self._held:
             raise CompressionError("at(): the parameters are held at a point already; leave that block first.")
         if point == "virtual" and self.method.feedback.unit != "update":

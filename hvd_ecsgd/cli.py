@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import inspect
 import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from inspect import getdoc, isfunction
 from pathlib import Path
 
 from .compression import Compression
@@ -19,36 +19,11 @@ from .version import __version__
 
 __all__ = ["main"]
 
-PRESETS: tuple[str, ...] = (
-    "none",
-    "fp16",
-    "bf16",
-    "random_block",
-    "global_random_block",
-    "random_k",
-    "top_k",
-    "threshold",
-    "one_bit",
-    "ternary",
-    "qsgd",
-    "natural",
-    "double_squeeze",
-    "dist_ef_sgd",
-    "comp_skip",
-    "hessian_aided",
-    "local_momentum",
-    "detached",
-    "cser",
-    "power_sgd",
-    "pef",
-    "topk_sgd",
-    "unbiased",
-)
-
 
 def presets() -> dict[str, Compression]:
-    """Every preset of `Compression` with its default arguments, by name."""
-    return {name: getattr(Compression, name)() for name in PRESETS}
+    """Every preset of `Compression` with its default arguments, by name: first those that need not be called."""
+    found = {name: what for name, what in vars(Compression).items() if not name.startswith("_") and callable(what) and not isfunction(what)}
+    return {name: getattr(Compression, name)() for name in sorted(found, key=lambda name: isinstance(found[name], staticmethod))}
 
 
 def methods() -> int:
@@ -88,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=(inspect.getdoc(command) or "").split("\n")[0])
+        commands.add_parser(name, help=(getdoc(command) or "").split("\n")[0])
     again = commands.add_parser("reproduce", help="Run the central comparison of a paper, and say where its claims hold here.")
     again.add_argument("paper", choices=list(PAPERS))
     again.add_argument("--seeds", type=int, default=None, help="default 3; with --full 5, with --smoke 1")

@@ -128,7 +128,8 @@ class Compression:
 
     @staticmethod
     def global_random_block(ratio: float = 64.0, blocks: int = 1024, *, error_feedback: bool = True, **options: Any) -> Compression:
-        """`blocks`/ratio blocks of the whole model, the same on all workers; rides Horovod's own all-reduce, where payload sizes vary by step."""
+        """⌊`blocks`/ratio⌋ of the model's `blocks` equal blocks, the same on all workers; rides Horovod's own all-reduce, in payloads whose sizes
+        vary by step."""
         return Compression(GlobalRandomBlock(ratio, blocks), _feedback(error_feedback), AllReduce(), **options)
 
     @staticmethod
@@ -369,6 +370,10 @@ class BoundCompression:
 
     def __init__(self, method: Method, model: Named, process_set: Any = None) -> None:
         self.method = method
+        if process_set is not None and not callable(getattr(process_set, "size", None)):
+            raise CompressionError(
+                f"bind(): process_set must be a ProcessSet of Horovod's, the optimizer's, or None for all, got {process_set!r:.100}."
+            )
         self._process_set = process_set
         self.named, self._frozen = _checked(model)
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
@@ -645,7 +650,8 @@ class BoundCompression:
 
     def at(self, point: Literal["averaged", "virtual", "local"]) -> AbstractContextManager[None]:
         """Hold the parameters at a point for evaluation or saving; see `Aggregator.at`."""
-        if self._aggregator is None and self.method.feedback.unit == "gradient" and point in ("averaged", "local"):
+        if self._aggregator is None and self.method.feedback.unit == "gradient" and point != "virtual":
+            Aggregator.check_point(point)
             return nullcontext()  # one process under Horovod, which does not call us then; nothing is shifted
         return self.aggregator.at(point)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from hvd_ecsgd.compressors import (
 from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, CompSkip, Every, NormBased, PowerSGD, SkipAllReduce, TwoPass
 from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, MemSGD, Product
 
-__all__ = ["CASES", "COMPRESSORS", "SWITCHES", "Case", "CompressorCase", "by_name", "bound_method", "ids"]
+__all__ = ["CASES", "COMPRESSORS", "SWITCHES", "Case", "CompressorCase", "by_name", "bound_method", "compressor_cases", "ids"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,6 @@ class Case:
     server_slots: float = 0.0
     central: bool = False
     """Rank 0 holds all of `server_slots`."""
-    stock_horovod: bool = True
-    """Works on an unmodified Horovod."""
     exact: bool = True
     """n = 2 real workers give the bits of the simulation. False: Horovod sums this payload in half precision."""
     conserves: bool = True
@@ -250,7 +248,7 @@ def _l1_share(v: np.ndarray) -> float:
     return float(np.abs(v).sum() / (np.sqrt(v.size) * norm)) if norm else 1.0
 
 
-COMPRESSORS: tuple[CompressorCase, ...] = (
+_DESCRIBED = (
     CompressorCase("identity", Identity(), lambda v: 0.0),
     CompressorCase("cast", Cast(), lambda v: 2.0**-22, selects=False),
     CompressorCase("random_block-3", RandomBlock(3), lambda v: 1 - max(1, v.size // 3) / v.size, sees_everything=False, on_average=True),
@@ -277,3 +275,14 @@ COMPRESSORS: tuple[CompressorCase, ...] = (
     CompressorCase("qsgd-8_bits", QSGD(), lambda v: v.size / 127**2, selects=False),
     CompressorCase("natural", Natural(), lambda v: 1 / 4, selects=False),
 )
+
+
+def compressor_cases(cases: Iterable[Case]) -> tuple[CompressorCase, ...]:
+    """Those of the table above, and for every other class that a method compresses with, a case that promises what its `delta` does."""
+    used = {type(c): c for case in cases for c in (bound_method(case).compressor, getattr(bound_method(case).exchange, "server_compressor", None))}
+    described = {type(None), *(type(c.compressor) for c in _DESCRIBED)}
+    more = [(kind.__name__, c) for kind, c in used.items() if kind not in described]
+    return (*_DESCRIBED, *(CompressorCase(name, c, lambda v, c=c: 1 - c.delta(torch.from_numpy(v)), False, False) for name, c in more))  # type: ignore[misc]
+
+
+COMPRESSORS = compressor_cases(CASES)

@@ -36,6 +36,11 @@ class GlobalRandomBlock(FloatPayload):
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "global_random_block")
         check_count(self.blocks, "global_random_block", "blocks", 2**31 - 1)
+        if self.blocks < self.ratio:
+            raise CompressionError(
+                f"global_random_block: one of {self.blocks} blocks is more than a share of 1/{self.ratio:g}; expected blocks ≥ ratio, and "
+                "well above it for a ratio that is nearly kept."
+            )
 
     @property
     def summable(self) -> bool:

@@ -122,7 +122,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rank, size = hvd.rank(), hvd.size()
     task, _, some = task.partition("-")
-    cases = [c for c in CASES if (backend == "mpi" or c.stock_horovod) and (not some or c.name in SOME)]
+    cases = [c for c in CASES if not some or c.name in SOME]
     for saved_size in [int(s) for s in sizes] or [size]:
         folder = Path(root) / f"{backend}-{saved_size}"
         results: dict[str, Any] = {}

@@ -27,6 +27,13 @@ def test_quickstart_prints_the_table_and_saves_the_plot(tmp_path: Path) -> None:
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
 
 
+def test_quickstart_says_before_it_trains_that_it_cannot_save(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    printed = mpirun(2, EXAMPLES / "quickstart.py", "--out", str(tmp_path / "a file"), timeout=60, expect_failure=True)
+    assert printed.count("error: results cannot be saved in") == 1 and "--out" in printed and "step/s" not in printed, printed
+    assert "expected at least 1" in mpirun(1, EXAMPLES / "quickstart.py", "--epochs", "0", timeout=60, expect_failure=True)
+
+
 def weights(printed: str) -> str:
     found = re.search(r"weights ([0-9a-f]{16})", printed)
     assert found, printed

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import random
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hvd_ecsgd.compressors
+from hvd_ecsgd import Compression
 from hvd_ecsgd.compressors import Cast, Identity, RandomBlock, Sign, TopK
+from hvd_ecsgd.compressors.base import Operator
 from hvd_ecsgd.segments import Key, Segments
-from tests.cases import COMPRESSORS, CompressorCase, ids
+from tests.cases import CASES, COMPRESSORS, Case, CompressorCase, compressor_cases, ids
 from tests.property.layouts import buffers, keys, layouts, named_zeros, values
 
 every_compressor = pytest.mark.parametrize("case", COMPRESSORS, ids=ids)
@@ -34,9 +39,32 @@ def outside(buffer: torch.Tensor, segments: Segments) -> torch.Tensor:
     return mask
 
 
-def test_every_exported_compressor_is_in_the_table() -> None:
+def test_every_compressor_is_exported_and_in_the_table() -> None:
     exported = {getattr(hvd_ecsgd.compressors, n) for n in hvd_ecsgd.compressors.__all__}
-    assert exported == {type(c.compressor) for c in COMPRESSORS}
+    modules = [importlib.import_module(f"hvd_ecsgd.compressors.{m.name}") for m in pkgutil.iter_modules(hvd_ecsgd.compressors.__path__)]
+    written = {c for m in modules for c in vars(m).values() if is_dataclass(c) and isinstance(c, type) and issubclass(c, Operator)}
+    assert written == exported == {type(c.compressor) for c in COMPRESSORS}
+
+
+def test_a_new_method_brings_its_compressor_into_the_table() -> None:
+    """One line in the table of methods; the tests here then find one that sends what it does not take out of the buffer (the second)."""
+
+    class Right(Sign):
+        pass
+
+    class Wrong(Sign):
+        def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
+            return super().extract_(buffer.clone(), segments, key)
+
+    cases = compressor_cases(
+        [*CASES, Case("right", lambda: Compression(Right())), Case("wrong", lambda: Compression.double_squeeze(Sign(), Wrong()))]
+    )
+    right, wrong = cases[len(COMPRESSORS) :]
+    assert (right.compressor, wrong.compressor) == (Right(), Wrong())
+    test_what_is_sent_and_what_stays_add_up(right)
+    test_contraction(right)
+    with pytest.raises(AssertionError):
+        test_what_is_sent_and_what_stays_add_up(wrong)
 
 
 @every_compressor

@@ -56,6 +56,8 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "local for a rank": (lambda: Product(dict, 1), "local must be"),
     "central for a rank": (lambda: Compression.double_squeeze(central=0), "central must be"),
     "error_feedback none": (lambda: Compression.power_sgd(error_feedback=None), "error_feedback must be"),
+    "bind to a name": (lambda: Compression.top_k().bind(mlp(), "workers"), "process_set must be a ProcessSet"),
+    "a point before the first step": (lambda: Compression.top_k().bind(mlp()).at("average"), "'averaged', 'virtual' or 'local'"),
     "attach a schedule": (lambda: Compression.top_k().bind(mlp()).attach(None), "expected the optimizer"),
     "attach a scale": (lambda: Compression.top_k().bind(mlp()).attach(torch.optim.SGD(mlp().parameters(), 0.1), 1024.0), "scaler must be"),
     "a class for a compressor": (lambda: Compression(TopK), "compressor"),

@@ -49,6 +49,7 @@ def _forget_warnings() -> Iterator[None]:
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "cast to float32": (lambda: Cast(torch.float32), "float16 or torch.bfloat16"),
     "global ratio": (lambda: Compression.global_random_block(0.5), "ratio"),
+    "fewer blocks than the ratio": (lambda: Compression.global_random_block(64, 10), "blocks ≥ ratio"),
     "no blocks": (lambda: Compression.global_random_block(4, 0), "blocks"),
     "blocks a fraction": (lambda: GlobalRandomBlock(4, 2.5), "blocks"),  # type: ignore[arg-type]
     "random_k ratio": (lambda: Compression.random_k(0.1), "ratio"),
