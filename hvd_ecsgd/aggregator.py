@@ -177,6 +177,20 @@ class Bucket:
             self.state = self.method.feedback.init(self.segments)
             self.exchange_state = self.method.exchange.init(self.segments, rank, size)
 
+    def frozen(self) -> list[int]:
+        """Places of the parameters that have been frozen since they were bound."""
+        return [i for i, p in enumerate(self.parameters) if not p.requires_grad]
+
+    def shift_(self) -> None:
+        """Parameters ← the shifted point of rules that have one; those that are frozen stand still at x."""
+        feedback = self.method.feedback
+        if self.state is None or not feedback.shifts:
+            return
+        feedback.shift_(self.state, self.parameters, self.segments)
+        for i in self.frozen():
+            self.parameters[i].copy_(self.segments.shaped_views(self.state["x"])[i])
+        self.versions = [p._version for p in self.parameters]
+
     def remember(self) -> None:
         """Copy the state, but for x, which does not move before a step stands. The memory is kept."""
         assert self.state is not None and self.exchange_state is not None
@@ -226,13 +240,52 @@ def _unscaled_(gradients: Sequence[torch.Tensor], scale: float, dtype: torch.dty
     return [g if g.dtype == dtype else g.to(dtype).mul_(1 / scale) for g in gradients]
 
 
+class _Resting:
+    """The state of a bucket's frozen parameters as it was before the step: it waits until they are unfrozen.
+
+    They take part in the exchange with what is left of them, as all tables are alike on all ranks, and what comes of it is put away.
+    """
+
+    def __init__(self, bucket: Bucket, rank: int, size: int) -> None:
+        self._bucket = bucket
+        self._pieces = bucket.method.exchange.state_segments(bucket.segments, rank, size).table
+        self._kept = [(i, slot, _part(t, i, segment).clone()) for i, slot, t, segment in self._places()]
+
+    def _places(self) -> Iterator[tuple[int, str, torch.Tensor, Segment]]:
+        bucket = self._bucket
+        assert bucket.state is not None and bucket.exchange_state is not None
+        for i in bucket.frozen():
+            yield from ((i, slot, t, bucket.segments.table[i]) for slot, t in bucket.state.items() if slot != "x")
+            yield from ((i, slot, t, self._pieces[i]) for slot, t in bucket.exchange_state.items() if t.dim() == 1)
+
+    def rescale_(self, carry: float, server_carry: float) -> None:
+        """From units of the learning rate before to those of the step's."""
+        for _, slot, value in self._kept:
+            value.mul_({"residual": carry, "server_residual": server_carry}.get(slot, 1.0))
+
+    def put_back_(self) -> None:
+        now = {(i, slot): _part(t, i, segment) for i, slot, t, segment in self._places()}
+        for i, slot, value in self._kept:
+            if (i, slot) in now:
+                now[i, slot].copy_(value)
+            self._bucket.clean = self._bucket.clean and not (slot == "residual" and bool(value.any()))
+
+
 class Reduction:
     """One bucket's step in progress."""
 
     def __init__(
-        self, bucket: Bucket, task: Task, steps: Steps, gradients: list[torch.Tensor], settings: GroupSettings, rescale: float = 1.0
+        self,
+        bucket: Bucket,
+        task: Task,
+        steps: Steps,
+        gradients: list[torch.Tensor],
+        settings: GroupSettings,
+        rescale: float = 1.0,
+        resting: _Resting | None = None,
     ) -> None:
         self.bucket = bucket
+        self.resting = resting
         self._rescale = rescale
         self.task = task
         self.gradients = gradients
@@ -262,6 +315,12 @@ class Reduction:
 
         `gradients_gone`: the gradients were overwritten by the result; finite ones of this worker then stay in its residual, as if delayed.
         """
+        self._undo_(gradients_gone)
+        if self.resting is not None:
+            self.resting.put_back_()
+        self.bucket.shift_()
+
+    def _undo_(self, gradients_gone: bool) -> None:
         state, method = self.bucket.state, self.bucket.method
         assert state is not None
         if method.exact:
@@ -281,6 +340,9 @@ class Reduction:
         took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
         self.bucket.clean = took_all and (self.bucket.clean or not self.bucket.method.feedback.scratches)  # whose buffer is not the residual
         self.task.forget_undo()
+        if self.resting is not None:
+            self.resting.rescale_(self.task.ctx.carry if self.bucket.method.feedback.unit == "gradient" else 1.0, self.task.server_carry)
+            self.resting.put_back_()
 
 
 def _stay(task: Task) -> Steps:
@@ -518,6 +580,7 @@ class Aggregator:
         poisoned = not all(all_finite(g) for g in gradients)
         if bucket.method.exact:
             bucket.remember()
+        resting = _Resting(bucket, transport.rank, transport.size) if bucket.frozen() else None
         # A poisoned step leaves the buffer alone; there is nothing to extract from.
         buffer = bucket.segments.empty()[:0] if poisoned else feedback.accumulate_(bucket.state, gradients, bucket.parameters, bucket.segments, ctx)
         compressor, exchange = bucket.method.at(self.step)
@@ -538,8 +601,9 @@ class Aggregator:
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
         steps, rescale = _stay(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else scale
-        return Reduction(bucket, task, steps, gradients, group, rescale)
+        return Reduction(bucket, task, steps, gradients, group, rescale, resting)
 
+    @torch.no_grad()
     def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
         """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands.
 
@@ -599,7 +663,7 @@ class Aggregator:
             for reduction in reductions:
                 bucket, feedback = reduction.bucket, reduction.bucket.method.feedback
                 assert reduction.out is not None and bucket.state is not None
-                frozen = [(i, p, p.clone()) for i, p in enumerate(bucket.parameters) if not p.requires_grad]
+                frozen = [(i, bucket.parameters[i], bucket.parameters[i].clone()) for i in bucket.frozen()]
                 for i, _, _ in frozen:
                     bucket.segments.views(reduction.out)[i].zero_()  # what is left of it in the residual must not move x
                 if reduction.task.skipped:
@@ -608,6 +672,8 @@ class Aggregator:
                     feedback.finish_(bucket.state, reduction.out, bucket.parameters, bucket.segments, reduction.task.ctx)
                 for i, p, before in frozen:
                     p.copy_(bucket.segments.shaped_views(bucket.state["x"])[i] if feedback.shifts else before)
+                if reduction.resting is not None:
+                    reduction.resting.put_back_()
                 bucket.versions = [p._version for p in bucket.parameters]
 
     def _average_statistics(self) -> None:
@@ -691,10 +757,10 @@ class Aggregator:
                     assert bucket.state is not None
                     if point == "averaged" and versions != [p._version for p in bucket.parameters]:
                         feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
-                        feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
+                        bucket.shift_()
                     else:
                         torch._foreach_copy_(list(bucket.parameters), saved)
-                    bucket.versions = [p._version for p in bucket.parameters]
+                        bucket.versions = [p._version for p in bucket.parameters]
 
     def shared_state(self) -> list[torch.Tensor]:
         """The slots that hold the same bits on all ranks and depend on the parameters, but for x."""
@@ -782,9 +848,7 @@ class Aggregator:
                 bucket.clean = False
                 self._return_to_worker(bucket, old.exchange, value, bucket.state["residual"])
         bucket.exchange_state = after
-        if feedback.shifts:
-            feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
-            bucket.versions = [p._version for p in bucket.parameters]
+        bucket.shift_()
 
     def _return_to_worker(self, bucket: Bucket, exchange: Exchange, server_residual: torch.Tensor, residual: torch.Tensor) -> None:
         """Add what this rank holds as a server to what it holds as a worker, n-fold, as the mean over workers divides by n."""
@@ -879,13 +943,13 @@ class Aggregator:
         }
 
     def begin_step(self) -> None:
-        """A gradient is complete: state may change from now on, perhaps in a thread that has not begun yet."""
+        """A gradient has come: state may change from now on, perhaps in a thread that has not begun yet, and gradients are no part of it."""
         self._in_step = True
 
-    def check_between_steps(self, what: str) -> None:
-        """Raise `CompressionError` when a step's exchange is under way: residuals then hold half a step."""
-        if self._in_step:
-            raise CompressionError(f"{what} between a backward pass and its optimizer.step(): the step's exchange is under way; do it after step().")
+    def check_between_steps(self, what: str, begun: bool = False) -> None:
+        """Raise `CompressionError` when a step is under way: residuals then hold half a step, or gradients of it would be lost. `begun`: it is."""
+        if self._in_step or begun:
+            raise CompressionError(f"{what} between a backward pass and its optimizer.step(): the step is under way; do it after step().")
 
     def check_together(self, what: str) -> None:
         """All ranks call this before they do `what` together outside of a step. `CompressionError` where some have joined and will not come."""
@@ -914,7 +978,7 @@ class Aggregator:
                 f"the state was saved by rank {state['rank']} of {state['size']}, and this is rank {rank} of {size}. Residuals belong to "
                 "their rank: save one file per rank and load one's own."
             )
-        staged: list[tuple[Bucket, State, State, Mapping[str, Any]]] = []
+        staged: list[tuple[Bucket, State, State, float | None]] = []
         saved = state["parameters"]
         unknown = sorted(set(saved) - {name for name, _ in self.named})
         if unknown:
@@ -938,21 +1002,44 @@ class Aggregator:
                                 f"{value.numel() if isinstance(value, torch.Tensor) else value!r}."
                             )
                         part.copy_(value.reshape(-1))
-            staged.append((bucket, feedback_state, exchange_state, saved[present[0]]))
+            staged.append((bucket, feedback_state, exchange_state, self._in_common_units_(bucket, tables, saved)))
 
         def take_over() -> None:
+            points = {bucket.name: self._at_x(bucket) for bucket, *_ in staged}
             for bucket in self.buckets:  # what the saved training had not allocated yet begins anew
                 bucket.state = bucket.exchange_state = bucket.previous_lr = None
                 bucket.clean, bucket.versions = True, []
-            for bucket, feedback_state, exchange_state, entry in staged:
+            for bucket, feedback_state, exchange_state, previous_lr in staged:
+                if "x" in feedback_state:
+                    xs = bucket.segments.shaped_views(feedback_state["x"])
+                    for name, x, current in zip(bucket.segments.names, xs, points[bucket.name], strict=True):
+                        if name not in saved:  # it stays where it is
+                            x.copy_(current)
                 bucket.state, bucket.exchange_state = feedback_state, exchange_state
-                bucket.previous_lr = entry["previous_lr"]
+                bucket.previous_lr = previous_lr
                 bucket.clean = "residual" not in feedback_state or not bool(feedback_state["residual"].any())
-                feedback = bucket.method.feedback
-                if feedback.shifts:
-                    with torch.no_grad():
-                        feedback.shift_(feedback_state, bucket.parameters, bucket.segments)
-                    bucket.versions = [p._version for p in bucket.parameters]
+                with torch.no_grad():
+                    bucket.shift_()
             self.step, self.undone = int(state["step"]), int(state["undone"])
 
         return take_over
+
+    def _at_x(self, bucket: Bucket) -> list[torch.Tensor]:
+        """Where the parameters are, or would be if they were not shifted."""
+        if bucket.state is not None and "x" in bucket.state and bucket.versions == [p._version for p in bucket.parameters]:
+            return bucket.segments.shaped_views(bucket.state["x"])
+        return [p.detach() for p in bucket.parameters]
+
+    @staticmethod
+    def _in_common_units_(bucket: Bucket, tables: Sequence[tuple[State, Segments]], saved: Mapping[str, Any]) -> float | None:
+        """One learning rate for the whole bucket, returned, that its residuals are in units of: saved ones may have been of several param groups."""
+        rates = {name: saved[name]["previous_lr"] for name in bucket.segments.names if name in saved}
+        common: float | None = next((rate for rate in rates.values() if rate is not None), None)
+        if bucket.method.feedback.unit == "gradient" and common is not None:
+            for slots, table in tables:
+                for slot in {"residual", "server_residual"} & set(slots):
+                    for i, segment in enumerate(table):
+                        rate = rates.get(segment.name)
+                        if rate is not None and rate != common:
+                            _part(slots[slot], i, segment).mul_(rate / common)
+        return common

@@ -27,7 +27,7 @@ import torch
 from .aggregator import Aggregator, Method
 from .compression import BoundCompression
 from .errors import CheckpointError, CompressionError
-from .resize import Leaf, merge, resized_state, shares
+from .resize import Done, Leaf, in_words, merge, resized_state, shares
 from .transport import Transport
 from .trees import decode, encode
 from .version import __version__
@@ -137,11 +137,11 @@ def load_checkpoint(
             for r in range(rank, saved_size, size):
                 parts.verify(r)
         with _together(transport, "load"):
-            notes: list[str] = []
+            done: Done = {}
             if saved_size == size:
                 saved = parts.everything(rank)
             else:
-                saved, notes = parts.resized(compression.template())
+                saved, done = parts.resized(compression.template())
             weights = _checked_model(model, saved["model"])
             _check_optimizer(optimizer, saved["optimizer"])
             take_over = compression.prepare_load(saved["compression"])
@@ -149,6 +149,7 @@ def load_checkpoint(
         optimizer.load_state_dict(saved["optimizer"])
         take_over()
     _ours.setdefault(compression, {})[folder] = manifest["id"]
+    notes = [] if saved_size == size else in_words(map(json.loads, _everyone(transport, json.dumps(done), "resized")))
     if saved_size != size and rank == 0:
         _log.warning("%s was saved by %d workers, and there are %d now; the state was %s.", folder, saved_size, size, "; ".join(notes) or "kept")
     return Loaded(int(saved["compression"]["step"]), saved["extras"], saved_size, size, tuple(notes))
@@ -372,6 +373,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(parts, list) or len(parts) != manifest.get("size") or not {"id", "step", "optimizer", "method"} <= set(manifest):
         named = len(parts) if isinstance(parts, list) else "no"
         raise CheckpointError(f"{path} is damaged: it names {named} parts of {manifest.get('size')} workers, or lacks an entry.")
+    if not isinstance(manifest["method"], dict) or not all(isinstance(p, dict) and {"file", "bytes", "blake2b"} <= set(p) for p in parts):
+        raise CheckpointError(f"{path} is damaged: what it says of the method or of a part is not what this version writes.")
     return manifest
 
 
@@ -437,13 +440,13 @@ class _Parts:
             self._lazy[r] = decode(self._about(r)["tree"], lambda name: Leaf(places[name][2], lambda: self.tensor(r, name)))
         return self._lazy[r]
 
-    def resized(self, template: Aggregator) -> tuple[Any, list[str]]:
-        """What `template`'s rank goes on from when another number of workers saved, and what was done, in words."""
+    def resized(self, template: Aggregator) -> tuple[Any, Done]:
+        """What `template`'s rank goes on from when another number of workers saved, and what was done."""
         saved_size = self.manifest["size"]
         weights = shares(template.rank, template.size, saved_size)
         saved = merge([{k: v for k, v in self.lazily(r).items() if k in ("model", "optimizer")} for r in weights], list(weights.values()))
-        state, notes = resized_state(template, lambda r: self.lazily(r)["compression"], saved_size)
-        return {**saved, "compression": state, "extras": self.everything(next(iter(weights)))["extras"]}, notes
+        state, done = resized_state(template, lambda r: self.lazily(r)["compression"], saved_size)
+        return {**saved, "compression": state, "extras": self.everything(next(iter(weights)))["extras"]}, done
 
 
 def _check_is_this_training(folder: Path, manifest: dict[str, Any], optimizer: torch.optim.Optimizer, compression: BoundCompression) -> None:

@@ -564,6 +564,7 @@ class BoundCompression:
         if not isinstance(compression, (Compression, _Bare)):
             raise CompressionError(f"switch(): expected Compression.<preset>(…), not bound, got {compression!r:.100}.")
         new = (compression if isinstance(compression, Compression) else compression()).method
+        self.check_between_steps("the method was switched")
         if self._waiting is not None:
             raise CompressionError("switch(): state was loaded and no optimizer has taken it over yet; make the optimizer first.")
         if self._aggregator is not None:
@@ -596,7 +597,11 @@ class BoundCompression:
         return self._aggregator
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of all state by parameter name: residuals, server residuals, momentum, step. Differs between ranks: save one per rank."""
+        """Copies of all state by parameter name: residuals, server residuals, momentum, step. Differs between ranks: save one per rank.
+
+        Raises `CompressionError` between a backward pass and its `step()`.
+        """
+        self.check_between_steps("the compression's state was asked for")
         if self._aggregator is None:
             return dict(self._waiting) if self._waiting is not None else Aggregator(self.method, self.named).state_dict()
         return self._aggregator.state_dict()
@@ -613,6 +618,7 @@ class BoundCompression:
 
     def prepare_load(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Check `state` now; calling the result takes it over and cannot fail. Raises as `load_state_dict`."""
+        self.check_between_steps("state was loaded")
         if self._aggregator is not None:
             return self._aggregator.prepare_load(state)
         self.template().prepare_load(state)
@@ -639,9 +645,9 @@ class BoundCompression:
         raise CompressionError("this compression object has not been used by an optimizer yet; make the DistributedOptimizer first.")
 
     def check_between_steps(self, what: str) -> None:
-        """Raise `CompressionError` when a step's exchange is under way; `what` says what was tried."""
+        """Raise `CompressionError` when a step is under way, from its first gradient on; `what` says what was tried."""
         if self._aggregator is not None:
-            self._aggregator.check_between_steps(what)
+            self._aggregator.check_between_steps(what, begun=self._slot is not None and self._slot.accumulates)
 
     def check_together(self, what: str) -> None:
         """See `Aggregator.check_together`."""

@@ -90,6 +90,11 @@ class HorovodSlot:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
 
+    @property
+    def accumulates(self) -> bool:
+        """A backward pass has left gradients that Horovod has not taken yet (backward_passes_per_step)."""
+        return self._accumulated
+
     # -- compress ----------------------------------------------------------------------------------------------------------------
 
     def compress(self, gradient: torch.Tensor) -> tuple[torch.Tensor, _Pending]:

@@ -367,8 +367,8 @@ class _Distributed(torch.optim.Optimizer):
                 f"parameter '{name}' got gradients from more than backward_passes_per_step={self._passes} backward passes before step(); "
                 "raise backward_passes_per_step to accumulate locally."
             )
+        self._aggregator.begin_step()
         if left == 0:
-            self._aggregator.begin_step()
             self._waiting_for[id(self._bucket_of[id(parameter)])] -= 1
             self._watch_backward()
             if self._overlap:

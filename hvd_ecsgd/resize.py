@@ -12,7 +12,7 @@ new pieces, without arithmetic. Counters that do not fit another number of worke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,10 @@ import torch
 from .aggregator import Aggregator, Bucket
 from .protocols import State
 
-__all__ = ["Leaf", "merge", "recut", "resized_state", "shares"]
+__all__ = ["Done", "Leaf", "in_words", "merge", "recut", "resized_state", "shares"]
+
+Done = dict[str, list[str]]
+"""What was done → the slots that it was done to."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ def merge(trees: Sequence[Any], weights: Sequence[int]) -> Any:
     return first
 
 
-def resized_state(template: Aggregator, saved: Callable[[int], Mapping[str, Any]], saved_size: int) -> tuple[dict[str, Any], list[str]]:
-    """The compression state of `template`'s rank made from those of `saved_size` old ranks, and what was done, in words.
+def resized_state(template: Aggregator, saved: Callable[[int], Mapping[str, Any]], saved_size: int) -> tuple[dict[str, Any], Done]:
+    """The compression state of `template`'s rank made from those of `saved_size` old ranks, and what was done.
 
     `saved(r)`: what `state_dict` returned on old rank r, with `Leaf`s for tensors; only those that are needed are asked for.
     """
@@ -73,7 +76,7 @@ def resized_state(template: Aggregator, saved: Callable[[int], Mapping[str, Any]
     weights = shares(rank, size, saved_size)
     olds = [saved(r) for r in weights]
     if not isinstance(olds[0].get("parameters"), Mapping):
-        return dict(olds[0]), []  # prepare_load will say what is wrong with it
+        return dict(olds[0]), {}  # prepare_load will say what is wrong with it
     done: dict[str, set[str]] = {"cut anew": set(), "put together and cut in new pieces": set(), "started again": set(), "copied": set()}
     parameters: dict[str, dict[str, Any]] = {}
     for bucket in template.buckets:
@@ -98,9 +101,17 @@ def resized_state(template: Aggregator, saved: Callable[[int], Mapping[str, Any]
                     done["started again"].add(slot)
                 else:
                     done["copied" if same else "cut anew"].add(slot)
-    done["copied"] -= done["cut anew"]
-    notes = [f"{what}: {', '.join(sorted(slots))}" for what, slots in done.items() if slots]
-    return {**olds[0], "rank": rank, "size": size, "parameters": parameters}, notes
+    return {**olds[0], "rank": rank, "size": size, "parameters": parameters}, {what: sorted(slots) for what, slots in done.items()}
+
+
+def in_words(done: Iterable[Done]) -> list[str]:
+    """What was done on all ranks. What is copied on some and cut anew or started again on others is more than copied."""
+    found: dict[str, set[str]] = {}
+    for one in done:
+        for what, slots in one.items():
+            found.setdefault(what, set()).update(slots)
+    found.get("copied", set()).difference_update(*(slots for what, slots in found.items() if what != "copied"))
+    return [f"{what}: {', '.join(sorted(slots))}" for what, slots in found.items() if slots]
 
 
 def _tensor(saved: Callable[[int], Mapping[str, Any]], name: str, slot: str, r: int) -> torch.Tensor:

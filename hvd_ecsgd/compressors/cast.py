@@ -34,6 +34,8 @@ class Cast(Operator):
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float16, torch.bfloat16):
             raise CompressionError(f"cast: dtype must be torch.float16 or torch.bfloat16, got {self.dtype!r}.")
+        if not isinstance(self.saturate, bool):
+            raise CompressionError(f"cast: saturate must be True or False, got {self.saturate!r}.")
 
     @property
     def summable(self) -> bool:

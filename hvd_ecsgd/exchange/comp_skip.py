@@ -14,7 +14,7 @@ from ..transport.base import Handle, Transport
 from .all_reduce import AllReduce
 from .base import Skipping
 from .skip import Every, SkipPolicy
-from .two_pass import absorb_, answer_, finite
+from .two_pass import absorb_, answer_, check_server_compressor, finite
 
 __all__ = ["CompSkip", "SkipAllReduce"]
 
@@ -98,6 +98,7 @@ class CompSkip(Skipping):
     def __post_init__(self) -> None:
         _check_policy("worker", self.worker)
         _check_policy("server", self.server)
+        check_server_compressor(self.server_compressor)
 
     def check(self, compressor: Compressor) -> None:
         """Any compressor can travel this way, on either side; the server's must bear feedback, which it always has."""

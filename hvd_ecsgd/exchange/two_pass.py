@@ -14,7 +14,13 @@ from ..segments import Segments
 from ..transport.base import Transport
 from .base import Faithful
 
-__all__ = ["TwoPass", "absorb_", "answer_", "finite"]
+__all__ = ["TwoPass", "absorb_", "answer_", "check_server_compressor", "finite"]
+
+
+def check_server_compressor(server: object) -> None:
+    """Raise unless it is a compressor, or None for the worker's."""
+    if server is not None and (isinstance(server, type) or not isinstance(server, Compressor)):
+        raise CompressionError(f"server_compressor: expected an instance from hvd_ecsgd.compressors, or None for the worker's, got {server!r}.")
 
 
 def finite(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> bool:
@@ -78,9 +84,7 @@ class TwoPass(Faithful):
     server_feedback: bool = True
 
     def __post_init__(self) -> None:
-        server = self.server_compressor
-        if server is not None and (isinstance(server, type) or not isinstance(server, Compressor)):
-            raise CompressionError(f"server_compressor: expected an instance from hvd_ecsgd.compressors, or None for the worker's, got {server!r}.")
+        check_server_compressor(self.server_compressor)
         if not isinstance(self.server_feedback, bool):
             raise CompressionError(f"server_feedback must be True or False, got {self.server_feedback!r}.")
 

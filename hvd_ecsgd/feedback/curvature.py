@@ -82,6 +82,8 @@ class Matrix(Curvature):
                 f"Matrix: the Hessian of parameter '{segment.name}' (shape {segment.shape}) must have shape "
                 f"({segment.numel}, {segment.numel}), got {came}."
             )
+        if h.is_complex():
+            raise CompressionError(f"Matrix: the Hessian of parameter '{segment.name}' must be real, got {h.dtype}.")
         return h
 
     @property
@@ -119,9 +121,9 @@ def _call(function: Callable[[Vectors], Vectors], vectors: dict[str, torch.Tenso
         raise CompressionError(f"{who}: the product must return a dictionary from parameter name to H·v, got {result!r:.100}.")
     for name, v in vectors.items():
         h = result.get(name)
-        if not isinstance(h, torch.Tensor) or h.shape != v.shape:
-            came = f"shape {tuple(h.shape)}" if isinstance(h, torch.Tensor) else "nothing" if h is None else repr(h)
-            raise CompressionError(f"{who}: the product of parameter '{name}' must have shape {tuple(v.shape)}, got {came}.")
+        if not isinstance(h, torch.Tensor) or h.shape != v.shape or h.is_complex():
+            came = f"{h.dtype} of shape {tuple(h.shape)}" if isinstance(h, torch.Tensor) else "nothing" if h is None else repr(h)
+            raise CompressionError(f"{who}: the product of parameter '{name}' must be real and have shape {tuple(v.shape)}, got {came}.")
     return result
 
 

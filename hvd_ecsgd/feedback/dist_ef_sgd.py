@@ -69,8 +69,8 @@ class DistEFSGD(GradientUnit):
             "with momentum=0, weight_decay=0."
         )
         refuse_options(self, options, where, {"momentum": 0, "weight_decay": 0, "nesterov": False, "maximize": False}, twice)
-        if "betas" in options:
-            raise CompressionError(f"{self}: {where} belongs to an optimizer with betas={options['betas']}, expected torch.optim.SGD. {twice}")
+        if "dampening" not in options:
+            raise CompressionError(f"{self}: {where} has no dampening, so it is not of torch.optim.SGD, which is expected. {twice}")
 
     def for_dense(self) -> Feedback:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.ranks import horovodrun, require_horovod
 
-PROGRAM = '''
+PROGRAM = """
 import warnings
 import torch, horovod.torch as hvd
 from hvd_ecsgd import Compression
@@ -72,6 +72,21 @@ for gradient in (1e5, *[0.0] * 6):
     optimizer.step()
 assert bound.undone_steps == 0 and abs(x.item() + 1e5) < 1, x.item()
 
+# Between the two backward passes of a step nothing is saved or loaded; after the step it is (control).
+model, optimizer, bound = make(Compression.top_k(4, **everything), prefix="passes.", backward_passes_per_step=2)
+for t in range(2):
+    optimizer.zero_grad()
+    for half in range(2):
+        model(data[2 * t + half]).square().mean().backward()
+        if t:
+            try:
+                bound.state_dict()
+                raise AssertionError("half a step was saved")
+            except ValueError as error:
+                assert "between a backward pass and its optimizer.step" in str(error), error
+    optimizer.step()
+    bound.load_state_dict(bound.state_dict())
+
 # Two models with the same inner names, one backward pass through both.
 a, optimizer_a, _ = make(Compression.top_k(4, **everything), prefix="a.")
 b, optimizer_b, _ = make(Compression.top_k(4, **everything), prefix="b.")
@@ -97,7 +112,7 @@ for epoch in range(2):
     for p in model.parameters():
         p.grad.zero_()
 print("survived", rank)
-'''
+"""
 
 
 def test_what_happens_between_steps() -> None:

@@ -269,7 +269,7 @@ def marker() -> Iterator[str]:
 )
 def test_a_script_that_is_ended_leaves_no_processes(number: signal.Signals, stubborn: bool, marker: str) -> None:
     ignore = "trap '' INT TERM HUP;" if stubborn else ""
-    command = source(f"END_AFTER=2; guarded bash -c \"{ignore} sleep {marker} & sleep {marker}; :\"; echo not reached")
+    command = source(f'END_AFTER=2; guarded bash -c "{ignore} sleep {marker} & sleep {marker}; :"; echo not reached')
     # As at a terminal, no signal is ignored in the script (a shell's `&`, nohup and some test runners ignore some, and bash cannot undo that).
     script = subprocess.Popen(command, cwd=REPO, start_new_session=True, preexec_fn=heed_signals)
     try:

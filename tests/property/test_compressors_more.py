@@ -475,6 +475,7 @@ def chosen_places(compressor: Any, segments: Segments, key: Key) -> set[int]:
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6), blocks=st.integers(1, 50), ratio=st.floats(1, 20), n=st.integers(1, 4), seed=seeds)
 def test_places_do_not_depend_on_buckets_or_pieces(sizes: list[int], blocks: int, ratio: float, n: int, seed: int) -> None:
     """The same places of the model from one table, from a table for each parameter, in any order, and from pieces."""
+    ratio = min(ratio, blocks)
     compressor, key, d = GlobalRandomBlock(ratio, blocks), Key(seed, 0), sum(sizes)
     whole = table(*sizes, dtype=torch.float32)
     reference = chosen_places(compressor, whole, key)

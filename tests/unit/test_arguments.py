@@ -11,7 +11,7 @@ import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, UnboundParameterError, exponential_ratios
 from hvd_ecsgd.aggregator import Aggregator
-from hvd_ecsgd.compressors import RandomBlock, Sign, TopK
+from hvd_ecsgd.compressors import Cast, RandomBlock, Sign, TopK
 from hvd_ecsgd.exchange import AllGather, AllReduce
 from hvd_ecsgd.feedback import Hutchinson, LocalMomentum, Matrix, Product
 from hvd_ecsgd.horovod_slot import HorovodSlot
@@ -56,6 +56,9 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "local for a rank": (lambda: Product(dict, 1), "local must be"),
     "central for a rank": (lambda: Compression.double_squeeze(central=0), "central must be"),
     "error_feedback none": (lambda: Compression.power_sgd(error_feedback=None), "error_feedback must be"),
+    "a server that is no compressor": (lambda: Compression.comp_skip(server_compressor=5), "server_compressor: expected an instance"),  # type: ignore[arg-type]
+    "a server that is a class": (lambda: Compression.comp_skip(server_compressor=TopK), "server_compressor: expected an instance"),  # type: ignore[arg-type]
+    "saturation by a number": (lambda: Cast(saturate=1), "saturate must be True or False"),  # type: ignore[arg-type]
     "bind to a name": (lambda: Compression.top_k().bind(mlp(), "workers"), "process_set must be a ProcessSet"),
     "a point before the first step": (lambda: Compression.top_k().bind(mlp()).at("average"), "'averaged', 'virtual' or 'local'"),
     "attach a schedule": (lambda: Compression.top_k().bind(mlp()).attach(None), "expected the optimizer"),

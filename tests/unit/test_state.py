@@ -23,6 +23,7 @@ class Setup:
     """Model, optimizer, schedule: what a training script holds."""
 
     def __init__(self, case: Case, transport: Transport) -> None:
+        self.case = case
         self.model = mlp()
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=case.momentum, weight_decay=1e-4)
         self.optimizer = DistributedOptimizer(sgd, self.model.named_parameters(), case.make(), transport=transport)
@@ -60,6 +61,44 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     return bool(a == b)
+
+
+def test_nothing_is_saved_or_loaded_between_the_backward_passes_of_a_step() -> None:
+    """What has been accumulated is no part of any state. Before and after it is allowed (control)."""
+    model = mlp()
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), backward_passes_per_step=2)
+    state, everything = optimizer.compression.state_dict(), copy.deepcopy(optimizer.state_dict())
+    for act in (
+        optimizer.compression.state_dict,
+        lambda: optimizer.compression.load_state_dict(state),
+        lambda: optimizer.compression.switch(Compression.none),
+        lambda: optimizer.load_state_dict(everything),
+    ):
+        act()
+        for _ in range(2):
+            model(torch.ones(1, 20)).sum().backward()
+            with pytest.raises(CompressionError, match="between a backward pass and its optimizer"):
+                act()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_residuals_of_several_param_groups_are_loaded_into_one() -> None:
+    """Each is in units of its own learning rate; one bucket has one: what they are worth is kept."""
+
+    def wrap(groups: Any) -> Any:
+        return DistributedOptimizer(torch.optim.SGD(groups, lr=0.1), model.named_parameters(), Compression.top_k(8, **ALL))
+
+    model = mlp()
+    optimizer = wrap([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.01}])
+    train(model, optimizer, 0, range(3))
+    saved = optimizer.compression.state_dict()
+    assert {entry["previous_lr"] for entry in saved["parameters"].values()} == {0.1, 0.01}
+    optimizer = wrap(model.parameters())
+    optimizer.compression.load_state_dict(saved)
+    for name, entry in optimizer.compression.state_dict()["parameters"].items():
+        before = saved["parameters"][name]
+        torch.testing.assert_close(entry["residual"] * entry["previous_lr"], before["residual"] * before["previous_lr"])
 
 
 LAST, FIRST = "model optimizer schedule compression", "compression schedule optimizer model"

@@ -14,11 +14,35 @@ from hvd_ecsgd.compressors import Identity
 from hvd_ecsgd.exchange import CompSkip
 from hvd_ecsgd.feedback import LocalMomentum
 from hvd_ecsgd.transport import Transport, run_simulated
-from tests.cases import ALL, CASES, Case, by_name, ids
+from tests.cases import ALL, CASES, Case, bound_method, by_name, ids
 from tests.problems import batch, flat, mlp, same_bits, slot, train, weights
 
 N = 3
 BAD_STEP = 4
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_training_goes_on_after_every_undone_step(case: Case) -> None:
+    """Three of them, two in a row; the state stays plain numbers."""
+
+    def worker(transport: Transport) -> Any:
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=case.momentum, weight_decay=0.1)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport)
+        for t in range(10):
+            hook = model[0].weight.register_hook(lambda g: g * float("nan")) if t in (2, 4, 5) and transport.rank == 1 else None
+            train(model, optimizer, transport.rank, [t])
+            if hook is not None:
+                hook.remove()
+        state = everything(model, optimizer)
+        assert all(t.isfinite().all() and not t.requires_grad for t in state.values())
+        return optimizer.compression.undone_steps, state["x"]
+
+    results = run_simulated(N, worker)
+    local = bound_method(case).feedback.exchanges(2) is False
+    assert local or [undone for undone, _ in results] == [3] * N
+    assert same_bits(x for _, x in results)
+
 
 Spoil = Callable[[torch.nn.Module, int], Any]
 """Registers a hook that makes this rank's gradients bad, and returns it (or None)."""
