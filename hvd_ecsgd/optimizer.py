@@ -9,6 +9,7 @@ import struct
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -354,8 +355,12 @@ class _Distributed(torch.optim.Optimizer):
         self._aggregator.also_agree_on(backward_passes_per_step=passes)
         self._reset_counts()
 
+    def _begun(self) -> bool:
+        """Gradients of a step have come that was not exchanged yet."""
+        return self._submitted > 0 or any(left < self._passes for left in self._passes_left.values())
+
     def _check_no_gradients(self, what: str) -> None:
-        if self._submitted or any(left < self._passes for left in self._passes_left.values()):
+        if self._begun():
             raise CompressionError(f"{what}: gradients of this step are under way; call it after step().")
 
     def _gradient_ready(self, parameter: torch.Tensor) -> None:
@@ -469,7 +474,10 @@ class _Distributed(torch.optim.Optimizer):
     # -- step --------------------------------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        """Finish the exchange. Methods that leave the update to the optimizer then hold the mean in `p.grad`; all do NaN when the step was undone."""
+        """Finish the exchange. Methods that leave the update to the optimizer then hold the mean in `p.grad`; all do NaN when the step was undone.
+
+        Called twice, it warns, and exchanges nothing again.
+        """
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad and id(p) not in self._bound_ids:
@@ -479,9 +487,13 @@ class _Distributed(torch.optim.Optimizer):
                         "make a new DistributedOptimizer after unfreezing or adding parameters, or wrap while all is trainable and freeze then."
                     )
         if self._results is not None:
-            raise CompressionError(
-                "synchronize(): this step's exchange is done already. Call step() inside `with optimizer.skip_synchronize():` after synchronize()."
+            warnings.warn(
+                "this step's gradients were exchanged by optimizer.synchronize() already, and are not exchanged again. Call optimizer.step() inside "
+                "`with optimizer.skip_synchronize():` after it.",
+                UserWarning,
+                stacklevel=3,
             )
+            return
         self._submit_ready(everything=True)
         self._executor.drain()
         self._check_untouched()
@@ -742,8 +754,8 @@ class _Distributed(torch.optim.Optimizer):
             self.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the optimizer's. Raises between the start of a backward pass's exchange and `step()`."""
-        if self._submitted:
+        """As the optimizer's. Raises `SequenceError` between a backward pass, of several the first, and `step()`."""
+        if self._begun():
             raise SequenceError(
                 "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
                 "Call it after step(). (After an exception in the backward pass, make a new DistributedOptimizer.)"

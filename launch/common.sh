@@ -345,6 +345,16 @@ launch() {
 
 # ---- in a Slurm job
 
+# Where there is no job to ask: what the batch file's own #SBATCH lines ask for. Which start works is only known inside of a job.
+pretend_job() {
+    [ -z "${SLURM_JOB_ID:-}" ] || return 0
+    export SLURM_JOB_ID=0 SLURM_JOB_NODELIST='node[0-1]' SLURM_JOB_NUM_NODES=2 SLURM_NTASKS=2 SLURM_SUBMIT_DIR=$PWD
+    say "no job, a dry run: sbatch's own options are not seen, and START=auto is taken for srun with pmix, without a trial"
+    export START=${START:-auto} START_WITH=${START_WITH:-auto}
+    if [ "$START" = auto ]; then START=srun; fi
+    if [ "$START_WITH" = auto ]; then START_WITH=pmix; fi
+}
+
 slurm_job() {
     [ -n "${SLURM_JOB_ID:-}" ] || die "this is no Slurm job." "Submit it: sbatch $0"
     export SLURM_NTASKS=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}
@@ -382,6 +392,7 @@ choose_start() {
     local kind kinds=$START_WITH before
     case $START in srun|mpirun|auto) ;; *) die "START='$START' is not known." "It is srun, mpirun or auto." ;; esac
     if [ "$START" = mpirun ]; then say "start: mpirun, as asked"; return; fi
+    if [ "$SLURM_JOB_ID" = 0 ]; then return; fi
     if [ "$kinds" = auto ]; then kinds='pmix pmi2'; fi
     for kind in $kinds; do
         # An MPI that does not speak Slurm's language fails, or starts every rank alone, as rank 0 of 1.

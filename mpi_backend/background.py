@@ -5,17 +5,22 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 __all__ = ["Background"]
+
+_A_WHILE = 1.0
 
 
 class Background:
     """`hvd_ecsgd.optimizer.Executor` with a thread of its own, which starts with the first work, and sleeps without.
 
-    After an exception what is left is dropped; the exception is raised by the next call, whichever that is.
+    After an exception what is left is dropped; the exception is raised by the next call, whichever that is. `waits`: entered by whoever has waited
+    for a second in `drain`, until it waits no more; what it gives is then called now and then, and may raise.
     """
 
     concurrent = True
+    waits: Callable[[], AbstractContextManager[Callable[[], None]]] | None = None
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -38,8 +43,15 @@ class Background:
             self._changed.notify_all()
 
     def drain(self) -> None:
+        def done() -> bool:
+            return not self._queue and not self._busy
+
         with self._changed:
-            self._changed.wait_for(lambda: not self._queue and not self._busy)
+            if not self._changed.wait_for(done, _A_WHILE) and self.waits is not None:
+                with self.waits() as look:
+                    while not self._changed.wait_for(done, 0.1):
+                        look()
+            self._changed.wait_for(done)
             self._raise()
 
     def close(self) -> None:

@@ -310,17 +310,23 @@ def grouped_allreduce(
     reduction = _op(op, average)
     compressed, extras = _compressed(_tensors(tensors, "allreduce"), compression, "allreduce")
     options = reduction, prescale_factor, postscale_factor, process_set
-    if _differentiated(compressed):
-        name = runtime.channel(process_set).named(name, "allreduce")
-        results = cast("tuple[torch.Tensor, ...]", _Allreduce.apply(name, options, *compressed))  # type: ignore[no-untyped-call]
-    else:
-        results = _allreduce_fresh(compressed, name, *options)
+    results = _allreduce_differentiably(compressed, name, *options)
     return [compression.decompress(t, extra) for t, extra in zip(results, extras, strict=True)]
 
 
 def _allreduce_fresh(tensors: Sequence[torch.Tensor], name: str | None, op: int, pre: float, post: float, of: ProcessSet) -> tuple[torch.Tensor, ...]:
     fresh = [_fresh(t) for t in tensors]
     return _start_allreduce(fresh, fresh, name, op, pre, post, of, tuple).wait()
+
+
+def _allreduce_differentiably(
+    tensors: Sequence[torch.Tensor], name: str | None, op: int, pre: float, post: float, of: ProcessSet
+) -> tuple[torch.Tensor, ...]:
+    """In a backward pass too, for gradients of gradients."""
+    if not _differentiated(tensors):
+        return _allreduce_fresh(tensors, name, op, pre, post, of)
+    name = runtime.channel(of).named(name, "allreduce")
+    return cast("tuple[torch.Tensor, ...]", _Allreduce.apply(name, (op, pre, post, of), *tensors))  # type: ignore[no-untyped-call]
 
 
 class _Allreduce(torch.autograd.Function):
@@ -334,7 +340,7 @@ class _Allreduce(torch.autograd.Function):
         op = ctx.options[0]
         if op not in (Average, Sum):
             raise ValueError(f"allreduce: {_OP_NAMES[op]} has no gradient here; use Average or Sum, or detach the tensor.")
-        return None, None, *_allreduce_fresh(gradients, f"{ctx.name}.gradient", *ctx.options)
+        return None, None, *_allreduce_differentiably(gradients, f"{ctx.name}.gradient", *ctx.options)
 
 
 def _start_allreduce(
@@ -470,7 +476,7 @@ class _Allgather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        means = _allreduce_fresh(gradients, f"{ctx.name}.gradient", Average, 1.0, 1.0, ctx.process_set)
+        means = _allreduce_differentiably(gradients, f"{ctx.name}.gradient", Average, 1.0, 1.0, ctx.process_set)
         return None, None, *(mean.narrow(0, first, rows) for mean, (first, rows) in zip(means, ctx.mine, strict=True))
 
 
@@ -552,8 +558,10 @@ class _Broadcast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (mean,) = _allreduce_fresh(gradients, f"{ctx.name}.gradient", Average, 1.0, 1.0, ctx.process_set)
-        return mean if runtime.context().rank == ctx.root_rank else torch.zeros_like(mean), None, None, None
+        (mean,) = _allreduce_differentiably(gradients, f"{ctx.name}.gradient", Average, 1.0, 1.0, ctx.process_set)
+        if runtime.context().rank != ctx.root_rank:  # still a function of it: all ranks go through its own backward pass
+            mean = mean.masked_fill(torch.ones((), dtype=torch.bool, device=mean.device), 0.0)
+        return mean, None, None, None
 
 
 def _start_broadcast(
@@ -628,12 +636,17 @@ def alltoall(
     Differentiable: gradients go back the way the rows came.
     """
     given = _tensor(tensor, "alltoall")
-    if _differentiated([given]):
-        name = runtime.channel(process_set).named(name, "alltoall")
-        out, received = cast("tuple[torch.Tensor, torch.Tensor]", _Alltoall.apply(given, splits, name, process_set))  # type: ignore[no-untyped-call]
-    else:
-        out, received = alltoall_async(given, splits, name, process_set).wait()
+    out, received = _alltoall_differentiably(given, splits, name, process_set)
     return out if splits is None else (out, received)
+
+
+def _alltoall_differentiably(
+    tensor: torch.Tensor, splits: Sequence[int] | Array | None, name: str | None, process_set: ProcessSet
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not _differentiated([tensor]):
+        return alltoall_async(tensor, splits, name, process_set).wait()
+    name = runtime.channel(process_set).named(name, "alltoall")
+    return cast("tuple[torch.Tensor, torch.Tensor]", _Alltoall.apply(tensor, splits, name, process_set))  # type: ignore[no-untyped-call]
 
 
 class _Alltoall(torch.autograd.Function):
@@ -648,7 +661,7 @@ class _Alltoall(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        back, _ = alltoall_async(gradients[0], ctx.received, f"{ctx.name}.gradient", ctx.process_set).wait()
+        back, _ = _alltoall_differentiably(gradients[0], ctx.received, f"{ctx.name}.gradient", ctx.process_set)
         unsent = back.new_zeros((ctx.rows - back.shape[0], *back.shape[1:]))  # rows beyond the sum of splits went nowhere
         return torch.cat([back, unsent]), None, None, None
 
@@ -746,7 +759,7 @@ def _start_reducescatter(
     postscale: float,
     shaped: Callable[[list[torch.Tensor]], T],
 ) -> Pending[T]:
-    from .engine import average_, scale_
+    from .engine import finish_, scale_
 
     channel = runtime.channel(process_set)
     label, n, op = channel.named(name, "reducescatter"), channel.size, _op(op, None)
@@ -769,9 +782,7 @@ def _start_reducescatter(
 
     def finish(parts: list[torch.Tensor]) -> T:
         for part in parts:
-            if op == Average:
-                average_(part, n)
-            scale_(part, postscale)
+            finish_(part, n if op == Average else 1, postscale)
         rows = [t.shape[0] // n + (channel.rank < t.shape[0] % n) for t in works]
         return shaped([part.view(r, *t.shape[1:]) for part, r, t in zip(parts, rows, works, strict=True)])
 

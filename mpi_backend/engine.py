@@ -26,7 +26,7 @@ from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle
 
 from .errors import HorovodInternalError, MismatchError
-from .negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, Leave, Left, Message, Request, Run, StallCheck
+from .negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, Leave, Left, Message, Request, Run, StallCheck, Withdraw
 from .timeline import Timeline
 from .transport import MPITransport
 
@@ -133,9 +133,10 @@ class Channel:
         first = self.rank == _COORDINATOR
         self._coordinator = Coordinator(self.ranks, engine.fusion_bytes, engine.stall) if first else None
         self._lock = threading.Lock()  # the four below are touched by callers
-        self._queue: deque[_Submission | Join | Leave] = deque()
+        self._queue: deque[_Submission | Withdraw | Join | Leave] = deque()
         self._names: set[str] = set()
         self._numbers = itertools.count()
+        self._joins = 0
         self._closed = False
         self._held: dict[str, _Submission] = {}  # from here on: the engine's
         self._taken: list[Pending[Any]] = []  # out of `_held`, and not on their way yet, or not any more
@@ -150,7 +151,7 @@ class Channel:
     def automatic_name(self) -> str:
         """A name for a collective that the user gave none. It does not say which kind it is: so a mix-up is noticed, not waited for."""
         with self._lock:
-            return f"noname.{next(self._numbers)}"
+            return f"noname.{self._joins}.{next(self._numbers)}"
 
     def named(self, name: object, what: str) -> str:
         """`name`, or where the user gave none an automatic one. Raises ValueError, about `what`, for one that is no string."""
@@ -191,6 +192,12 @@ class Channel:
             self._queue.append(submission)
         self._engine.nudge()
         return pending
+
+    def withdraw(self, name: str) -> None:
+        """Take a request back, if nothing has been decided on it: it fails then, and the name is free."""
+        with self._lock:
+            self._queue.append(Withdraw(name))
+        self._engine.nudge()
 
     def join(self) -> Pending[int]:
         """See `Join`; the result is the global rank that joined last."""
@@ -331,6 +338,8 @@ class Channel:
             elif isinstance(decision, Joined):
                 assert self._joining is not None
                 joining, self._joining = self._joining, None
+                with self._lock:  # some have had more batches: automatic names go on together
+                    self._joins, self._numbers = self._joins + 1, itertools.count()
                 joining.settle(decision.last)
             elif isinstance(decision, JoinFailed):
                 if self.rank in decision.ranks and self._joining is not None:
@@ -389,9 +398,7 @@ class Channel:
 
         def finish(values: list[Any]) -> None:
             for whole, parts in zip(wholes, by_dtype.values(), strict=True):
-                if first.average:
-                    average_(whole, self.size)
-                scale_(whole, first.postscale)
+                finish_(whole, self.size if first.average else 1, first.postscale)
                 if len(parts) > 1:
                     for part, t in zip(torch.split(whole, [t.numel() for t in parts]), parts, strict=True):
                         t.copy_(part)
@@ -437,11 +444,14 @@ def scale_(t: torch.Tensor, factor: float) -> None:
         t.copy_(t.double().mul_(factor)) if not t.is_floating_point() else t.mul_(factor)
 
 
-def average_(t: torch.Tensor, n: int) -> None:
+def finish_(t: torch.Tensor, n: int, factor: float) -> None:
+    """t ← factor · t / n; integers, as in Horovod, are truncated towards zero once."""
     if t.is_floating_point():
-        t.div_(n)
-    else:
+        scale_(t if n == 1 else t.div_(n), factor)
+    elif factor == 1.0:
         t.copy_(torch.div(t, n, rounding_mode="trunc"))
+    else:
+        t.copy_(t.double().mul_(factor).div_(n))
 
 
 class Engine:

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Coordinator", "Decision", "Fail", "Join", "Joined", "JoinFailed", "Leave", "Left", "Message", "Reduce", "Request", "Run", "StallCheck"]
+__all__ = ["Coordinator", "Decision", "Fail", "Join", "Joined", "JoinFailed", "Leave", "Left", "Message", "Reduce", "Request", "Run", "StallCheck",
+           "Withdraw"]  # fmt: skip
 
 _SHOWN = 360
 """Characters of a request's text in an error message; of a longer one its beginning, and the place where it differs."""
@@ -64,7 +65,14 @@ class Leave:
     """The rank shuts down: what it has not submitted by now will never come."""
 
 
-Message: TypeAlias = Request | Join | Leave
+@dataclass(frozen=True)
+class Withdraw:
+    """The rank waits for the collective `name` no more. It fails there, unless it has been decided on."""
+
+    name: str
+
+
+Message: TypeAlias = Request | Withdraw | Join | Leave
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,13 @@ class Coordinator:
         for message in messages:
             if isinstance(message, Request):
                 self._submitted(rank, message, now)
+                continue
+            if isinstance(message, Withdraw):
+                entry = self._entries.get(message.name)
+                if entry is not None and entry.requests.pop(rank, None) is not None:
+                    self._decided.append(Fail(message.name, frozenset({rank}), f"{message.name} was withdrawn."))
+                    if not entry.requests:
+                        del self._entries[message.name]
                 continue
             if isinstance(message, Join):
                 self._joined[rank] = None

@@ -312,10 +312,12 @@ def new_background() -> Background | None:
     return _backgrounds[-1]
 
 
-def add_optimizer(optimizer: Any, transport: Any) -> None:
-    """Note a DistributedOptimizer, for `join`, and for what is said of its transport; all ranks note theirs in the same order."""
-    _distributed[next(_numbers)] = optimizer
+def add_optimizer(optimizer: Any, transport: Any) -> int:
+    """Note a DistributedOptimizer, for `join`, and for what is said of its transport; all ranks note theirs in the same order. Its number."""
+    number = next(_numbers)
+    _distributed[number] = optimizer
     transport.user = weakref.ref(optimizer)
+    return number
 
 
 def tell_dropped(waits: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .basics import size
@@ -17,7 +18,8 @@ class SyncBatchNorm(_BatchNorm):
     """`torch.nn.BatchNorm1d/2d/3d`, with the mean and variance of the examples of all ranks, which may have different numbers of them, even none.
 
     Input (N, C, …), on any device (Horovod's needs a GPU); arguments as torch's. Statistics are formed in float32 (float64 for float64), from each
-    rank's own mean and sum of squared deviations (Chan, Golub, LeVeque 1983), so they do not cancel. The gradients of weight and bias are those of
+    rank's own mean and sum of squared deviations (Chan, Golub, LeVeque 1983), so they do not cancel. Differentiable once: a second time is
+    an error. The gradients of weight and bias are those of
     this rank's examples: the distributed optimizer averages them. In evaluation, and on one rank, it is torch's. Raises ValueError for input of
     fewer than two dimensions, of integers, and of other than `num_features` channels where something is kept by channel.
     """
@@ -88,6 +90,7 @@ class _Normalise(torch.autograd.Function):
         return (out if bias is None else out + bias.to(wide).view(ctx.shape)).to(input.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         normal, deviation, weight, total = ctx.saved_tensors
         g = gradients[0].to(normal.dtype)

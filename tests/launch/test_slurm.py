@@ -202,5 +202,9 @@ def test_outside_of_a_job_they_explain_themselves(file: str) -> None:
     env = {k: v for k, v in rank_environment().items() if not k.startswith("SLURM_")}
     helped = subprocess.run(["bash", str(BATCH / file), "--help"], env=env, cwd=REPO, capture_output=True, text=True, timeout=60)
     assert helped.returncode == 0 and f"sbatch launch/slurm/{file}" in helped.stdout and "set -euo" not in helped.stdout
+    dry = subprocess.run(["bash", str(BATCH / file), "--dry-run", "python", "x.py"], env=env, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert dry.returncode == 0 and re.fullmatch(r"srun --mpi=pmix .*--export=ALL python x\.py\n", dry.stdout), dry.stdout + dry.stderr
+    dry = subprocess.run(["bash", str(BATCH / file), "ls"], env=env | {"DRY_RUN": "1", "START": "mpirun"}, cwd=REPO, capture_output=True, text=True)
+    assert dry.returncode == 0 and re.fullmatch(r"mpirun .*-n 2 .*ls\n", dry.stdout), dry.stdout + dry.stderr
     refused = subprocess.run(["bash", str(BATCH / file)], env=env, cwd=REPO, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1 and "error: this is no Slurm job." in refused.stderr

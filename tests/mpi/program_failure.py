@@ -101,8 +101,10 @@ if last:
         def out_of_memory(*given: object) -> None:
             raise MemoryError("on purpose")
 
-        setattr(engine, "scale_" if how == "start" else "average_", out_of_memory)
+        setattr(engine, "scale_" if how == "start" else "finish_", out_of_memory)
         collective()
+    elif how == "stall":
+        pass  # and never comes
     elif how == "ctrl-c":
         os.kill(os.getppid(), signal.SIGINT)  # mpirun's
     elif where == "step":  # within MPI, where Python does not see the signal: the others do not take part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -63,6 +64,11 @@ for dtype in DTYPES:
 verdict.equal(hvd.allreduce(torch.tensor([-5, 5]) * (rank == 0)), torch.tensor([-(5 // size), 5 // size]), "the mean of integers truncates")
 verdict.equal(hvd.allreduce(torch.tensor([-3, 3]), op=hvd.Sum, prescale_factor=0.5), torch.tensor([-size, size]), "prescaled integers truncate")
 verdict.equal(hvd.allreduce(torch.tensor([-3, 3]) * (rank == 0), op=hvd.Sum, postscale_factor=0.5), torch.tensor([-1, 1]), "postscaled likewise")
+few = torch.tensor([-27, 1]) * (rank == 0)
+verdict.equal(hvd.allreduce(few, postscale_factor=0.3), torch.tensor([-int(27 * 0.3 / size), 0]), "a scaled mean truncates once")
+verdict.equal(hvd.allreduce(few, postscale_factor=float(size)), torch.tensor([-27, 1]), "a mean scaled to the sum is the sum")
+rows = hvd.reducescatter(few.repeat(size), postscale_factor=float(size))
+verdict.equal(rows, torch.tensor([-27, 1]), "reducescatter likewise")
 
 # Forms of arguments: 0-D, not contiguous, NumPy, old-style average; and those that are refused.
 verdict.equal(hvd.allreduce(torch.tensor(float(rank)), op=hvd.Sum), torch.tensor(size * (size - 1) / 2), "0-D")
@@ -219,6 +225,25 @@ out, _ = hvd.alltoall(x, [2] * size)
 verdict.equal(x.grad, torch.tensor([1.0 + i // 2 for i in range(2 * size)] + [0.0]), "gradient of alltoall")
 x = torch.ones(1, requires_grad=True)
 verdict.raises(ValueError, lambda: hvd.allreduce(x, op=hvd.Min).backward(), "gradient of Min", "Min has no gradient")
+
+
+def twice(call: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, and the gradient of the sum of the gradient of Σ y³."""
+    x = torch.arange(1.0, size + 1.0).add(rank).requires_grad_()
+    (g,) = torch.autograd.grad((call(x) ** 3).sum(), x, create_graph=True)
+    g.sum().backward()
+    assert x.grad is not None
+    return x.detach(), x.grad
+
+
+sums = torch.arange(1.0, size + 1.0) * size + size * (size - 1) / 2
+verdict.equal(twice(lambda x: hvd.allreduce(x, op=hvd.Sum, name="twice"))[1], 6 * size**2 * sums, "second gradient of allreduce Sum")
+x, second = twice(lambda x: hvd.allgather(x, name="twice"))
+verdict.expect(torch.allclose(second, 6 * x / size), f"second gradient of allgather: {second}")
+x, second = twice(lambda x: hvd.broadcast(x, 0, name="twice"))
+verdict.expect(torch.allclose(second, 6 * x / size * (rank == 0)), f"second gradient of broadcast: {second}")
+x, second = twice(lambda x: hvd.alltoall(x, name="twice"))  # type: ignore[arg-type,return-value]
+verdict.equal(second, 6 * x, "second gradient of alltoall")
 
 # Objects.
 verdict.expect(hvd.broadcast_object({"rank": rank}, size - 1) == {"rank": size - 1}, "broadcast_object")

@@ -106,7 +106,12 @@ for batch in range(rank):
         verdict.raises(hvd.HorovodInternalError, lambda: hvd.allreduce(torch.ones(1), name="late", op=hvd.Max), "Max after a join", "joined")
 verdict.expect(hvd.join() == (last if last else 0), "the last rank joins last")
 verdict.equal(hvd.allreduce(torch.ones(1), op=hvd.Sum), torch.tensor([float(size)]), "after joining")
+for _ in range(rank):
+    hvd.allreduce(torch.ones(2))
 verdict.expect(hvd.join() in range(size), "joining again")
+calls = [hvd.allreduce_async(torch.full((1,), 10.0 * i + rank), op=hvd.Sum) for i in range(3)]
+sums = [torch.tensor([10.0 * i * size + size * (size - 1) / 2]) for i in range(3)]
+verdict.expect([hvd.synchronize(h) for h in calls] == sums, "unnamed ones are matched by their order since the join")
 
 # What one rank never submits is reported, with names, and fails after a while; on that rank too, when it comes.
 if size > 1:

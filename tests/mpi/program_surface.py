@@ -222,6 +222,11 @@ for channels in (1, 2):  # one would be broadcast to three without a word
 verdict.raises(ValueError, lambda: norm(torch.ones(3)), "1-D", "at least 2D")
 verdict.expect(norm(torch.arange(12.0).view(4, 3)).shape == (4, 3), "the control: three channels")
 
+x = torch.arange(12.0).view(4, 3).add(rank).requires_grad_()
+(first,) = torch.autograd.grad((norm(x) ** 3).sum(), x, create_graph=True)
+if size > 1:  # on one rank it is torch's
+    verdict.raises(RuntimeError, lambda: first.square().sum().backward(), "the gradient of the gradient", "once_differentiable")
+
 # ---- old and new arguments
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

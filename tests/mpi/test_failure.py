@@ -13,7 +13,8 @@ from tests.ranks import mpirun, require_mpirun, run_job
 
 PROGRAM = Path(__file__).parent / "program_failure.py"
 LIMIT = 10.0  # seconds from the failure to the end of the last process
-LEFT = r"rank 1 left \(by the end of the script, or sys\.exit\) without a collective that rank 0 has started: "
+# By whoever is first: the watchdog, or the coordinator, which is told after a second that rank 0 waits.
+LEFT = r"gradients of 'weight', 'bias': rank 1 shut down without it|rank 1 left \(by the end of the script, .*\) without a collective"
 
 
 def job(how: str, where: str, *options: str, env: dict[str, str] | None = None, expect_failure: bool = True, n: int = 2, timeout: float = 90) -> str:
@@ -43,11 +44,17 @@ def job(how: str, where: str, *options: str, env: dict[str, str] | None = None, 
         ("interrupt", "step", r"rank 1 was interrupted \(SIGINT\) while it waited"),
         ("interrupt", "function", r"uncaught exception on rank 1 of 2(.|\n)*KeyboardInterrupt"),
         ("ctrl-c", "step", r""),
+        (
+            "stall",
+            "step",
+            r"step 1 of DistributedOptimizer 0, the gradients of 'weight', 'bias': submitted by rank 0, but not by rank 1 within 2 s",
+        ),
     ],
 )
 def test_the_job_ends_on_all_ranks_and_names_the_one_that_failed(how: str, where: str, message: str) -> None:
     # Without the threads the main one waits inside of MPI, where Python sees no signal.
     env = {"MPI_BACKEND_THREAD": "0"} if message.startswith("rank 1 was interrupted") else None
+    env = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "2"} if how == "stall" else env
     output = job(how, where, env=env)
     assert re.search(message, output), output
 

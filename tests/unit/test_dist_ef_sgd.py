@@ -75,7 +75,7 @@ def wrap(make: Callable[[Any], torch.optim.Optimizer], compression: Any, **optio
 TWICE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "weight_decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-4),
-    "betas": lambda p: torch.optim.Adam(p),
+    "no dampening": lambda p: torch.optim.Adam(p),
 }
 
 
@@ -84,7 +84,7 @@ def test_momentum_in_both_places_is_refused(what: str) -> None:
     with pytest.raises(CompressionError, match=f"{what}.*at the same time is refused"):
         wrap(TWICE[what], Compression.dist_ef_sgd(momentum=0.9))
     wrap(lambda p: torch.optim.SGD(p, lr=0.1), Compression.dist_ef_sgd(momentum=0.9))  # controls: one place is enough
-    if what != "betas":
+    if what != "no dampening":
         wrap(TWICE[what], Compression.dist_ef_sgd())
     wrap(TWICE[what], Compression.double_squeeze())
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_backend.negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, Leave, Left, Reduce, Request, Run, StallCheck
+from mpi_backend.negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, Leave, Left, Reduce, Request, Run, StallCheck, Withdraw
 
 NEVER = StallCheck(None, None)
 
@@ -172,3 +172,18 @@ def test_settings_of_the_stall_check(monkeypatch: pytest.MonkeyPatch) -> None:
         StallCheck.from_environment()
     monkeypatch.setenv("HOROVOD_STALL_CHECK_DISABLE", "1")
     assert StallCheck.from_environment() == NEVER
+
+
+def test_a_request_that_is_withdrawn_is_waited_for_no_more() -> None:
+    """It is reported and fails no more, and the name may come again. One that was decided on has run (control)."""
+    coordinator = Coordinator([0, 1, 2], 0, StallCheck(1.0, 2.0))
+    coordinator.receive(0, [reduce("a"), reduce("b")], 0.0)
+    coordinator.receive(1, [reduce("b")], 0.0)
+    coordinator.receive(0, [Withdraw("a"), Withdraw("b"), Withdraw("never heard of")], 0.5)
+    assert coordinator.take() == [Fail(name, frozenset({0}), f"{name} was withdrawn.") for name in "ab"]
+    assert [line.split(" named ")[1][:3] for line in coordinator.check_stalls(1.5)] == ["'b'"], "rank 1 waits still"
+    for rank in range(3):
+        coordinator.receive(rank, [reduce("a")], 1.6)
+    coordinator.receive(0, [Withdraw("a")], 1.7)
+    assert ran(coordinator.take()) == ["a"]
+    assert not coordinator.check_stalls(1.8)

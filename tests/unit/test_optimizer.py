@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from hvd_ecsgd.exchange import AllGather, TwoPass
 from hvd_ecsgd.feedback import NoFeedback
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, bound_method, by_name, ids
-from tests.problems import batch, mlp, same_bits, simulate, train, weights
+from tests.problems import batch, flat, mlp, same_bits, simulate, train, weights
 
 N = 3
 
@@ -237,11 +238,44 @@ def test_the_order_of_calls_is_checked() -> None:
     with pytest.raises(AssertionError, match="zero_grad"):  # as Horovod raises
         optimizer.zero_grad()
     optimizer.synchronize()
-    with pytest.raises(CompressionError, match="skip_synchronize"):
-        optimizer.step()
     with optimizer.skip_synchronize():
         optimizer.step()
     optimizer.zero_grad()
+
+
+def test_what_is_exchanged_is_not_exchanged_again() -> None:
+    """`synchronize()` twice, or before a plain `step()`, warns, as Horovod does of the latter, and is the ordinary step."""
+    weights_of = []
+    for calls in ("step", "synchronize step", "synchronize synchronize step"):
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), Compression.random_block(8, **ALL))
+        for t in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch(0, t)[0]), batch(0, t)[1]).backward()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for call in calls.split():
+                    getattr(optimizer, call)()
+            assert ["not exchanged again" in str(w.message) for w in caught] == [True] * (len(calls.split()) - 1)
+        weights_of.append(flat(model.parameters()))
+    assert same_bits(weights_of)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_gradients_of_a_step_that_has_begun_are_not_dropped(overlap: bool) -> None:
+    """In the middle of an accumulation, say. After the step they are (control)."""
+    model = mlp()
+    optimizer = DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), backward_passes_per_step=2, overlap=overlap
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        for _ in range(2):
+            model(batch(0, 0)[0]).sum().backward()
+            with pytest.raises(AssertionError, match="zero_grad"):
+                optimizer.zero_grad()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
