@@ -4,7 +4,7 @@
     horovodrun --gloo -np 2 python examples/digits.py --backend horovod --method double_squeeze
     mpirun -n 2 python examples/digits.py --checkpoint folder        # saves after every epoch, and goes on from there when it is started again
 
-Both backends give the same weights, to float32 rounding.
+Both backends give the same weights (of two processes or more: with one, Horovod does not compress), to float32 rounding.
 """
 
 from __future__ import annotations

@@ -345,7 +345,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise CheckpointError(
-            "save_checkpoint and load_checkpoint need the package safetensors: pip install safetensors (or hvd-ecsgd[checkpoint])."
+            "save_checkpoint and load_checkpoint need the package safetensors: pip install safetensors."
         ) from error
     return safetensors.torch
 

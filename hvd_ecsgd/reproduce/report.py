@@ -21,7 +21,7 @@ def need(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
-        raise SystemExit(f"hvd-ecsgd reproduce needs {package}: pip install 'hvd-ecsgd[examples]', or pip install {package}.") from error
+        raise SystemExit(f"hvd-ecsgd reproduce needs {package}: pip install '.[examples]' in a clone, or pip install {package}.") from error
 
 
 @dataclass(frozen=True)
