@@ -48,7 +48,7 @@ class Case:
     exact: bool = True
     """n = 2 real workers give the bits of the simulation. False: Horovod sums this payload in half precision."""
     conserves: bool = True
-    """What is not sent is kept somewhere: the η-ratio invariant (ALGORITHMS §2), or z's (§3), holds to rounding."""
+    """What is not sent is kept somewhere: the η-ratio invariant (docs/algorithms.md §2), or z's (§3), holds to rounding."""
     draws: bool = False
     """Results depend on the step number: by randomness (and the parameter's name), or by a schedule."""
     saves: bool = True

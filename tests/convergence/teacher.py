@@ -1,4 +1,4 @@
-"""The teacher–student problem of ALGORITHMS §3, smaller on request."""
+"""The teacher–student problem of docs/algorithms.md §3, smaller on request."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_feedback_pays() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_the_order_of_methods() -> None:
-    """ALGORITHMS §3 as it stands: 2 048 steps of 8 workers, best of three learning rates, mean of three seeds: none < EF, and EF + 3 points < DEF."""
+    """docs/algorithms.md §3 as it stands: 2 048 steps of 8 workers, best of three rates, mean of three seeds: none < EF, EF + 3 points < DEF."""
     best = {name: sum(max(accuracy(make, lr, seed) for lr in RATES) for seed in range(3)) / 3 for name, make in METHODS.items()}
     assert best["none"] < best["EF"], best
     assert best["EF"] + 0.03 < best["DEF"], best

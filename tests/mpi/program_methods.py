@@ -94,7 +94,7 @@ def methods(transport: MPITransport, names: list[str]) -> bool:
     return good
 
 
-# ALGORITHMS §10: f_i(x) = ⟨a_i, x⟩² + ¼‖x‖²
+# docs/algorithms.md §10: f_i(x) = ⟨a_i, x⟩² + ¼‖x‖²
 A = torch.tensor([[-3.0, 2.0, 2.0], [2.0, -3.0, 2.0], [2.0, 2.0, -3.0]], dtype=torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""hvd_ecsgd.DistributedOptimizer over MPI: every method on real ranks, and the counterexample of ALGORITHMS §10."""
+"""hvd_ecsgd.DistributedOptimizer over MPI: every method on real ranks, and the counterexample of docs/algorithms.md §10."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CompSkip: what silent workers and servers keep is not lost, and nobody waits for them (ALGORITHMS §4)."""
+"""CompSkip: what silent workers and servers keep is not lost, and nobody waits for them (docs/algorithms.md §4)."""
 
 from __future__ import annotations
 

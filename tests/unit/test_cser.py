@@ -1,4 +1,4 @@
-"""CSER: its recursion as in the paper, line by line, and what the errors and resets must keep (ALGORITHMS §3)."""
+"""CSER: its recursion as in the paper, line by line, and what the errors and resets must keep (docs/algorithms.md §3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DEF must equal (ALGORITHMS §3, oracles): EF and SAEF to the bit, and on a quadratic, without momentum, compensation with a matrix."""
+"""What DEF must equal (docs/algorithms.md §3, oracles): EF and SAEF to the bit, and on a quadratic, without momentum, compensation with a matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dist-EF-SGD with momentum: the auxiliary iterate is momentum SGD on the mean gradients, and momentum is in one place only (ALGORITHMS §5)."""
+"""dist-EF-SGD with momentum: the auxiliary iterate is momentum SGD on the mean gradients, and momentum is in one place (docs/algorithms.md §5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoubleSqueeze: the paper's comparison, and its central form against the sharded one (ALGORITHMS §2)."""
+"""DoubleSqueeze: the paper's comparison, and its central form against the sharded one (docs/algorithms.md §2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hessian-aided error compensation: the table of ALGORITHMS §6, changing learning rates, diagonals, and what the rule refuses."""
+"""Hessian-aided error compensation: the table of docs/algorithms.md §6, changing learning rates, diagonals, and what the rule refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The equations that error feedback must obey, in float64 on three simulated workers (ALGORITHMS §2, §3)."""
+"""The equations that error feedback must obey, in float64 on three simulated workers (docs/algorithms.md §2, §3)."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_the_invariant_of_z_notices_a_wrong_learning_rate() -> None:
 
 @pytest.mark.parametrize(("lambda_", "period", "average_errors"), [(0.0, 1, None), (0.3, 1, None), (1.0, 1, 2), (0.3, 3, None), (0.0, 2, 4)])
 def test_detached_error_feedback_is_the_recursion(lambda_: float, period: int, average_errors: int | None) -> None:
-    """ALGORITHMS §3, line by line in plain tensors: p, g, m, u, c, e, x (to 1e-12 over 8 steps, with η, μ, wd changing)."""
+    """docs/algorithms.md §3, line by line in plain tensors: p, g, m, u, c, e, x (to 1e-12 over 8 steps, with η, μ, wd changing)."""
     records = trajectory(
         lambda: Compression.detached(8, lambda_, period=period, average_errors=average_errors, **ALL), LRS, momentum=0.9, change=vary
     )

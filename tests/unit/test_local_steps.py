@@ -1,4 +1,4 @@
-"""DEF with local steps, batch-norm statistics that are averaged, and error averaging (ALGORITHMS §3)."""
+"""DEF with local steps, batch-norm statistics that are averaged, and error averaging (docs/algorithms.md §3)."""
 
 from __future__ import annotations
 

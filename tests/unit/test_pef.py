@@ -1,4 +1,4 @@
-"""PEF: its recursion line by line, and what it equals (ALGORITHMS §3)."""
+"""PEF: its recursion line by line, and what it equals (docs/algorithms.md §3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PowerSGD: exact where it must be, near the best approximation where it cannot, and conserving (ALGORITHMS §1)."""
+"""PowerSGD: exact where it must be, near the best approximation where it cannot, and conserving (docs/algorithms.md §1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large a learning rate each method bears on a quadratic: mean-square limits, from the implementation, without sampling (ALGORITHMS §3, §4).
+"""How large a learning rate each method bears on a quadratic: mean-square limits, from the implementation, not sampled (docs/algorithms.md §3, §4).
 
 One step is linear in the state, given what is sent. Its matrix A is read off by taking a step from unit states. The second moments of the state then
 move by Σ P(A)·A⊗A over the draws, and stay bounded when that matrix's spectral radius ρ is below 1. Single runs say less: they converge almost surely

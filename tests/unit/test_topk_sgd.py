@@ -1,4 +1,4 @@
-"""TopK-SGD: x − mean e is SGD; nothing else acts on the model (ALGORITHMS §7)."""
+"""TopK-SGD: x − mean e is SGD; nothing else acts on the model (docs/algorithms.md §7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoubleSqueeze, dist-EF-SGD and CompSkip line by line in plain tensors: every worker's residual, the servers', and x (ALGORITHMS §2, §4, §5)."""
+"""DoubleSqueeze, dist-EF-SGD and CompSkip line by line in plain tensors: workers' and servers' residuals, and x (docs/algorithms.md §2, §4, §5)."""
 
 from __future__ import annotations
 
