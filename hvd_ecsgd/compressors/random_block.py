@@ -17,7 +17,7 @@ class RandomBlock(FloatPayload):
     """max(1, ⌊d/ratio⌋) consecutive entries of each segment, from a start uniform over all d positions, modulo d; unscaled.
 
     Every worker draws the same start from (seed, step, parameter name, piece). δ = block/d in expectation. Payload: the blocks, one after the
-    other, no indices. Source: the DEF authors' code (Xu, Huo, Huang: Detached Error Feedback, their GRBS/random-block sparsifier).
+    other, no indices. Source: the DEF authors' code (Xu, Huang 2021: Detached Error Feedback, their GRBS/random-block sparsifier).
     """
 
     ratio: float = 64.0
