@@ -289,7 +289,7 @@ class HorovodSlot:
             return  # the optimizer's step inside Horovod's: done already
         alone = SelfTransport()
         self.aggregator.use(alone)
-        self._ready = []
+        self._ready, self._accumulated = [], False
         reductions = []
         for name, bucket in self._buckets.items():
             gradient = bucket.parameters[0].grad

@@ -15,7 +15,7 @@ FOLDER = "tests/horovod"
 
 def passed(launch: Callable[..., str], n: int, program: str) -> list[str]:
     """Names of the checks that passed; a failed one makes the program's status non-zero."""
-    return re.findall(r"^passed (\S+)$", launch(n, f"{FOLDER}/{program}", timeout=150), re.MULTILINE)
+    return re.findall(r"^passed (\S+)$", launch(n, f"{FOLDER}/{program}", timeout=280), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("launch", "n"), [(horovodrun, 2), (mpirun, 3)], ids=["horovodrun-2", "mpirun-3"])
