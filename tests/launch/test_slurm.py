@@ -132,7 +132,7 @@ def test_a_job_started_by_pmix_goes_on_after_requeueing(cluster: Slurm, by_mpiru
     assert "start number 2" in printed, printed
     resumed = re.search(r"goes on after epoch (\d+) of", printed)
     assert resumed and 2 <= int(resumed[1]) < EPOCHS, printed
-    for epoch in range(1, EPOCHS + 1):
+    for epoch in {*range(1, EPOCHS + 1)} - {int(resumed[1])}:  # the job may have ended between that checkpoint and its line
         assert f"epoch {epoch} of {EPOCHS} saved" in printed, printed
 
 
