@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import time
@@ -34,7 +35,8 @@ def run_and_cut(hosts: TwoHosts, folder: Path, launcher: str, ended: Callable[[]
         return time.monotonic() - start, log.read_text(errors="replace")
     finally:
         for pid in hosts.processes():
-            psutil.Process(pid).kill()
+            with contextlib.suppress(psutil.Error):  # it may be just ending by itself
+                psutil.Process(pid).kill()
         job.wait(20)
 
 
