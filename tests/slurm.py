@@ -147,6 +147,7 @@ def slurm(folder: Path, environment: dict[str, str]) -> Iterator[Slurm]:
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(left, 10)  # killed is not gone yet
         for started in running:
             started.kill()
             started.wait(10)
