@@ -35,7 +35,7 @@ def test_buckets_are_compressed_and_sent_while_backward_goes_on(tmp_path: Path) 
         assert [s["row"] for s in compressed] == [s["row"] for s in sent], "in one order"
         assert all(s["begin"] < backward["end"] for s in compressed[:3]), "the last layers' buckets start during the backward pass"
         assert all(s["end"] < backward["end"] for s in sent[:2]), "and arrive during it"
-        assert backward["dur"] > 200_000
+        assert backward["dur"] > 600_000
         names = {s["row"] for s in found if s["name"] == "NEGOTIATE"}
         assert "a name" in names and "after the end" not in names
         assert [s["args"]["what"] for s in found if s["row"] == "a name" and s["name"] == "ALLREDUCE"] == ["allreduce of 12 bytes"]
