@@ -16,13 +16,13 @@ YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1"}  # three ranks on two cores: let t
 
 def passed(launch: Callable[..., str], n: int, program: str) -> list[str]:
     """Names of the checks that passed; a failed one makes the program's status non-zero."""
-    return re.findall(r"^passed (\S+)$", launch(n, f"{FOLDER}/{program}", timeout=250, env=YIELD), re.MULTILINE)
+    return re.findall(r"^passed (\S+)$", launch(n, f"{FOLDER}/{program}", timeout=280, env=YIELD), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("launch", "n"), [(horovodrun, 2), (mpirun, 3)], ids=["horovodrun-2", "mpirun-3"])
 def test_every_method_is_its_simulation(launch: Callable[..., str], n: int) -> None:
     """Same bits on all ranks; the simulation's bits on two ranks (half precision: to rounding), to rounding on three."""
-    assert passed(launch, n, "program_methods.py") == [*(c.name for c in CASES if c.stock_horovod), "controls"]
+    assert passed(launch, n, "program_methods.py") == [*(c.name for c in CASES), "controls"]
 
 
 def test_what_users_do() -> None:
@@ -32,7 +32,7 @@ def test_what_users_do() -> None:
 
 
 def test_mistakes_are_told_to_every_rank() -> None:
-    assert len(passed(horovodrun, 2, "program_errors.py")) == 14
+    assert len(passed(horovodrun, 2, "program_errors.py")) == 17
 
 
 def test_a_failing_check_fails_the_job() -> None:
