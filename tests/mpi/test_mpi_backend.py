@@ -15,15 +15,16 @@ from tests.ranks import REPO, mpirun, rank_environment, require_mpirun, run_job
 HERE = Path(__file__).parent
 
 
-def last_line(output: str) -> str:
-    return [line for line in output.splitlines() if line.strip()][-1]
+def concluded(output: str) -> bool:
+    """Rank 0 said so, and no rank failed on its way out. What else MPI or Python says there comes in any order."""
+    return re.search(r"^ok \d+$", output, re.MULTILINE) is not None and "Traceback" not in output
 
 
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("program", ["transport", "bits", "flight", "functions", "surface", "state", "optimizer", "join"])
 def test_program(program: str, n: int) -> None:
     output = mpirun(n, HERE / f"program_{program}.py")
-    assert last_line(output).startswith("ok "), output
+    assert concluded(output), output
 
 
 @pytest.mark.full
@@ -31,13 +32,13 @@ def test_program(program: str, n: int) -> None:
 @pytest.mark.parametrize("algorithm", ["ring", "binomial", "rabenseifner", "recursive_doubling"])
 def test_all_ranks_receive_the_same_bits_from_each_algorithm_of_open_mpi(algorithm: str, n: int) -> None:
     output = mpirun(n, HERE / "program_bits.py", env={"OMPI_MCA_coll_libnbc_iallreduce_algorithm": algorithm})
-    assert last_line(output).startswith("ok "), output
+    assert concluded(output), output
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_mismatch_is_an_error_on_every_rank(n: int) -> None:
     output = mpirun(n, HERE / "program_mismatch.py", timeout=60)
-    assert last_line(output).startswith("ok "), output
+    assert concluded(output), output
 
 
 STALLS = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "0.5", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "2"}
@@ -46,19 +47,19 @@ CALLERS = {"MPI_BACKEND_THREAD": "0"}
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_names(n: int) -> None:
-    assert last_line(mpirun(n, HERE / "program_names.py", env=STALLS)).startswith("ok ")
+    assert concluded(mpirun(n, HERE / "program_names.py", env=STALLS))
 
 
 def test_names_without_a_communication_thread() -> None:
-    assert last_line(mpirun(3, HERE / "program_names.py", "unthreaded", env=STALLS | CALLERS)).startswith("ok ")
+    assert concluded(mpirun(3, HERE / "program_names.py", "unthreaded", env=STALLS | CALLERS))
 
 
 def test_functions_without_a_communication_thread() -> None:
-    assert last_line(mpirun(2, HERE / "program_functions.py", env=CALLERS)).startswith("ok ")
+    assert concluded(mpirun(2, HERE / "program_functions.py", env=CALLERS))
 
 
 def test_joining_without_a_communication_thread_warns() -> None:
-    assert last_line(mpirun(2, HERE / "program_join.py", "unthreaded", env=CALLERS)).startswith("ok ")
+    assert concluded(mpirun(2, HERE / "program_join.py", "unthreaded", env=CALLERS))
 
 
 def test_an_optimizer_that_only_some_ranks_hold_is_named_when_they_join() -> None:
@@ -102,7 +103,7 @@ def test_mpi_without_threads_is_said_and_works() -> None:
 def test_one_process_without_mpirun(program: str) -> None:
     require_mpirun()
     output = run_job([], HERE / f"program_{program}.py")
-    assert last_line(output).startswith("ok "), output
+    assert concluded(output), output
 
 
 def test_second_stages_in_different_orders_do_not_pass() -> None:
