@@ -878,8 +878,8 @@ class Aggregator:
             "warmup_steps": self.method.warmup_steps,
             "ratio_schedule": repr(self.method.ratio_schedule),
             **self._also,
-            "parameters per bucket (bucket_bytes)": [len(bucket.parameters) for bucket in self.buckets],
             **{f"parameter '{name}'": f"{tuple(p.shape)} {p.dtype} in param group {groups[name]}" for name, p in self.named},
+            "parameters per bucket (bucket_bytes)": [len(bucket.parameters) for bucket in self.buckets],
         }
 
     def _now(self) -> dict[str, Any]:

@@ -15,14 +15,16 @@ import weakref
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .errors import DisagreementError
 from .transport.base import Handle, Transport
 
-__all__ = ["Introduction", "packed_text", "raise_on_other_texts"]
+__all__ = ["Introduction", "in_common_order", "packed_text", "raise_on_other_texts"]
+
+T = TypeVar("T")
 
 _SILENCE = 20.0
 """Seconds of waiting for the other ranks' first gradients after which the waiting is explained."""
@@ -33,13 +35,17 @@ def packed_text(said: Mapping[str, Any]) -> torch.Tensor:
     return torch.frombuffer(bytearray(zlib.compress(json.dumps(list(said.items())).encode(), 1)), dtype=torch.uint8)
 
 
+def _unpacked(text: torch.Tensor) -> dict[str, Any]:
+    return dict(json.loads(zlib.decompress(bytes(text.tolist()))))
+
+
 def raise_on_other_texts(packed: Sequence[torch.Tensor]) -> None:
     """`packed`: by rank, what `packed_text` returned there; empty of a rank that has no say. `DisagreementError` with the first difference."""
     parts = {r: p for r, p in enumerate(packed) if p.numel()}
     lowest, first_part = next(iter(parts.items()))
     if all(torch.equal(p, first_part) for p in parts.values()):
         return
-    texts = {r: dict(json.loads(zlib.decompress(bytes(p.tolist())))) for r, p in parts.items()}
+    texts = {r: _unpacked(p) for r, p in parts.items()}
     first = texts[lowest]
     for r, other in texts.items():
         for what in [*first, *(k for k in other if k not in first)]:
@@ -49,6 +55,17 @@ def raise_on_other_texts(packed: Sequence[torch.Tensor]) -> None:
                     "Every rank must bind the same model with the same settings (and load the same step)."
                 )
     raise DisagreementError("ranks list their parameters in different orders; pass model.named_parameters() on every rank.")
+
+
+def in_common_order(named: Sequence[tuple[str, T]], transport: Transport) -> list[tuple[str, T]]:
+    """`named` in the order of rank 0, by which every rank then makes its buckets; as it is where ranks hold other names. Collective."""
+    names = [name for name, _ in named]
+    digest = torch.frombuffer(bytearray(blake2b(json.dumps(names).encode(), digest_size=16).digest()), dtype=torch.uint8)
+    digests = transport.allgather(digest, "order", [16] * transport.size).wait()
+    if all(torch.equal(d, digests[0]) for d in digests):
+        return list(named)
+    first = _unpacked(transport.allgather(packed_text(dict.fromkeys(names)), "order.names").wait()[0])
+    return [(name, dict(named)[name]) for name in first] if first.keys() == set(names) else list(named)
 
 
 class Introduction:

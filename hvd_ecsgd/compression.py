@@ -18,7 +18,7 @@ from .agreement import Introduction
 from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from .compressors.base import check_unbiased
 from .errors import CompressionError
-from .exchange import AllGather, AllReduce, Central, CompSkip, ErrorReset, Every, PowerSGD, TwoPass
+from .exchange import AllGather, AllReduce, Central, CompressedAllReduce, CompSkip, ErrorReset, Every, HorovodCompressor, PowerSGD, TwoPass
 from .exchange.skip import SkipPolicy
 from .feedback import CSER, PEF, DistEFSGD, ErrorFeedback, GradientSquares, HessianAided, LocalMomentum, MemSGD, NoFeedback
 from .feedback.curvature import Curvature
@@ -750,16 +750,20 @@ def check_plain_sgd(method: Method, step: Any, name: str) -> None:
         )
 
 
-AnyCompression = _Bare | Compression | BoundCompression
+AnyCompression = _Bare | Compression | BoundCompression | HorovodCompressor
 
 
 def bind(compression: AnyCompression, named: Named) -> BoundCompression:
-    """`compression`, bound to `named` unless it is bound already."""
+    """`compression`, bound to `named` unless it is bound already. A user's own `compress` and `decompress` do what they do on Horovod."""
     if isinstance(compression, BoundCompression):
         return compression
     if isinstance(compression, (Compression, _Bare)):
         return compression.bind(named)
-    raise CompressionError(f"compression: expected Compression.<preset>(…), bound or not, got {compression!r}.")
+    if all(callable(getattr(compression, function, None)) for function in ("compress", "decompress")):
+        return Compression(Identity(), NoFeedback(), CompressedAllReduce(compression), dense_below=0, dense_1d=False).bind(named)
+    raise CompressionError(
+        f"compression: expected Compression.<preset>(…), bound or not, or what has compress and decompress as Horovod's have, got {compression!r}."
+    )
 
 
 def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[tuple[str, torch.nn.Parameter]]]:

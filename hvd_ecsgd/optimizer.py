@@ -22,6 +22,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .aggregator import Aggregator, Bucket, Comparison, GroupSettings, Reduction, drive
+from .agreement import in_common_order
 from .compression import AnyCompression, BoundCompression, Compression, bind, check_plain_sgd
 from .errors import CheckpointError, CompressionError, SequenceError
 from .transport import SelfTransport, Transport
@@ -84,7 +85,8 @@ def DistributedOptimizer(
     """Wrap `optimizer` so that `step()` uses the (compressed) mean of all workers' gradients.
 
     The result is an instance of the optimizer's own class and shares its param groups and state. Buckets of about `bucket_bytes`
-    bytes start to travel as soon as their gradients are complete, in the same order on every rank, while the backward pass goes on.
+    bytes start to travel as soon as their gradients are complete, in the same order on every rank (rank 0's of the names), while the backward pass
+    goes on. Collective: all ranks make their optimizers in the same order.
     A worker without a gradient for some parameter takes part with zeros. `compression`: any preset, bound or not; methods that apply the update
     themselves (`local_momentum`, `detached`, `dist_ef_sgd()`) need a plain `torch.optim.SGD`, whose lr, momentum and weight_decay they read.
     `sum_gradients`: the sum instead of the mean (not for those methods). Sparse gradients (of embeddings) travel as dense ones, compressed like them,
@@ -261,6 +263,8 @@ class _Distributed(torch.optim.Optimizer):
         self._updates = self.compression.method.feedback.applies_update
         self._numbered = [(g, key) for g, group in enumerate(self.param_groups) for key in sorted(self.defaults) if _numbers(group.get(key))]
         self._check_optimizer()
+        self._names = {id(p): n for n, p in [*named, *self.compression.named] if id(p) in owned}
+        trained = in_common_order(trained, transport)
         self._aggregator = Aggregator(
             self.compression.method,
             trained,
@@ -689,31 +693,34 @@ class _Distributed(torch.optim.Optimizer):
 
     def _take_over(self, root: int) -> None:
         """Parameters (at x), what the method keeps alike on all workers, and the optimizer's state, from worker `root`. Collective."""
-        mine, params = self._transport.rank == root, [p for group in self.param_groups for p in group["params"]]
+        # By name: an optimizer's own order of its parameters need not be that of the others.
+        mine, params = self._transport.rank == root, {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
         with self._aggregator.at("averaged"), torch.no_grad():
             self._broadcast([*self._bound_parameters(), *self._aggregator.shared_state()], root)
+        names = [name for name, p in params.items() if p in self.state]
         held: dict[str, torch.Tensor] = {}
         said: Any = None
         if mine:
             try:
-                tree = encode({str(i): dict(self.state[p]) for i, p in enumerate(params) if p in self.state}, "", held)
-                said = [tree, [(name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type == "cpu") for name, t in held.items()]]
+                tree = encode({str(i): dict(self.state[params[name]]) for i, name in enumerate(names)}, "", held)
+                layout = [(where, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type == "cpu") for where, t in held.items()]
+                said = [names, tree, layout]
             except CheckpointError as error:
                 said = str(error)
         packed = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
         said = json.loads(self._transport.allgather(packed, "join.state").wait()[root].numpy().tobytes())
         if isinstance(said, str):
             raise CompressionError(f"join(): the optimizer's state cannot be given to the workers that joined earlier; {said}")
-        tree, layout = said
+        names, tree, layout = said
         if not mine:
-            for name, dtype, shape, on_cpu in layout:
-                device = torch.device("cpu") if on_cpu else params[int(name.split("/")[0])].device
-                held[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            for where, dtype, shape, on_cpu in layout:
+                device = torch.device("cpu") if on_cpu else params[names[int(where.split("/")[0])]].device
+                held[where] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         self._broadcast(list(held.values()), root)
         if not mine:
-            for p in params:
+            for p in params.values():
                 self.state.pop(p, None)
-            self.state.update({params[int(i)]: state for i, state in decode(tree, held.__getitem__).items()})
+            self.state.update({params[names[int(i)]]: state for i, state in decode(tree, held.__getitem__).items()})
 
     def _broadcast(self, tensors: Sequence[torch.Tensor], root: int) -> None:
         """Into these, which may have any layout of their elements."""

@@ -20,11 +20,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 
 from hvd_ecsgd.compression import BoundCompression, Compression
+from hvd_ecsgd.exchange import HorovodCompressor
 from hvd_ecsgd.transport.base import Handle, Ready
 
 from . import runtime
@@ -64,14 +65,6 @@ Product = 5
 _OP_NAMES = {Average: "Average", Sum: "Sum", Min: "Min", Max: "Max", Product: "Product"}
 _REDUCTIONS: Any = {Average: "sum", Sum: "sum", Min: "min", Max: "max", Product: "product"}
 _REDUCIBLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-class Compressor(Protocol):
-    """What `compression=` must offer: Horovod's two functions, on a class or an object."""
-
-    def compress(self, tensor: torch.Tensor, /) -> tuple[torch.Tensor, Any]: ...
-
-    def decompress(self, tensor: torch.Tensor, context: Any, /) -> torch.Tensor: ...
 
 
 # ---- handles
@@ -239,7 +232,7 @@ def allreduce(
     tensor: Array,
     average: bool | None = None,
     name: str | None = None,
-    compression: Compressor = Compression.none,
+    compression: HorovodCompressor = Compression.none,
     op: int | None = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
@@ -300,7 +293,7 @@ def grouped_allreduce(
     tensors: Sequence[Array],
     average: bool | None = None,
     name: str | None = None,
-    compression: Compressor = Compression.none,
+    compression: HorovodCompressor = Compression.none,
     op: int | None = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
@@ -564,9 +557,7 @@ class _Broadcast(torch.autograd.Function):
         return mean, None, None, None
 
 
-def _start_broadcast(
-    out: torch.Tensor, work: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet
-) -> Pending[torch.Tensor]:
+def _start_broadcast(out: torch.Tensor, work: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet) -> Pending[torch.Tensor]:
     channel = runtime.channel(process_set)
     label = channel.named(name, "broadcast")
     root = check_root(root_rank, process_set, f"broadcast {label!r}")
@@ -688,7 +679,7 @@ def reducescatter_async(
 def reducescatter(
     tensor: Array,
     name: str | None = None,
-    compression: Compressor = Compression.none,
+    compression: HorovodCompressor = Compression.none,
     op: int = Average,
     process_set: ProcessSet = global_process_set,
     prescale_factor: float = 1.0,
@@ -718,7 +709,7 @@ def grouped_reducescatter_async(
 def grouped_reducescatter(
     tensors: Sequence[Array],
     name: str | None = None,
-    compression: Compressor = Compression.none,
+    compression: HorovodCompressor = Compression.none,
     op: int = Average,
     process_set: ProcessSet = global_process_set,
     prescale_factor: float = 1.0,
@@ -871,7 +862,7 @@ def _differentiated(tensors: Sequence[torch.Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _compressed(tensors: Sequence[torch.Tensor], compression: Compressor, what: str) -> tuple[list[torch.Tensor], list[Any]]:
+def _compressed(tensors: Sequence[torch.Tensor], compression: HorovodCompressor, what: str) -> tuple[list[torch.Tensor], list[Any]]:
     if isinstance(compression, BoundCompression):
         raise ValueError(f"{what}: {compression!r} belongs to the gradients of a DistributedOptimizer; pass Compression.none or .fp16 here.")
     if not all(callable(getattr(compression, method, None)) for method in ("compress", "decompress")):

@@ -44,7 +44,8 @@ def DistributedOptimizer(
     """Wrap `optimizer` so that `step()` applies the mean (or sum) over all ranks of the gradients, compressed by `compression`.
 
     Takes Horovod's arguments in Horovod's order. `compression` may be bound or not; every method of this project
-    works here, those in update units included. `backward_passes_per_step`: gradients of so many backward passes are summed before the exchange.
+    works here, those in update units included, and so does a user's own class or object with Horovod's `compress` and `decompress`
+    (`hvd_ecsgd.exchange.CompressedAllReduce`). `backward_passes_per_step`: gradients of so many backward passes are summed before the exchange.
     `gradient_predivide_factor`, `num_groups`, `groups` tune Horovod's fusion and order of scaling; buckets take their place, the mean is formed
     from unscaled numbers, and results do not depend on them: they are checked and have no further effect.
     Buckets are compressed and sent by a thread of the optimizer's own, while the backward pass goes on; without MPI_THREAD_MULTIPLE by the

@@ -4,9 +4,24 @@ from .all_gather import AllGather
 from .all_reduce import AllReduce
 from .central import Central
 from .comp_skip import CompSkip, SkipAllReduce
+from .compressed_all_reduce import CompressedAllReduce, HorovodCompressor
 from .error_reset import ErrorReset
 from .power_sgd import PowerSGD
 from .skip import Bernoulli, Every, NormBased
 from .two_pass import TwoPass
 
-__all__ = ["AllGather", "AllReduce", "Bernoulli", "Central", "CompSkip", "ErrorReset", "Every", "NormBased", "PowerSGD", "SkipAllReduce", "TwoPass"]
+__all__ = [
+    "AllGather",
+    "AllReduce",
+    "Bernoulli",
+    "Central",
+    "CompSkip",
+    "CompressedAllReduce",
+    "ErrorReset",
+    "Every",
+    "HorovodCompressor",
+    "NormBased",
+    "PowerSGD",
+    "SkipAllReduce",
+    "TwoPass",
+]

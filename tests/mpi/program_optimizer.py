@@ -102,6 +102,10 @@ def scaled(optimizer: Any, loss: Callable[[], torch.Tensor]) -> None:
         optimizer.step()
 
 
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 for how in (plain, closure, apart, scaled):
     same(train(4, how), reference(4), how.__name__)
 same(train(3, plain, passes=2, backward_passes_per_step=2), reference(3, passes=2), "two backward passes")
@@ -217,6 +221,46 @@ for attached, recipe in ((True, True), (False, True), (False, False)):
 optimizer = wrap(model, compression=hvd.Compression.top_k(4))
 scaler.scale(model(batch(rank, 0)).square().mean()).backward()
 verdict.raises(ValueError, lambda: scaler.step(optimizer), "the control: with state", "this GradScaler is not attached")
+
+# Ranks list their parameters in different orders, in the optimizer and beside it.
+model = conv()
+turned = [*model.named_parameters()][rank:] + [*model.named_parameters()][:rank]
+sgd = torch.optim.SGD([p for _, p in reversed(turned)], lr=0.1, momentum=0.9)
+optimizer = hvd.DistributedOptimizer(sgd, turned, hvd.Compression.global_random_block(1, 8, dense_below=0, dense_1d=False))
+for t in range(3):
+    optimizer.zero_grad()
+    model(batch(rank, t)).square().mean().backward()
+    optimizer.step()
+same(model, reference(3), "parameters in different orders")
+
+
+class Eighths:
+    """A compressor as users of Horovod write them: integers travel."""
+
+    @staticmethod
+    def compress(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+        return (tensor * 2**12).to(torch.int32), tensor.dtype
+
+    @staticmethod
+    def decompress(tensor: torch.Tensor, ctx: torch.dtype) -> torch.Tensor:
+        return tensor.to(ctx) / 2**12
+
+
+model, expected = conv(), conv()
+optimizer = wrap(model, compression=Eighths)
+alone = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
+for t in range(3):
+    optimizer.zero_grad()
+    alone.zero_grad()
+    model(batch(rank, t)).square().mean().backward()
+    expected(batch(rank, t)).square().mean().backward()
+    for i, p in enumerate(expected.parameters()):
+        p.grad = hvd.allreduce(p.grad, name=f"eighths.{t}.{i}", compression=Eighths)
+    optimizer.step()
+    alone.step()
+for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+    verdict.equal(p.detach(), q.detach(), f"a user's own compressor, in the optimizer and in allreduce: {name}")
+verdict.expect(not torch.allclose(flat(model), flat(reference(3)), rtol=1e-5, atol=1e-5), "the control: it is lossy")
 
 # Arguments that are refused.
 model = conv()
