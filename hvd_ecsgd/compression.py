@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 import weakref
@@ -759,11 +760,26 @@ def bind(compression: AnyCompression, named: Named) -> BoundCompression:
         return compression
     if isinstance(compression, (Compression, _Bare)):
         return compression.bind(named)
-    if all(callable(getattr(compression, function, None)) for function in ("compress", "decompress")):
+    if _takes(compression, "compress", 1) and _takes(compression, "decompress", 2):
         return Compression(Identity(), NoFeedback(), CompressedAllReduce(compression), dense_below=0, dense_1d=False).bind(named)
     raise CompressionError(
-        f"compression: expected Compression.<preset>(…), bound or not, or what has compress and decompress as Horovod's have, got {compression!r}."
+        f"compression: expected Compression.<preset>(…), bound or not, or what has compress(tensor) and decompress(tensor, context) as Horovod's "
+        f"have, got {compression!r}."
     )
+
+
+def _takes(what: object, function: str, arguments: int) -> bool:
+    """It has this function, for so many arguments: a class of whose objects that is true has not."""
+    found = getattr(what, function, None)
+    if not callable(found):
+        return False
+    try:
+        inspect.signature(found).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    except ValueError:  # compiled, and says nothing of itself
+        pass
+    return True
 
 
 def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[tuple[str, torch.nn.Parameter]]]:

@@ -206,6 +206,12 @@ def test_functions_that_return_something_else(compressor: Any, message: str) -> 
         simulate(1, lambda: compressor, range(1))
 
 
+@pytest.mark.parametrize("compressor", [Steps, Compression.top_k, object(), TopK(4)], ids=["class for object", "preset uncalled", "neither", "ours"])
+def test_what_has_not_the_two_functions_is_refused(compressor: Any) -> None:
+    with pytest.raises(CompressionError, match=r"expected Compression\.<preset>\(…\), bound or not, or what has compress\(tensor\) and decompress"):
+        simulate(1, lambda: compressor, range(1))
+
+
 def test_different_classes_on_different_ranks() -> None:
     def worker(transport: Transport) -> None:
         model = mlp()
