@@ -7,8 +7,9 @@
 Importing this package needs torch and NumPy only; Horovod is imported when Horovod calls us.
 """
 
+from .bound import BoundCompression
 from .checkpoint import load_checkpoint, save_checkpoint
-from .compression import BoundCompression, Compression, double_squeeze_comparison
+from .compression import Compression, double_squeeze_comparison
 from .errors import CheckpointError, CompressionError, DisagreementError, SequenceError, TransportError, UnboundParameterError
 from .optimizer import DistributedOptimizer
 from .schedule import exponential_ratios

@@ -6,25 +6,24 @@ import json
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Literal
 
 import torch
 
 from .agreement import packed_text, raise_on_other_texts
-from .compressors import Identity
+from .bucket import Bucket, Reduction, Resting, part_of, stay, unscaled_, wire_dtype
 from .errors import CompressionError, DisagreementError
-from .exchange import AllReduce
 from .kernels import all_finite, fingerprint
-from .protocols import Compressor, Exchange, Feedback, Part, State, StepContext, Steps, Task, Traffic
-from .schedule import at_step, check_ratios
-from .segments import Key, Segment, Segments
+from .method import GroupSettings, Method
+from .protocols import Exchange, Part, State, StepContext, Task, Traffic
+from .segments import Key, Segments
 from .transport.base import Handle, Ready, Transport
 
-__all__ = ["Aggregator", "Bucket", "Comparison", "GroupSettings", "Method", "Reduction", "drive", "newcomers"]
+__all__ = ["Aggregator", "Comparison", "newcomers"]
 
 _DIGEST = 16
 """Bytes of the hash of settings and step that ranks compare."""
@@ -39,326 +38,6 @@ newcomers: weakref.WeakSet[Any] = weakref.WeakSet()
 """The living objects of this process that have not taken part in a step yet: aggregators, and bound methods that have none so far."""
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
-
-
-@dataclass(frozen=True)
-class Method:
-    """An algorithm: compressor × feedback × exchange, and what is sent without compression.
-
-    Parameters with fewer than `dense_below` elements, and with `dense_1d` those with one dimension (biases, norms), travel uncompressed. So does
-    everything in the first `warmup_steps` steps. `ratio_schedule`, (step, ratio) pairs, changes the compressor's ratio from these steps on.
-    """
-
-    compressor: Compressor
-    feedback: Feedback
-    exchange: Exchange
-    dense_below: int = 1024
-    dense_1d: bool = True
-    seed: int = 0
-    warmup_steps: int = 0
-    ratio_schedule: Sequence[tuple[int, float]] = ()
-    exact: bool = field(default=False, repr=False)
-    """Keep a copy of the state during each step, so that undoing one restores it bit for bit. No part of what a saved state belongs to."""
-    verify_every: int = field(default=0, repr=False)
-    """Compare x across ranks before every so many-th step; 0: never. No part of what a saved state belongs to."""
-
-    def __post_init__(self) -> None:
-        for role, part, protocol in (
-            ("compressor", self.compressor, Compressor),
-            ("feedback", self.feedback, Feedback),
-            ("exchange", self.exchange, Exchange),
-        ):
-            if isinstance(part, type) or not isinstance(part, protocol):  # a class has the attributes too
-                raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
-        self.exchange.check(self.compressor)
-        if self.feedback.scratches != self.exchange.settles:
-            raise CompressionError(
-                f"{self.feedback} and {self.exchange} do not go together: CSER() needs ErrorReset(…) as its exchange, and only CSER does."
-            )
-        if self.feedback.keeps_residual:
-            self.compressor.check_feedback()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
-        if not isinstance(self.dense_1d, bool):
-            raise CompressionError(f"dense_1d must be True or False, got {self.dense_1d!r}.")
-        if isinstance(self.verify_every, bool) or not isinstance(self.verify_every, int) or self.verify_every < 0:
-            raise CompressionError(f"verify_every must be a number of steps, or 0 for never, got {self.verify_every!r}.")
-        if not isinstance(self.exact, bool):
-            raise CompressionError(f"exact must be True or False, got {self.exact!r}.")
-        if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
-            raise CompressionError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}.")
-        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
-            raise CompressionError(f"warmup_steps must be a number of steps ≥ 0, got {self.warmup_steps!r}.")
-        object.__setattr__(self, "ratio_schedule", check_ratios(self.compressor, self.ratio_schedule, self.warmup_steps))
-
-    def is_dense(self, parameter: torch.Tensor) -> bool:
-        return parameter.numel() < self.dense_below or (self.dense_1d and parameter.dim() <= 1)
-
-    @property
-    def lossless(self) -> bool:
-        """Workers' residuals are zero after every exchange, of rules whose buffer is the residual."""
-        return self.compressor.lossless and not self.exchange.approximates
-
-    @property
-    def stateful(self) -> bool:
-        """Something is carried from step to step: residuals, momentum, or what the exchange keeps."""
-        nothing = Segments(())
-        return bool(self.feedback.init(nothing)) or bool(self.exchange.init(nothing, 0, 1))
-
-    def at(self, step: int) -> tuple[Compressor, Exchange]:
-        """What compresses and exchanges in this step."""
-        if step < self.warmup_steps:
-            return Identity(), AllReduce()
-        return at_step(self.compressor, self.ratio_schedule, step), self.exchange
-
-    def switched(self, new: Method) -> Method:
-        """`new` as what this method goes on as: with this one's `dense_below`, `dense_1d` and `seed`. Raises unless its feedback can take over."""
-        old, rule = self.feedback, new.feedback
-        begins = not old.init(Segments(())) and not (old.owns_momentum or rule.owns_momentum) and old.unit == rule.unit
-        begins = begins and old.for_dense() == rule.for_dense()
-        if rule != old and not begins:
-            remedy = (
-                "" if rule.keeps_residual else f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."
-            )
-            raise CompressionError(f"switch(): expected the feedback rule that the residuals were made with, {old}, got {rule}.{remedy}")
-        return replace(new, dense_below=self.dense_below, dense_1d=self.dense_1d, seed=self.seed, exact=self.exact, verify_every=self.verify_every)
-
-    def dense(self) -> Method:
-        return Method(Identity(), self.feedback.for_dense(), AllReduce(), self.dense_below, self.dense_1d, self.seed, exact=self.exact)
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """A param group's hyper-parameters in this step."""
-
-    lr: float = 1.0
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
-    loss_scale: float = 1.0
-
-    @staticmethod
-    def of(group: Mapping[str, Any], loss_scale: float) -> GroupSettings:
-        """Those of an optimizer's param group; what it does not have is zero."""
-        return GroupSettings(
-            float(group["lr"]),
-            float(group.get("momentum", 0.0)),
-            float(group.get("weight_decay", 0.0)),
-            bool(group.get("nesterov", False)),
-            loss_scale,
-        )
-
-
-@dataclass
-class Bucket:
-    """Segments that travel together: one param group, dtype and device. State is allocated at first use."""
-
-    name: str
-    method: Method
-    segments: Segments
-    parameters: list[torch.nn.Parameter]
-    group: int
-    state: State | None = None
-    exchange_state: State | None = None
-    previous_lr: float | None = None
-    dense: bool = False
-    """Never compressed: small or one-dimensional parameters."""
-    clean: bool = True
-    """This rank's residual is known to be zero: the last exchange took everything, or there was none."""
-    versions: list[int] = field(default_factory=list)
-    """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
-    results: list[torch.Tensor] = field(default_factory=list)
-    """Buffers that results are decoded into, kept because fresh memory of this size costs more than the pass that fills it."""
-    before: list[State] = field(default_factory=list)
-    """With `Method.exact`, feedback's and exchange's state as they were when the step began."""
-
-    def allocate(self, rank: int, size: int) -> None:
-        if self.state is None:
-            self.state = self.method.feedback.init(self.segments)
-            self.exchange_state = self.method.exchange.init(self.segments, rank, size)
-
-    def frozen(self) -> list[int]:
-        """Places of the parameters that have been frozen since they were bound."""
-        return [i for i, p in enumerate(self.parameters) if not p.requires_grad]
-
-    def shift_(self) -> None:
-        """Parameters ← the shifted point of rules that have one; those that are frozen stand still at x."""
-        feedback = self.method.feedback
-        if self.state is None or not feedback.shifts:
-            return
-        feedback.shift_(self.state, self.parameters, self.segments)
-        for i in self.frozen():
-            self.parameters[i].copy_(self.segments.shaped_views(self.state["x"])[i])
-        self.versions = [p._version for p in self.parameters]
-
-    def remember(self) -> None:
-        """Copy the state, but for x, which does not move before a step stands. The memory is kept."""
-        assert self.state is not None and self.exchange_state is not None
-        if not self.before:
-            self.before = [{}, {}]
-        for copy, state in zip(self.before, (self.state, self.exchange_state)):
-            for slot in [s for s in copy if s not in state]:
-                del copy[slot]
-            for slot, t in state.items():
-                if slot != "x":
-                    copy[slot] = copy[slot].copy_(t) if slot in copy and copy[slot].shape == t.shape else t.clone()
-
-    def restore(self) -> None:
-        """Put back what `remember` copied."""
-        assert self.state is not None and self.exchange_state is not None
-        for copy, state in zip(self.before, (self.state, self.exchange_state)):
-            for slot in [s for s in state if s not in copy and s != "x"]:
-                del state[slot]
-            for slot, t in copy.items():
-                state[slot] = state[slot].copy_(t) if slot in state else t.clone()
-
-    def result_buffer(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """A kept buffer that the gradients do not live in: after `zero_grad(set_to_none=False)` they are views of the last result."""
-        if self.segments.numel == 0 and self.results:
-            return self.results[0]
-        used = {g.untyped_storage().data_ptr() for g in gradients}
-        for buffer in self.results:
-            if buffer.untyped_storage().data_ptr() not in used:
-                return buffer
-        self.results.append(self.segments.empty())
-        return self.results[-1]
-
-
-def _part(slot: torch.Tensor, i: int, segment: Segment) -> torch.Tensor:
-    """What a slot of state holds for its i-th segment; a view."""
-    return slot[i] if slot.dim() == 2 else slot[segment.start : segment.stop]
-
-
-def wire_dtype(parameter: torch.Tensor) -> torch.dtype:
-    """Residuals and sums are kept in float32 for 16-bit parameters."""
-    return torch.float32 if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.dtype
-
-
-def _unscaled_(gradients: Sequence[torch.Tensor], scale: float, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Gradients of an unscaled loss, so that all state is in true units whatever the scale does: in place, but for types too narrow for them."""
-    torch._foreach_mul_([g for g in gradients if g.dtype == dtype] or [torch.empty(0)], 1 / scale)
-    return [g if g.dtype == dtype else g.to(dtype).mul_(1 / scale) for g in gradients]
-
-
-class _Resting:
-    """The state of a bucket's frozen parameters as it was before the step: it waits until they are unfrozen.
-
-    They take part in the exchange with what is left of them, as all tables are alike on all ranks, and what comes of it is put away.
-    """
-
-    def __init__(self, bucket: Bucket, rank: int, size: int) -> None:
-        self._bucket = bucket
-        self._pieces = bucket.method.exchange.state_segments(bucket.segments, rank, size).table
-        self._kept = [(i, slot, _part(t, i, segment).clone()) for i, slot, t, segment in self._places()]
-
-    def _places(self) -> Iterator[tuple[int, str, torch.Tensor, Segment]]:
-        bucket = self._bucket
-        assert bucket.state is not None and bucket.exchange_state is not None
-        for i in bucket.frozen():
-            yield from ((i, slot, t, bucket.segments.table[i]) for slot, t in bucket.state.items() if slot != "x")
-            yield from ((i, slot, t, self._pieces[i]) for slot, t in bucket.exchange_state.items() if t.dim() == 1)
-
-    def rescale_(self, carry: float, server_carry: float) -> None:
-        """From units of the learning rate before to those of the step's."""
-        for _, slot, value in self._kept:
-            value.mul_({"residual": carry, "server_residual": server_carry}.get(slot, 1.0))
-
-    def put_back_(self) -> None:
-        now = {(i, slot): _part(t, i, segment) for i, slot, t, segment in self._places()}
-        for i, slot, value in self._kept:
-            if (i, slot) in now:
-                now[i, slot].copy_(value)
-            self._bucket.clean = self._bucket.clean and not (slot == "residual" and bool(value.any()))
-
-
-class Reduction:
-    """One bucket's step in progress."""
-
-    def __init__(
-        self,
-        bucket: Bucket,
-        task: Task,
-        steps: Steps,
-        gradients: list[torch.Tensor],
-        settings: GroupSettings,
-        rescale: float = 1.0,
-        resting: _Resting | None = None,
-    ) -> None:
-        self.bucket = bucket
-        self.resting = resting
-        self._rescale = rescale
-        self.task = task
-        self.gradients = gradients
-        self.settings = settings
-        self.pending: Handle[Any] | None = None
-        self.out: torch.Tensor | None = None
-        self._steps = steps
-        self._resume(None)
-
-    @property
-    def finished(self) -> bool:
-        return self.out is not None
-
-    def _resume(self, value: Any) -> None:
-        try:
-            self.pending = self._steps.send(value)
-        except StopIteration as stop:
-            self.pending, self.out = None, stop.value if self._rescale == 1.0 else stop.value.mul_(self._rescale)
-
-    def advance(self) -> None:
-        """Wait for the pending handle and go on to the next one (or to the end)."""
-        if self.pending is not None:
-            self._resume(self.pending.wait())
-
-    def undo_(self, gradients_gone: bool = False) -> None:
-        """Put residuals (and momentum) back to where they were before this step, to rounding.
-
-        `gradients_gone`: the gradients were overwritten by the result; finite ones of this worker then stay in its residual, as if delayed.
-        """
-        self._undo_(gradients_gone)
-        if self.resting is not None:
-            self.resting.put_back_()
-        self.bucket.shift_()
-
-    def _undo_(self, gradients_gone: bool) -> None:
-        state, method = self.bucket.state, self.bucket.method
-        assert state is not None
-        if method.exact:
-            self.bucket.restore()
-            self.task.forget_undo()
-            return
-        self.task.undo_()
-        if self.task.poisoned:
-            return
-        method.feedback.undo_(state, None if gradients_gone else self.gradients, self.bucket.parameters, self.bucket.segments, self.task.ctx)
-        if self.task.flushes and method.feedback.keeps_residual:
-            state["residual"].zero_()  # such a payload is not kept for adding back
-
-    def commit(self) -> None:
-        """The step stands: remember the learning rate that the residual is measured in, and let the payloads go."""
-        self.bucket.previous_lr = self.settings.lr or self.bucket.previous_lr
-        took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
-        self.bucket.clean = took_all and (self.bucket.clean or not self.bucket.method.feedback.scratches)  # whose buffer is not the residual
-        self.task.forget_undo()
-        if self.resting is not None:
-            self.resting.rescale_(self.task.ctx.carry if self.bucket.method.feedback.unit == "gradient" else 1.0, self.task.server_carry)
-            self.resting.put_back_()
-
-
-def _stay(task: Task) -> Steps:
-    """A local step: nothing is sent, and nothing learned from others. An inf or NaN concerns this rank alone."""
-    task.finite, task.skipped = not task.poisoned, True
-    yield from ()
-    return task.out
-
-
-def drive(reductions: Iterable[Reduction]) -> None:
-    """Finish all, one phase of each after the other: second passes of all buckets travel at once, in the same order on every rank."""
-    open_ones = [r for r in reductions if not r.finished]
-    while open_ones:
-        for reduction in open_ones:
-            reduction.advance()
-        open_ones = [r for r in open_ones if not r.finished]
 
 
 class Comparison:
@@ -576,11 +255,11 @@ class Aggregator:
         if group.lr == 0 and self._stateful:
             return None
         scale = group.loss_scale if self._stateful else 1.0
-        gradients = list(gradients) if scale == 1.0 else _unscaled_(gradients, scale, bucket.segments.dtype)
+        gradients = list(gradients) if scale == 1.0 else unscaled_(gradients, scale, bucket.segments.dtype)
         poisoned = not all(all_finite(g) for g in gradients)
         if bucket.method.exact:
             bucket.remember()
-        resting = _Resting(bucket, transport.rank, transport.size) if bucket.frozen() else None
+        resting = Resting(bucket, transport.rank, transport.size) if bucket.frozen() else None
         # A poisoned step leaves the buffer alone; there is nothing to extract from.
         buffer = bucket.segments.empty()[:0] if poisoned else feedback.accumulate_(bucket.state, gradients, bucket.parameters, bucket.segments, ctx)
         compressor, exchange = bucket.method.at(self.step)
@@ -600,7 +279,7 @@ class Aggregator:
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
-        steps, rescale = _stay(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else scale
+        steps, rescale = stay(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else scale
         return Reduction(bucket, task, steps, gradients, group, rescale, resting)
 
     @torch.no_grad()
@@ -931,7 +610,7 @@ class Aggregator:
             if bucket.exchange_state:
                 for i, segment in enumerate(bucket.method.exchange.state_segments(bucket.segments, rank, size)):
                     for slot, t in bucket.exchange_state.items():
-                        parameters[segment.name][slot] = _part(t, i, segment).clone()
+                        parameters[segment.name][slot] = part_of(t, i, segment).clone()
         return {
             "format": 1,
             "method": repr(self.method),
@@ -995,7 +674,7 @@ class Aggregator:
                     for i, segment in enumerate(table):
                         if segment.name not in saved:
                             continue  # likewise: its state is still zero
-                        value, part = saved[segment.name].get(slot), _part(target, i, segment)
+                        value, part = saved[segment.name].get(slot), part_of(target, i, segment)
                         if not isinstance(value, torch.Tensor) or value.numel() != part.numel():
                             raise CompressionError(
                                 f"'{slot}' of parameter '{segment.name}': expected {part.numel()} elements, the state holds "
@@ -1041,5 +720,5 @@ class Aggregator:
                     for i, segment in enumerate(table):
                         rate = rates.get(segment.name)
                         if rate is not None and rate != common:
-                            _part(slots[slot], i, segment).mul_(rate / common)
+                            part_of(slots[slot], i, segment).mul_(rate / common)
         return common

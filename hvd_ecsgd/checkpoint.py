@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
-from .aggregator import Aggregator, Method
-from .compression import BoundCompression
+from .aggregator import Aggregator
+from .bound import BoundCompression
 from .errors import CheckpointError, CompressionError
+from .method import Method
 from .resize import Done, Leaf, in_words, merge, resized_state, shares
 from .transport import Transport
 from .trees import decode, encode

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .aggregator import Aggregator, Bucket, Reduction, drive
+from .aggregator import Aggregator
 from .agreement import Introduction
+from .bucket import Bucket, Reduction, drive
 from .errors import CompressionError, DisagreementError, UnboundParameterError
 from .transport import SelfTransport
 from .transport.horovod import SlotHandle, SlotTransport

@@ -21,10 +21,13 @@ from typing import Any, Protocol
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .aggregator import Aggregator, Bucket, Comparison, GroupSettings, Reduction, drive
+from .aggregator import Aggregator, Comparison
 from .agreement import in_common_order
-from .compression import AnyCompression, BoundCompression, Compression, bind, check_plain_sgd
+from .bound import BoundCompression, check_plain_sgd
+from .bucket import Bucket, Reduction, drive
+from .compression import AnyCompression, Compression, bind
 from .errors import CheckpointError, CompressionError, SequenceError
+from .method import GroupSettings
 from .transport import SelfTransport, Transport
 from .transport.base import Handle
 from .trees import decode, encode

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from .aggregator import Aggregator, Bucket
+from .aggregator import Aggregator
+from .bucket import Bucket
 from .protocols import State
 
 __all__ = ["Done", "Leaf", "in_words", "merge", "recut", "resized_state", "shares"]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 
-from hvd_ecsgd.compression import BoundCompression, Compression
+from hvd_ecsgd import BoundCompression, Compression
 from hvd_ecsgd.exchange import HorovodCompressor
 from hvd_ecsgd.transport.base import Handle, Ready
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
-from hvd_ecsgd.aggregator import Reduction
+from hvd_ecsgd.bucket import Reduction
 from hvd_ecsgd.compressors import RandomBlock, TopK
 from hvd_ecsgd.exchange import AllReduce, ErrorReset
 from hvd_ecsgd.feedback import CSER, ErrorFeedback

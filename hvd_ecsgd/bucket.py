@@ -1,0 +1,228 @@
+"""Parameters that travel together, with their state, and one step of theirs: begun, driven to its end, kept or undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .method import GroupSettings, Method
+from .protocols import State, Steps, Task
+from .segments import Segment, Segments
+from .transport.base import Handle
+
+__all__ = ["Bucket", "Reduction", "Resting", "drive", "part_of", "stay", "unscaled_", "wire_dtype"]
+
+
+@dataclass
+class Bucket:
+    """Segments that travel together: one param group, dtype and device. State is allocated at first use."""
+
+    name: str
+    method: Method
+    segments: Segments
+    parameters: list[torch.nn.Parameter]
+    group: int
+    state: State | None = None
+    exchange_state: State | None = None
+    previous_lr: float | None = None
+    dense: bool = False
+    """Never compressed: small or one-dimensional parameters."""
+    clean: bool = True
+    """This rank's residual is known to be zero: the last exchange took everything, or there was none."""
+    versions: list[int] = field(default_factory=list)
+    """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
+    results: list[torch.Tensor] = field(default_factory=list)
+    """Buffers that results are decoded into, kept because fresh memory of this size costs more than the pass that fills it."""
+    before: list[State] = field(default_factory=list)
+    """With `Method.exact`, feedback's and exchange's state as they were when the step began."""
+
+    def allocate(self, rank: int, size: int) -> None:
+        if self.state is None:
+            self.state = self.method.feedback.init(self.segments)
+            self.exchange_state = self.method.exchange.init(self.segments, rank, size)
+
+    def frozen(self) -> list[int]:
+        """Places of the parameters that have been frozen since they were bound."""
+        return [i for i, p in enumerate(self.parameters) if not p.requires_grad]
+
+    def shift_(self) -> None:
+        """Parameters ← the shifted point of rules that have one; those that are frozen stand still at x."""
+        feedback = self.method.feedback
+        if self.state is None or not feedback.shifts:
+            return
+        feedback.shift_(self.state, self.parameters, self.segments)
+        for i in self.frozen():
+            self.parameters[i].copy_(self.segments.shaped_views(self.state["x"])[i])
+        self.versions = [p._version for p in self.parameters]
+
+    def remember(self) -> None:
+        """Copy the state, but for x, which does not move before a step stands. The memory is kept."""
+        assert self.state is not None and self.exchange_state is not None
+        if not self.before:
+            self.before = [{}, {}]
+        for copy, state in zip(self.before, (self.state, self.exchange_state)):
+            for slot in [s for s in copy if s not in state]:
+                del copy[slot]
+            for slot, t in state.items():
+                if slot != "x":
+                    copy[slot] = copy[slot].copy_(t) if slot in copy and copy[slot].shape == t.shape else t.clone()
+
+    def restore(self) -> None:
+        """Put back what `remember` copied."""
+        assert self.state is not None and self.exchange_state is not None
+        for copy, state in zip(self.before, (self.state, self.exchange_state)):
+            for slot in [s for s in state if s not in copy and s != "x"]:
+                del state[slot]
+            for slot, t in copy.items():
+                state[slot] = state[slot].copy_(t) if slot in state else t.clone()
+
+    def result_buffer(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A kept buffer that the gradients do not live in: after `zero_grad(set_to_none=False)` they are views of the last result."""
+        if self.segments.numel == 0 and self.results:
+            return self.results[0]
+        used = {g.untyped_storage().data_ptr() for g in gradients}
+        for buffer in self.results:
+            if buffer.untyped_storage().data_ptr() not in used:
+                return buffer
+        self.results.append(self.segments.empty())
+        return self.results[-1]
+
+
+def part_of(slot: torch.Tensor, i: int, segment: Segment) -> torch.Tensor:
+    """What a slot of state holds for its i-th segment; a view."""
+    return slot[i] if slot.dim() == 2 else slot[segment.start : segment.stop]
+
+
+def wire_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """Residuals and sums are kept in float32 for 16-bit parameters."""
+    return torch.float32 if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.dtype
+
+
+def unscaled_(gradients: Sequence[torch.Tensor], scale: float, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Gradients of an unscaled loss, so that all state is in true units whatever the scale does: in place, but for types too narrow for them."""
+    torch._foreach_mul_([g for g in gradients if g.dtype == dtype] or [torch.empty(0)], 1 / scale)
+    return [g if g.dtype == dtype else g.to(dtype).mul_(1 / scale) for g in gradients]
+
+
+class Resting:
+    """The state of a bucket's frozen parameters as it was before the step: it waits until they are unfrozen.
+
+    They take part in the exchange with what is left of them, as all tables are alike on all ranks, and what comes of it is put away.
+    """
+
+    def __init__(self, bucket: Bucket, rank: int, size: int) -> None:
+        self._bucket = bucket
+        self._pieces = bucket.method.exchange.state_segments(bucket.segments, rank, size).table
+        self._kept = [(i, slot, part_of(t, i, segment).clone()) for i, slot, t, segment in self._places()]
+
+    def _places(self) -> Iterator[tuple[int, str, torch.Tensor, Segment]]:
+        bucket = self._bucket
+        assert bucket.state is not None and bucket.exchange_state is not None
+        for i in bucket.frozen():
+            yield from ((i, slot, t, bucket.segments.table[i]) for slot, t in bucket.state.items() if slot != "x")
+            yield from ((i, slot, t, self._pieces[i]) for slot, t in bucket.exchange_state.items() if t.dim() == 1)
+
+    def rescale_(self, carry: float, server_carry: float) -> None:
+        """From units of the learning rate before to those of the step's."""
+        for _, slot, value in self._kept:
+            value.mul_({"residual": carry, "server_residual": server_carry}.get(slot, 1.0))
+
+    def put_back_(self) -> None:
+        now = {(i, slot): part_of(t, i, segment) for i, slot, t, segment in self._places()}
+        for i, slot, value in self._kept:
+            if (i, slot) in now:
+                now[i, slot].copy_(value)
+            self._bucket.clean = self._bucket.clean and not (slot == "residual" and bool(value.any()))
+
+
+class Reduction:
+    """One bucket's step in progress."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        task: Task,
+        steps: Steps,
+        gradients: list[torch.Tensor],
+        settings: GroupSettings,
+        rescale: float = 1.0,
+        resting: Resting | None = None,
+    ) -> None:
+        self.bucket = bucket
+        self.resting = resting
+        self._rescale = rescale
+        self.task = task
+        self.gradients = gradients
+        self.settings = settings
+        self.pending: Handle[Any] | None = None
+        self.out: torch.Tensor | None = None
+        self._steps = steps
+        self._resume(None)
+
+    @property
+    def finished(self) -> bool:
+        return self.out is not None
+
+    def _resume(self, value: Any) -> None:
+        try:
+            self.pending = self._steps.send(value)
+        except StopIteration as stop:
+            self.pending, self.out = None, stop.value if self._rescale == 1.0 else stop.value.mul_(self._rescale)
+
+    def advance(self) -> None:
+        """Wait for the pending handle and go on to the next one (or to the end)."""
+        if self.pending is not None:
+            self._resume(self.pending.wait())
+
+    def undo_(self, gradients_gone: bool = False) -> None:
+        """Put residuals (and momentum) back to where they were before this step, to rounding.
+
+        `gradients_gone`: the gradients were overwritten by the result; finite ones of this worker then stay in its residual, as if delayed.
+        """
+        self._undo_(gradients_gone)
+        if self.resting is not None:
+            self.resting.put_back_()
+        self.bucket.shift_()
+
+    def _undo_(self, gradients_gone: bool) -> None:
+        state, method = self.bucket.state, self.bucket.method
+        assert state is not None
+        if method.exact:
+            self.bucket.restore()
+            self.task.forget_undo()
+            return
+        self.task.undo_()
+        if self.task.poisoned:
+            return
+        method.feedback.undo_(state, None if gradients_gone else self.gradients, self.bucket.parameters, self.bucket.segments, self.task.ctx)
+        if self.task.flushes and method.feedback.keeps_residual:
+            state["residual"].zero_()  # such a payload is not kept for adding back
+
+    def commit(self) -> None:
+        """The step stands: remember the learning rate that the residual is measured in, and let the payloads go."""
+        self.bucket.previous_lr = self.settings.lr or self.bucket.previous_lr
+        took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
+        self.bucket.clean = took_all and (self.bucket.clean or not self.bucket.method.feedback.scratches)  # whose buffer is not the residual
+        self.task.forget_undo()
+        if self.resting is not None:
+            self.resting.rescale_(self.task.ctx.carry if self.bucket.method.feedback.unit == "gradient" else 1.0, self.task.server_carry)
+            self.resting.put_back_()
+
+
+def stay(task: Task) -> Steps:
+    """A local step: nothing is sent, and nothing learned from others. An inf or NaN concerns this rank alone."""
+    task.finite, task.skipped = not task.poisoned, True
+    yield from ()
+    return task.out
+
+
+def drive(reductions: Iterable[Reduction]) -> None:
+    """Finish all, one phase of each after the other: second passes of all buckets travel at once, in the same order on every rank."""
+    open_ones = [r for r in reductions if not r.finished]
+    while open_ones:
+        for reduction in open_ones:
+            reduction.advance()
+        open_ones = [r for r in open_ones if not r.finished]

@@ -1,0 +1,73 @@
+"""Steps of optimizers that are not ours, for parameters of a method that must know.
+
+With one process an unmodified Horovod never calls compress, and a method with momentum inside would vanish silently; and Horovod steps after an
+undone exchange.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .errors import CompressionError
+
+__all__ = ["claim"]
+
+
+class Claimant(Protocol):
+    """What wants to know of steps that move its parameters."""
+
+    @property
+    def named(self) -> Sequence[tuple[str, torch.nn.Parameter]]: ...
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Of the parameters named."""
+        ...
+
+    def before_step(self) -> None: ...
+
+
+_claims: dict[int, weakref.ref[Claimant]] = {}
+_lock = threading.Lock()
+_watched = False
+
+
+def claim(bound: Claimant) -> None:
+    """From now on call `bound.before_step()` before every step of any optimizer that holds one of its parameters, while it lives."""
+    global _watched
+    with _lock:
+        if not _watched:  # at the first claim, and never removed: torch iterates over its hooks unlocked
+            register_optimizer_step_pre_hook(_before_step)
+            _watched = True
+        for _, parameter in bound.named:
+            _claims[id(parameter)] = weakref.ref(bound)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    claimed: dict[int, Claimant] = {}
+    late: torch.Tensor | None = None
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            found = _claims.get(id(parameter))
+            bound = None if found is None else found()
+            if bound is not None and id(parameter) in bound.ids:  # while it lives it holds its parameters, so the id is theirs
+                claimed[id(bound)] = bound
+            else:
+                if found is not None:
+                    _claims.pop(id(parameter), None)
+                if parameter.requires_grad and parameter.grad is not None:
+                    late = parameter
+    if late is not None and claimed:
+        raise CompressionError(
+            f"a parameter of shape {tuple(late.shape)} takes part in training but was frozen or absent when the compression was bound; Horovod does "
+            "not average its gradients, and ranks would drift apart. Bind and wrap while everything is trainable and freeze afterwards, or bind "
+            "again and make a new optimizer after unfreezing or adding parameters."
+        )
+    for bound in claimed.values():
+        bound.before_step()

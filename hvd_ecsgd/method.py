@@ -1,0 +1,126 @@
+"""What is done: a compressor, a feedback rule and an exchange, and what is sent without compression; and an optimizer's settings of the day."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .compressors import Identity
+from .errors import CompressionError
+from .exchange import AllReduce
+from .protocols import Compressor, Exchange, Feedback
+from .schedule import at_step, check_ratios
+from .segments import Segments
+
+__all__ = ["GroupSettings", "Method"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm: compressor × feedback × exchange, and what is sent without compression.
+
+    Parameters with fewer than `dense_below` elements, and with `dense_1d` those with one dimension (biases, norms), travel uncompressed. So does
+    everything in the first `warmup_steps` steps. `ratio_schedule`, (step, ratio) pairs, changes the compressor's ratio from these steps on.
+    """
+
+    compressor: Compressor
+    feedback: Feedback
+    exchange: Exchange
+    dense_below: int = 1024
+    dense_1d: bool = True
+    seed: int = 0
+    warmup_steps: int = 0
+    ratio_schedule: Sequence[tuple[int, float]] = ()
+    exact: bool = field(default=False, repr=False)
+    """Keep a copy of the state during each step, so that undoing one restores it bit for bit. No part of what a saved state belongs to."""
+    verify_every: int = field(default=0, repr=False)
+    """Compare x across ranks before every so many-th step; 0: never. No part of what a saved state belongs to."""
+
+    def __post_init__(self) -> None:
+        for role, part, protocol in (
+            ("compressor", self.compressor, Compressor),
+            ("feedback", self.feedback, Feedback),
+            ("exchange", self.exchange, Exchange),
+        ):
+            if isinstance(part, type) or not isinstance(part, protocol):  # a class has the attributes too
+                raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
+        self.exchange.check(self.compressor)
+        if self.feedback.scratches != self.exchange.settles:
+            raise CompressionError(
+                f"{self.feedback} and {self.exchange} do not go together: CSER() needs ErrorReset(…) as its exchange, and only CSER does."
+            )
+        if self.feedback.keeps_residual:
+            self.compressor.check_feedback()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
+        if not isinstance(self.dense_1d, bool):
+            raise CompressionError(f"dense_1d must be True or False, got {self.dense_1d!r}.")
+        if isinstance(self.verify_every, bool) or not isinstance(self.verify_every, int) or self.verify_every < 0:
+            raise CompressionError(f"verify_every must be a number of steps, or 0 for never, got {self.verify_every!r}.")
+        if not isinstance(self.exact, bool):
+            raise CompressionError(f"exact must be True or False, got {self.exact!r}.")
+        if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
+            raise CompressionError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}.")
+        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
+            raise CompressionError(f"warmup_steps must be a number of steps ≥ 0, got {self.warmup_steps!r}.")
+        object.__setattr__(self, "ratio_schedule", check_ratios(self.compressor, self.ratio_schedule, self.warmup_steps))
+
+    def is_dense(self, parameter: torch.Tensor) -> bool:
+        return parameter.numel() < self.dense_below or (self.dense_1d and parameter.dim() <= 1)
+
+    @property
+    def lossless(self) -> bool:
+        """Workers' residuals are zero after every exchange, of rules whose buffer is the residual."""
+        return self.compressor.lossless and not self.exchange.approximates
+
+    @property
+    def stateful(self) -> bool:
+        """Something is carried from step to step: residuals, momentum, or what the exchange keeps."""
+        nothing = Segments(())
+        return bool(self.feedback.init(nothing)) or bool(self.exchange.init(nothing, 0, 1))
+
+    def at(self, step: int) -> tuple[Compressor, Exchange]:
+        """What compresses and exchanges in this step."""
+        if step < self.warmup_steps:
+            return Identity(), AllReduce()
+        return at_step(self.compressor, self.ratio_schedule, step), self.exchange
+
+    def switched(self, new: Method) -> Method:
+        """`new` as what this method goes on as: with this one's `dense_below`, `dense_1d` and `seed`. Raises unless its feedback can take over."""
+        old, rule = self.feedback, new.feedback
+        begins = not old.init(Segments(())) and not (old.owns_momentum or rule.owns_momentum) and old.unit == rule.unit
+        begins = begins and old.for_dense() == rule.for_dense()
+        if rule != old and not begins:
+            remedy = (
+                "" if rule.keeps_residual else f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."
+            )
+            raise CompressionError(f"switch(): expected the feedback rule that the residuals were made with, {old}, got {rule}.{remedy}")
+        return replace(new, dense_below=self.dense_below, dense_1d=self.dense_1d, seed=self.seed, exact=self.exact, verify_every=self.verify_every)
+
+    def dense(self) -> Method:
+        return Method(Identity(), self.feedback.for_dense(), AllReduce(), self.dense_below, self.dense_1d, self.seed, exact=self.exact)
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """A param group's hyper-parameters in this step."""
+
+    lr: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    loss_scale: float = 1.0
+
+    @staticmethod
+    def of(group: Mapping[str, Any], loss_scale: float) -> GroupSettings:
+        """Those of an optimizer's param group; what it does not have is zero."""
+        return GroupSettings(
+            float(group["lr"]),
+            float(group.get("momentum", 0.0)),
+            float(group.get("weight_decay", 0.0)),
+            bool(group.get("nesterov", False)),
+            loss_scale,
+        )
