@@ -295,8 +295,15 @@ def _feedback(wanted: bool) -> Feedback:
 class _Bare:
     """`Compression.none`, `.fp16` and `.bf16`: compressors in Horovod's sense as they stand, and callable like every other preset."""
 
-    def __init__(self, compressor: Compressor, dtype: torch.dtype | None) -> None:
-        self._compressor, self._dtype = compressor, dtype
+    def __init__(self, name: str, compressor: Compressor, dtype: torch.dtype | None) -> None:
+        self._name, self._compressor, self._dtype = name, compressor, dtype
+
+    def __repr__(self) -> str:
+        return f"Compression.{self._name}"
+
+    def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[type]:
+        """With Horovod it is a class, that scripts derive their own compressors from."""
+        return (type(self._name, (), {"compress": staticmethod(self.compress), "decompress": staticmethod(self.decompress)}),)
 
     @property
     def method(self) -> Method:
@@ -324,9 +331,9 @@ class _Bare:
         return tensor.to(ctx)
 
 
-Compression.none = _Bare(Identity(), None)
-Compression.fp16 = _Bare(Cast(), torch.float16)
-Compression.bf16 = _Bare(Cast(torch.bfloat16), torch.bfloat16)
+Compression.none = _Bare("none", Identity(), None)
+Compression.fp16 = _Bare("fp16", Cast(), torch.float16)
+Compression.bf16 = _Bare("bf16", Cast(torch.bfloat16), torch.bfloat16)
 
 
 def double_squeeze_comparison(

@@ -247,7 +247,7 @@ class _Distributed(torch.optim.Optimizer):
         trained = [(n, p) for n, p in self.compression.named if id(p) in owned]
         unnamed = set(owned) - {id(p) for _, p in named}
         if unnamed:
-            g, i = owned[min(unnamed)]
+            g, i = min(owned[p] for p in unnamed)
             raise CompressionError(
                 f"parameter {i} of param group {g} (shape {tuple(self.param_groups[g]['params'][i].shape)}) has no name; pass "
                 "named_parameters=model.named_parameters() with all of them."

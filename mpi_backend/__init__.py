@@ -5,8 +5,10 @@ Importing it does not initialise MPI; `init()` does.
 
 from __future__ import annotations
 
-from hvd_ecsgd.compression import Compression
+from typing import NoReturn
 
+from . import compression as compression
+from . import mpi_ops as mpi_ops
 from .basics import (
     ccl_built,
     cross_rank,
@@ -61,6 +63,7 @@ from .collectives import (
     sparse_allreduce_async,
     synchronize,
 )
+from .compression import Compression
 from .errors import HorovodInternalError, MismatchError
 from .optimizer import DistributedOptimizer
 from .process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
@@ -84,3 +87,12 @@ __all__ = [
     "barrier", "join", "poll", "synchronize",
     "allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name == "elastic":
+        raise AttributeError(
+            "mpi_backend has no elastic: MPI's ranks are fixed while a job runs. A job that is queued again can go on with another number of ranks: "
+            "hvd_ecsgd.load_checkpoint."
+        )
+    raise AttributeError(f"module 'mpi_backend' has no attribute {name!r}")

@@ -3,7 +3,8 @@
 One thread per process serves all process sets, each of which is a `Channel` with communicators of its own. Nothing in a channel's turn blocks, so
 no channel can hold up another. The thread sleeps until there is work; while it waits for other ranks it looks at shorter, then longer intervals;
 while data is on its way, which every rank is ready for, it looks often. It needs MPI_THREAD_MULTIPLE. Without it (or with
-MPI_BACKEND_THREAD=0) the caller takes the turns, inside of submissions, `poll` and `synchronize`: results are the same, overlap is less.
+MPI_BACKEND_THREAD=0) the caller takes the turns, inside of submissions, `poll` and `synchronize`: results are the same, overlap is less, and
+nobody notices a stall while the coordinator computes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, 
 from .timeline import Timeline
 from .transport import MPITransport
 
-__all__ = ["Channel", "Engine", "Pending", "threads_available"]
+__all__ = ["Channel", "Engine", "Pending", "fusion_bytes", "threads_available"]
 
 T = TypeVar("T")
 log = logging.getLogger("mpi_backend")
@@ -48,6 +49,7 @@ def threads_available() -> bool:
 
 
 def fusion_bytes() -> int:
+    """Of all-reduces that travel together, at most. Raises ValueError for a variable that is no number."""
     value = os.environ.get("HOROVOD_FUSION_THRESHOLD", "")
     if not value:
         return _FUSION_BYTES
@@ -314,7 +316,7 @@ class Channel:
             self._next_check = now + 0.1
             if warnings := coordinator.check_stalls(now):
                 log.warning(
-                    "Some tensors were submitted by some ranks only, which wait for the others; do all ranks submit the same tensors?\n%s",
+                    "mpi_backend: some tensors were submitted by some ranks only, which wait for the others; do all ranks submit the same?\n%s",
                     "\n".join(warnings),
                 )
         decisions = coordinator.take()
@@ -457,8 +459,8 @@ def finish_(t: torch.Tensor, n: int, factor: float) -> None:
 class Engine:
     """Serves channels, by a thread of its own if `threaded`, else in turns that callers take."""
 
-    def __init__(self, threaded: bool) -> None:
-        self.fusion_bytes, self.stall = fusion_bytes(), StallCheck.from_environment()  # on all ranks: what is wrong there, all must raise
+    def __init__(self, threaded: bool, fusion_bytes: int, stall: StallCheck) -> None:
+        self.fusion_bytes, self.stall = fusion_bytes, stall
         self.threaded = threaded
         self.timeline: Timeline | None = None
         self._channels: tuple[Channel, ...] = ()

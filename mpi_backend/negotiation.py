@@ -134,7 +134,8 @@ def _seconds(variable: str, default: float) -> float:
 
 @dataclass(frozen=True)
 class StallCheck:
-    """Horovod's variables. `warn`: seconds until a tensor that some ranks do not submit is reported, again after as many; `fail`: until it fails."""
+    """Horovod's variables. `warn`: seconds until a tensor that some ranks do not submit is reported, again after as many; `fail`: until it fails.
+    None, from 0: never."""
 
     warn: float | None
     fail: float | None
@@ -143,7 +144,7 @@ class StallCheck:
     def from_environment() -> StallCheck:
         if os.environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") not in ("", "0"):
             return StallCheck(None, None)
-        return StallCheck(_seconds("HOROVOD_STALL_CHECK_TIME_SECONDS", 60.0), _seconds("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 0.0) or None)
+        return StallCheck(_seconds("HOROVOD_STALL_CHECK_TIME_SECONDS", 60.0) or None, _seconds("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 0.0) or None)
 
 
 class Coordinator:

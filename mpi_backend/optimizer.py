@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,8 @@ def DistributedOptimizer(
     runtime.members(process_set)
     if not isinstance(optimizer, torch.optim.Optimizer):  # before the others are waited for
         raise ValueError(f"DistributedOptimizer(): expected a torch.optim optimizer, got {optimizer!r:.100}.")
+    if isinstance(named_parameters, Iterable):
+        named_parameters = _each_once(named_parameters)
     transport: Transport = runtime.new_transport(process_set) if process_set.included() else SelfTransport()
     background = runtime.new_background()
     distributed = _DistributedOptimizer(
@@ -85,9 +88,10 @@ def DistributedOptimizer(
         sum_gradients=op == Sum,
         overlap=os.environ.get("MPI_BACKEND_OVERLAP", "1") != "0",
         executor=background,
-        observer=partial(_trace, runtime.context().engine),
+        observer=partial(_trace, runtime.context().engine, traced := _Traced()),
     )
     number = runtime.add_optimizer(distributed, transport)
+    traced.number, traced.optimizer = number, weakref.ref(distributed)
     if background is not None:
         weakref.finalize(distributed, background.close)
         if process_set.included():
@@ -117,9 +121,32 @@ def _announced(optimizer: Callable[[], Any], number: int, process_set: ProcessSe
             channel.withdraw(name)
 
 
-def _trace(engine: Engine, row: str, what: str, begin: float, end: float) -> None:
-    if (timeline := engine.timeline) is not None:  # the engine's it was made with: while that shuts down, buckets are still completed
-        timeline.span(row, what, begin, end)
+@dataclass
+class _Traced:
+    """Whose rows of the timeline these are."""
+
+    number: int = 0
+    optimizer: Callable[[], Any] = lambda: None
+
+
+def _trace(engine: Engine, traced: _Traced, row: str, what: str, begin: float, end: float) -> None:
+    if (timeline := engine.timeline) is None:  # the engine's it was made with: while that shuts down, buckets are still completed
+        return
+    optimizer = traced.optimizer()
+    bucket = None if optimizer is None else next((b for b in optimizer.compression.aggregator.buckets if b.name == row), None)
+    about = {} if bucket is None else {"parameters": bucket.segments.names, "gradient bytes": bucket.segments.numel * bucket.segments.dtype.itemsize}
+    timeline.span(f"optimizer {traced.number} {row}", what, begin, end, **about)
+
+
+def _each_once(pairs: Iterable[Any]) -> list[Any]:
+    """Without a tied parameter's further names, which Horovod overlooks (`model.state_dict(keep_vars=True)` lists them)."""
+    names: dict[int, object] = {}
+    kept = []
+    for pair in pairs:
+        if isinstance(pair, tuple) and len(pair) == 2 and names.setdefault(id(pair[1]), pair[0]) != pair[0]:
+            continue
+        kept.append(pair)
+    return kept
 
 
 def _check_groups(groups: int | Sequence[Sequence[torch.Tensor]]) -> None:

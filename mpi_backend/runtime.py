@@ -6,13 +6,14 @@ import atexit
 import gc
 import itertools
 import os
+import socket
 import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # mpi4py.MPI initialises MPI when it is imported: only init() may do that.
 if TYPE_CHECKING:
@@ -65,6 +66,12 @@ _backgrounds: list[Background] = []
 _exit_registered = False
 _previous_hook = sys.excepthook
 _ending = False
+_starting = False
+"""init() is under way, or has failed: other ranks may wait in it."""
+_forked = False
+"""This is a process that an initialised one has forked."""
+_status = 0
+"""Its exit status."""
 
 
 def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
@@ -79,13 +86,13 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     From here on an uncaught exception ends the job on all ranks, where it would leave the others waiting: `sys.excepthook` is extended, the
     previous hook still prints. A rank that dies, is cut off, or leaves while others wait for it ends the job too (and see `watchdog`).
 
-    Variables, as Horovod's: HOROVOD_STALL_CHECK_TIME_SECONDS (60), HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (0: never), HOROVOD_STALL_CHECK_DISABLE,
-    HOROVOD_FUSION_THRESHOLD (bytes; 4 MiB), HOROVOD_TIMELINE (a file; see `start_timeline`).
+    Variables, as Horovod's: HOROVOD_STALL_CHECK_TIME_SECONDS (60; 0: never), HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (0: never),
+    HOROVOD_STALL_CHECK_DISABLE, HOROVOD_FUSION_THRESHOLD (bytes; 4 MiB), HOROVOD_TIMELINE (a file; see `start_timeline`).
 
     Raises ValueError for a `comm` that is none of these, or does not contain this process, and for process sets of ranks that do not exist, or
-    given twice; likewise for other things in their place.
+    given twice; likewise for other things in their place. A variable that is wrong on some ranks is a ValueError on all.
     """
-    global _context, _watchdog, _exit_registered, _previous_hook
+    global _context, _watchdog, _exit_registered, _previous_hook, _starting
     if _context is not None:
         return
     from mpi4py import MPI
@@ -93,14 +100,27 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     if not MPI.Is_initialized():  # mpi4py.rc.initialize was set to False
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         atexit.register(_finalize)
+    _starting = True
+    if sys.excepthook is not _end_the_job:
+        _previous_hook, sys.excepthook = sys.excepthook, _end_the_job
 
-    _check_process_sets(process_sets)
-    from .engine import Engine, threads_available
+    from .engine import Engine, fusion_bytes, threads_available
+    from .negotiation import StallCheck
     from .watchdog import Settings, Watchdog
 
-    settings = Settings.from_environment()
     own = _communicator(comm)
     rank, size = own.Get_rank(), own.Get_size()
+    wrong: ValueError | None = None
+    try:
+        _check_process_sets(process_sets)
+        settings, limit, stall = Settings.from_environment(), fusion_bytes(), StallCheck.from_environment()
+    except ValueError as error:
+        wrong = error
+    said = own.allgather(None if wrong is None else str(wrong))
+    if any(said):  # where it is right, too: the others will not come any further
+        own.Free()
+        first = next(r for r, text in enumerate(said) if text)
+        raise wrong or ValueError(f"init() has failed on rank {first}: {said[first]}")
     local = own.Split_type(MPI.COMM_TYPE_SHARED, rank)
     local_rank, local_size = local.Get_rank(), local.Get_size()
     cross = own.Split(local_rank, rank)
@@ -111,23 +131,24 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     if rank == 0 and MPI.Query_thread() != MPI.THREAD_MULTIPLE:
         warnings.warn(
             "mpi_backend: MPI was initialised without MPI_THREAD_MULTIPLE, so there is no communication thread; results are the same, overlap "
-            "with computation is less.",
+            "with computation is less, and what some ranks never submit is only reported while rank 0 communicates.",
             RuntimeWarning,
             stacklevel=2,
         )
     from .process_sets import global_process_set
 
-    engine = Engine(threads_available())
+    engine = Engine(threads_available(), limit, stall)
     everybody = {0: Members(tuple(range(size)), own, engine.add(own, range(size)), global_process_set)}
     _context = Context(own, engine, rank, size, local_rank, local_size, cross_rank, cross_size, homogeneous, everybody, itertools.count(1))
     _watchdog = Watchdog(own, settings)
     if not _exit_registered:
-        atexit.register(shutdown)
+        atexit.register(_at_exit)
         _exit_registered = True
-    _previous_hook, sys.excepthook = sys.excepthook, _end_the_job
+    _starting = False
     global_process_set.ranks = list(range(size))
     _register_all([] if process_sets is None or isinstance(process_sets, str) else process_sets)
-    if path := os.environ.get("HOROVOD_TIMELINE", "").replace("DYNAMIC", ""):
+    path = os.environ.get("HOROVOD_TIMELINE", "")
+    if path not in ("", "DYNAMIC"):  # Horovod's word for a timeline that the script starts
         start_timeline(path)
 
 
@@ -137,7 +158,7 @@ def shutdown() -> None:
     What some rank has not submitted by then fails with `HorovodInternalError`.
     """
     global _context, _watchdog
-    if _context is None:
+    if _context is None or _forked:
         return
     from mpi4py import MPI
 
@@ -219,8 +240,11 @@ def members(process_set: ProcessSet) -> Members:
 
 
 def channel(process_set: ProcessSet) -> Channel:
-    """The channel of its collectives. Raises ValueError for a set that is not usable, or that this process does not belong to."""
+    """The channel of its collectives. Raises ValueError for a set that is not usable, or that this process does not belong to, and in a process
+    that was forked, which has no part in MPI."""
     found = members(process_set)
+    if _forked:
+        raise ValueError(f"process {os.getpid()} was forked from rank {context().rank} and cannot communicate; only the rank itself can.")
     if found.channel is None:
         raise ValueError(f"rank {context().rank} is not a member of the process set of ranks {list(found.ranks)}.")
     return found.channel
@@ -342,7 +366,7 @@ def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
 
     everybody = context().process_sets[0]
     users = everybody if process_set is None else members(process_set)
-    agree("a DistributedOptimizer is made", users)  # without it a rank that has joined, or makes none, would be waited for in silence
+    agree("DistributedOptimizer being made", users)  # without it a rank that has joined, or makes none, would be waited for in silence
     made = MPITransport(users.comm)
     _optimizers.append(made)
     if _watchdog is not None:
@@ -374,22 +398,53 @@ def _communicator(comm: MPI.Comm | Sequence[int] | None) -> MPI.Intracomm:
 
 def _end_the_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The hook for uncaught exceptions: the others would wait for this rank, some for ever."""
-    global _ending
+    global _ending, _status
     if _ending:  # a hook that was set after the first init() calls this one, and after a second init() is the previous one
         sys.__excepthook__(kind, error, trace)
         return
     _ending = True
-    if _context is None or _context.size == 1:
+    from mpi4py import MPI
+
+    comm = _context.comm if _context is not None else MPI.COMM_WORLD if _starting else None
+    if comm is None or comm.Get_size() == 1 or _forked:
+        _status = 1
         _previous_hook(kind, error, trace)
         _ending = False
         return
     if _watchdog is not None:
         _watchdog.announce(f"uncaught {kind.__name__}: {error}")
-    print(f"mpi_backend: uncaught exception on rank {_context.rank} of {_context.size}; ending the job on all ranks.", file=sys.stderr)
+    who = f"rank {comm.Get_rank()} of {comm.Get_size()} (process {os.getpid()} on {socket.gethostname()})"
+    print(f"mpi_backend: uncaught exception on {who}; ending the job on all ranks.", file=sys.stderr)
     _previous_hook(kind, error, trace)
     sys.stdout.flush()
     sys.stderr.flush()
-    _context.comm.Abort(1)
+    comm.Abort(1)
+
+
+def _at_exit() -> None:
+    if _forked:  # where finalising MPI, as mpi4py does in the end, would wait for ever
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status)
+    shutdown()
+
+
+def _in_a_child() -> None:
+    """It may ask for its rank; whatever becomes of it is not the job's matter. (Those that `multiprocessing` makes never come to their exit.)"""
+    global _forked
+    if not _exit_registered:
+        return
+    _forked, leave = True, sys.exit
+
+    def exit(status: Any = None) -> NoReturn:
+        global _status
+        _status = status if isinstance(status, int) else status is not None
+        leave(status)
+
+    sys.exit = exit
+
+
+os.register_at_fork(after_in_child=_in_a_child)
 
 
 def _finalize() -> None:

@@ -17,8 +17,7 @@ class Timeline:
     """Writes events to `path` as they come. The file is valid JSON after every event, also when the process is killed: each write replaces
     the closing bracket by the event and a new bracket, in one system call.
 
-    Times are microseconds of this host's clock since the epoch, so files of several ranks on one host can be laid side by side. `mark_cycles` is
-    accepted as Horovod's; there are no cycles here.
+    Times are microseconds of this host's clock since the epoch, so files of several ranks on one host can be laid side by side.
     """
 
     def __init__(self, path: str, rank: int) -> None:

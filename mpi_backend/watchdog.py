@@ -8,8 +8,9 @@ A rank *leaves* when it shuts down, by the end of its script or `sys.exit`; what
 down for a second tells how many collectives it took part in on each transport, and one that has started a later one ends the job. So it is on the
 transports of optimizers that a rank has dropped before it joined.
 
-Variables: MPI_BACKEND_WATCHDOG=0 turns all of this off. MPI_BACKEND_WATCHDOG_TIMEOUT: seconds of silence after which a rank counts as cut off (6).
-MPI_BACKEND_INTERFACE: network interfaces or networks (10.0.0.0/8), comma-separated, that signs of life take (those that Open MPI was told, or all).
+Variables: MPI_BACKEND_WATCHDOG=0, on any rank, turns all of this off on all. MPI_BACKEND_WATCHDOG_TIMEOUT: seconds of silence after which a rank
+counts as cut off (6). MPI_BACKEND_INTERFACE: network interfaces or networks (10.0.0.0/8), comma-separated, that signs of life take (those that Open
+MPI was told, or all).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Settings:
 
     @staticmethod
     def from_environment() -> Settings:
-        """Raises ValueError for a timeout that is no number of seconds from 1."""
+        """Raises ValueError for a timeout that is no number of seconds from 1, and a switch that is neither 0 nor 1."""
         text = os.environ.get("MPI_BACKEND_WATCHDOG_TIMEOUT", "") or "6"
         try:
             timeout = float(text)
@@ -62,7 +63,10 @@ class Settings:
             timeout = 0.0
         if not timeout >= 1:
             raise ValueError(f"MPI_BACKEND_WATCHDOG_TIMEOUT is {text!r}; expected a number of seconds, at least 1.")
-        return Settings(os.environ.get("MPI_BACKEND_WATCHDOG", "1") != "0", timeout)
+        switch = os.environ.get("MPI_BACKEND_WATCHDOG", "") or "1"
+        if switch not in ("0", "1"):
+            raise ValueError(f"MPI_BACKEND_WATCHDOG is {switch!r}; expected 0 (off) or 1 (on).")
+        return Settings(switch == "1", timeout)
 
 
 class Watchdog:
@@ -325,6 +329,13 @@ def _addresses() -> list[str]:
     """This machine's IPv4 addresses but the loopback's, of the interfaces that were named, or of all."""
     names = [name for _, name in socket.if_nameindex()]
     asked = (os.environ.get("MPI_BACKEND_INTERFACE") or os.environ.get("OMPI_MCA_btl_tcp_if_include", "")).split(",")  # noqa: SIM112
+    ours = (os.environ.get("MPI_BACKEND_INTERFACE") or "").split(",")
+    if absent := [name for name in ours if name and "/" not in name and name not in names]:
+        warnings.warn(
+            f"MPI_BACKEND_INTERFACE names {', '.join(absent)}, and {socket.gethostname()} has {', '.join(names)}; signs of life take all of them.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
     networks = [ipaddress.ip_network(entry, strict=False) for entry in asked if "/" in entry]
     names = [name for name in names if name in asked] or names
     found = []

@@ -262,6 +262,42 @@ for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=
     verdict.equal(p.detach(), q.detach(), f"a user's own compressor, in the optimizer and in allreduce: {name}")
 verdict.expect(not torch.allclose(flat(model), flat(reference(3)), rtol=1e-5, atol=1e-5), "the control: it is lossy")
 
+# Tied parameters that are listed under both of their names; derived from Horovod's classes, a user's compressor.
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = conv(), torch.nn.Module()
+        self.outer.weight = self.inner[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+class Derived(hvd.Compression.fp16):  # type: ignore[misc, valid-type]
+    pass
+
+
+class Whole(hvd.compression.Compressor):
+    compress = staticmethod(hvd.compression.NoneCompressor.compress)
+    decompress = staticmethod(hvd.compression.NoneCompressor.decompress)
+
+
+for listed in (lambda m: m.state_dict(keep_vars=True).items(), lambda m: m.named_parameters(remove_duplicate=False)):
+    for compressor, tolerance in ((hvd.compression.FP16Compressor, 1e-3), (Derived, 1e-3), (Whole, 1e-5)):
+        tied = Tied()
+        sgd = torch.optim.SGD(tied.parameters(), lr=0.1, momentum=0.9)
+        optimizer = hvd.DistributedOptimizer(sgd, listed(tied), compressor)
+        for t in range(3):
+            optimizer.zero_grad()
+            tied(batch(rank, t)).square().mean().backward()
+            optimizer.step()
+        same(tied.inner, reference(3), f"tied, {compressor.__name__}", tolerance)
+model = conv()
+sgd, twice = torch.optim.SGD(model.parameters(), lr=0.1), [*model.named_parameters()] * 2
+verdict.raises(ValueError, lambda: hvd.DistributedOptimizer(sgd, twice), "the same names twice", "two parameters are named")
+for absent, said in (("elastic", "mpi_backend has no elastic"), ("alreduce", "no attribute 'alreduce'")):
+    verdict.raises(AttributeError, lambda absent=absent: getattr(hvd, absent), absent, said)
+
 # Arguments that are refused.
 model = conv()
 for options, message in (

@@ -32,7 +32,8 @@ def test_buckets_are_compressed_and_sent_while_backward_goes_on(tmp_path: Path) 
         (backward,) = of(found, "BACKWARD")
         compressed, sent = of(found, "COMPRESS"), of(found, "COMMUNICATE")
         assert len(compressed) == len(sent) == 4
-        assert [s["row"] for s in compressed] == [s["row"] for s in sent], "in one order"
+        assert [s["row"] for s in compressed] == [s["row"] for s in sent] == [f"optimizer 0 bucket{i}" for i in range(4)], "in one order"
+        assert sent[0]["args"] == {"parameters": ["layer3.bias", "layer3.weight"], "gradient bytes": 4 * 40 * 41}
         assert all(s["begin"] < backward["end"] for s in compressed[:3]), "the last layers' buckets start during the backward pass"
         assert all(s["end"] < backward["end"] for s in sent[:2]), "and arrive during it"
         assert backward["dur"] > 600_000
