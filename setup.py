@@ -1,7 +1,7 @@
 """Build of hvd-ecsgd. Metadata is here, tool settings are in pyproject.toml, the version is in hvd_ecsgd/version.py.
 
-The library is pure Python. One part is optional: the C++ sources in hvd_ecsgd/kernels/csrc/, compiled into one plain shared library that has a C
-interface and is loaded by ctypes (so it needs neither Python's nor torch's headers, and no rebuild for another Python or torch). Without sources,
+The library is pure Python. One part is optional, and not there yet: C++ sources in hvd_ecsgd/kernels/csrc/, compiled into one plain shared library
+that has a C interface and is loaded by ctypes (so it needs neither Python's nor torch's headers, nor a rebuild for another of them). Without sources,
 without a compiler, or when compiling fails, the installation succeeds without that library and says so in one line (`pip install -v` shows it);
 kernels then run in torch.
 Set CXX to choose the compiler and CXXFLAGS to add options, e.g. CXXFLAGS=-march=native.

@@ -207,7 +207,14 @@ setup_venv() {
 # usage FILE: its header, which is its documentation.
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; }
 
-need_value() { [ "$#" -ge 2 ] || die "$1 needs a value." "See $0 --help."; }
+need_value() {   # the arguments that are left, an option first; what looks like the next option is no value (but for --mpi-args)
+    [ "$#" -ge 2 ] || die "$1 needs a value." "See $0 --help."
+    case $1=$2 in --mpi-args=*) ;; *=-*) die "$1 needs a value, and '$2' is an option." "See $0 --help." ;; esac
+}
+
+switch() {   # $1: value  $2: its variable
+    case $1 in 0|1) ;; *) die "$2='$1' is not known." "It is 0 or 1." ;; esac
+}
 
 whole_number() {   # $1: value  $2: what it is; not below 1
     case $1 in ''|*[!0-9]*|0*) die "$2 is '$1', expected a whole number of at least 1." "See $0 --help." ;; esac
@@ -295,17 +302,30 @@ choose_interface() {
         else say "network interface: left to the launcher, as no route to $name could be found out; INTERFACE names one"; fi
         return
     done
-    say "network interface: left to the launcher, as no other machine is named in HOSTS; INTERFACE names one"
+    if [ -n "${SLURM_JOB_ID:-}" ]; then say "network interface: left to the MPI; INTERFACE names one"
+    else say "network interface: left to the launcher, as no other machine is named in HOSTS; INTERFACE names one"; fi
+}
+
+# Ranks of this machine, or where none is named as this one, of the host with most of them, which is taken to be like this one.
+ranks_of_a_machine() {
+    local i placed left=$RANKS here=0 most=0
+    if [ "${#HOST_NAMES[@]}" = 0 ]; then echo $(((RANKS + ${SLURM_JOB_NUM_NODES:-1} - 1) / ${SLURM_JOB_NUM_NODES:-1})); return; fi
+    for i in "${!HOST_NAMES[@]}"; do
+        placed=$((left < HOST_SLOTS[i] ? left : HOST_SLOTS[i])) left=$((left - placed))
+        if is_this_machine "${HOST_NAMES[i]}"; then here=$((here + placed)); fi
+        if [ "$placed" -gt "$most" ]; then most=$placed; fi
+    done
+    if [ "$here" = 0 ]; then here=$most; fi
+    if [ "$left" -gt 0 ]; then here=$(((here * RANKS + SLOTS - 1) / SLOTS)); fi   # beyond the slots
+    echo "$here"
 }
 
 # Threads of each rank: what is set, or what each task of the Slurm job has, or this machine's cores shared among the ranks that it gets.
 choose_threads() {
-    local here=$RANKS i
-    for i in ${HOST_NAMES[@]+"${!HOST_NAMES[@]}"}; do if is_this_machine "${HOST_NAMES[i]}"; then here=${HOST_SLOTS[i]}; fi; done
-    if [ "${#HOST_NAMES[@]}" = 0 ]; then here=$(((RANKS + ${SLURM_JOB_NUM_NODES:-1} - 1) / ${SLURM_JOB_NUM_NODES:-1})); fi
+    local computed
     if [ "${#HOST_NAMES[@]}" = 0 ] && [ -n "${SLURM_JOB_ID:-}" ]; then OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-}}; fi
-    if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS=$(($(cores) / here)); fi
-    if [ "$OMP_NUM_THREADS" = 0 ]; then OMP_NUM_THREADS=1; fi
+    computed=$(($(cores) / $(ranks_of_a_machine)))
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((computed > 1 ? computed : 1))}
     whole_number "$OMP_NUM_THREADS" "the number of threads"
     export OMP_NUM_THREADS
     say "threads of each rank: $OMP_NUM_THREADS"
@@ -349,10 +369,10 @@ launch() {
 pretend_job() {
     [ -z "${SLURM_JOB_ID:-}" ] || return 0
     export SLURM_JOB_ID=0 SLURM_JOB_NODELIST='node[0-1]' SLURM_JOB_NUM_NODES=2 SLURM_NTASKS=2 SLURM_SUBMIT_DIR=$PWD
-    say "no job, a dry run: sbatch's own options are not seen, and START=auto is taken for srun with pmix, without a trial"
+    say "no job, a dry run: sbatch's own options are not seen, and srun is not tried"
     export START=${START:-auto} START_WITH=${START_WITH:-auto}
-    if [ "$START" = auto ]; then START=srun; fi
-    if [ "$START_WITH" = auto ]; then START_WITH=pmix; fi
+    if [ "$START" = auto ]; then START=srun; say "START=auto is taken for srun"; fi
+    if [ "$START" = srun ] && [ "$START_WITH" = auto ]; then START_WITH=pmix; say "START_WITH=auto is taken for pmix"; fi
 }
 
 slurm_job() {

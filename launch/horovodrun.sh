@@ -22,6 +22,7 @@
 #   -h, --help                               this text
 #
 # Also: MPI_FLAVOUR as in launch/mpirun.sh, VENV and MPI as in launch/common.sh. Horovod gives all ranks the whole environment.
+# Ranks read nothing from standard input.
 # With Open MPI 5 and the controller mpi, launch/shim is put before PATH: Horovod 0.28.1 writes Open MPI's options with one dash, which 5 rejects.
 set -euo pipefail
 # shellcheck source=common.sh
@@ -30,6 +31,7 @@ set -euo pipefail
 RANKS=${RANKS:-} HOSTS=${HOSTS:-} CONTROLLER=${CONTROLLER:-gloo} INTERFACE=${INTERFACE:-} SSH_PORT=${SSH_PORT:-} START_TIMEOUT=${START_TIMEOUT:-30}
 FUSION_MB=${FUSION_MB:-} CYCLE_MS=${CYCLE_MS:-} TIMELINE=${TIMELINE:-} LOG_LEVEL=${LOG_LEVEL:-} MPI_ARGS=${MPI_ARGS:-} DRY_RUN=${DRY_RUN:-0}
 while [ "$#" -gt 0 ]; do
+    case $1 in --dry-run=*) DRY_RUN=${1#*=}; shift; continue ;; esac
     case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
     case $1 in
         -h|--help) usage "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -57,6 +59,9 @@ while [ "$#" -gt 0 ]; do
     shift 2
 done
 [ "$#" -gt 0 ] || die "no command to run." "E.g. $0 -n 2 python examples/digits.py --backend horovod"
+switch "$DRY_RUN" DRY_RUN
+whole_number "$START_TIMEOUT" "the time to start in seconds"
+if [ -n "$SSH_PORT" ]; then whole_number "$SSH_PORT" "the port of ssh"; fi
 case $CONTROLLER in gloo|mpi) ;; *) die "CONTROLLER='$CONTROLLER' is not known." "It is gloo or mpi." ;; esac
 
 use_environment

@@ -3,7 +3,8 @@
 #
 #   launch/install_horovod.sh        needs: the environment of launch/test.sh (or any with torch, mpicxx, cmake, ninja on PATH), a C++ compiler
 #
-# About 4 minutes on 2 cores. The wheel is kept in $HVD_ECSGD_CACHE, keyed by Python, torch, MPI and compiler, so the second time takes seconds.
+# About 4 minutes on 2 cores (HOROVOD_BUILD_JOBS: compilers at once; as many as cores). The wheel is kept in $HVD_ECSGD_CACHE, keyed by Python,
+# torch, MPI and compiler, so the second time takes seconds.
 # What today's torch needs beyond Horovod's own instructions: C++17 (appended by a compiler wrapper, as 0.28.1 hard-codes C++14) and CMake < 4.
 set -euo pipefail
 # shellcheck source=common.sh
@@ -11,7 +12,7 @@ set -euo pipefail
 [ -x "$VENV/bin/python" ] && PATH=$VENV/bin:$PATH
 VERSION=0.28.1
 
-case "${1:-}" in -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0;; esac
+case "${1:-}" in -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0;; esac
 
 python -c 'import torch' 2>/dev/null || die "torch is not installed in $(command -v python)." "Run launch/test.sh, or install torch first: Horovod compiles against it."
 require_compiler "building Horovod"

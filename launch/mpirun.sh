@@ -22,6 +22,7 @@
 #   -h, --help                               this text
 #
 # Also: MPI_FLAVOUR=openmpi4|openmpi5|mpich, whose options mpirun takes (what it says of itself); VENV and MPI as in launch/common.sh.
+# Ranks read nothing from standard input.
 # PATH, LD_LIBRARY_PATH, PYTHONPATH and variables named MPI_BACKEND_*, HVD_ECSGD_*, HOROVOD_*, NCCL_* and GLOO_* reach all ranks.
 set -euo pipefail
 # shellcheck source=common.sh
@@ -30,6 +31,7 @@ set -euo pipefail
 RANKS=${RANKS:-} HOSTS=${HOSTS:-} INTERFACE=${INTERFACE:-} EXPORT=${EXPORT:-} TRANSPORT=${TRANSPORT:-auto} BIND=${BIND:-none}
 OVERSUBSCRIBE=${OVERSUBSCRIBE:-} MPI_SSH=${MPI_SSH:-} TAG=${TAG:-0} TIMEOUT=${TIMEOUT:-} MPI_ARGS=${MPI_ARGS:-} DRY_RUN=${DRY_RUN:-0}
 while [ "$#" -gt 0 ]; do
+    case $1 in --dry-run=*) DRY_RUN=${1#*=}; shift; continue ;; esac
     case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
     case $1 in
         -h|--help) usage "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -57,6 +59,9 @@ while [ "$#" -gt 0 ]; do
     shift 2
 done
 [ "$#" -gt 0 ] || die "no command to run." "E.g. $0 -n 2 python examples/digits.py"
+switch "$DRY_RUN" DRY_RUN
+switch "$TAG" TAG
+if [ -n "$TIMEOUT" ]; then whole_number "$TIMEOUT" "the time limit in seconds"; fi
 case $BIND in none|core|socket) ;; *) die "BIND='$BIND' is not known." "It is none, core or socket." ;; esac
 case $TRANSPORT in auto|tcp) ;; *) die "TRANSPORT='$TRANSPORT' is not known." "It is auto or tcp." ;; esac
 case ${EXPORT//[[:space:]]/,} in *[!A-Za-z0-9_,]*) die "EXPORT='$EXPORT' is not a list of names of variables." "Set them, and name them: A=1 EXPORT=A,B $0 …" ;; esac
@@ -67,6 +72,7 @@ read_hosts
 if [ -z "$RANKS" ]; then if [ "$SLOTS" -gt 0 ]; then RANKS=$SLOTS; else RANKS=${SLURM_NTASKS:-2}; fi; fi
 whole_number "$RANKS" "the number of ranks"
 if [ -z "$OVERSUBSCRIBE" ]; then if [ -z "$HOSTS" ]; then OVERSUBSCRIBE=1; else OVERSUBSCRIBE=0; fi; fi
+switch "$OVERSUBSCRIBE" OVERSUBSCRIBE
 if [ "$SLOTS" -gt 0 ] && [ "$RANKS" -gt "$SLOTS" ] && [ "$OVERSUBSCRIBE" != 1 ]; then
     die "$RANKS ranks do not fit the $SLOTS slots of HOSTS='$HOSTS'." "Give the hosts more slots (name:slots), or set OVERSUBSCRIBE=1."
 fi

@@ -16,7 +16,6 @@ case "${1:-}" in -h|--help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; ex
 RANKS=${RANKS:-2}
 case $RANKS in ''|*[!0-9]*|0) die "RANKS='$RANKS' is not a number of ranks." "Set RANKS to 1 or more, e.g. RANKS=2 $0" ;; esac
 
-have_compiler || say "no C++ compiler ('${CXX:-c++}' is not on PATH): going on with the torch kernels, which give the same results more slowly"
 setup_venv mpi,examples
 cd "$REPO"
 say "mpirun -n $RANKS python examples/quickstart.py $*"

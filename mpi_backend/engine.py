@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import pickle
 import threading
 import time
@@ -26,6 +25,7 @@ from mpi4py import MPI
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle
 
+from .environment import switch, whole_number
 from .errors import HorovodInternalError, MismatchError
 from .negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, Leave, Left, Message, Request, Run, StallCheck, Withdraw
 from .timeline import Timeline
@@ -45,17 +45,12 @@ _OFTEN = 50  # looks without sleeping at data on its way
 
 def threads_available() -> bool:
     """Whether the communication thread may run: MPI allows calls from several threads, and MPI_BACKEND_THREAD is not 0."""
-    return MPI.Query_thread() == MPI.THREAD_MULTIPLE and os.environ.get("MPI_BACKEND_THREAD", "1") != "0"
+    return switch("MPI_BACKEND_THREAD") and MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
 
 def fusion_bytes() -> int:
     """Of all-reduces that travel together, at most. Raises ValueError for a variable that is no number."""
-    value = os.environ.get("HOROVOD_FUSION_THRESHOLD", "")
-    if not value:
-        return _FUSION_BYTES
-    if not value.isdecimal():
-        raise ValueError(f"HOROVOD_FUSION_THRESHOLD is {value!r}; expected a number of bytes, 0 for no fusion.")
-    return int(value)
+    return whole_number("HOROVOD_FUSION_THRESHOLD", _FUSION_BYTES, "a number of bytes, 0 for no fusion")
 
 
 class Pending(Generic[T]):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+
+from .environment import seconds, switch
 
 __all__ = ["Coordinator", "Decision", "Fail", "Join", "Joined", "JoinFailed", "Leave", "Left", "Message", "Reduce", "Request", "Run", "StallCheck",
            "Withdraw"]  # fmt: skip
@@ -124,14 +125,6 @@ class _Entry:
     warned: float = 0.0
 
 
-def _seconds(variable: str, default: float) -> float:
-    value = os.environ.get(variable, "")
-    try:
-        return float(value) if value else default
-    except ValueError:
-        raise ValueError(f"{variable} is {value!r}; expected a number of seconds.") from None
-
-
 @dataclass(frozen=True)
 class StallCheck:
     """Horovod's variables. `warn`: seconds until a tensor that some ranks do not submit is reported, again after as many; `fail`: until it fails.
@@ -142,9 +135,9 @@ class StallCheck:
 
     @staticmethod
     def from_environment() -> StallCheck:
-        if os.environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") not in ("", "0"):
+        if switch("HOROVOD_STALL_CHECK_DISABLE", False):
             return StallCheck(None, None)
-        return StallCheck(_seconds("HOROVOD_STALL_CHECK_TIME_SECONDS", 60.0) or None, _seconds("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 0.0) or None)
+        return StallCheck(seconds("HOROVOD_STALL_CHECK_TIME_SECONDS", 60.0) or None, seconds("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 0.0) or None)
 
 
 class Coordinator:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from hvd_ecsgd.transport import SelfTransport, Transport
 
 from . import runtime
 from .collectives import Adasum, Average, Sum
+from .environment import switch
 from .negotiation import Reduce, Request
 from .process_sets import ProcessSet, global_process_set
 
@@ -86,7 +86,7 @@ def DistributedOptimizer(
         transport=transport,
         backward_passes_per_step=backward_passes_per_step,
         sum_gradients=op == Sum,
-        overlap=os.environ.get("MPI_BACKEND_OVERLAP", "1") != "0",
+        overlap=switch("MPI_BACKEND_OVERLAP"),
         executor=background,
         observer=partial(_trace, runtime.context().engine, traced := _Traced()),
     )

@@ -105,6 +105,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
         _previous_hook, sys.excepthook = sys.excepthook, _end_the_job
 
     from .engine import Engine, fusion_bytes, threads_available
+    from .environment import switch
     from .negotiation import StallCheck
     from .watchdog import Settings, Watchdog
 
@@ -113,6 +114,8 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     wrong: ValueError | None = None
     try:
         _check_process_sets(process_sets)
+        for variable in ("MPI_BACKEND_THREAD", "MPI_BACKEND_OVERLAP", "MPI_BACKEND_CUDA_AWARE"):  # what is wrong shows at once
+            switch(variable)
         settings, limit, stall = Settings.from_environment(), fusion_bytes(), StallCheck.from_environment()
     except ValueError as error:
         wrong = error

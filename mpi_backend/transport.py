@@ -22,6 +22,8 @@ from mpi4py import MPI
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle, Ready
 
+from .environment import switch
+
 __all__ = ["MPITransport", "Reduction", "cuda_aware"]
 
 T = TypeVar("T")
@@ -50,11 +52,8 @@ def _wide_unit(element_size: int, elements: int) -> MPI.Datatype:
 
 def cuda_aware() -> bool:
     """Whether MPI may be handed CUDA memory: `MPI_BACKEND_CUDA_AWARE` (0 or 1) if set, else what Open MPI says of itself, else no."""
-    setting = os.environ.get("MPI_BACKEND_CUDA_AWARE")
-    if setting:
-        if setting not in ("0", "1"):
-            raise TransportError(f"MPI_BACKEND_CUDA_AWARE is {setting!r}, expected 0 or 1; unset it to have it detected.")
-        return setting == "1"
+    if os.environ.get("MPI_BACKEND_CUDA_AWARE"):
+        return switch("MPI_BACKEND_CUDA_AWARE")
     try:
         return bool(ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support())
     except (AttributeError, OSError):

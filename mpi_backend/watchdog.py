@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .environment import seconds, switch
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -56,17 +58,7 @@ class Settings:
     @staticmethod
     def from_environment() -> Settings:
         """Raises ValueError for a timeout that is no number of seconds from 1, and a switch that is neither 0 nor 1."""
-        text = os.environ.get("MPI_BACKEND_WATCHDOG_TIMEOUT", "") or "6"
-        try:
-            timeout = float(text)
-        except ValueError:
-            timeout = 0.0
-        if not timeout >= 1:
-            raise ValueError(f"MPI_BACKEND_WATCHDOG_TIMEOUT is {text!r}; expected a number of seconds, at least 1.")
-        switch = os.environ.get("MPI_BACKEND_WATCHDOG", "") or "1"
-        if switch not in ("0", "1"):
-            raise ValueError(f"MPI_BACKEND_WATCHDOG is {switch!r}; expected 0 (off) or 1 (on).")
-        return Settings(switch == "1", timeout)
+        return Settings(switch("MPI_BACKEND_WATCHDOG"), seconds("MPI_BACKEND_WATCHDOG_TIMEOUT", 6.0, least=1.0))
 
 
 class Watchdog:

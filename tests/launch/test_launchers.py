@@ -122,11 +122,51 @@ def test_in_a_slurm_job_mpirun_takes_its_tasks_and_nodes(machine: dict[str, str]
     assert "threads of each rank: 3" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("hosts", "ranks", "threads"),
+    [
+        ("localhost:1,localhost:1", "2", 4),  # 8 cores
+        ("localhost:4", "2", 4),
+        ("localhost:2,host-b:8", "4", 4),
+        ("host-a:2,host-b:2,host-c:2", "6", 4),  # elsewhere: taken to be machines like this one
+        ("host-b:1,host-c:4", "5", 2),
+        ("localhost:2", "16", 1),
+        ("host-b:2,localhost:2", "2", 4),  # none here
+    ],
+)
+def test_cores_are_shared_among_the_ranks_of_a_machine(hosts: str, ranks: str, threads: int, machine: dict[str, str]) -> None:
+    done = run(["launch/mpirun.sh", "-H", hosts, "-n", ranks, "--oversubscribe", "1", "--dry-run", "x"], machine)
+    assert done.returncode == 0 and f"threads of each rank: {threads}\n" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
+def test_a_dry_run_stays_one(script: str, machine: dict[str, str], tmp_path: Path) -> None:
+    """Whatever is misspelt beside it."""
+    for arguments, variables, message in (
+        (["-t", "--dry-run"], {}, "error: -t needs a value, and '--dry-run' is an option."),
+        ([], {"DRY_RUN": "yes"}, "error: DRY_RUN='yes' is not known."),
+        (["--dry-run=true"], {}, "error: DRY_RUN='true' is not known."),
+        (["--dry-run"], {}, " x"),
+        (["--dry-run=1"], {}, " x"),
+    ):
+        done = run([f"launch/{script}", *arguments, "x"], {**machine, **variables})
+        assert message in done.stdout and "threads 4" not in done.stdout, done.stdout
+    done = run([f"launch/{script}", "--dry-run=0", "x"], machine)
+    assert "\nthreads 4, interface " in done.stdout, f"control: it runs; {done.stdout}"
+
+
+@pytest.mark.parametrize("name", ["TAG", "OVERSUBSCRIBE", "TIMEOUT"])
+def test_switches_and_limits_are_looked_at(name: str, machine: dict[str, str]) -> None:
+    done = run(["launch/mpirun.sh", "--dry-run", "x"], {**machine, name: "yes"})
+    assert done.returncode == 1 and "'yes'" in done.stdout, done.stdout
+
+
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "no command to run."),
+        (["-t", "0", "x"], "the number of threads is '0'"),
         (["-n"], "-n needs a value."),
         (["-n", "0", "x"], "the number of ranks is '0', expected a whole number of at least 1."),
         (["--mpi-args"], "--mpi-args needs a value."),

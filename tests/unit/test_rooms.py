@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -133,6 +134,12 @@ def test_the_order_of_rooms_has_no_cycle() -> None:
         lowest = {n for n in nodes if not any(a == n and b in nodes for a, b in edges)}
         assert lowest, f"a cycle among {sorted(nodes)}"
         nodes -= lowest
+
+
+def test_every_variable_of_mpi_backend_is_documented() -> None:
+    text = (REPO / "docs" / "mpi_backend.md").read_text()
+    read = {name for file in (REPO / "mpi_backend").glob("*.py") for name in re.findall(r'"((?:MPI_BACKEND|HOROVOD)_[A-Z_]+)"', file.read_text())}
+    assert len(read) > 8 and {name for name in read if f"| `{name}` |" not in text} == set()
 
 
 VIOLATIONS = {
