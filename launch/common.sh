@@ -375,8 +375,10 @@ pretend_job() {
     if [ "$START" = srun ] && [ "$START_WITH" = auto ]; then START_WITH=pmix; say "START_WITH=auto is taken for pmix"; fi
 }
 
+require_slurm_job() { [ -n "${SLURM_JOB_ID:-}" ] || die "this is no Slurm job." "Submit it: sbatch $0"; }
+
 slurm_job() {
-    [ -n "${SLURM_JOB_ID:-}" ] || die "this is no Slurm job." "Submit it: sbatch $0"
+    require_slurm_job
     export SLURM_NTASKS=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}
     use_environment
     say "Slurm job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes, start number $((${SLURM_RESTART_COUNT:-0} + 1))"
