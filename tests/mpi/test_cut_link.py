@@ -82,4 +82,6 @@ def test_nothing_is_left_of_a_job_of_the_launch_script(tmp_path: Path) -> None:
         launcher = f"launch/mpirun.sh -H host-a:1,host-b:1 -i {hosts.network} --ssh {hosts.agent} --transport tcp"
         seconds, printed = run_and_cut(hosts, tmp_path, launcher, lambda: not hosts.processes(), 20)
         assert seconds < 12, printed
-        assert re.search(r"because rank [01] \(process \d+ on host-[ab]\) gave no sign of life for 6 seconds", printed), printed
+        # By whoever is first: the watchdog, or the launcher, that finds its daemon cut off.
+        lost = r"because rank [01] \(process \d+ on host-[ab]\) gave no sign of life for 6 seconds|lost communication(.|\n)*on node host-b"
+        assert re.search(lost, printed), printed
