@@ -65,7 +65,8 @@ def in_common_order(named: Sequence[tuple[str, T]], transport: Transport) -> lis
     if all(torch.equal(d, digests[0]) for d in digests):
         return list(named)
     first = _unpacked(transport.allgather(packed_text(dict.fromkeys(names)), "order.names").wait()[0])
-    return [(name, dict(named)[name]) for name in first] if first.keys() == set(names) else list(named)
+    mine = dict(named)
+    return [(name, mine[name]) for name in first] if first.keys() == mine.keys() else list(named)
 
 
 class Introduction:

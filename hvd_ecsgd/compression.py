@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
@@ -13,7 +12,19 @@ from .bound import BoundCompression, Named
 from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from .compressors.base import check_unbiased
 from .errors import CompressionError
-from .exchange import AllGather, AllReduce, Central, CompressedAllReduce, CompSkip, ErrorReset, Every, HorovodCompressor, PowerSGD, TwoPass
+from .exchange import (
+    AllGather,
+    AllReduce,
+    Central,
+    CompressedAllReduce,
+    CompSkip,
+    ErrorReset,
+    Every,
+    HorovodCompressor,
+    PowerSGD,
+    TwoPass,
+    is_horovod_compressor,
+)
 from .exchange.skip import SkipPolicy
 from .feedback import CSER, PEF, DistEFSGD, ErrorFeedback, GradientSquares, HessianAided, LocalMomentum, MemSGD, NoFeedback
 from .feedback.curvature import Curvature
@@ -373,25 +384,9 @@ def bind(compression: AnyCompression, named: Named) -> BoundCompression:
         return compression
     if isinstance(compression, (Compression, _Bare)):
         return compression.bind(named)
-    if _takes(compression, "compress", 1) and _takes(compression, "decompress", 2):
+    if is_horovod_compressor(compression):
         return Compression(Identity(), NoFeedback(), CompressedAllReduce(compression), dense_below=0, dense_1d=False).bind(named)
     raise CompressionError(
         f"compression: expected Compression.<preset>(…), bound or not, or what has compress(tensor) and decompress(tensor, context) as Horovod's "
         f"have, got {compression!r}."
     )
-
-
-def _takes(what: object, function: str, arguments: int) -> bool:
-    """It has this function, for so many arguments: a class of whose objects that is true has not."""
-    found = getattr(what, function, None)
-    if not callable(found):
-        return False
-    try:
-        inspect.signature(found).bind(*[None] * arguments)
-    except TypeError:
-        return False
-    except ValueError:  # compiled, and says nothing of itself
-        pass
-    return True
-
-

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 import torch
 
 from hvd_ecsgd import BoundCompression, Compression
-from hvd_ecsgd.exchange import HorovodCompressor
+from hvd_ecsgd.exchange import HorovodCompressor, is_horovod_compressor
 from hvd_ecsgd.transport.base import Handle, Ready
 
 from . import runtime
@@ -865,7 +865,7 @@ def _differentiated(tensors: Sequence[torch.Tensor]) -> bool:
 def _compressed(tensors: Sequence[torch.Tensor], compression: HorovodCompressor, what: str) -> tuple[list[torch.Tensor], list[Any]]:
     if isinstance(compression, BoundCompression):
         raise ValueError(f"{what}: {compression!r} belongs to the gradients of a DistributedOptimizer; pass Compression.none or .fp16 here.")
-    if not all(callable(getattr(compression, method, None)) for method in ("compress", "decompress")):
+    if not is_horovod_compressor(compression):
         raise ValueError(f"{what}: compression is {compression!r:.100}; expected Compression.none or .fp16, or what has compress and decompress.")
     pairs = [compression.compress(t) for t in tensors]
     return [t for t, _ in pairs], [extra for _, extra in pairs]

@@ -230,6 +230,11 @@ def stop_timeline() -> None:
         timeline.close()
 
 
+def _refuse_if_forked() -> None:
+    if _forked:
+        raise ValueError(f"process {os.getpid()} was forked from rank {context().rank} and cannot communicate; only the rank itself can.")
+
+
 # ---- process sets
 
 
@@ -246,8 +251,7 @@ def channel(process_set: ProcessSet) -> Channel:
     """The channel of its collectives. Raises ValueError for a set that is not usable, or that this process does not belong to, and in a process
     that was forked, which has no part in MPI."""
     found = members(process_set)
-    if _forked:
-        raise ValueError(f"process {os.getpid()} was forked from rank {context().rank} and cannot communicate; only the rank itself can.")
+    _refuse_if_forked()
     if found.channel is None:
         raise ValueError(f"rank {context().rank} is not a member of the process set of ranks {list(found.ranks)}.")
     return found.channel
@@ -255,6 +259,7 @@ def channel(process_set: ProcessSet) -> Channel:
 
 def agree(text: str, among: Members | None = None) -> None:
     """Return when every rank has called it, of all or of a process set; raise `MismatchError` on every rank when texts differ."""
+    _refuse_if_forked()
     from hvd_ecsgd.transport.base import Ready
 
     from .negotiation import Request

@@ -320,9 +320,9 @@ def _network_identity() -> str:
 def _addresses() -> list[str]:
     """This machine's IPv4 addresses but the loopback's, of the interfaces that were named, or of all."""
     names = [name for _, name in socket.if_nameindex()]
-    asked = (os.environ.get("MPI_BACKEND_INTERFACE") or os.environ.get("OMPI_MCA_btl_tcp_if_include", "")).split(",")  # noqa: SIM112
-    ours = (os.environ.get("MPI_BACKEND_INTERFACE") or "").split(",")
-    if absent := [name for name in ours if name and "/" not in name and name not in names]:
+    ours = [entry for entry in os.environ.get("MPI_BACKEND_INTERFACE", "").split(",") if entry]
+    asked = ours or os.environ.get("OMPI_MCA_btl_tcp_if_include", "").split(",")  # noqa: SIM112
+    if absent := [entry for entry in ours if "/" not in entry and entry not in names]:
         warnings.warn(
             f"MPI_BACKEND_INTERFACE names {', '.join(absent)}, and {socket.gethostname()} has {', '.join(names)}; signs of life take all of them.",
             RuntimeWarning,

@@ -4,7 +4,7 @@ from .all_gather import AllGather
 from .all_reduce import AllReduce
 from .central import Central
 from .comp_skip import CompSkip, SkipAllReduce
-from .compressed_all_reduce import CompressedAllReduce, HorovodCompressor
+from .compressed_all_reduce import CompressedAllReduce, HorovodCompressor, is_horovod_compressor
 from .error_reset import ErrorReset
 from .power_sgd import PowerSGD
 from .skip import Bernoulli, Every, NormBased
@@ -24,4 +24,5 @@ __all__ = [
     "PowerSGD",
     "SkipAllReduce",
     "TwoPass",
+    "is_horovod_compressor",
 ]

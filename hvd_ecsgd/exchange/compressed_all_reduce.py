@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 
@@ -14,10 +15,9 @@ from ..protocols import Compressor, Steps, Task, Traffic
 from ..transport.base import Transport
 from .base import Stateless
 
-__all__ = ["CompressedAllReduce", "HorovodCompressor"]
+__all__ = ["CompressedAllReduce", "HorovodCompressor", "is_horovod_compressor"]
 
 
-@runtime_checkable
 class HorovodCompressor(Protocol):
     """What Horovod asks of `compression=`: two functions, of a class or an object. What one of them returns must be something whose mean means
     something; the other gets that mean, and the context."""
@@ -25,6 +25,24 @@ class HorovodCompressor(Protocol):
     def compress(self, tensor: torch.Tensor, /) -> tuple[torch.Tensor, Any]: ...
 
     def decompress(self, tensor: torch.Tensor, context: Any, /) -> torch.Tensor: ...
+
+
+def is_horovod_compressor(what: object) -> TypeGuard[HorovodCompressor]:
+    """It has both functions, for so many arguments: a class of whose objects that is true has not."""
+    return _takes(what, "compress", 1) and _takes(what, "decompress", 2)
+
+
+def _takes(what: object, function: str, arguments: int) -> bool:
+    found = getattr(what, function, None)
+    if not callable(found):
+        return False
+    try:
+        inspect.signature(found).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    except ValueError:  # compiled, and says nothing of itself
+        pass
+    return True
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,6 +90,7 @@ class CompressedAllReduce(Stateless):
                 f"{layouts[first]}), which cannot be added. What compress returns may depend on the gradient's shape, but not on its values."
             )
         out = task.result()
+        views = task.segments.shaped_views(out)
         for dtype in dict.fromkeys(t.dtype for t, _ in pairs):
             members = [i for i, (t, _) in enumerate(pairs) if t.dtype == dtype]
             payload = torch.cat([pairs[i][0].reshape(-1) for i in members])
@@ -81,13 +100,12 @@ class CompressedAllReduce(Stateless):
             parts = mean.split([pairs[i][0].numel() for i in members])
             for i, part in zip(members, parts, strict=True):
                 back = self.compressor.decompress(part.view(pairs[i][0].shape), pairs[i][1])
-                view = task.segments.shaped_views(out)[i]
-                if not isinstance(back, torch.Tensor) or back.numel() != view.numel():
+                if not isinstance(back, torch.Tensor) or back.numel() != views[i].numel():
                     got = tuple(back.shape) if isinstance(back, torch.Tensor) else repr(back)[:100]
                     raise CompressionError(
-                        f"parameter '{names[i]}': {self}: decompress must return a tensor of {view.numel()} elements, got {got}."
+                        f"parameter '{names[i]}': {self}: decompress must return a tensor of {views[i].numel()} elements, got {got}."
                     )
-                view.copy_(back.reshape(view.shape))
+                views[i].copy_(back.reshape(views[i].shape))
         task.finite = all_finite(out)
         return out
 
