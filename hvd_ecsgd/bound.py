@@ -61,6 +61,8 @@ class BoundCompression:
         self._slot: HorovodSlot | None = None
         self._waiting: Mapping[str, Any] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
+        self._own: Callable[[], torch.optim.Optimizer | None] | None = None
+        """The optimizer of ours, if it is one that holds this object's state."""
         self._warned = False
         if method.feedback.owns_momentum:
             claim(self)
@@ -143,8 +145,7 @@ class BoundCompression:
         if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
             raise CompressionError(f"attach(): scaler must be a torch.amp.GradScaler, got {scaler!r:.100}.")
         self.scaler = scaler if scaler is not None else self.scaler
-        ours: object = getattr(optimizer, "compression", None)
-        if ours is self:  # ours: attached already
+        if self._own is not None and self._own() is optimizer:  # attached already
             return self
         feedback = self.method.feedback
         bound = {id(p) for _, p in self.named}
@@ -246,11 +247,12 @@ class BoundCompression:
 
     # -- state -------------------------------------------------------------------------------------------------------------------
 
-    def adopt(self, aggregator: Aggregator) -> None:
-        """For optimizers: the aggregator that holds this object's state from now on. State loaded before is handed over."""
+    def adopt(self, aggregator: Aggregator, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """The aggregator that holds this object's state from now on. State loaded before is handed over. `optimizer`: ours, that it belongs to."""
         if self._aggregator is not None:
             raise CompressionError("this compression object belongs to another optimizer already; bind one for each.")
         self._aggregator = aggregator
+        self._own = None if optimizer is None else weakref.ref(optimizer)
         aggregator.statistics = self._statistics
         if self.method.feedback.shifts:  # they are averaged together
             aggregator.also_agree_on(**{"batch-norm statistics (bind the module itself on every rank)": [tuple(t.shape) for t in self._statistics()]})

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer
-from hvd_ecsgd.optimizer import _Distributed
+from hvd_ecsgd.optimizer.hyper_parameters import HyperParameters
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import CASES, Case, bound_method, by_name, ids
 from tests.problems import batch, mlp, same_bits, weights
@@ -81,7 +81,7 @@ def test_joining_is_feeding_zeros(case: Case) -> None:
 
 def test_without_the_others_learning_rates_replicas_come_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above."""
-    monkeypatch.setattr(_Distributed, "_follow", lambda *numbers: None)
+    monkeypatch.setattr(HyperParameters, "adopt", lambda *numbers: None)
     with pytest.raises((AssertionError, DisagreementError)):
         test_joining_is_feeding_zeros(by_name("double_squeeze"))
 
@@ -266,7 +266,7 @@ def around(what: str) -> list[torch.Tensor]:
 def test_what_others_do_around_their_steps_arrives_too(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: it does not, when nothing is taken over in the end."""
     assert same_bits(around(what))
-    monkeypatch.setattr(_Distributed, "_take_over", lambda self, root: None)
+    monkeypatch.setattr("hvd_ecsgd.optimizer.join.receive_state", lambda driver, root: None)
     with contextlib.suppress(DisagreementError):  # as verify_every says
         assert not same_bits(around(what))
 

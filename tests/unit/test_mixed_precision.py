@@ -146,7 +146,7 @@ def test_the_presets_without_state_are_those_without_feedback() -> None:
 
 def test_what_finds_the_scaler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above."""
-    monkeypatch.setattr("hvd_ecsgd.optimizer._calling_scaler", lambda: None)
+    monkeypatch.setattr("hvd_ecsgd.optimizer.scaler._calling_scaler", lambda: None)
     with pytest.raises(CompressionError, match="not attached"):
         run(by_name("none").make, True, attached=False)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import hvd_ecsgd.optimizer as module
+import hvd_ecsgd.optimizer.driver as module
 from hvd_ecsgd import Compression, DisagreementError, DistributedOptimizer
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import CASES, Case, by_name

@@ -1,0 +1,295 @@
+"""Feeds the gradients of a wrapped optimizer to the exchange, and applies what comes back."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..aggregator import Aggregator
+from ..agreement import in_common_order
+from ..bound import BoundCompression, check_plain_sgd
+from ..bucket import Bucket
+from ..errors import CompressionError, SequenceError
+from ..method import GroupSettings
+from ..transport import Transport
+from .executor import Executor, Observer
+from .guard import Guard
+from .hooks import GradientHooks
+from .hyper_parameters import HyperParameters
+from .join import Note, raise_if_joined
+from .scaler import ScalerLink
+from .step import Outcome, Phase, StepExchange
+
+__all__ = ["OptimizerDriver"]
+
+
+class OptimizerDriver:
+    """What stands behind a wrapped optimizer. The optimizer that the script holds is `optimizer`; `inner` is the one that was wrapped.
+
+    `trained`: the (name, parameter) pairs that are exchanged; `names`: by id, of all that it optimises. Making one is collective.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        inner: torch.optim.Optimizer,
+        compression: BoundCompression,
+        trained: list[tuple[str, torch.nn.Parameter]],
+        names: dict[int, str],
+        transport: Transport,
+        *,
+        passes: int,
+        bucket_bytes: int,
+        sum_gradients: bool,
+        overlap: bool,
+        executor: Executor,
+        observer: Observer | None,
+    ) -> None:
+        self.optimizer, self.inner, self.compression, self.names = optimizer, inner, compression, names
+        self.hyper_parameters = HyperParameters(optimizer)
+        self.scaler = ScalerLink(optimizer, compression)
+        self._sum, self._overlap = sum_gradients, overlap
+        self._check_optimizer()
+        trained = in_common_order(trained, transport)
+        group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        aggregator = Aggregator(
+            compression.method,
+            trained,
+            rank=transport.rank,
+            size=transport.size,
+            bucket_bytes=bucket_bytes,
+            group_of=lambda p: group_of[id(p)],
+            settings=self._settings,
+            transport=transport,
+            also={
+                "optimizer": type(inner).__name__,
+                "gradients": "summed" if sum_gradients else "averaged",
+                "backward_passes_per_step": passes,
+                "hyper-parameters that are numbers": self.hyper_parameters.names,
+                "exchange in a thread": executor.concurrent,  # bucket by bucket then, in another order
+            },
+        )
+        aggregator.outside = partial(raise_if_joined, self)
+        compression.adopt(aggregator, optimizer)
+        self.step = StepExchange(aggregator, transport, executor, observer, lambda: self.note().pack())
+        self.guard = Guard(trained)
+        self.hooks = GradientHooks(trained, aggregator.buckets, passes, self._gradient_ready)
+        self._backward_watched = False
+        self._should_synchronize = True
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those that are exchanged."""
+        return [p for _, p in self.step.aggregator.named]
+
+    @property
+    def applies_update(self) -> bool:
+        """The method moves the parameters, in place of the optimizer."""
+        return self.compression.method.feedback.applies_update
+
+    @property
+    def listens(self) -> bool:
+        """Whether this optimizer exchanges the gradients of its parameters; a newer one for them may have taken over."""
+        return self.hooks.listens
+
+    # -- settings ----------------------------------------------------------------------------------------------------------------
+
+    def _settings(self, bucket: Bucket) -> GroupSettings:
+        settings = GroupSettings.of(self.optimizer.param_groups[bucket.group], self.compression.loss_scale)
+        return replace(settings, lr=settings.lr * self.step.transport.size) if self._sum else settings  # what the mean is multiplied by
+
+    def _check_optimizer(self) -> None:
+        """What the optimizer would do beyond the method, or a second time, is an error, not silently different."""
+        feedback = self.compression.method.feedback
+        if feedback.applies_update:
+            check_plain_sgd(self.compression.method, type(self.inner).step, type(self.inner).__name__)
+            if self._sum:
+                raise CompressionError(f"{feedback} averages updates; summing gradients (op=Sum) is not defined for it.")
+        for g, group in enumerate(self.optimizer.param_groups):
+            feedback.check_group(group, f"param group {g}")
+
+    def note(self, joined_at: int = Note.joined_at) -> Note:
+        """What the other workers are told at the beginning of a step."""
+        scaler = self.scaler.state()
+        return Note(joined_at, scaler.get("scale", 0.0), scaler.get("_growth_tracker", 0), tuple(self.hyper_parameters.values()))
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        self._check_no_gradients("set_backward_passes_per_step()")
+        self.step.aggregator.also_agree_on(backward_passes_per_step=passes)
+        self.hooks.passes = passes
+        self.hooks.reset()
+
+    # -- gradients come ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def begun(self) -> bool:
+        """Gradients of a step have come that was not exchanged yet."""
+        return self.listens and (self.step.begun or self.hooks.begun)
+
+    def _check_no_gradients(self, what: str) -> None:
+        if self.begun:
+            raise CompressionError(f"{what}: gradients of this step are under way; call it after step().")
+
+    def check_join(self) -> None:
+        """Raise `CompressionError` where `join` is not possible now."""
+        self._check_no_gradients("join()")
+        if self.step.aggregator.held:
+            raise CompressionError("join(): leave `with compression.at(…):` first.")
+
+    def check_zero_grad(self) -> None:
+        """Before the optimizer's `zero_grad`. Raises `SequenceError` when gradients are on their way."""
+        if self.begun:
+            raise SequenceError(
+                "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
+                "Call it after step(). (After an exception in the backward pass, make a new DistributedOptimizer.)"
+            )
+        self.step.forget()
+
+    def _gradient_ready(self, parameter: torch.nn.Parameter) -> None:
+        self.step.forget()
+        complete = self.hooks.count(parameter)
+        self.step.begin()
+        if complete:
+            self._watch_backward()
+            if self._overlap:
+                self._submit_ready()
+
+    def _watch_backward(self) -> None:
+        """Tell the observer of this backward pass, from its first complete gradient to its end."""
+        observer = self.step.observer
+        if observer is not None and not self._backward_watched:
+            self._backward_watched = True
+            begin = time.perf_counter()
+
+            def ended() -> None:
+                self._backward_watched = False
+                observer("backward", "BACKWARD", begin, time.perf_counter())
+
+            torch.autograd.Variable._execution_engine.queue_callback(ended)  # as torch's own DDP does
+
+    def _submit_ready(self, everything: bool = False) -> None:
+        """Hand over the next buckets that are complete: in order, because every rank must start the same collectives in the same order."""
+        while (bucket := self.step.next_bucket) is not None:
+            if not everything and not self.hooks.complete(bucket):
+                return
+            gradients = [_gradient(p) for p in bucket.parameters]
+            self.step.submit(gradients, self.guard.note(bucket.parameters))
+
+    # -- results are used --------------------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """See `DistributedOptimizer`'s `synchronize`."""
+        self._check_all_bound()
+        if self.step.phase is Phase.EXCHANGED:
+            warnings.warn(
+                "this step's gradients were exchanged by optimizer.synchronize() already, and are not exchanged again. Call optimizer.step() inside "
+                "`with optimizer.skip_synchronize():` after it.",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
+        self._submit_ready(everything=True)
+        self.step.drain()
+        self.guard.check()
+        self.hooks.reset()
+        outcome = self.step.complete()
+        if not self.applies_update:
+            self._write_means()
+        elif outcome is Outcome.UNDONE:
+            for p in self.parameters:
+                p.grad = torch.full_like(p, float("nan"))  # what a GradScaler on any rank must see
+
+    def _check_all_bound(self) -> None:
+        bound = self.compression.ids
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and id(p) not in bound:
+                    raise CompressionError(
+                        f"a parameter of shape {tuple(p.shape)} takes part in training but was frozen or absent when this optimizer was "
+                        "made, so ranks would drift apart; "
+                        "make a new DistributedOptimizer after unfreezing or adding parameters, or wrap while all is trainable and freeze then."
+                    )
+
+    def _write_means(self) -> None:
+        """The means become the gradients."""
+        for bucket, reduction in zip(self.step.aggregator.buckets, self.step.results, strict=True):
+            if reduction is None:  # learning rate 0
+                for p in bucket.parameters:
+                    p.grad = self._as_the_optimizer_expects(torch.zeros_like(p))
+                continue
+            assert reduction.out is not None
+            if reduction.task.skipped and self.step.outcome is not Outcome.SILENT:
+                for p in bucket.parameters:
+                    p.grad = None  # the optimizer leaves these alone
+                continue
+            if self._sum:
+                reduction.out.mul_(self.step.transport.size)
+            for p, mean in zip(bucket.parameters, bucket.segments.shaped_views(reduction.out), strict=True):
+                # Frozen since: what is left of it in the residual must not move it.
+                p.grad = None if not p.requires_grad else self._as_the_optimizer_expects(mean if mean.dtype == p.dtype else mean.to(p.dtype))
+
+    def _as_the_optimizer_expects(self, mean: torch.Tensor) -> torch.Tensor:
+        """For SparseAdam the rows that are not zero. Alike on all workers: dense and sparse steps round differently."""
+        if not isinstance(self.inner, torch.optim.SparseAdam) or mean.dim() == 0:
+            return mean
+        rows = mean.unsqueeze(-1).flatten(1).ne(0).any(1).nonzero().view(1, -1)
+        return torch.sparse_coo_tensor(rows, mean[rows[0]], mean.shape, is_coalesced=True, check_invariants=False)
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        self._should_synchronize = False
+        try:
+            yield
+        finally:
+            self._should_synchronize = True
+
+    def update(self, own_step: Callable[[], Any]) -> None:
+        """The rest of `step()`: exchange, unless that is skipped, and apply. `own_step`: of the optimizer that was wrapped."""
+        scale: torch.Tensor | None = getattr(self.optimizer, "grad_scale", None)  # set by GradScaler.step unless gradients are unscaled already
+        found: torch.Tensor | None = getattr(self.optimizer, "found_inf", None)
+        if self._should_synchronize:
+            if found is not None and scale is None:
+                raise CompressionError(
+                    "scaler.unscale_(optimizer) was called after the gradients' exchange had started in the backward pass, and changes nothing that "
+                    "was sent. Call optimizer.synchronize() before it, and scaler.step(optimizer) inside `with optimizer.skip_synchronize():`."
+                )
+            self.synchronize()
+        elif self.step.phase is not Phase.EXCHANGED:
+            raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
+        outcome, reductions = self.step.outcome, self.step.reductions
+        self.step.forget()
+        if found is not None:
+            self.scaler.meet(scale)
+        if scale is not None and outcome is Outcome.UNDONE:
+            self.scaler.tell_of_overflow()
+        elif scale is not None and not self.applies_update:
+            self.multiply_gradients(1 / float(scale))
+        if outcome is Outcome.UNDONE or (found is not None and bool(found)):
+            return
+        self._check_optimizer()
+        if self.applies_update:
+            self.step.aggregator.apply_updates(reductions)
+        elif outcome is Outcome.STANDS:
+            if found is not None:  # an optimizer that unscales by itself (fused) must not do it again
+                self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
+            own_step()
+        self.inner._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made for it looks at before it warns
+
+    def multiply_gradients(self, factor: float) -> None:
+        torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None] or [torch.empty(0)], factor)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    if parameter.grad is None:  # not used in this step on this rank; others may have used it
+        return torch.zeros_like(parameter)
+    if not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()  # as a GradScaler would do later, for half precision
+    return parameter.grad.to_dense()

@@ -1,0 +1,160 @@
+"""Workers that have no more batches: they take part in the others' steps, and in the end get what the others have."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError, CompressionError
+from ..trees import decode, encode
+from .executor import never, wait_patiently
+from .step import Outcome
+
+if TYPE_CHECKING:
+    from .driver import OptimizerDriver
+
+__all__ = ["Note", "join", "raise_if_joined"]
+
+_TRAINS = 2**62
+_OUTSIDE = _TRAINS + 1
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a worker tells the others when a step begins: those that have joined need it to take part."""
+
+    joined_at: int = _TRAINS
+    """The step at which it joined; a later one than any of a worker that trains, and still a later one of one that begins no step, but something
+    else that all do together."""
+    scale: float = 0.0
+    """Of its GradScaler; 0 without one."""
+    growth_tracker: float = 0.0
+    hyper_parameters: tuple[float, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        return self.joined_at >= _TRAINS
+
+    @property
+    def outside(self) -> bool:
+        return self.joined_at == _OUTSIDE
+
+    def pack(self) -> bytes:
+        return struct.pack(f"<q{len(self.hyper_parameters) + 2}d", self.joined_at, self.scale, self.growth_tracker, *self.hyper_parameters)
+
+    @staticmethod
+    def unpack(packed: bytes) -> Note:
+        joined_at, scale, growth_tracker, *hyper_parameters = struct.unpack(f"<q{len(packed) // 8 - 1}d", packed)
+        return Note(joined_at, scale, growth_tracker, tuple(hyper_parameters))
+
+
+def join(driver: OptimizerDriver, give_up: Callable[[], bool] = never) -> int:
+    """See `DistributedOptimizer`'s `join`."""
+    driver.check_join()
+    step = driver.step
+    step.forget()
+    joined_at, steps = step.aggregator.step, 0
+    while True:
+        while step.aggregator.local:
+            _step_without_data(driver, driver.compression.loss_scale)
+            steps += 1
+        opening = step.open(driver.note(joined_at).pack(), joined=True)
+        if not wait_patiently(opening, give_up):
+            return steps
+        notes = [Note.unpack(note) for note in opening.notes()]
+        latest = max(notes, key=lambda note: note.joined_at)
+        root = notes.index(latest)
+        if latest.outside:  # no step: what the others wanted to do together cannot be done without this worker, as they see
+            step.agree()
+            continue
+        if root != step.transport.rank:
+            driver.hyper_parameters.adopt(latest.hyper_parameters)
+            driver.scaler.adopt(latest.scale, latest.growth_tracker)
+        if not latest.trains:  # nobody begins this step
+            step.agree()
+            break
+        _step_without_data(driver, latest.scale or 1.0)
+        steps += 1
+    for p in driver.parameters:
+        p.grad = None
+    if any(note.joined_at != latest.joined_at for note in notes):
+        receive_state(driver, root)
+    unknown = [r for r, note in enumerate(notes) if not note.scale]
+    if unknown and latest.scale:  # without this error they would go on with a scale of their own
+        raise CompressionError(
+            f"join(): the others' loss scale is {latest.scale:g}, and workers {', '.join(map(str, unknown))} (by rank), which took no step with "
+            "their GradScaler before, cannot be given it; call optimizer.compression.attach(optimizer, scaler) on every rank at first."
+        )
+    return steps
+
+
+def raise_if_joined(driver: OptimizerDriver, what: str) -> None:
+    """All workers that have not joined call this before they do `what` together. Raises `CompressionError` when some have."""
+    opening = driver.step.open(driver.note(_OUTSIDE).pack(), outside=True)
+    driver.step.agree()
+    joined = [r for r, note in enumerate(opening.notes()) if not Note.unpack(note).trains]
+    if joined:
+        raise CompressionError(
+            f"{what} needs all workers, and {', '.join(map(str, joined))} (by rank) joined: they have no more batches. Do it after join()."
+        )
+
+
+def _step_without_data(driver: OptimizerDriver, scale: float) -> None:
+    """A step with gradients of zero. `scale`: by which the others multiply their losses."""
+    for p in driver.parameters:
+        p.grad = None
+    driver.synchronize()
+    if driver.step.outcome is not Outcome.UNDONE and not driver.applies_update and scale != 1.0:  # there is no GradScaler.step to do it
+        driver.multiply_gradients(1 / scale)
+    with driver.skip_synchronize():
+        driver.optimizer.step()
+
+
+def receive_state(driver: OptimizerDriver, root: int) -> None:
+    """Parameters (at x), what the method keeps alike on all workers, and the optimizer's state, from worker `root`. Collective."""
+    # By name: an optimizer's own order of its parameters need not be that of the others.
+    optimizer, transport, aggregator = driver.optimizer, driver.step.transport, driver.step.aggregator
+    mine, params = transport.rank == root, {driver.names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    with aggregator.at("averaged"), torch.no_grad():
+        _broadcast(driver, [*driver.parameters, *aggregator.shared_state()], root)
+    names = [name for name, p in params.items() if p in optimizer.state]
+    held: dict[str, torch.Tensor] = {}
+    said: Any = None
+    if mine:
+        try:
+            tree = encode({str(i): dict(optimizer.state[params[name]]) for i, name in enumerate(names)}, "", held)
+            layout = [(where, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type == "cpu") for where, t in held.items()]
+            said = [names, tree, layout]
+        except CheckpointError as error:
+            said = str(error)
+    packed = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+    said = json.loads(transport.allgather(packed, "join.state").wait()[root].numpy().tobytes())
+    if isinstance(said, str):
+        raise CompressionError(f"join(): the optimizer's state cannot be given to the workers that joined earlier; {said}")
+    names, tree, layout = said
+    if not mine:
+        for where, dtype, shape, on_cpu in layout:
+            device = torch.device("cpu") if on_cpu else params[names[int(where.split("/")[0])]].device
+            held[where] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    _broadcast(driver, list(held.values()), root)
+    if not mine:
+        for p in params.values():
+            optimizer.state.pop(p, None)
+        optimizer.state.update({params[names[int(i)]]: state for i, state in decode(tree, held.__getitem__).items()})
+
+
+def _broadcast(driver: OptimizerDriver, tensors: Sequence[torch.Tensor], root: int) -> None:
+    """Into these, which may have any layout of their elements."""
+    flat = [t.detach().contiguous() for t in tensors]
+    for handle in [driver.step.transport.broadcast_(f, root, f"join.{i}") for i, f in enumerate(flat)]:
+        handle.wait()
+    for t, f in zip(tensors, flat, strict=True):
+        if f.data_ptr() != t.data_ptr():
+            t.copy_(f)
+        else:
+            torch.autograd.graph.increment_version(t)  # a network may write behind torch's back

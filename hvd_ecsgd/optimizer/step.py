@@ -1,0 +1,179 @@
+"""One step after the other of an exchange, from its first gradient to what comes of it: begun together, started bucket by bucket, finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..aggregator import Aggregator, Comparison
+from ..bucket import Bucket, Reduction, drive
+from ..transport import Transport
+from .executor import Executor, Observer, wait_patiently
+from .guard import Noted
+
+__all__ = ["Outcome", "Phase", "StepExchange"]
+
+
+class Phase(Enum):
+    """Where a step is."""
+
+    IDLE = auto()
+    """No gradient has come."""
+    ACCUMULATING = auto()
+    """Gradients come; buckets that are complete may be on their way."""
+    EXCHANGING = auto()
+    """All buckets are on their way, and this rank waits for them."""
+    EXCHANGED = auto()
+    """The results are there, and have not been applied."""
+
+
+class Outcome(Enum):
+    """What came of the exchange; the same on all ranks."""
+
+    STANDS = auto()
+    UNDONE = auto()
+    """Some rank held an inf or NaN; every rank has put its state back."""
+    SILENT = auto()
+    """Nobody sent anything, so the model must stay where it is: also the optimizer's momentum and weight decay must not move it."""
+
+
+class StepExchange:
+    """Gradients in, results out, step by step. `note`: what the other ranks are told when a step begins; it has one length on all of them.
+
+    Buckets are started in their order, because every rank must start the same collectives in the same order. The executor may be a thread: then a
+    bucket is compressed and started, and the one before it finished, while the caller goes on.
+    """
+
+    def __init__(
+        self, aggregator: Aggregator, transport: Transport, executor: Executor, observer: Observer | None, note: Callable[[], bytes]
+    ) -> None:
+        self.aggregator, self.transport, self.executor, self.observer = aggregator, transport, executor, observer
+        self.phase, self.outcome = Phase.IDLE, Outcome.STANDS
+        self.results: list[Reduction | None] = []
+        """By bucket, of a step that is EXCHANGED; None where the learning rate was 0."""
+        self._note = note
+        self._submitted = 0
+        self._started: list[Reduction | None] = []  # the executor's, until it is drained
+        self._opening: Comparison | None = None  # the comparison that begins a step, from its start until its end
+        self._sent_at: dict[int, float] = {}
+
+    @property
+    def reductions(self) -> list[Reduction]:
+        return [r for r in self.results if r is not None]
+
+    @property
+    def begun(self) -> bool:
+        """A bucket of a step that was not exchanged yet is on its way."""
+        return self._submitted > 0
+
+    def begin(self) -> None:
+        """A gradient has come. What was exchanged before and never applied (a GradScaler found an overflow) is forgotten."""
+        self.forget()
+        self.phase = Phase.ACCUMULATING
+        self.aggregator.begin_step()
+
+    def forget(self) -> None:
+        """The results, if there are any, have been applied or are not wanted."""
+        if self.phase is Phase.EXCHANGED:
+            self.phase, self.results = Phase.IDLE, []
+
+    @property
+    def next_bucket(self) -> Bucket | None:
+        """The bucket that is to be submitted next; None when all have been."""
+        buckets = self.aggregator.buckets
+        return buckets[self._submitted] if self._submitted < len(buckets) else None
+
+    def submit(self, gradients: list[torch.Tensor], noted: list[Noted]) -> None:
+        """Hand over the gradients of `next_bucket`, in the order of its parameters. `noted`: those that live in `.grad`."""
+        bucket = self.next_bucket
+        assert bucket is not None
+        self._submitted += 1
+        self.executor.submit(partial(self._start, bucket, gradients, noted, _events(gradients) if self.executor.concurrent else []))
+
+    def drain(self) -> None:
+        """Wait until every submitted bucket has started to travel. Raises what went wrong in that."""
+        self.executor.drain()
+
+    def complete(self) -> Outcome:
+        """Finish the exchange of all buckets, which have been submitted and drained: the results are in `results`, unless the step was undone."""
+        self._submitted, self.phase = 0, Phase.EXCHANGING
+        self.executor.submit(self._finish_all)
+        self.executor.drain()
+        self.results, self._started = self._started, []
+        reductions = self.reductions
+        stands = self.aggregator.finish_step(reductions)
+        silent = stands and bool(reductions) and all(r.task.skipped for r in reductions)
+        self.phase, self.outcome = Phase.EXCHANGED, Outcome.SILENT if silent else Outcome.STANDS if stands else Outcome.UNDONE
+        return self.outcome
+
+    # -- together with the other ranks -------------------------------------------------------------------------------------------
+
+    def open(self, note: bytes | None = None, joined: bool = False, outside: bool = False) -> Comparison:
+        """Begin a step together with the other ranks. `joined`, `outside`: as in `Aggregator.compare`."""
+        self.aggregator.use(self.transport, joined)
+        self._opening = self.aggregator.compare(self.transport, self._note() if note is None else note, joined, outside)
+        return self._opening
+
+    def agree(self) -> None:
+        """Nothing that was received is used before ranks are known to agree."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            self.aggregator.settle()
+            opening.settle()
+
+    # -- the executor's ----------------------------------------------------------------------------------------------------------
+
+    def _start(self, bucket: Bucket, gradients: list[torch.Tensor], noted: list[Noted], events: list[Any]) -> None:
+        """Compress a bucket and start to send it. In a thread, then finish the one before: the order in which collectives start must not be a
+        matter of timing, and with one on its way and one being finished both the link and the processor are busy."""
+        for event in events:
+            event.synchronize()
+        if not self._started and self._opening is None:
+            self.open()
+        begin = time.perf_counter()
+        untouched = [n for n in noted if n.untouched] if self.aggregator.settings(bucket).loss_scale != 1.0 else []
+        self._started.append(self.aggregator.start(bucket, gradients, self.transport))
+        for n in untouched:  # unscaled in place
+            n.renew()
+        self._sent_at[id(bucket)] = time.perf_counter()
+        if self.observer is not None:
+            self.observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])
+        if self.executor.concurrent and len(self._started) > 1:
+            self.agree()
+            self._finish([self._started[-2]])
+
+    def _finish(self, started: Sequence[Reduction | None]) -> None:
+        reductions = [r for r in started if r is not None]
+        if self.executor.concurrent:
+            for reduction in reductions:
+                while not reduction.finished:
+                    if reduction.pending is not None:
+                        wait_patiently(reduction.pending)
+                    reduction.advance()
+        else:
+            drive(reductions)
+        if self.observer is not None:
+            now = time.perf_counter()
+            for reduction in reductions:
+                self.observer(reduction.bucket.name, "COMMUNICATE", self._sent_at[id(reduction.bucket)], now)
+
+    def _finish_all(self) -> None:
+        self.agree()
+        self._finish(self._started[-1:] if self.executor.concurrent else self._started)
+        for reduction in self._started:
+            if reduction is not None and reduction.out is not None and reduction.out.is_cuda and self.executor.concurrent:
+                torch.cuda.current_stream(reduction.out.device).synchronize()  # the caller's stream knows nothing of this thread's
+
+
+def _events(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """Of the streams that may still be writing these tensors."""
+    events = []
+    for device in {t.device for t in tensors if t.is_cuda}:
+        events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+        events[-1].record(torch.cuda.current_stream(device))
+    return events
