@@ -11,15 +11,15 @@ from typing import Any, Literal, Protocol
 import torch
 
 from .aggregator import Aggregator, newcomers
-from .agreement import Introduction
 from .bucket import Bucket
-from .claims import claim
 from .errors import CompressionError
-from .horovod_slot import HorovodSlot
+from .horovod.introduction import Introduction
+from .horovod.slot import HorovodSlot
+from .horovod.step_hooks import claim
+from .horovod.transport import HorovodTransport, SlotTransport, horovod_is_running
 from .method import GroupSettings, Method
 from .protocols import Traffic
 from .transport import SelfTransport, Transport
-from .transport.horovod import HorovodTransport, SlotTransport, horovod_is_running
 
 __all__ = ["BoundCompression", "Named", "check_plain_sgd"]
 

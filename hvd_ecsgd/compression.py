@@ -28,9 +28,9 @@ from .exchange import (
 from .exchange.skip import SkipPolicy
 from .feedback import CSER, PEF, DistEFSGD, ErrorFeedback, GradientSquares, HessianAided, LocalMomentum, MemSGD, NoFeedback
 from .feedback.curvature import Curvature
+from .horovod.transport import horovod_is_running
 from .method import Method
 from .protocols import Compressor, Exchange, Feedback
-from .transport.horovod import horovod_is_running
 
 __all__ = ["AnyCompression", "Compression", "bind", "double_squeeze_comparison"]
 

@@ -19,7 +19,7 @@ def main(kind: str) -> None:
         return
     import horovod.torch as hvd
 
-    from hvd_ecsgd.transport.horovod import HorovodTransport
+    from hvd_ecsgd.horovod.transport import HorovodTransport
 
     hvd.init()
     h = HorovodTransport()

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 import hvd_ecsgd.aggregator
-import hvd_ecsgd.horovod_slot
-from hvd_ecsgd import Compression, CompressionError, DisagreementError, UnboundParameterError, agreement
+import hvd_ecsgd.horovod.slot
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, UnboundParameterError
+from hvd_ecsgd.horovod import introduction
 from tests.cases import ALL
 from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
 from tests.problems import batch, mlp
@@ -130,7 +131,7 @@ def looked_at() -> None:
 
 def waited_for() -> None:
     """A rank that compresses nothing, or late: the others say what they wait for."""
-    silence, agreement._SILENCE = agreement._SILENCE, 0.2
+    silence, introduction._SILENCE = introduction._SILENCE, 0.2
     try:
         model = mlp()
         bound = bound_to(model, "waited", Compression.one_bit(**ALL))
@@ -142,7 +143,7 @@ def waited_for() -> None:
         waited = [str(w.message) for w in caught if "has waited 0.2 s" in str(w.message)]
         assert len(waited) == int(not odd()), waited
     finally:
-        agreement._SILENCE = silence
+        introduction._SILENCE = silence
 
 
 def another_step() -> None:
@@ -240,7 +241,7 @@ def unchecked() -> None:
     reference = train_stock(
         reference_model, stock(reference_model, bound_to(reference_model, "unchecked", Compression.random_block(8, **ALL)), "unchecked"), range(8)
     )
-    aggregator, slot = hvd_ecsgd.aggregator, hvd_ecsgd.horovod_slot.HorovodSlot
+    aggregator, slot = hvd_ecsgd.aggregator, hvd_ecsgd.horovod.slot.HorovodSlot
     kept = aggregator.raise_on_other_texts, slot._check
     aggregator.raise_on_other_texts = lambda packed: None
     slot._check = lambda self, reduced, name: 1.0  # type: ignore[method-assign]

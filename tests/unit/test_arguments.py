@@ -14,9 +14,9 @@ from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.compressors import Cast, RandomBlock, Sign, TopK
 from hvd_ecsgd.exchange import AllGather, AllReduce
 from hvd_ecsgd.feedback import Hutchinson, LocalMomentum, Matrix, Product
-from hvd_ecsgd.horovod_slot import HorovodSlot
+from hvd_ecsgd.horovod.slot import HorovodSlot
+from hvd_ecsgd.horovod.transport import SlotHandle
 from hvd_ecsgd.transport import SelfTransport
-from hvd_ecsgd.transport.horovod import SlotHandle
 from tests.cases import ALL, CASES, Case, ids
 from tests.problems import mlp
 

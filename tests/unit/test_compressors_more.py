@@ -29,10 +29,10 @@ from hvd_ecsgd.compressors import (
 )
 from hvd_ecsgd.exchange import AllGather, AllReduce, TwoPass
 from hvd_ecsgd.feedback import ErrorFeedback, LocalMomentum, NoFeedback
+from hvd_ecsgd.horovod.transport import HorovodTransport, SlotTransport
 from hvd_ecsgd.protocols import Compressor, StepContext, UnbiasedCompressor
 from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import run_simulated
-from hvd_ecsgd.transport.horovod import HorovodTransport, SlotTransport
 
 ALL: dict[str, Any] = {"dense_below": 0, "dense_1d": False}
 

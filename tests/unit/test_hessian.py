@@ -14,12 +14,12 @@ from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.compressors import Identity, RandomBlock, Rounding, TopK
 from hvd_ecsgd.exchange import AllReduce, CompSkip, Every
 from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, LocalMomentum, Matrix, NoFeedback, Product
-from hvd_ecsgd.horovod_slot import HorovodSlot
+from hvd_ecsgd.horovod.slot import HorovodSlot
+from hvd_ecsgd.horovod.transport import SlotHandle
 from hvd_ecsgd.protocols import Feedback, StepContext
 from hvd_ecsgd.reproduce.lockstep import Quadratics, descend
 from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
-from hvd_ecsgd.transport.horovod import SlotHandle
 from tests.cases import ALL
 from tests.problems import batch, flat, mlp, slot, weights
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .aggregator import Aggregator
-from .agreement import Introduction
-from .bucket import Bucket, Reduction, drive
-from .errors import CompressionError, DisagreementError, UnboundParameterError
-from .transport import SelfTransport
-from .transport.horovod import SlotHandle, SlotTransport
+from ..aggregator import Aggregator
+from ..bucket import Bucket, Reduction, drive
+from ..errors import CompressionError, DisagreementError, UnboundParameterError
+from ..transport import SelfTransport
+from .introduction import Introduction
+from .transport import SlotHandle, SlotTransport
 
 __all__ = ["HorovodSlot"]
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .errors import CompressionError
+from ..errors import CompressionError
 
 __all__ = ["claim"]
 

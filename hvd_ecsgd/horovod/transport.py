@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ..errors import CompressionError, TransportError
-from .base import Handle, Ready
+from ..transport import Handle, Ready
 
 __all__ = ["HorovodTransport", "SlotHandle", "SlotTransport", "horovod_is_running"]
 
