@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 
-from .agreement import packed_text, raise_on_other_texts
 from .bucket import Bucket, Reduction, Resting, part_of, stay, unscaled_, wire_dtype
 from .errors import CompressionError, DisagreementError
 from .kernels import all_finite, fingerprint
 from .method import GroupSettings, Method
 from .protocols import Exchange, Part, State, StepContext, Task, Traffic
 from .segments import Key, Segments
+from .talk import packed_text, raise_on_other_texts
 from .transport.base import Handle, Ready, Transport
 
 __all__ = ["Aggregator", "Comparison", "newcomers"]

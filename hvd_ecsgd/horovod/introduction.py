@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from ..agreement import packed_text, raise_on_other_texts
 from ..errors import DisagreementError
+from ..talk import packed_text, raise_on_other_texts
 from ..transport import Handle, Transport
 
 __all__ = ["Introduction"]

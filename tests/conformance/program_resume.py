@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hvd_ecsgd import load_checkpoint, save_checkpoint
-from hvd_ecsgd.resize import shares
+from hvd_ecsgd.checkpoint.resize import shares
 from tests.cases import CASES, Case
 from tests.problems import mlp, slot, train, weights
 

@@ -263,8 +263,8 @@ def test_a_save_that_fails_on_one_rank_leaves_the_previous_checkpoint(tmp_path: 
             raise OSError(28, "No space left on device", str(path))
         return real(path)
 
-    real = checkpoint._sync
-    monkeypatch.setattr(checkpoint, "_sync", sync)
+    real = checkpoint.parts._sync
+    monkeypatch.setattr(checkpoint.parts, "_sync", sync)
     assert run_simulated(N, worker) == [(True, 3)] * N
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, load_checkpoint, save_checkpoint
+from hvd_ecsgd.checkpoint.resize import Leaf, merge, recut, shares
 from hvd_ecsgd.compressors import RandomBlock
 from hvd_ecsgd.exchange import Every, SkipAllReduce
 from hvd_ecsgd.feedback import DistEFSGD
-from hvd_ecsgd.resize import Leaf, merge, recut, shares
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, by_name
 from tests.problems import flat, same_bits, weights

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from .aggregator import Aggregator
-from .bucket import Bucket
-from .protocols import State
+from ..aggregator import Aggregator
+from ..bucket import Bucket, part_of
+from ..protocols import State
 
 __all__ = ["Done", "Leaf", "in_words", "merge", "recut", "resized_state", "shares"]
 
@@ -131,8 +131,7 @@ class _Pieces:
         self.piecewise = len({tuple((s.offset, s.numel) for s in table) for table in [self.now, *self.before]}) > 1
 
     def part(self, slot: str, i: int) -> torch.Tensor:
-        t, segment = self.fresh[slot], self.now.table[i]
-        return t[i] if t.dim() == 2 else t[segment.start : segment.stop]
+        return part_of(self.fresh[slot], i, self.now.table[i])
 
     def assemble(self, i: int, old: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """This rank's new piece of the i-th segment, from the old ranks' pieces that overlap it."""
