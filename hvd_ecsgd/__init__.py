@@ -11,6 +11,7 @@ from .bound import BoundCompression
 from .checkpoint import load_checkpoint, save_checkpoint
 from .compression import Compression, double_squeeze_comparison
 from .errors import CheckpointError, CompressionError, DisagreementError, SequenceError, TransportError, UnboundParameterError
+from .gradient_exchange import GradientExchange
 from .optimizer import DistributedOptimizer
 from .schedule import exponential_ratios
 from .version import __version__
@@ -23,6 +24,7 @@ __all__ = [
     "DisagreementError",
     "SequenceError",
     "DistributedOptimizer",
+    "GradientExchange",
     "TransportError",
     "UnboundParameterError",
     "__version__",

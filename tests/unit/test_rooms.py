@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compression": {"bound", "horovod", "aggregator", *BELOW_AGGREGATOR},
     "trees": {"errors"},
     "optimizer": {"trees", "compression", "bound", "aggregator", *BELOW_AGGREGATOR},
+    "gradient_exchange": {"optimizer", "compression", "bound", "aggregator", *BELOW_AGGREGATOR},
     "checkpoint": {"trees", "bound", "aggregator", *BELOW_AGGREGATOR},
 }
 # The package itself and the command line may import every room.
