@@ -56,7 +56,6 @@ from .collectives import (
     grouped_allreduce_async_,
     grouped_reducescatter,
     grouped_reducescatter_async,
-    join,
     poll,
     reducescatter,
     reducescatter_async,
@@ -65,10 +64,12 @@ from .collectives import (
 )
 from .compression import Compression
 from .errors import HorovodInternalError, MismatchError
-from .optimizer import DistributedOptimizer
-from .process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
-from .runtime import init, is_initialized, shutdown, start_timeline, stop_timeline
-from .state import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
+from .functions import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
+from .lifecycle import init, shutdown, start_timeline, stop_timeline
+from .optimizer import DistributedOptimizer, join
+from .process_sets import ProcessSet, global_process_set
+from .runtime import is_initialized
+from .sets import add_process_set, remove_process_set
 from .sync_batch_norm import SyncBatchNorm
 
 __all__ = [

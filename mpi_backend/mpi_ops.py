@@ -6,12 +6,13 @@ from .basics import *  # noqa: F403
 from .collectives import *  # noqa: F403
 from .compression import Compression as Compression
 from .errors import HorovodInternalError as HorovodInternalError
+from .lifecycle import init as init
+from .lifecycle import shutdown as shutdown
+from .lifecycle import start_timeline as start_timeline
+from .lifecycle import stop_timeline as stop_timeline
+from .optimizer import join as join
 from .process_sets import ProcessSet as ProcessSet
-from .process_sets import add_process_set as add_process_set
 from .process_sets import global_process_set as global_process_set
-from .process_sets import remove_process_set as remove_process_set
-from .runtime import init as init
 from .runtime import is_initialized as is_initialized
-from .runtime import shutdown as shutdown
-from .runtime import start_timeline as start_timeline
-from .runtime import stop_timeline as stop_timeline
+from .sets import add_process_set as add_process_set
+from .sets import remove_process_set as remove_process_set

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from . import runtime
+__all__ = ["ProcessSet", "global_process_set"]
 
-__all__ = ["ProcessSet", "add_process_set", "global_process_set", "remove_process_set"]
+NOT_INITIALIZED = "mpi_backend has not been initialized; call hvd.init() (mpi_backend.init()) first."
 
 
 class ProcessSet:
@@ -20,6 +20,8 @@ class ProcessSet:
     process_set_id: int | None = None
     ranks: list[int] | None = None
     mpi_comm: Any = None
+    this_process: ClassVar[int | None] = None
+    """The global rank of this process, which `init` says and `shutdown` takes back."""
 
     def __init__(self, ranks_or_comm: Sequence[int] | Any) -> None:
         if isinstance(ranks_or_comm, Iterable) and getattr(ranks_or_comm, "ndim", 1) == 1:
@@ -36,18 +38,31 @@ class ProcessSet:
 
     def size(self) -> int | None:
         """The number of its processes; None while it is not usable."""
-        return None if self.process_set_id is None else len(runtime.members(self).ranks)
+        if self.process_set_id is None or self.ranks is None:
+            return None
+        self._own_rank()
+        return len(self.ranks)
 
     def rank(self) -> int | None:
         """The rank of this process within the set; None while it is not usable. Raises ValueError outside of the set.
 
         Functions that take a rank (`root_rank`) mean the global rank, also within a set.
         """
-        return None if self.process_set_id is None else runtime.channel(self).rank
+        if self.process_set_id is None or self.ranks is None:
+            return None
+        own = self._own_rank()
+        if own not in self.ranks:
+            raise ValueError(f"rank {own} is not a member of the process set of ranks {self.ranks}.")
+        return self.ranks.index(own)
 
     def included(self) -> bool | None:
         """Whether this process belongs to it; None while that is not known."""
-        return None if self.ranks is None else runtime.context().rank in self.ranks
+        return None if self.ranks is None else self._own_rank() in self.ranks
+
+    def _own_rank(self) -> int:
+        if ProcessSet.this_process is None:
+            raise ValueError(NOT_INITIALIZED)
+        return ProcessSet.this_process
 
     def __str__(self) -> str:
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks}, mpi_comm={self.mpi_comm})"
@@ -56,29 +71,3 @@ class ProcessSet:
 global_process_set = ProcessSet([])
 """All processes."""
 global_process_set.process_set_id = 0
-
-
-def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
-    """Make a process set usable, and return it. All processes call this, those outside of the set too, with equal ranks.
-
-    Raises ValueError for ranks that do not exist, and when a set of these ranks is there already; `MismatchError` when ranks differ.
-    """
-    process_set = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
-    if process_set.ranks is None:
-        raise NotImplementedError("add_process_set: give ranks; a communicator can only be given to init(process_sets=…).")
-    runtime.agree(f"add_process_set {process_set.ranks}")
-    runtime.register(process_set, process_set.ranks)
-    return process_set
-
-
-def remove_process_set(process_set: ProcessSet) -> bool:
-    """Complete what its processes submitted, and give its communicators back; True if it was usable. All processes call this.
-
-    The global process set stays: False. Raises ValueError for anything but a ProcessSet.
-    """
-    if not isinstance(process_set, ProcessSet):
-        raise ValueError(f"remove_process_set: expected the ProcessSet that add_process_set returned, got {process_set!r}.")
-    if process_set.process_set_id in (None, 0):
-        return False
-    runtime.agree(f"remove_process_set {process_set.ranks}")
-    return runtime.unregister(process_set)

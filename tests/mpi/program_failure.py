@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import mpi_backend as hvd
-from mpi_backend import engine
+from mpi_backend.engine import channel
 
 how, where = sys.argv[1:3]
 hvd.init()
@@ -92,7 +92,7 @@ if last:
         def fail(self: object, run: object) -> None:
             raise MemoryError("on purpose")
 
-        engine.Channel._run = fail  # type: ignore[assignment,method-assign]
+        channel.Channel._run = fail  # type: ignore[assignment,method-assign]
         with contextlib.suppress(hvd.HorovodInternalError):
             collective()
         sys.exit()
@@ -101,7 +101,7 @@ if last:
         def out_of_memory(*given: object) -> None:
             raise MemoryError("on purpose")
 
-        setattr(engine, "scale_" if how == "start" else "finish_", out_of_memory)
+        setattr(channel, "scale_" if how == "start" else "finish_", out_of_memory)
         collective()
     elif how == "stall":
         pass  # and never comes

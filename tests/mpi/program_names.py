@@ -15,7 +15,9 @@ import time
 import torch
 
 import mpi_backend as hvd
-from mpi_backend import engine, runtime
+from mpi_backend import runtime
+from mpi_backend.engine.channel import Channel
+from mpi_backend.transport import MPITransport
 from tests.mpi.verdict import Verdict
 
 verdict = Verdict()
@@ -23,7 +25,7 @@ said: list[str] = []
 logging.getLogger("mpi_backend").addHandler(type("Keep", (logging.Handler,), {"emit": lambda self, record: said.append(record.getMessage())})())
 
 launched: list[int] = []
-starts = engine.MPITransport.allreduce_
+starts = MPITransport.allreduce_
 
 
 def counted(self: object, t: torch.Tensor, name: str, op: str = "sum") -> object:
@@ -31,7 +33,7 @@ def counted(self: object, t: torch.Tensor, name: str, op: str = "sum") -> object
     return starts(self, t, name, op)  # type: ignore[arg-type]
 
 
-engine.MPITransport.allreduce_ = counted  # type: ignore[assignment,method-assign]
+MPITransport.allreduce_ = counted  # type: ignore[assignment,method-assign]
 hvd.init()
 rank, size = hvd.rank(), hvd.size()
 last = size - 1
@@ -139,7 +141,7 @@ if size > 1:
 hvd.barrier()
 hvd.shutdown()
 hvd.init()
-engine.Channel._reduce = lambda self, run: 1 // 0  # type: ignore[assignment,method-assign,return-value]
+Channel._reduce = lambda self, run: 1 // 0  # type: ignore[assignment,method-assign,return-value]
 handle = hvd.allreduce_async(torch.ones(3))
 verdict.raises(hvd.HorovodInternalError, handle.wait, "what was pending", "ZeroDivisionError")
 earlier = "communication has failed earlier", "ZeroDivisionError"

@@ -12,6 +12,7 @@ import torch
 
 import mpi_backend as hvd
 from mpi_backend import runtime
+from mpi_backend.optimizer import resources
 from tests.mpi.verdict import Verdict
 
 verdict = Verdict()
@@ -323,7 +324,7 @@ for wrong in (None, model, model.parameters()):
 # Shutting down completes the buckets of a backward pass that no step follows, also those that have not begun by then.
 model = conv()
 optimizer = wrap(model)
-background = runtime._backgrounds[-1] if runtime.context().engine.threaded else None
+background = resources._backgrounds[-1] if runtime.context().engine.threaded else None
 if background is not None:
     background.submit(lambda: time.sleep(0.5))
 sum(p.sum() for p in model.parameters()).backward()

@@ -6,8 +6,7 @@ import torch
 
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle, Transport
-from mpi_backend import transport as module
-from mpi_backend.transport import MPITransport
+from mpi_backend.transport import MPITransport, memory
 from tests.mpi.verdict import DTYPES, Verdict, sample
 
 verdict = Verdict()
@@ -134,11 +133,11 @@ for transport, label in ((plain, "plain"), (staged, "staged")):
 check_errors(plain)
 
 # Cut into pieces of 4. Parts of more than 16 altogether are counted in units of a common factor; without one they cannot be sent.
-module._LARGEST = 4
+memory.LARGEST = 4
 check_allreduce(plain, "cut")
 check_sendrecv_and_broadcast(plain, "cut")
 n = plain.size
-module._LARGEST = 16
+memory.LARGEST = 16
 for rows in ([8] * n, [4 * r for r in range(n)], [6] * n):
     mine = [sample((r, 2), torch.float16, r) for r in rows]
     verdict.equal(plain.allgather_concatenated(mine[plain.rank], "x").wait(), torch.cat(mine), f"cut allgather {rows}")
@@ -147,7 +146,7 @@ for r in range(n):
     verdict.equal(out[r], torch.arange(12) + 12 * plain.rank + 100 * r, "cut alltoall")
 if n > 1:
     verdict.raises(TransportError, lambda: plain.allgather(torch.ones(17), "x", [17] * n), "no common factor", "pad the parts")
-module._LARGEST = 2**30
+memory.LARGEST = 2**30
 
 plain.allgather(torch.ones(plain.rank), "left for close")
 plain.close()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mpi_backend.timeline import Timeline
+from mpi_backend.engine.timeline import Timeline
 from tests.ranks import REPO, mpirun, rank_environment
 
 PROGRAM = Path(__file__).parent / "program_timeline.py"
@@ -55,7 +55,7 @@ def test_a_killed_process_leaves_valid_json(tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     code = f"""
 import itertools, os, sys
-from mpi_backend.timeline import Timeline
+from mpi_backend.engine.timeline import Timeline
 timeline = Timeline({str(file)!r}, 0)
 for i in itertools.count():
     timeline.span(f"row {{i % 7}}", "SPAN", i, i + 0.5, what="x" * (i % 50))

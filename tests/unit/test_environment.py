@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mpi_backend.environment import seconds, switch, whole_number
-from mpi_backend.watchdog import _addresses
+from mpi_backend.liveness.interfaces import addresses
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_whole_numbers_that_are_none(value: str, monkeypatch: pytest.MonkeyPatch
 def test_an_interface_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPI_BACKEND_INTERFACE", "no-such-0,10.0.0.0/8")
     with pytest.warns(RuntimeWarning, match=r"MPI_BACKEND_INTERFACE names no-such-0, and .* has .*; signs of life take all of them"):
-        _addresses()
+        addresses()
     monkeypatch.setenv("MPI_BACKEND_INTERFACE", socket.if_nameindex()[0][1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # control
-        _addresses()
+        addresses()

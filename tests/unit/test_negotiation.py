@@ -9,7 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpi_backend.negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, Leave, Left, Reduce, Request, Run, StallCheck, Withdraw
+from mpi_backend.engine.negotiation import (
+    Coordinator,
+    Decision,
+    Fail,
+    Join,
+    Joined,
+    JoinFailed,
+    Leave,
+    Left,
+    Reduce,
+    Request,
+    Run,
+    StallCheck,
+    Withdraw,
+)
 
 NEVER = StallCheck(None, None)
 

@@ -18,14 +18,15 @@ from hvd_ecsgd import DistributedOptimizer as _DistributedOptimizer
 from hvd_ecsgd.compression import AnyCompression, Compression
 from hvd_ecsgd.transport import SelfTransport, Transport
 
-from . import runtime
-from .collectives import Adasum, Average, Sum
-from .environment import switch
-from .negotiation import Reduce, Request
-from .process_sets import ProcessSet, global_process_set
+from .. import runtime
+from ..collectives import Adasum, Average, Sum
+from ..engine.negotiation import Reduce, Request
+from ..environment import switch
+from ..process_sets import ProcessSet, global_process_set
+from . import resources
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from ..engine.engine import Engine
 
 __all__ = ["DistributedOptimizer"]
 
@@ -77,8 +78,8 @@ def DistributedOptimizer(
         raise ValueError(f"DistributedOptimizer(): expected a torch.optim optimizer, got {optimizer!r:.100}.")
     if isinstance(named_parameters, Iterable):
         named_parameters = _each_once(named_parameters)
-    transport: Transport = runtime.new_transport(process_set) if process_set.included() else SelfTransport()
-    background = runtime.new_background()
+    transport: Transport = resources.new_transport(process_set) if process_set.included() else SelfTransport()
+    background = resources.new_background()
     distributed = _DistributedOptimizer(
         optimizer,
         named_parameters,
@@ -90,7 +91,7 @@ def DistributedOptimizer(
         executor=background,
         observer=partial(_trace, runtime.context().engine, traced := _Traced()),
     )
-    number = runtime.add_optimizer(distributed, transport)
+    number = resources.add_optimizer(distributed, transport)
     traced.number, traced.optimizer = number, weakref.ref(distributed)
     if background is not None:
         weakref.finalize(distributed, background.close)

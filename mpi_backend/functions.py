@@ -12,7 +12,8 @@ import torch
 
 from . import runtime
 from .basics import rank
-from .collectives import allgather, broadcast_, broadcast_async_, check_root, describe
+from .collectives import allgather, broadcast_, broadcast_async_
+from .collectives.arguments import check_root, describe
 from .process_sets import ProcessSet, global_process_set
 
 __all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import json
 import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -34,12 +32,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .environment import seconds, switch
+from ..environment import seconds, switch
+from .interfaces import addresses, network_identity
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from .transport import MPITransport
+    from ..transport import MPITransport
 
 __all__ = ["Settings", "Watchdog"]
 
@@ -85,7 +84,7 @@ class Watchdog:
         self._socket.bind(("", 0))
         self._config = self._configuration(settings)
         self._start()
-        self._heed_interrupts()
+        self._watch_sigint()
         self._thread = threading.Thread(target=self._serve, name="mpi_backend watchdog", daemon=True)
         self._thread.start()
 
@@ -150,7 +149,7 @@ class Watchdog:
 
     def _configuration(self, settings: Settings) -> str:
         port: int = self._socket.getsockname()[1]
-        here = _network_identity(), socket.gethostname(), os.getpid(), _addresses(), port
+        here = network_identity(), socket.gethostname(), os.getpid(), addresses(), port
         everyone = self._comm.allgather(here)
         token: str = self._comm.bcast(os.urandom(16).hex())
         config = {
@@ -178,7 +177,7 @@ class Watchdog:
             return
         self._tell(self._config)
 
-    def _heed_interrupts(self) -> None:
+    def _watch_sigint(self) -> None:
         """Learn of Ctrl-C also while the main thread is in MPI, where Python sees no signals."""
         if threading.current_thread() is not threading.main_thread():
             return
@@ -217,7 +216,7 @@ class Watchdog:
                     self._restart()
                 *lines, buffer = (buffer + data).split(b"\n")
                 for line in lines:
-                    self._obey(line.decode())
+                    self._handle_line(line.decode())
             interrupted = self._signals and self._signals[0] in readable and signal.SIGINT in self._signals[0].recv(64)
             if interrupted and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a script's own handler may mean to go on
                 self._interrupted = now, self._blocked()
@@ -236,7 +235,7 @@ class Watchdog:
         time.sleep(_TICK)
         self._start()
 
-    def _obey(self, line: str) -> None:
+    def _handle_line(self, line: str) -> None:
         command, _, rest = line.partition(" ")
         if command == "left":
             rank, _, counts = rest.partition(" ")
@@ -257,13 +256,13 @@ class Watchdog:
             self._end(f"rank {self.rank} was interrupted (SIGINT) while it waited for other ranks")
 
     def _look_at_those_who_left(self) -> None:
-        hopeless = [why for key in list(self._transports) for r in sorted(self._left) if (why := self._hopeless(key, r)) is not None]
+        hopeless = [why for key in list(self._transports) for r in sorted(self._left) if (why := self._never_answered(key, r)) is not None]
         why = hopeless[0] if hopeless else None
         if why is not None and why == self._suspect:
             self._end(why)
         self._suspect = why
 
-    def _hopeless(self, key: str, rank: int) -> str | None:
+    def _never_answered(self, key: str, rank: int) -> str | None:
         """Why something that this rank has started in a transport will never be answered by `rank`; None if it may be."""
         (transport, members), counts = self._transports[key], self._left[rank]
         joined = _ELSEWHERE in counts
@@ -307,42 +306,3 @@ def _no_wakeup() -> None:
 
 
 os.register_at_fork(after_in_child=_no_wakeup)
-
-
-def _network_identity() -> str:
-    """Equal for processes that reach each other by 127.0.0.1."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.stat('/proc/self/ns/net').st_ino}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _addresses() -> list[str]:
-    """This machine's IPv4 addresses but the loopback's, of the interfaces that were named, or of all."""
-    names = [name for _, name in socket.if_nameindex()]
-    ours = [entry for entry in os.environ.get("MPI_BACKEND_INTERFACE", "").split(",") if entry]
-    asked = ours or os.environ.get("OMPI_MCA_btl_tcp_if_include", "").split(",")  # noqa: SIM112
-    if absent := [entry for entry in ours if "/" not in entry and entry not in names]:
-        warnings.warn(
-            f"MPI_BACKEND_INTERFACE names {', '.join(absent)}, and {socket.gethostname()} has {', '.join(names)}; signs of life take all of them.",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-    networks = [ipaddress.ip_network(entry, strict=False) for entry in asked if "/" in entry]
-    names = [name for name in names if name in asked] or names
-    found = []
-    try:
-        import fcntl
-
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            for name in names:
-                with contextlib.suppress(OSError):  # no IPv4 address
-                    reply = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR of Linux
-                    found.append(socket.inet_ntoa(reply[20:24]))
-    except ImportError:
-        pass
-    if not found:
-        with contextlib.suppress(OSError):
-            found = [socket.gethostbyname(socket.gethostname())]
-    usable = [address for address in dict.fromkeys(found) if not address.startswith("127.")]
-    return [a for a in usable if any(ipaddress.ip_address(a) in network for network in networks)] or usable

@@ -1,11 +1,4 @@
-"""The communication thread: takes submitted collectives, negotiates which are ready on all ranks, and carries them out in one order everywhere.
-
-One thread per process serves all process sets, each of which is a `Channel` with communicators of its own. Nothing in a channel's turn blocks, so
-no channel can hold up another. The thread sleeps until there is work; while it waits for other ranks it looks at shorter, then longer intervals;
-while data is on its way, which every rank is ready for, it looks often. It needs MPI_THREAD_MULTIPLE. Without it (or with
-MPI_BACKEND_THREAD=0) the caller takes the turns, inside of submissions, `poll` and `synchronize`: results are the same, overlap is less, and
-nobody notices a stall while the coordinator computes.
-"""
+"""Named collectives of one process set: what callers hand over, what the coordinator decides, and what is on its way."""
 
 from __future__ import annotations
 
@@ -17,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import torch
 from mpi4py import MPI
@@ -25,70 +18,33 @@ from mpi4py import MPI
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle
 
-from .environment import switch, whole_number
-from .errors import HorovodInternalError, MismatchError
+from ..errors import HorovodInternalError, MismatchError
+from ..transport import MPITransport
+from .arithmetic import finish_, scale_
 from .negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, Leave, Left, Message, Request, Run, StallCheck, Withdraw
+from .pending import Pending, Progress
 from .timeline import Timeline
-from .transport import MPITransport
 
-__all__ = ["Channel", "Engine", "Pending", "fusion_bytes", "threads_available"]
+__all__ = ["Channel", "Server"]
 
 T = TypeVar("T")
 log = logging.getLogger("mpi_backend")
 
 _COORDINATOR = 0
-_FUSION_BYTES = 4 * 2**20  # of more, copying into one buffer costs what a message saves
-_SHORTEST, _LONGEST, _IDLE = 20e-6, 2e-3, 0.1
-"""Seconds between looks: from and to, while waiting for other ranks; and without any work, where a coordinator must still notice stalls."""
-_OFTEN = 50  # looks without sleeping at data on its way
 
 
-def threads_available() -> bool:
-    """Whether the communication thread may run: MPI allows calls from several threads, and MPI_BACKEND_THREAD is not 0."""
-    return switch("MPI_BACKEND_THREAD") and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+class Server(Progress, Protocol):
+    """Whom a channel belongs to: the engine."""
 
+    fusion_bytes: int
+    stall: StallCheck
+    timeline: Timeline | None
 
-def fusion_bytes() -> int:
-    """Of all-reduces that travel together, at most. Raises ValueError for a variable that is no number."""
-    return whole_number("HOROVOD_FUSION_THRESHOLD", _FUSION_BYTES, "a number of bytes, 0 for no fusion")
+    def nudge(self) -> None:
+        """There is new work."""
 
-
-class Pending(Generic[T]):
-    """The handle of a submitted collective."""
-
-    def __init__(self, engine: Engine, finish: Callable[[Any], T]) -> None:
-        self._engine = engine
-        self._settled = threading.Event()
-        self._finish: Callable[[Any], T] | None = finish
-        self._result: Any = None
-        self._error: Exception | None = None
-
-    def done(self) -> bool:
-        """True when `wait` would not block. Never blocks."""
-        if not self._settled.is_set():
-            self._engine.help()
-        return self._settled.is_set()
-
-    def wait(self) -> T:
-        """Block until finished and return the result; safe to call again. Raises `HorovodInternalError` when the collective failed."""
-        if not self._settled.is_set():
-            self._engine.wait(self._settled)
-        if self._error is not None:
-            raise self._error
-        if self._finish is not None:  # in the caller's thread: its streams, its inference mode
-            self._result, self._finish = self._finish(self._result), None
-        return cast(T, self._result)
-
-    def settle(self, value: Any) -> None:
-        """For the engine: it is done."""
-        self._result = value
-        self._settled.set()
-
-    def fail(self, error: Exception) -> None:
-        """For the engine: it has failed, unless it was done before."""
-        if not self._settled.is_set():
-            self._error = error
-            self._settled.set()
+    def raise_failure(self) -> None:
+        """Raise what ended the engine, if something has."""
 
 
 @dataclass
@@ -104,7 +60,7 @@ class _Submission:
 
 
 @dataclass
-class _Flight:
+class _InFlight:
     """Data on its way."""
 
     handles: list[Handle[Any]]
@@ -121,7 +77,7 @@ class Channel:
     `ranks`: the global ranks of its members, for messages. All of its communication is done by the engine.
     """
 
-    def __init__(self, engine: Engine, comm: MPI.Comm, ranks: Sequence[int]) -> None:
+    def __init__(self, engine: Server, comm: MPI.Comm, ranks: Sequence[int]) -> None:
         self._engine = engine
         self._control = comm.Dup()
         self.transport = MPITransport(comm)
@@ -137,7 +93,7 @@ class Channel:
         self._closed = False
         self._held: dict[str, _Submission] = {}  # from here on: the engine's
         self._taken: list[Pending[Any]] = []  # out of `_held`, and not on their way yet, or not any more
-        self._flights: list[_Flight] = []
+        self._flights: list[_InFlight] = []
         self._sends: list[tuple[MPI.Request, bytes]] = []
         self._joining: Pending[int] | None = None
         self._leaving: Pending[None] | None = None
@@ -255,7 +211,7 @@ class Channel:
                 moved = True
         if self._sends:
             self._sends = [(request, data) for request, data in self._sends if not request.Test()]
-        return self._land() or moved
+        return self._complete() or moved
 
     def fail_all(self, error: Exception) -> None:
         """Nothing here will ever run."""
@@ -370,7 +326,7 @@ class Channel:
         except TransportError as error:  # about what all ranks know: all raise it
             submission.pending.fail(HorovodInternalError(str(error)))
             return
-        self._take_off([handle], [submission.pending], lambda values: submission.pending.settle(values[0]), name, submission.request.text)
+        self._launch([handle], [submission.pending], lambda values: submission.pending.settle(values[0]), name, submission.request.text)
 
     def _reduce(self, run: Run) -> None:
         submissions = [self._take(name) if name in self._held else None for name in run.names]
@@ -406,14 +362,14 @@ class Channel:
                     submission.pending.settle(None)
 
         pendings = [s.pending for s in submissions if s is not None]
-        self._take_off(handles, pendings, finish, label, f"allreduce of {sum(w.numel() * w.element_size() for w in wholes)} bytes")
+        self._launch(handles, pendings, finish, label, f"allreduce of {sum(w.numel() * w.element_size() for w in wholes)} bytes")
 
-    def _take_off(
+    def _launch(
         self, handles: list[Handle[Any]], pendings: list[Pending[Any]], finish: Callable[[list[Any]], None], label: str, kind: str
     ) -> None:
-        self._flights.append(_Flight(handles, pendings, finish, label, kind, time.perf_counter()))
+        self._flights.append(_InFlight(handles, pendings, finish, label, kind, time.perf_counter()))
 
-    def _land(self) -> bool:
+    def _complete(self) -> bool:
         landed = False
         for flight in self._flights[:8]:
             if not all(handle.done() for handle in flight.handles):
@@ -433,130 +389,3 @@ class Channel:
             leaving, self._leaving = self._leaving, None
             leaving.settle(None)
         return landed
-
-
-def scale_(t: torch.Tensor, factor: float) -> None:
-    """t ← factor · t, as Horovod does: 16-bit floats in float32 and other floats in their own type, integers in float64, truncated towards zero."""
-    if factor != 1.0:
-        t.copy_(t.double().mul_(factor)) if not t.is_floating_point() else t.mul_(factor)
-
-
-def finish_(t: torch.Tensor, n: int, factor: float) -> None:
-    """t ← factor · t / n; integers, as in Horovod, are truncated towards zero once."""
-    if t.is_floating_point():
-        scale_(t if n == 1 else t.div_(n), factor)
-    elif factor == 1.0:
-        t.copy_(torch.div(t, n, rounding_mode="trunc"))
-    else:
-        t.copy_(t.double().mul_(factor).div_(n))
-
-
-class Engine:
-    """Serves channels, by a thread of its own if `threaded`, else in turns that callers take."""
-
-    def __init__(self, threaded: bool, fusion_bytes: int, stall: StallCheck) -> None:
-        self.fusion_bytes, self.stall = fusion_bytes, stall
-        self.threaded = threaded
-        self.timeline: Timeline | None = None
-        self._channels: tuple[Channel, ...] = ()
-        self._lock = threading.RLock()  # of the turn, and of the list of channels
-        self._work = threading.Event()
-        self._stop = False
-        self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="mpi_backend", daemon=True) if threaded else None
-        if self._thread is not None:
-            self._thread.start()
-
-    def add(self, comm: MPI.Comm, ranks: Sequence[int]) -> Channel:
-        """A new channel; collective over `comm`."""
-        channel = Channel(self, comm, ranks)
-        with self._lock:
-            self._channels = (*self._channels, channel)
-        self._work.set()
-        return channel
-
-    def remove(self, channel: Channel) -> None:
-        """Complete what all ranks submitted there, and free it; collective."""
-        if self.failure is not None:
-            return
-        channel.leave().wait()
-        with self._lock:
-            self._channels = tuple(c for c in self._channels if c is not channel)
-        channel.close()
-
-    def close(self) -> None:
-        """Complete what all ranks submitted, and end the thread; collective."""
-        if self.failure is None:
-            for leaving in [c.leave() for c in self._channels]:  # all at once: ranks need not have them in the same order
-                leaving.wait()
-        self._stop = True
-        self._work.set()
-        if self._thread is not None:
-            self._thread.join()
-        if self.failure is None:
-            for channel in self._channels:
-                channel.fail_all(HorovodInternalError("mpi_backend was shut down before all ranks submitted this."))
-                channel.close()
-
-    def nudge(self) -> None:
-        """There is new work."""
-        if self.threaded:
-            self._work.set()
-        else:
-            self.help()
-
-    def help(self) -> None:
-        """Take a turn, if that is the callers' job."""
-        if not self.threaded:
-            try:
-                self._turn()
-            except Exception as error:
-                self._fail(error)
-
-    def wait(self, event: threading.Event) -> None:
-        """Return when `event` is set."""
-        if self.threaded:
-            event.wait()
-            return
-        pause = _SHORTEST
-        while not event.is_set():
-            self.help()
-            if not event.is_set() and not any(c.in_flight for c in self._channels):
-                time.sleep(pause)
-                pause = min(pause * 1.5, _LONGEST)
-
-    def raise_failure(self) -> None:
-        """Raise what ended the engine, if something has."""
-        if self.failure is not None:
-            raise HorovodInternalError(f"communication has failed earlier: {self.failure!r}") from self.failure
-
-    def _turn(self) -> bool:
-        with self._lock:
-            return any([channel.turn() for channel in self._channels])
-
-    def _serve(self) -> None:
-        pause, looks = _SHORTEST, 0
-        try:
-            while not self._stop:
-                self._work.clear()
-                if self._turn():
-                    pause, looks = _SHORTEST, 0
-                elif any(c.in_flight for c in self._channels):
-                    looks += 1
-                    time.sleep(0 if looks < _OFTEN else _SHORTEST)
-                elif any(c.waiting for c in self._channels):
-                    self._work.wait(pause)
-                    pause = min(pause * 1.5, _LONGEST)
-                else:
-                    self._work.wait(_IDLE if any(c.coordinates for c in self._channels) else None)
-                    pause = _SHORTEST
-        except BaseException as error:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        self.failure = error
-        log.error("mpi_backend: communication failed; the next call will raise this.", exc_info=error)
-        failed = HorovodInternalError(f"communication failed: {error!r}")
-        failed.__cause__ = error
-        for channel in self._channels:
-            channel.fail_all(failed)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .environment import seconds, switch
+from ..environment import seconds, switch
 
 __all__ = ["Coordinator", "Decision", "Fail", "Join", "Joined", "JoinFailed", "Leave", "Left", "Message", "Reduce", "Request", "Run", "StallCheck",
            "Withdraw"]  # fmt: skip

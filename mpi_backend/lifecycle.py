@@ -1,0 +1,164 @@
+"""init() and shutdown(): the one place that puts everything together."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from . import job_end, runtime
+from .engine.negotiation import StallCheck
+from .engine.timeline import Timeline
+from .environment import switch
+from .optimizer import resources
+from .process_sets import ProcessSet, global_process_set
+from .runtime import Context, Members, context
+from .sets import check_process_sets, register_all
+
+# mpi4py.MPI initialises MPI when it is imported: only init() may do that.
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["init", "shutdown", "start_timeline", "stop_timeline"]
+
+
+def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
+    """Start the backend; collective over the processes of `comm`. Again, it does nothing.
+
+    `comm` is an mpi4py communicator, a list of ranks of the world (called by exactly those), or None or [] for all processes; it is duplicated.
+    `process_sets` become usable; sets given by communicators may differ between ranks, as those of a split do. ("dynamic", Horovod's leave to
+    add sets later, is accepted and not needed.)
+
+    Initialises MPI with full thread support if nobody has (the process then finalises it at exit), and starts the communication thread. Where
+    MPI was initialised without it, communication is done by the callers, which is said in a warning; MPI_BACKEND_THREAD=0 asks for that.
+    From here on an uncaught exception ends the job on all ranks, where it would leave the others waiting: `sys.excepthook` is extended, the
+    previous hook still prints. A rank that dies, is cut off, or leaves while others wait for it ends the job too (and see `watchdog`).
+
+    Variables, as Horovod's: HOROVOD_STALL_CHECK_TIME_SECONDS (60; 0: never), HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (0: never),
+    HOROVOD_STALL_CHECK_DISABLE, HOROVOD_FUSION_THRESHOLD (bytes; 4 MiB), HOROVOD_TIMELINE (a file; see `start_timeline`).
+
+    Raises ValueError for a `comm` that is none of these, or does not contain this process, and for process sets of ranks that do not exist, or
+    given twice; likewise for other things in their place. A variable that is wrong on some ranks is a ValueError on all.
+    """
+    if runtime.is_initialized():
+        return
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():  # mpi4py.rc.initialize was set to False
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        job_end.finalize_at_exit()
+    job_end.starting()
+
+    from .engine.engine import Engine, fusion_bytes, threads_available
+    from .liveness.watchdog import Settings, Watchdog
+
+    own = _communicator(comm)
+    rank, size = own.Get_rank(), own.Get_size()
+    wrong: ValueError | None = None
+    try:
+        check_process_sets(process_sets)
+        for variable in ("MPI_BACKEND_THREAD", "MPI_BACKEND_OVERLAP", "MPI_BACKEND_CUDA_AWARE"):  # what is wrong shows at once
+            switch(variable)
+        settings, limit, stall = Settings.from_environment(), fusion_bytes(), StallCheck.from_environment()
+    except ValueError as error:
+        wrong = error
+    said = own.allgather(None if wrong is None else str(wrong))
+    if any(said):  # where it is right, too: the others will not come any further
+        own.Free()
+        first = next(r for r, text in enumerate(said) if text)
+        raise wrong or ValueError(f"init() has failed on rank {first}: {said[first]}")
+    local = own.Split_type(MPI.COMM_TYPE_SHARED, rank)
+    local_rank, local_size = local.Get_rank(), local.Get_size()
+    cross = own.Split(local_rank, rank)
+    cross_rank, cross_size = cross.Get_rank(), cross.Get_size()
+    homogeneous = len(set(own.allgather(local_size))) == 1
+    local.Free()
+    cross.Free()
+    if rank == 0 and MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+        warnings.warn(
+            "mpi_backend: MPI was initialised without MPI_THREAD_MULTIPLE, so there is no communication thread; results are the same, overlap "
+            "with computation is less, and what some ranks never submit is only reported while rank 0 communicates.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    engine = Engine(threads_available(), limit, stall)
+    everybody = {0: Members(tuple(range(size)), own, engine.add(own, range(size)), global_process_set)}
+    place = rank, size, local_rank, local_size, cross_rank, cross_size
+    watchdog = Watchdog(own, settings)
+    runtime.install(Context(own, engine, watchdog, *place, homogeneous, everybody, itertools.count(1)))
+    job_end.running(own, watchdog, shutdown)
+    global_process_set.ranks = list(range(size))
+    register_all([] if process_sets is None or isinstance(process_sets, str) else process_sets)
+    path = os.environ.get("HOROVOD_TIMELINE", "")
+    if path not in ("", "DYNAMIC"):  # Horovod's word for a timeline that the script starts
+        start_timeline(path)
+
+
+def shutdown() -> None:
+    """Complete what all ranks have submitted and give the communicators back; collective. MPI stays initialised, and init() may be called again.
+
+    What some rank has not submitted by then fails with `HorovodInternalError`.
+    """
+    if job_end.is_forked() or (closing := runtime.remove()) is None:
+        return
+    from mpi4py import MPI
+
+    closing.watchdog.leaving()
+    job_end.stopped()
+    timeline = closing.engine.timeline
+    if not MPI.Is_finalized():
+        closing.engine.close()
+        resources.close_backgrounds()
+        closing.watchdog.wait_for_all(closing.engine.failure)
+        resources.close_transports()
+        closing.watchdog.stop()
+        for process_set in closing.process_sets.values():
+            if process_set.comm is not None:
+                process_set.comm.Free()
+    for identifier, process_set in closing.process_sets.items():
+        process_set.process_set.process_set_id = None if identifier else 0
+    closing.process_sets[0].process_set.ranks = []
+    if timeline is not None:
+        timeline.close()
+
+
+def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
+    """Write a Chrome trace of what this rank negotiates, compresses and sends: rank 0 to `file_path`, rank r to `file_path`.rank`r`.
+
+    Open it in ui.perfetto.dev or chrome://tracing. A file that is there is overwritten, a timeline that was running ends. `mark_cycles` has no
+    effect: there are no cycles here. Raises ValueError before init(), and for a `file_path` that is no path; OSError where it cannot be written.
+    """
+    if not isinstance(file_path, str | os.PathLike):
+        raise ValueError(f"start_timeline: file_path is {file_path!r}; expected the path of the file to write.")
+    stop_timeline()
+    here, file_path = context(), os.fspath(file_path)
+    here.engine.timeline = Timeline(file_path if here.rank == 0 else f"{file_path}.rank{here.rank}", here.rank)
+
+
+def stop_timeline() -> None:
+    """Stop writing the trace, if one is written. Raises ValueError before init()."""
+    engine = context().engine
+    timeline, engine.timeline = engine.timeline, None
+    if timeline is not None:
+        timeline.close()
+
+
+def _communicator(comm: MPI.Comm | Sequence[int] | None) -> MPI.Intracomm:
+    from mpi4py import MPI
+
+    if isinstance(comm, MPI.Intracomm) and comm != MPI.COMM_NULL:
+        return comm.Dup()
+    if comm is None:
+        return MPI.COMM_WORLD.Dup()
+    if not isinstance(comm, Sequence) or not all(isinstance(r, int) and 0 <= r < MPI.COMM_WORLD.Get_size() for r in comm):
+        raise ValueError(f"init: comm is {comm!r}; expected an mpi4py communicator, a list of ranks of MPI.COMM_WORLD, or None for all processes.")
+    if len(comm) == 0:
+        return MPI.COMM_WORLD.Dup()
+    if MPI.COMM_WORLD.Get_rank() not in comm:
+        raise ValueError(f"init: rank {MPI.COMM_WORLD.Get_rank()} is not among the ranks {list(comm)}; only those may call init with that list.")
+    group = MPI.COMM_WORLD.Get_group().Incl(list(comm))
+    created = MPI.COMM_WORLD.Create_group(group)
+    group.Free()
+    return created

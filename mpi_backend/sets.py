@@ -1,0 +1,96 @@
+"""Process sets, made usable and given back: their ids, communicators and channels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from . import runtime
+from .process_sets import ProcessSet
+from .runtime import Members
+
+__all__ = ["add_process_set", "check_process_sets", "register_all", "remove_process_set"]
+
+
+def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
+    """Make a process set usable, and return it. All processes call this, those outside of the set too, with equal ranks.
+
+    Raises ValueError for ranks that do not exist, and when a set of these ranks is there already; `MismatchError` when ranks differ.
+    """
+    process_set = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
+    if process_set.ranks is None:
+        raise NotImplementedError("add_process_set: give ranks; a communicator can only be given to init(process_sets=…).")
+    runtime.agree(f"add_process_set {process_set.ranks}")
+    _register(process_set, process_set.ranks)
+    return process_set
+
+
+def remove_process_set(process_set: ProcessSet) -> bool:
+    """Complete what its processes submitted, and give its communicators back; True if it was usable. All processes call this.
+
+    The global process set stays: False. Raises ValueError for anything but a ProcessSet.
+    """
+    if not isinstance(process_set, ProcessSet):
+        raise ValueError(f"remove_process_set: expected the ProcessSet that add_process_set returned, got {process_set!r}.")
+    if process_set.process_set_id in (None, 0):
+        return False
+    runtime.agree(f"remove_process_set {process_set.ranks}")
+    return _unregister(process_set)
+
+
+def check_process_sets(process_sets: object) -> None:
+    if process_sets is None or process_sets == "dynamic":
+        return
+    if not isinstance(process_sets, list | tuple) or not all(isinstance(given, ProcessSet) for given in process_sets):
+        raise ValueError(f'init: process_sets is {process_sets!r}; expected a list of ProcessSet, or "dynamic".')
+
+
+def register_all(process_sets: Sequence[ProcessSet]) -> None:
+    """Those given to init. Ranks may give different sets at the same place (of a split): all are registered everywhere, in one order."""
+    here = runtime.context()
+    mine: list[tuple[int, ...]] = []
+    for given in process_sets:
+        if given.ranks is not None:
+            mine.append(tuple(given.ranks))
+        else:
+            theirs, ours = given.mpi_comm.Get_group(), here.comm.Get_group()
+            mine.append(tuple(theirs.Translate_ranks(list(range(theirs.Get_size())), ours)))
+            theirs.Free()
+            ours.Free()
+    for place, given in enumerate(process_sets):
+        if mine.index(mine[place]) != place:
+            raise ValueError(f"init: process_sets entry number {place} is a duplicate: {given}")
+    everyones = here.comm.allgather(mine)
+    for ranks in dict.fromkeys(itertools.chain.from_iterable(itertools.zip_longest(*everyones))):
+        if ranks is not None:
+            _register(process_sets[mine.index(ranks)] if ranks in mine else ProcessSet(ranks), ranks)
+
+
+def _register(process_set: ProcessSet, ranks: Sequence[int]) -> None:
+    """Give it an id, and its members a channel; called on all ranks, for the same sets in the same order."""
+    here = runtime.context()
+    if len(set(ranks)) != len(ranks) or not ranks or not all(0 <= r < here.size for r in ranks):
+        raise ValueError(f"{process_set}: expected different ranks from 0 to {here.size - 1}.")
+    if any(known.ranks == tuple(ranks) for known in here.process_sets.values()):
+        raise ValueError(f"Attempted to add a duplicate process set: {process_set}")
+    identifier = next(here.identifiers)
+    comm = None
+    if here.rank in ranks:
+        everybody = here.comm.Get_group()
+        group = everybody.Incl(list(ranks))
+        comm = here.comm.Create_group(group, identifier)
+        group.Free()
+        everybody.Free()
+    here.process_sets[identifier] = Members(tuple(ranks), comm, here.engine.add(comm, ranks) if comm is not None else None, process_set)
+    process_set.process_set_id, process_set.ranks = identifier, list(ranks)
+
+
+def _unregister(process_set: ProcessSet) -> bool:
+    """Undo `_register`; called on all ranks. False if there is no such set any more."""
+    here = runtime.context()
+    found = here.process_sets.pop(process_set.process_set_id or 0, None)
+    process_set.process_set_id = None
+    if found is not None and found.channel is not None and found.comm is not None:
+        here.engine.remove(found.channel)
+        found.comm.Free()
+    return found is not None

@@ -1,0 +1,8 @@
+"""A `Transport` over MPI. Importing this package imports `mpi4py.MPI`, which initialises MPI; `import mpi_backend` alone does not import it."""
+
+from __future__ import annotations
+
+from .collectives import MPITransport, ReduceOp
+from .memory import cuda_aware
+
+__all__ = ["MPITransport", "ReduceOp", "cuda_aware"]
