@@ -18,8 +18,9 @@ from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle, Ready
 
 from . import memory
-from .memory import UNITS, cuda_aware, memory_of, parts_of
+from .memory import cuda_aware, memory_of, unit_of
 from .operation import Operations
+from .parts import start_allgather, start_alltoall
 
 __all__ = ["MPITransport", "ReduceOp"]
 
@@ -115,8 +116,13 @@ class MPITransport:
         work = self._staged(flat)
         copies = self._incoming(work, self.size * counts[self.rank]).view(self.size, counts[self.rank])
         received = [counts[self.rank]] * self.size
-        request = self._first.Ialltoallv(parts_of(work, counts, what), parts_of(copies, received, what))
-        return self._operations.start(what, [request], lambda: self._delivered(_combined(copies, op).to(t.dtype), t, work))
+        requests, deliver = start_alltoall(self._first, work, counts, copies, received)
+
+        def finish(keep: torch.Tensor = work) -> torch.Tensor:
+            deliver()
+            return _combined(copies, op).to(t.dtype).to(t.device)
+
+        return self._operations.start(what, requests, finish)
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         """Everybody's tensor, by rank. First dimensions may differ; give `sizes` (first dimension by rank) when they are known, to save a round.
@@ -151,21 +157,23 @@ class MPITransport:
             return Ready([t.detach().clone()])
         work = self._staged(flat)
         row = math.prod(t.shape[1:])
-        result: list[tuple[torch.Tensor, list[int]]] = []
+        result: list[tuple[torch.Tensor, list[int], Callable[[], None]]] = []
 
         def exchange(comm: MPI.Comm, rows: list[int]) -> list[MPI.Request]:
             out = self._incoming(t, sum(rows))
-            result.append((out, rows))
-            return [comm.Ialltoallv(parts_of(work, [s * row for s in splits], what), parts_of(out, [r * row for r in rows], what))]
+            requests, deliver = start_alltoall(comm, work, [s * row for s in splits], out, [r * row for r in rows])
+            result.append((out, rows, deliver))
+            return requests
 
-        def finish() -> list[torch.Tensor]:
-            out, rows = result[0]
-            return list(torch.split(self._delivered(out, t, work), rows))
+        def finish(keep: torch.Tensor = work) -> list[torch.Tensor]:
+            out, rows, deliver = result[0]
+            deliver()
+            return list(torch.split(out.to(t.device), rows))
 
         if received is not None:
             return self._operations.start(what, exchange(self._first, list(received)), finish)
         tag = _signature(what, t)
-        announced = torch.tensor([[s, tag] for s in splits])
+        announced = torch.tensor([[s, tag] for s in splits], dtype=torch.int64, device="cpu")
         replies = torch.empty_like(announced)
         request = self._first.Ialltoall([memory_of(announced), 2, MPI.INT64_T], [memory_of(replies), 2, MPI.INT64_T])
         return self._operations.start(what, [request], finish, lambda: exchange(self._second, self._agreed(replies, announced, tag, t, what)))
@@ -182,19 +190,19 @@ class MPITransport:
             return Ready(t.detach().clone())
         work = self._staged(flat)
         out = self._incoming(t, None)
-        unit = UNITS[t.element_size()]
+        unit = unit_of(t)
         pieces = torch.split(out.view(-1), memory.LARGEST)
         requests = [self._first.Irecv([memory_of(piece), piece.numel(), unit], peer) for piece in pieces]
         requests += [self._first.Isend([memory_of(piece), piece.numel(), unit], peer) for piece in torch.split(work, memory.LARGEST)]
         statuses = [MPI.Status() for _ in requests]
 
-        def finish() -> torch.Tensor:
+        def finish(keep: torch.Tensor = work) -> torch.Tensor:
             came = sum(status.Get_count(unit) for status, _ in zip(statuses, pieces, strict=False))
             if came != out.numel():
                 raise TransportError(
                     f"{what}: expected {out.numel()} elements of {out.dtype}, as sent, but {came} came; both must pass one shape and dtype."
                 )
-            return self._delivered(out, t, work)
+            return out.to(t.device)
 
         return self._operations.start(what, requests, finish, statuses=statuses, collective=False)
 
@@ -206,7 +214,7 @@ class MPITransport:
         if self.size == 1 or flat.numel() == 0:
             return Ready(t)
         work = self._staged(flat)
-        unit = UNITS[t.element_size()]
+        unit = unit_of(t)
         requests = [self._first.Ibcast([memory_of(piece), piece.numel(), unit], root) for piece in torch.split(work, memory.LARGEST)]
 
         def finish() -> torch.Tensor:
@@ -256,21 +264,23 @@ class MPITransport:
     # ---- parts of the collectives
 
     def _allreduce_chunks(self, work: torch.Tensor, what: str, op: ReduceOp, finish: Callable[[], torch.Tensor]) -> Handle[torch.Tensor]:
-        pieces: list[tuple[torch.Tensor, list[int], torch.Tensor, torch.Tensor]] = []
+        pieces: list[tuple[torch.Tensor, list[int], torch.Tensor, torch.Tensor, Callable[[], None]]] = []
         requests = []
         for piece in torch.split(work, memory.LARGEST):
             length = -(-piece.numel() // self.size)
             chunks = [max(0, min(length, piece.numel() - r * length)) for r in range(self.size)]
             mine = piece.narrow(0, sum(chunks[: self.rank]), chunks[self.rank])
             copies = piece.new_empty((self.size, mine.numel()))
-            requests.append(self._first.Ialltoallv(parts_of(piece, chunks, what), parts_of(copies, [mine.numel()] * self.size, what)))
-            pieces.append((piece, chunks, mine, copies))
+            some, deliver = start_alltoall(self._first, piece, chunks, copies, [mine.numel()] * self.size)
+            requests += some
+            pieces.append((piece, chunks, mine, copies, deliver))
 
         def second() -> list[MPI.Request]:
             requests = []
-            for piece, chunks, mine, copies in pieces:
+            for piece, chunks, mine, copies, deliver in pieces:
+                deliver()
                 mine.copy_(_combined(copies, op))
-                requests.append(self._second.Iallgatherv(MPI.IN_PLACE, parts_of(piece, chunks, what)))
+                requests += start_allgather(self._second, piece, chunks)
             return requests
 
         return self._operations.start(what, requests, finish, second)
@@ -294,17 +304,17 @@ class MPITransport:
             out = self._incoming(t, sum(rows))
             out.view(-1).narrow(0, sum(rows[: self.rank]) * row, flat.numel()).copy_(flat)
             result.append((out, rows))
-            return [comm.Iallgatherv(MPI.IN_PLACE, parts_of(out, [r * row for r in rows], what))]
+            return start_allgather(comm, out, [r * row for r in rows])
 
         def finish() -> T:
             out, rows = result[0]
-            return shaped(self._delivered(out, t, flat), rows)
+            return shaped(out.to(t.device), rows)
 
         if sizes is not None:
             return self._operations.start(what, gather(self._first, list(sizes)), finish)
         tag = _signature(what, t)
-        announced = torch.tensor([[t.shape[0], tag]])
-        replies = torch.empty((self.size, 2), dtype=torch.int64)
+        announced = torch.tensor([[t.shape[0], tag]], dtype=torch.int64, device="cpu")
+        replies = torch.empty((self.size, 2), dtype=torch.int64, device="cpu")
         request = self._first.Iallgather([memory_of(announced), 2, MPI.INT64_T], [memory_of(replies), 2, MPI.INT64_T])
         return self._operations.start(what, [request], finish, lambda: gather(self._second, self._agreed(replies, announced, tag, t, what)))
 
@@ -346,12 +356,8 @@ class MPITransport:
         """Memory that MPI can write, for a tensor like `t`, with another first dimension if `rows` is given."""
         shape = t.shape if rows is None else (rows, *t.shape[1:])
         if self._stages(t):
-            return torch.empty(shape, dtype=t.dtype, pin_memory=t.is_cuda)
+            return torch.empty(shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda)
         return torch.empty(shape, dtype=t.dtype, device=t.device)
-
-    def _delivered(self, out: torch.Tensor, t: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
-        """`out` where the caller works. Being an argument keeps `sent` alive in the closure that calls this."""
-        return out.to(t.device)
 
 
 def _combined(copies: torch.Tensor, op: ReduceOp) -> torch.Tensor:
