@@ -32,8 +32,8 @@ def broadcast_object(obj: T, root_rank: int = 0, name: str | None = None, proces
     what = f"broadcast_object {name!r}"
     check_root(root_rank, process_set, what)
     root = rank() == root_rank
-    packed = _pickled(obj) if root else _Packed(torch.empty(0, dtype=torch.uint8))
-    size = int(broadcast_(torch.tensor([packed.size]), root_rank, f"{name}.sz", process_set))
+    packed = _pickled(obj) if root else _Packed(torch.empty(0, dtype=torch.uint8, device="cpu"))
+    size = int(broadcast_(torch.tensor([packed.size], dtype=torch.int64, device="cpu"), root_rank, f"{name}.sz", process_set))
     content = broadcast_(packed.content if root else packed.content.new_empty(abs(size)), root_rank, f"{name}.t", process_set)
     if size < 0:
         raise ValueError(f"{what}: rank {root_rank}, the root, {_text(content)}") from packed.error
@@ -48,7 +48,7 @@ def allgather_object(obj: T, name: str | None = None) -> list[T]:
     name = runtime.channel(global_process_set).named(name, "allgather_object")
     what = f"allgather_object {name!r}"
     mine = _pickled(obj)
-    sizes = allgather(torch.tensor([mine.size]), f"{name}.sz").tolist()
+    sizes = allgather(torch.tensor([mine.size], dtype=torch.int64, device="cpu"), f"{name}.sz").tolist()
     contents = torch.split(allgather(mine.content, f"{name}.t"), [abs(size) for size in sizes])
     if failed := [f"rank {r} {_text(content)}" for r, (size, content) in enumerate(zip(sizes, contents, strict=True)) if size < 0]:
         raise ValueError(f"{what}: {' '.join(failed)}") from mine.error

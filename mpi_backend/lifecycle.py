@@ -15,7 +15,7 @@ from .environment import switch
 from .optimizer import resources
 from .process_sets import ProcessSet, global_process_set
 from .runtime import Context, Members, context
-from .sets import check_process_sets, register_all
+from .sets import add_given, raise_if_wrong, ranks_of, register_all
 
 # mpi4py.MPI initialises MPI when it is imported: only init() may do that.
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ["init", "shutdown", "start_timeline", "stop_timeline"]
 
 
 def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
-    """Start the backend; collective over the processes of `comm`. Again, it does nothing.
+    """Start the backend; collective over the processes of `comm`. Again, it makes further `process_sets` usable, and does nothing else.
 
     `comm` is an mpi4py communicator, a list of ranks of the world (called by exactly those), or None or [] for all processes; it is duplicated.
     `process_sets` become usable; sets given by communicators may differ between ranks, as those of a split do. ("dynamic", Horovod's leave to
@@ -40,11 +40,16 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     HOROVOD_STALL_CHECK_DISABLE, HOROVOD_FUSION_THRESHOLD (bytes; 4 MiB), HOROVOD_TIMELINE (a file; see `start_timeline`).
 
     Raises ValueError for a `comm` that is none of these, or does not contain this process, and for process sets of ranks that do not exist, or
-    given twice; likewise for other things in their place. A variable that is wrong on some ranks is a ValueError on all.
+    given twice; likewise for other things in their place; for other processes in a further call. What is wrong on some ranks, a variable too, is
+    an error on all; nothing is initialised then, and init() may be called again.
     """
-    if runtime.is_initialized():
-        return
     from mpi4py import MPI
+
+    if runtime.is_initialized():
+        _refuse_other_processes(comm)
+        if process_sets is not None and process_sets not in ("dynamic", [], ()):
+            add_given(process_sets)
+        return
 
     if not MPI.Is_initialized():  # mpi4py.rc.initialize was set to False
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
@@ -56,19 +61,27 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
 
     own = _communicator(comm)
     rank, size = own.Get_rank(), own.Get_size()
-    wrong: ValueError | None = None
+    wrong: Exception | None = None
+    mine: list[tuple[int, ...]] = []
+    timeline: Timeline | None = None
     try:
-        check_process_sets(process_sets)
+        mine = ranks_of(process_sets, own)
         for variable in ("MPI_BACKEND_THREAD", "MPI_BACKEND_OVERLAP", "MPI_BACKEND_CUDA_AWARE"):  # what is wrong shows at once
             switch(variable)
         settings, limit, stall = Settings.from_environment(), fusion_bytes(), StallCheck.from_environment()
-    except ValueError as error:
+        path = os.environ.get("HOROVOD_TIMELINE", "")
+        if path not in ("", "DYNAMIC"):  # Horovod's word for a timeline that the script starts
+            timeline = _timeline(path, rank)
+    except (ValueError, OSError) as error:
         wrong = error
-    said = own.allgather(None if wrong is None else str(wrong))
-    if any(said):  # where it is right, too: the others will not come any further
+    said = own.allgather((None if wrong is None else str(wrong), mine))
+    try:
+        raise_if_wrong([text for text, _ in said], wrong)  # where it is right, too: the others will not come any further
+    except BaseException:
         own.Free()
-        first = next(r for r, text in enumerate(said) if text)
-        raise wrong or ValueError(f"init() has failed on rank {first}: {said[first]}")
+        if timeline is not None:
+            timeline.close()
+        raise
     local = own.Split_type(MPI.COMM_TYPE_SHARED, rank)
     local_rank, local_size = local.Get_rank(), local.Get_size()
     cross = own.Split(local_rank, rank)
@@ -90,10 +103,8 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     runtime.install(Context(own, engine, watchdog, *place, homogeneous, everybody, itertools.count(1)))
     job_end.running(own, watchdog, shutdown)
     global_process_set.ranks = list(range(size))
-    register_all([] if process_sets is None or isinstance(process_sets, str) else process_sets)
-    path = os.environ.get("HOROVOD_TIMELINE", "")
-    if path not in ("", "DYNAMIC"):  # Horovod's word for a timeline that the script starts
-        start_timeline(path)
+    register_all([] if process_sets is None or isinstance(process_sets, str) else process_sets, mine, [ranks for _, ranks in said])
+    engine.timeline = timeline
 
 
 def shutdown() -> None:
@@ -134,7 +145,7 @@ def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
         raise ValueError(f"start_timeline: file_path is {file_path!r}; expected the path of the file to write.")
     stop_timeline()
     here, file_path = context(), os.fspath(file_path)
-    here.engine.timeline = Timeline(file_path if here.rank == 0 else f"{file_path}.rank{here.rank}", here.rank)
+    here.engine.timeline = _timeline(file_path, here.rank)
 
 
 def stop_timeline() -> None:
@@ -143,6 +154,28 @@ def stop_timeline() -> None:
     timeline, engine.timeline = engine.timeline, None
     if timeline is not None:
         timeline.close()
+
+
+def _timeline(path: str, rank: int) -> Timeline:
+    return Timeline(path if rank == 0 else f"{path}.rank{rank}", rank)
+
+
+def _refuse_other_processes(comm: MPI.Comm | Sequence[int] | None) -> None:
+    """An init() that is not the first can name the processes that are there, or none."""
+    from mpi4py import MPI
+
+    if comm is None or (isinstance(comm, Sequence) and len(comm) == 0):
+        return
+    if isinstance(comm, MPI.Comm):
+        asked = comm.Get_group()
+    else:
+        asked = MPI.COMM_WORLD.Get_group().Incl(list(comm))
+    ours = context().comm.Get_group()
+    same = MPI.Group.Compare(asked, ours) != MPI.UNEQUAL
+    asked.Free()
+    ours.Free()
+    if not same:
+        raise ValueError(f"init: it is initialised already, for other processes than those of comm={comm!r}; call shutdown() on all of them first.")
 
 
 def _communicator(comm: MPI.Comm | Sequence[int] | None) -> MPI.Intracomm:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hvd_ecsgd.transport.base import Ready
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .liveness.watchdog import Watchdog
 
-__all__ = ["Context", "Members", "agree", "channel", "context", "install", "is_initialized", "members", "remove", "watchdog"]
+__all__ = ["Context", "Members", "agree", "channel", "context", "install", "is_initialized", "members", "remove", "tell_all", "watchdog"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,16 @@ def agree(text: str, among: Members | None = None) -> None:
     everybody = (context().process_sets[0] if among is None else among).channel
     assert everybody is not None
     everybody.submit(Request(everybody.automatic_name(), text), lambda nothing: None, start=lambda extras: Ready(None)).wait()
+
+
+def tell_all(what: str, value: object) -> Sequence[Any]:
+    """Everybody's `value`, by rank. Collective; on how many ranks `what` was called is in the report of stalls."""
+    _refuse_if_forked()
+    everybody = context().process_sets[0].channel
+    assert everybody is not None
+    request = Request(f"{what}.values", what, extra=value)
+    done: Sequence[Any] = everybody.submit(request, lambda extras: extras, start=lambda extras: Ready(extras)).wait()
+    return done
 
 
 def _refuse_if_forked() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 from . import runtime
 from .process_sets import ProcessSet
 from .runtime import Members
 
-__all__ = ["add_process_set", "check_process_sets", "register_all", "remove_process_set"]
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["add_given", "add_process_set", "raise_if_wrong", "ranks_of", "register_all", "remove_process_set"]
 
 
 def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
@@ -38,39 +42,73 @@ def remove_process_set(process_set: ProcessSet) -> bool:
     return _unregister(process_set)
 
 
-def check_process_sets(process_sets: object) -> None:
+def ranks_of(process_sets: object, comm: MPI.Comm) -> list[tuple[int, ...]]:
+    """The global ranks of each of those given to init, of which `comm` is everybody. Raises ValueError for what is no list of sets, for ranks that
+    do not exist, for a set of everybody, and for one given twice."""
     if process_sets is None or process_sets == "dynamic":
-        return
+        return []
     if not isinstance(process_sets, list | tuple) or not all(isinstance(given, ProcessSet) for given in process_sets):
         raise ValueError(f'init: process_sets is {process_sets!r}; expected a list of ProcessSet, or "dynamic".')
-
-
-def register_all(process_sets: Sequence[ProcessSet]) -> None:
-    """Those given to init. Ranks may give different sets at the same place (of a split): all are registered everywhere, in one order."""
-    here = runtime.context()
-    mine: list[tuple[int, ...]] = []
-    for given in process_sets:
+    found: list[tuple[int, ...]] = []
+    for place, given in enumerate(process_sets):
         if given.ranks is not None:
-            mine.append(tuple(given.ranks))
+            ranks = tuple(given.ranks)
         else:
-            theirs, ours = given.mpi_comm.Get_group(), here.comm.Get_group()
-            mine.append(tuple(theirs.Translate_ranks(list(range(theirs.Get_size())), ours)))
+            theirs, ours = given.mpi_comm.Get_group(), comm.Get_group()
+            ranks = tuple(theirs.Translate_ranks(list(range(theirs.Get_size())), ours))
             theirs.Free()
             ours.Free()
-    for place, given in enumerate(process_sets):
-        if mine.index(mine[place]) != place:
+        _check_ranks(ranks, comm.Get_size(), f"init: process_sets entry number {place}, {given}")
+        if ranks in found or len(ranks) == comm.Get_size():
             raise ValueError(f"init: process_sets entry number {place} is a duplicate: {given}")
-    everyones = here.comm.allgather(mine)
+        found.append(ranks)
+    return found
+
+
+def register_all(process_sets: Sequence[ProcessSet], mine: Sequence[tuple[int, ...]], everyones: Sequence[Sequence[tuple[int, ...]]]) -> None:
+    """Those given to init, whose ranks are `mine`; `everyones` by rank. Ranks may give different sets at the same place (of a split): all are
+    registered everywhere, in one order. Objects for sets that are there already stand for those."""
+    known = {members.ranks: identifier for identifier, members in runtime.context().process_sets.items()}
     for ranks in dict.fromkeys(itertools.chain.from_iterable(itertools.zip_longest(*everyones))):
-        if ranks is not None:
-            _register(process_sets[mine.index(ranks)] if ranks in mine else ProcessSet(ranks), ranks)
+        if ranks is None:
+            continue
+        given = process_sets[mine.index(ranks)] if ranks in mine else ProcessSet(ranks)
+        if ranks in known:
+            given.process_set_id, given.ranks = known[ranks], list(ranks)
+        else:
+            _register(given, ranks)
+
+
+def add_given(process_sets: object) -> None:
+    """Those given to an init() that is not the first; collective. What is wrong on some ranks is a ValueError on all."""
+    wrong, mine = None, []
+    try:
+        mine = ranks_of(process_sets, runtime.context().comm)
+    except ValueError as error:
+        wrong = error
+    said = runtime.tell_all("init(process_sets=…)", (None if wrong is None else str(wrong), mine))
+    raise_if_wrong([text for text, _ in said], wrong)
+    register_all(cast("Sequence[ProcessSet]", process_sets), mine, [ranks for _, ranks in said])
+
+
+def raise_if_wrong(said: Sequence[str | None], mine: Exception | None) -> None:
+    """Raise on all ranks what some of them have said to be wrong; `mine` on this one."""
+    if mine is not None:
+        raise mine
+    if any(said):
+        first = next(r for r, text in enumerate(said) if text)
+        raise ValueError(f"init() has failed on rank {first}: {said[first]}")
+
+
+def _check_ranks(ranks: Sequence[int], size: int, what: str) -> None:
+    if len(set(ranks)) != len(ranks) or not ranks or not all(0 <= r < size for r in ranks):
+        raise ValueError(f"{what}: expected different ranks from 0 to {size - 1}.")
 
 
 def _register(process_set: ProcessSet, ranks: Sequence[int]) -> None:
     """Give it an id, and its members a channel; called on all ranks, for the same sets in the same order."""
     here = runtime.context()
-    if len(set(ranks)) != len(ranks) or not ranks or not all(0 <= r < here.size for r in ranks):
-        raise ValueError(f"{process_set}: expected different ranks from 0 to {here.size - 1}.")
+    _check_ranks(ranks, here.size, str(process_set))
     if any(known.ranks == tuple(ranks) for known in here.process_sets.values()):
         raise ValueError(f"Attempted to add a duplicate process set: {process_set}")
     identifier = next(here.identifiers)

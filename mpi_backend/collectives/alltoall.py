@@ -53,7 +53,7 @@ def alltoall_async(
         return channel.transport.alltoall(work, counts, label)
 
     def finish(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat(parts), torch.tensor([p.shape[0] for p in parts], dtype=dtype)
+        return torch.cat(parts), torch.tensor([p.shape[0] for p in parts], dtype=dtype, device="cpu")
 
     return channel.submit(Request(label, f"alltoall of {describe(work, rows=True)}, named {label!r}"), finish, tensors=[work], start=start)
 

@@ -98,7 +98,7 @@ def check_tensor(array: Array, what: str, written: bool = False) -> torch.Tensor
         if written and not getattr(getattr(array, "flags", None), "writeable", True):  # MPI would write there all the same, or crash in a mapped file
             raise ValueError(f"{what}: the NumPy array is read-only, and the result would be written there; pass array.copy().")
         try:
-            return torch.as_tensor(array)  # shares memory
+            return torch.as_tensor(array, device="cpu")  # shares memory
         except TypeError as error:
             raise ValueError(f"{what}: a NumPy array of type {array.dtype} is no tensor ({error}); use the object functions.") from None
     raise ValueError(f"{what}: expected a tensor or a NumPy array, not {type(array).__name__}; pass torch.as_tensor(…), or use the object functions.")

@@ -11,7 +11,7 @@ from .. import runtime
 from ..engine.negotiation import Request
 from ..process_sets import ProcessSet, global_process_set
 
-__all__ = ["Together", "barrier", "poll", "synchronize", "tell_all"]
+__all__ = ["Together", "barrier", "poll", "synchronize"]
 
 T = TypeVar("T")
 
@@ -52,10 +52,3 @@ def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Return when every rank of the process set has called it."""
     channel = runtime.channel(process_set)
     channel.submit(Request(channel.automatic_name(), "barrier"), lambda nothing: None, start=lambda extras: Ready(None)).wait()
-
-
-def tell_all(name: str, value: object) -> Sequence[Any]:
-    """Everybody's `value`, by rank."""
-    request = Request(f"{name}.values", name, extra=value)
-    done: Sequence[Any] = runtime.channel(global_process_set).submit(request, lambda extras: extras, start=lambda extras: Ready(extras)).wait()
-    return done

@@ -29,7 +29,7 @@ class _Sparse:
     def wait(self) -> torch.Tensor:
         values = self._values.wait()
         values = values / self._divisor if self._divisor > 1 else values
-        return torch.sparse_coo_tensor(self._indices.wait().t(), values, self._size, check_invariants=False)
+        return torch.sparse_coo_tensor(self._indices.wait().t(), values, self._size, device=values.device, check_invariants=False)
 
     def __call__(self) -> torch.Tensor:
         return self.wait()

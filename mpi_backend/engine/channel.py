@@ -334,7 +334,7 @@ class Channel:
         tensors: list[torch.Tensor] = []
         for submission, reduce in zip(submissions, run.reduces, strict=True):
             if submission is None:  # this rank has joined
-                tensors += [torch.zeros(n, dtype=dtype) for dtype, n in reduce.tensors]
+                tensors += [torch.zeros(n, dtype=dtype, device="cpu") for dtype, n in reduce.tensors]
                 continue
             for event in submission.events:
                 event.synchronize()

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import runtime
-from ..collectives.handles import tell_all
 from ..errors import HorovodInternalError
 from ..process_sets import global_process_set
 from . import resources
@@ -75,7 +74,7 @@ def _join_steps(joining: Pending[int], optimizers: Mapping[int, Any]) -> int:
                 part.result()  # raises what it raised
         last = joining.wait()
         # Everybody is here now. An optimizer that lives on some ranks only would be waited for in vain.
-        everyones = tell_all("join", sorted(optimizers))
+        everyones = runtime.tell_all("join", sorted(optimizers))
         if any(held != everyones[0] for held in everyones):
             raise HorovodInternalError(
                 "join: ranks hold different DistributedOptimizers; make and drop each of them on all ranks. In the order in which they were made, "

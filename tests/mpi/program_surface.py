@@ -19,6 +19,8 @@ if world.Get_size() > 1:
     hvd.init(process_sets=[odd_or_even])
 else:  # it is everybody
     verdict.raises(ValueError, lambda: hvd.init(process_sets=[odd_or_even]), "everybody twice", "duplicate")
+    verdict.expect(not hvd.is_initialized(), "an init that has failed has initialised nothing")
+    hvd.init()
     odd_or_even = hvd.global_process_set
 rank, size = hvd.rank(), hvd.size()
 

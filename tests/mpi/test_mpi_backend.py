@@ -54,6 +54,11 @@ def test_names_without_a_communication_thread() -> None:
     assert concluded(mpirun(3, HERE / "program_names.py", "unthreaded", env=STALLS | CALLERS))
 
 
+@pytest.mark.parametrize("env", [{}, CALLERS], ids=["thread", "callers"])
+def test_what_scripts_do(env: dict[str, str]) -> None:
+    assert concluded(mpirun(2, HERE / "program_field.py", env=env))
+
+
 def test_functions_without_a_communication_thread() -> None:
     assert concluded(mpirun(2, HERE / "program_functions.py", env=CALLERS))
 

@@ -1,0 +1,92 @@
+"""What scripts that nobody here wrote do: process sets late, other default devices and types, large objects, objects that cannot be pickled,
+collectives under torch.compile, and many optimizers one after another."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+import mpi_backend as hvd
+from mpi_backend.transport import memory
+from tests.mpi.verdict import Verdict, sample
+
+verdict = Verdict()
+world = MPI.COMM_WORLD
+me, n = world.Get_rank(), world.Get_size()
+
+# ---- init that fails, and again; process sets in a later init
+hvd_sets = [hvd.ProcessSet([0]), hvd.ProcessSet([n])]
+verdict.raises(ValueError, lambda: hvd.init(process_sets=hvd_sets[me > 0 :]), "a set of ranks that do not exist", f"from 0 to {n - 1}")
+verdict.expect(not hvd.is_initialized(), "an init that has failed has initialised nothing")
+verdict.raises(ValueError, lambda: hvd.init(process_sets=[hvd.ProcessSet([0])] * (1 + (me == n - 1))), "twice on one rank", "duplicate")
+verdict.expect(not hvd.is_initialized(), "nor has one that has failed on one rank only")
+first = hvd.ProcessSet([0])
+hvd.init(process_sets=[first])
+rank, size = hvd.rank(), hvd.size()
+hvd.init()
+hvd.init(MPI.COMM_WORLD)
+hvd.init(list(range(size)), process_sets=[])
+again, split = hvd.ProcessSet([0]), hvd.ProcessSet(world.Split(rank, rank))
+hvd.init(process_sets=[again, split] if rank else [again])
+verdict.expect(again.process_set_id == first.process_set_id, "a set of ranks that is there already")
+verdict.expect(rank == 0 or (split.size(), split.rank(), split.included()) == (1, 0, True), "a set that is new, of one rank's")
+if rank == 0:
+    verdict.equal(hvd.allreduce(torch.ones(2), process_set=again), torch.ones(2), "it works")
+else:
+    verdict.equal(hvd.allreduce(torch.ones(2) * rank, op=hvd.Sum, process_set=split), torch.ones(2) * rank, "it works")
+    verdict.raises(ValueError, again.rank, "outside of a set", f"rank {rank} is not a member of the process set of ranks [0]")
+verdict.raises(ValueError, lambda: hvd.init(process_sets=[hvd.ProcessSet([size])] if rank else [again]), "wrong on some ranks", f"0 to {size - 1}")
+verdict.raises(ValueError, lambda: hvd.init([0]), "other processes", "initialised already, for other processes", "shutdown()")
+verdict.equal(hvd.allreduce(torch.ones(1), op=hvd.Sum), torch.tensor([float(size)]), "and all goes on")
+
+# ---- a default device or type of the script's own is its own matter
+optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3) * rank)])
+optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+optimizer.step()
+distributed: list[Any] = []
+
+
+def everything(label: str) -> None:
+    t, rows = torch.full((2 * size, 2), float(rank + 1), device="cpu", dtype=torch.float32), size * (size + 1) / 2
+    cpu = {"device": "cpu", "dtype": torch.float32}
+    verdict.equal(hvd.allreduce(t, op=hvd.Sum), torch.full((2 * size, 2), rows, **cpu), f"{label}: allreduce")
+    verdict.equal(hvd.allreduce(t.half(), op=hvd.Sum), torch.full((2 * size, 2), rows, device="cpu", dtype=torch.float16), f"{label}: of halves")
+    verdict.equal(hvd.allgather(t[:1], f"{label}.gather")[:, 0], torch.arange(1.0, size + 1, **cpu), f"{label}: allgather")
+    out, received = hvd.alltoall(t, [2] * size)
+    verdict.expect(out[::2, 0].tolist() == list(range(1, size + 1)) and received.tolist() == [2] * size, f"{label}: alltoall")
+    verdict.equal(hvd.reducescatter(t, op=hvd.Sum), torch.full((2, 2), rows, **cpu), f"{label}: reducescatter")
+    verdict.equal(hvd.broadcast(t, 0), torch.ones(2 * size, 2, **cpu), f"{label}: broadcast")
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0]], device="cpu"), torch.ones(1, **cpu), (3,), device="cpu", check_invariants=False)
+    verdict.expect(hvd.sparse_allreduce_async(sparse, None, hvd.Sum)().to_dense().tolist() == [size, 0, 0], f"{label}: sparse")
+    verdict.expect(float(hvd.allreduce(t[0, :1].numpy(), op=hvd.Sum)) == rows, f"{label}: NumPy")
+    verdict.expect(hvd.broadcast_object({"a": rank}) == {"a": 0}, f"{label}: broadcast_object")
+    tensor = hvd.broadcast_object(t[0])
+    verdict.expect(tensor.device.type == "cpu" and tensor.tolist() == [1.0, 1.0], f"{label}: broadcast_object of a tensor")
+    verdict.expect(hvd.allgather_object("x" * rank) == ["x" * r for r in range(size)], f"{label}: allgather_object")
+    hvd.broadcast_parameters([("p", t)], 0)
+    hvd.broadcast_optimizer_state(optimizer, 0)
+    norm = hvd.SyncBatchNorm(2, affine=False, track_running_stats=False)
+    verdict.expect(norm(t).shape == t.shape, f"{label}: SyncBatchNorm")
+    hvd.barrier()
+    if rank == 0:
+        verdict.equal(hvd.allreduce(t, op=hvd.Average, name=label, process_set=again), t, f"{label}: in a set")
+
+
+for label, use in (("plain", torch.float32), ("float64", torch.float64)):
+    torch.set_default_dtype(use)
+    everything(label)
+torch.set_default_dtype(torch.float32)
+with torch.device("meta"):
+    everything("with torch.device")
+torch.set_default_device("meta")
+everything("set_default_device")
+if rank == 0:
+    verdict.expect(hvd.join() == size - 1, "joins, and adds zeros")
+else:
+    verdict.expect(hvd.allreduce(torch.ones(1, device="cpu"), name="others", op=hvd.Sum).tolist() == [size - 1], "zeros of a rank that has joined")
+    hvd.join()
+torch.set_default_device("cpu")
+verdict.conclude()
