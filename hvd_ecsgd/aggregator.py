@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +23,7 @@ from .segments import Key, Segments
 from .talk import packed_text, raise_on_other_texts
 from .transport.base import Handle, Ready, Transport
 
-__all__ = ["Aggregator", "Comparison", "newcomers"]
+__all__ = ["Aggregator", "Comparison"]
 
 _DIGEST = 16
 """Bytes of the hash of settings and step that ranks compare."""
@@ -34,8 +34,10 @@ _JOINED = bytes(_DIGEST)
 _PATIENCE = 5.0
 """Seconds that the first step waits for the other ranks' settings while another object here has its first step still to come."""
 
-newcomers: weakref.WeakSet[Any] = weakref.WeakSet()
-"""The living objects of this process that have not taken part in a step yet: aggregators, and bound methods that have none so far."""
+_first_steps_pending: set[int] = set()
+"""Numbers of the optimizers' aggregators in this process that have not taken part in a step yet, also of those that were let go since: when such an
+object is freed is a matter of memory management, and not the same on all ranks."""
+_numbers = itertools.count()
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -96,10 +98,15 @@ class Aggregator:
         """What `check_together` does once a step has been taken."""
         self._agreement: Handle[list[torch.Tensor]] | None = None
         self._verification: Handle[list[torch.Tensor]] | None = None
-        newcomers.add(self)
+        self._first_step_pending = True
+        self._number = next(_numbers)
         self._also = dict(also or {})
         self._set_method(method)
         self.buckets = self._plan(bucket_bytes, group_of or (lambda parameter: 0))
+
+    def expect_first_step(self) -> None:
+        """An optimizer has this one, and will come to its first step."""
+        _first_steps_pending.add(self._number)
 
     def _set_method(self, method: Method) -> None:
         self.method = method
@@ -138,12 +145,13 @@ class Aggregator:
 
     # -- one step ----------------------------------------------------------------------------------------------------------------
 
-    def use(self, transport: Transport, joined: bool = False) -> None:
+    def use(self, transport: Transport, joined: bool = False, together: bool | None = None) -> None:
         """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective).
-        A rank that has `joined` may hold another x.
+        A rank that has `joined` may hold another x. `together`: all ranks are known to be here, or not to be; None: that is not known.
 
         It waits for the slowest rank, however long that loads its data. Only with two models in one backward pass another rank may be waiting
-        in the other one, so while another object of this process has its first step to come, patience ends and `settle` finishes the comparison.
+        in the other one. Then `settle` finishes the comparison: at once where ranks are known not to be together, and where that is not known
+        when patience ends while another object of this process has its first step to come.
         """
         self._transport = transport
         every = self.method.verify_every
@@ -152,15 +160,18 @@ class Aggregator:
             if not joined:
                 mine[0], mine[1:] = 1, self._fingerprints()
             self._verification = transport.allgather(mine, "replicas", [mine.numel()] * transport.size)
-        if self not in newcomers:
+        if not self._first_step_pending:
             return
-        newcomers.discard(self)
+        self._first_step_pending = False
+        _first_steps_pending.discard(self._number)
         # The whole text, not its digest: a rank that sees a difference can tell at once, and needs nothing more from the others.
         self._agreement = transport.allgather(self._packed_text(), "agreement")
-        give_up = time.monotonic() + _PATIENCE
-        while newcomers and not self._agreement.done() and time.monotonic() < give_up:
-            time.sleep(0.001)
-        if not newcomers or self._agreement.done():
+        if together is None:
+            together = not _first_steps_pending
+            give_up = time.monotonic() + _PATIENCE
+            while not together and not self._agreement.done() and time.monotonic() < give_up:
+                time.sleep(0.001)
+        if together or self._agreement.done():
             self.settle()
 
     def settle(self) -> None:
@@ -502,7 +513,7 @@ class Aggregator:
             )
         self.check_together("switch()")
         self._set_method(method)
-        if self not in newcomers:
+        if not self._first_step_pending:
             try:
                 raise_on_other_texts(self.transport.allgather(self._packed_text(), "switch").wait())
             except BaseException:
@@ -632,7 +643,7 @@ class Aggregator:
 
     def check_together(self, what: str) -> None:
         """All ranks call this before they do `what` together outside of a step. `CompressionError` where some have joined and will not come."""
-        if self not in newcomers:
+        if not self._first_step_pending:
             self.outside(what)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

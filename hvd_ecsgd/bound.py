@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from .aggregator import Aggregator, newcomers
+from .aggregator import Aggregator
 from .bucket import Bucket
 from .errors import CompressionError
 from .horovod.introduction import Introduction
@@ -57,7 +57,6 @@ class BoundCompression:
         self._places: dict[int, tuple[int, int]] = {}
         self._introduction = Introduction(self.named, self._frozen, process_set)
         self._aggregator: Aggregator | None = None
-        newcomers.add(self)
         self._slot: HorovodSlot | None = None
         self._waiting: Mapping[str, Any] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -253,10 +252,10 @@ class BoundCompression:
             raise CompressionError("this compression object belongs to another optimizer already; bind one for each.")
         self._aggregator = aggregator
         self._own = None if optimizer is None else weakref.ref(optimizer)
+        aggregator.expect_first_step()
         aggregator.statistics = self._statistics
         if self.method.feedback.shifts:  # they are averaged together
             aggregator.also_agree_on(**{"batch-norm statistics (bind the module itself on every rank)": [tuple(t.shape) for t in self._statistics()]})
-        newcomers.discard(self)
         if self._waiting is not None:
             state, self._waiting = self._waiting, None
             aggregator.load_state_dict(state)

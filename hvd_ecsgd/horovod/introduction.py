@@ -6,77 +6,128 @@ for each other, without a word; the first collective of a bound method has a nam
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import DisagreementError
 from ..talk import packed_text, raise_on_other_texts
 from ..transport import Handle, Transport
 
-__all__ = ["Introduction"]
+__all__ = ["Introduction", "Register"]
 
 _SILENCE = 20.0
 """Seconds of waiting for the other ranks' first gradients after which the waiting is explained."""
 
 
+class Register:
+    """What this process has bound and which first steps it has taken, in one process set, in the order of the program.
+
+    What has become of an object that was bound is asked nowhere: a garbage collector decides that, at another time on every rank.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.bound: dict[str, list[int]] = {}
+        """By table of parameters, for each model of it in the order first bound: how often it was bound."""
+        self.met: list[dict[str, tuple[str, int]]] = []
+        """By rank, in the order taken: the first steps, as name → table and model."""
+        self._models: Any = WeakTensorKeyDictionary()  # by identity, so what a collector takes out of it cannot be asked for any more
+
+    def number(self, table: str, parameter: torch.Tensor) -> int:
+        """Note a binding of the model of this table that begins with `parameter`; the model's number."""
+        with self.lock:
+            models, numbers = self.bound.setdefault(table, []), self._models.setdefault(parameter, {})
+            if table not in numbers:
+                numbers[table] = len(models)
+                models.append(0)
+            models[numbers[table]] += 1
+            return int(numbers[table])
+
+    def names(self, said: list[tuple[str, int, dict[str, list[int]]]]) -> list[str] | None:
+        """`said`: by rank the table and number of the model that has come there, and `bound`. By rank its name; None where no name can be given.
+
+        The models of a table are counted alike on all ranks, or some rank has bound one that others have not, to look at it. Then it is the order in
+        which they come that counts; so two of them cannot come in different orders.
+        """
+        names = []
+        for (table, model, _), met in zip(said, self.met, strict=True):
+            bound = [others.get(table, []) for *_, others in said]
+            if len({len(b) for b in bound}) == 1:
+                use = sum(before == (table, model) for before in met.values())
+                names.append(f"{table}.{model}.{use}")
+                expected = all(b[model] > use for b in bound)
+            else:
+                order = sum(t == table for t, _ in met.values())
+                names.append(f"{table}.{order}")
+                expected = all(sum(b) > order for b in bound)
+            if not expected:
+                return None
+        if any(name in met for name, met in zip(names, self.met, strict=True)):
+            return None
+        numbers = [{**{n: m for n, (_, m) in met.items()}, name: model} for met, name, (_, model, _) in zip(self.met, names, said, strict=True)]
+        pairs = [(a, b) for a in set(names) for b in {*names, *self.met[0]} if a.split(".")[0] == b.split(".")[0]]
+        orders = [{(n[a] > n[b]) - (n[a] < n[b]) for n in numbers if a in n and b in n} for a, b in pairs]
+        return names if all(len(order) <= 1 for order in orders) else None
+
+
+_registers: dict[Any, Register] = {}
+"""By process set."""
+
+
 class Introduction:
     """A bound method's name towards the other ranks of its process set, which they have for it too.
 
-    Two models may have equal tables of parameters, and in one backward pass ranks may come to them in different orders. So a name is the table, and
-    a number by the order in which methods of this table were bound; those that were let go before they took a step do not count.
+    Two models may have equal tables of parameters, and in one backward pass ranks may come to them in different orders. So a name is the table, a
+    number by the order in which models of this table were first bound, and how many first steps were taken with this model before. A rank may bind
+    a method and never use it; and it may bind a model that others do not, if it comes to the others of that table in their order.
     """
 
-    def __init__(self, named: Iterable[tuple[str, torch.Tensor]], frozen: Iterable[tuple[str, torch.Tensor]], process_set: Any = None) -> None:
-        self._table = {f"parameter '{n}'": f"{tuple(p.shape)} {p.dtype}" for n, p in named}
-        kind = blake2b(json.dumps(list(self._table.items())).encode(), digest_size=4).hexdigest()
+    def __init__(
+        self,
+        named: Iterable[tuple[str, torch.Tensor]],
+        frozen: Iterable[tuple[str, torch.Tensor]],
+        process_set: Any = None,
+        register: Register | None = None,
+    ) -> None:
+        named = list(named)
+        self._text = {f"parameter '{n}'": f"{tuple(p.shape)} {p.dtype}" for n, p in named}
+        self._table = blake2b(json.dumps(list(self._text.items())).encode(), digest_size=4).hexdigest()
         self._frozen = {f"parameter '{n}'": f"{tuple(p.shape)} {p.dtype}, frozen" for n, p in frozen}
-        self._kind = process_set, kind
-        with _lock:
-            _waiting.append(weakref.ref(self))
+        self._register = _registers.setdefault(process_set, Register()) if register is None else register
+        self._model = self._register.number(self._table, named[0][1])
 
-    def meet(self, transport: Transport) -> str:
-        """Collective, before the first step: find the other ranks' counterparts. Returns a prefix for the names of all further collectives.
+    def meet(self, transport: Transport) -> tuple[str, bool]:
+        """Collective, before the first step: find the other ranks' counterparts. Returns a prefix for the names of all further collectives, and
+        whether all ranks have come with this one, and none with another that it has its first step for.
 
         Raises `DisagreementError` on every rank when there is a rank that has bound no such parameters.
         """
-        with _lock:  # one after the other: the rounds are counted
-            met = _met.setdefault(self._kind[0], [set() for _ in range(transport.size)])
-            if self not in (r() for r in _waiting):  # it has failed here before
-                _waiting.append(weakref.ref(self))
-            name, coming = f"first.{len(met[transport.rank])}", self._coming(met[transport.rank])
-            mine = next(key for key, other in coming.items() if other is self)
-            handle = transport.allgather(torch.frombuffer(bytearray(json.dumps([mine, *coming]).encode()), dtype=torch.uint8), name)
+        register = self._register
+        with register.lock:  # one after the other: the rounds are counted
+            register.met = register.met or [{} for _ in range(transport.size)]
+            name = f"first.{len(register.met[transport.rank])}"
+            mine = json.dumps([self._table, self._model, register.bound])
+            handle = transport.allgather(torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8), name)
             self._wait(handle, transport.rank)
-            _waiting[:] = [r for r in _waiting if r() is not self]
             said = [json.loads(bytes(part.tolist())) for part in handle.wait()]
-            if not all(key in met[r] or key in others for r, others in enumerate(said) for key, *_ in said):  # seen by every rank
-                raise_on_other_texts(transport.allgather(packed_text({**self._table, **self._frozen}), f"{name}.tables").wait())
+            names = register.names(said)
+            if names is None:  # on every rank, as all have heard the same from the beginning
+                raise_on_other_texts(transport.allgather(packed_text({**self._text, **self._frozen}), f"{name}.tables").wait())
                 raise DisagreementError(
-                    f"ranks have bound different numbers of compressions to the model with parameter {next(iter(self._table))[10:]} that they still "
-                    "hold; bind one for each optimizer, on every rank alike."
+                    f"ranks have bound different numbers of compressions to the model with parameter {next(iter(self._text))[10:]}, or come to two "
+                    "such models in different orders; bind one for each optimizer, on every rank alike."
                 )
-            for r, (key, *_) in enumerate(said):
-                met[r].add(key)
-            return f"hvd_ecsgd.{mine}"
-
-    def _coming(self, taken: set[str]) -> dict[str, Introduction]:
-        """The methods of this process set that have met nobody yet, by the names that they will have."""
-        _waiting[:] = [r for r in _waiting if r() is not None]
-        found: dict[str, Introduction] = {}
-        for other in (r() for r in _waiting):
-            if other is not None and other._kind[0] is self._kind[0]:
-                free = (f"{other._kind[1]}.{i}" for i in itertools.count())
-                found[next(key for key in free if key not in taken and key not in found)] = other
-        return found
+            for met, found, (table, model, _) in zip(register.met, names, said, strict=True):
+                met[found] = table, model
+            return f"hvd_ecsgd.{names[transport.rank]}", len(set(names)) == 1
 
     def _wait(self, handle: Handle[list[torch.Tensor]], rank: int) -> None:
         explain_at = time.monotonic() + _SILENCE
@@ -90,10 +141,3 @@ class Introduction:
                     UserWarning,
                     stacklevel=2,
                 )
-
-
-_lock = threading.RLock()
-_waiting: list[weakref.ref[Introduction]] = []
-"""Those that have met nobody yet, in the order bound."""
-_met: dict[Any, list[set[str]]] = {}
-"""By process set: the names that each rank has come with."""

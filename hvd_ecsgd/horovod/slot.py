@@ -130,10 +130,12 @@ class HorovodSlot:
         return torch.cat([payload, torch.tensor(tail, dtype=payload.dtype, device=payload.device)]), pending
 
     def _begin_step(self, name: str, gradient: torch.Tensor) -> None:
+        together = True
         if self._introduction is not None:
-            self.transport.rename(self._introduction.meet(self.transport.direct))
+            prefix, together = self._introduction.meet(self.transport.direct)
+            self.transport.rename(prefix)
             self._introduction = None
-        self.aggregator.use(self.transport.direct)
+        self.aggregator.use(self.transport.direct, together=together)
         written = self._written.get(name)
         if self._ready is not None and not self._undone and (_inside_backward() or self._accumulated):
             raise CompressionError(

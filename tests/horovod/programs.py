@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import traceback
 import warnings
@@ -52,7 +51,6 @@ def run_checks(checks: dict[str, Callable[[], None]]) -> None:
     failed = False
     for name, check in checks.items():
         problem = ""
-        gc.collect()  # what the check before left in cycles with its exceptions
         try:
             check()
         except BaseException:

@@ -32,7 +32,7 @@ def test_what_users_do() -> None:
 
 
 def test_mistakes_are_told_to_every_rank() -> None:
-    assert len(passed(horovodrun, 2, "program_errors.py")) == 17
+    assert len(passed(horovodrun, 2, "program_errors.py")) == 18
 
 
 def test_a_failing_check_fails_the_job() -> None:
