@@ -262,7 +262,9 @@ class Parts:
         """What rank r saved, with `Leaf`s for tensors."""
         if r not in self._lazy:
             places = self._about(r)["tensors"]
-            self._lazy[r] = decode(self._about(r)["tree"], lambda name: Leaf(places[name][2], lambda: self.tensor(r, name)))
+            self._lazy[r] = decode(
+                self._about(r)["tree"], lambda name: Leaf(places[name][2], lambda: self.tensor(r, name)), lambda make, leaf: leaf.then(make)
+            )
         return self._lazy[r]
 
     def resized(self, template: Aggregator) -> tuple[Any, Done]:

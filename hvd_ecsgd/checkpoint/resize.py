@@ -31,10 +31,14 @@ Done = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Leaf:
-    """A saved tensor that is read when it is needed. `digest` is equal for equal bits, type and shape."""
+    """A saved tensor, or what is made of one, that is read when it is needed. `digest` is equal for equal bits, type and shape."""
 
     digest: str
-    load: Callable[[], torch.Tensor]
+    load: Callable[[], Any]
+
+    def then(self, make: Callable[[torch.Tensor], Any]) -> Leaf:
+        """What `make` makes of it."""
+        return Leaf(self.digest, lambda: make(self.load()))
 
 
 def shares(rank: int, size: int, saved_size: int) -> dict[int, int]:
@@ -59,8 +63,8 @@ def merge(trees: Sequence[Any], weights: Sequence[int]) -> Any:
         if len({t.digest for t in trees}) == 1:
             return first.load()
         values = [t.load() for t in trees]
-        alike = len({(v.shape, v.dtype) for v in values}) == 1 and values[0].is_floating_point()
-        return recut(values, weights) if alike else values[0]
+        alike = all(isinstance(v, torch.Tensor) for v in values) and len({(v.shape, v.dtype) for v in values}) == 1
+        return recut(values, weights) if alike and values[0].is_floating_point() else values[0]
     if isinstance(first, Mapping):
         return {k: merge([t[k] for t in trees] if all(k in t for t in trees) else [first[k]], weights) for k in first}
     if isinstance(first, list) and len({len(t) for t in trees}) == 1:
@@ -116,8 +120,8 @@ def in_words(done: Iterable[Done]) -> list[str]:
 
 
 def _tensor(saved: Callable[[int], Mapping[str, Any]], name: str, slot: str, r: int) -> torch.Tensor:
-    leaf: Leaf = saved(r)["parameters"][name][slot]
-    return leaf.load()
+    t: torch.Tensor = saved(r)["parameters"][name][slot].load()
+    return t
 
 
 class _Pieces:

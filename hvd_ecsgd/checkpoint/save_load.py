@@ -63,8 +63,10 @@ def save_checkpoint(
     """Save everything that training goes on from; every rank calls it, between two steps. Collective.
 
     `directory`: on a file system that all ranks share; made when missing. One directory for each (model, optimizer, compression).
-    `extras`: what else to keep, per rank: numbers, strings, None, lists, tuples, dictionaries and tensors, e.g. the state of a schedule or of a
-    GradScaler. `overwrite`: replace a checkpoint that another job has put there; without it that is an error.
+    `extras`: what else to keep, per rank: numbers, strings, bytes, None, lists, tuples, dictionaries, tensors, and NumPy's numbers and arrays, e.g.
+    the state of a schedule, of a GradScaler, or of a generator (`random.getstate()`). They come back as the types they were, with the same bits;
+    subclasses of Python's own types come back as those. `overwrite`: replace a checkpoint that another job has put there; without it that is an
+    error.
 
     Raises `CheckpointError` on every rank when any rank fails (full or read-only disk, another job saving there); the previous checkpoint is then
     as it was. Needs the package safetensors (the extra `checkpoint`).

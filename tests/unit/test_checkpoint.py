@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,9 +111,88 @@ def test_extras_come_back_as_they_were(tmp_path: Path) -> None:
     for key in ("words", "infinite", "schedule", "$odd", "generator"):
         assert equal(extras[key], back[key]), key
         assert type(extras[key]) is type(back[key])
-    with pytest.raises(CheckpointError, match=r"extras/x/0.*numpy\.ndarray"):
-        save(setup, tmp_path / "a", extras={"x": [torch.ones(1).numpy()]})
+    with pytest.raises(CheckpointError, match=r"extras/x/0.*builtins\.set"):
+        save(setup, tmp_path / "a", extras={"x": [{1}]})
     assert equal(load(setup, tmp_path / "a").extras["words"], extras["words"])
+
+
+def test_extras_that_people_have(tmp_path: Path) -> None:
+    """Keys that look like paths, the states of generators, NumPy's numbers, bytes; also on another number of workers. (Their encoding by itself is
+    tested in tests/property/test_trees.py.)"""
+    one, two = torch.tensor([1.0]), torch.tensor([2.0])
+    generator, shuffled = np.random.RandomState(3), random.Random(4)
+    extras = {
+        "meeting": [{"val/loss": one, "val": {"loss": two}}, {0: one, "0": two}, {"a/0": one, "a": [two]}],
+        "numpy": generator.get_state(),
+        "python": shuffled.getstate(),
+        "best": np.arange(4)[::-1].argmax(),
+        "accuracy": np.float64(0.1),
+        "array": np.arange(6, dtype=np.int16).reshape(2, 3).T,
+        "pickle": b"\x80\x04",
+        "spectrum": torch.tensor([1 + 2j]).conj(),
+        "file": os.fsdecode(b"caf\xe9"),
+    }
+    expected = [generator.rand(3).tolist(), shuffled.random()]
+
+    def saving(transport: Transport) -> None:
+        save(Setup(CASE, transport), tmp_path, extras=extras)
+
+    run_simulated(2, saving)
+    for n in (2, 1):
+        for loaded in run_simulated(n, lambda transport: load(Setup(CASE, transport), tmp_path)):
+            back = loaded.extras
+            pairs = [list(item.values()) for item in back["meeting"]]
+            assert [list(item) for item in back["meeting"]] == [["val/loss", "val"], [0, "0"], ["a/0", "a"]]
+            assert [float(pair[0]) for pair in pairs] == [1.0] * 3
+            assert [float(pairs[0][1]["loss"]), float(pairs[1][1]), float(pairs[2][1][0])] == [2.0] * 3
+            generator.set_state(back["numpy"])
+            shuffled.setstate(back["python"])
+            assert [generator.rand(3).tolist(), shuffled.random()] == expected
+            assert (type(back["best"]), back["best"]) == (np.int64, 0)
+            assert (type(back["accuracy"]), back["accuracy"]) == (np.float64, 0.1)
+            assert back["array"].dtype == np.int16 and back["array"].tolist() == [[0, 3], [1, 4], [2, 5]]
+            assert back["pickle"] == extras["pickle"] and back["file"] == extras["file"]
+            assert back["spectrum"].tolist() == [1 - 2j]
+
+
+def test_a_checkpoint_of_the_first_version_loads_bit_for_bit() -> None:
+    """tests/unit/format1 was written by two workers before keys were escaped and NumPy's types were known. Its numbers are short in binary."""
+
+    def worker(transport: Transport) -> Any:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        inner = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+        compression = Compression.double_squeeze(dense_below=0, dense_1d=False)
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), compression, transport=transport)
+        loaded = load_checkpoint(Path(__file__).parent / "format1", model, optimizer, optimizer.compression)
+        return loaded, model.state_dict(), optimizer.state_dict()["state"], optimizer.compression.state_dict()
+
+    for rank, (loaded, model, optimizer, compression) in enumerate(run_simulated(2, worker)):
+        assert [t.tolist() for t in model.values()] == [
+            [[-0.407343745231628418, -0.157343760132789612], [-0.158593744039535522, 0.0914062559604644775]],
+            *[[-0.313437491655349731, -0.189062505960464478]] * 3,
+            [0.0, 0.0],
+            [1.0, 1.0],
+            0,
+        ]
+        assert [state["momentum_buffer"].tolist() for state in optimizer.values()] == [
+            [[-24.78125, -24.78125], [25.46875, 25.46875]],
+            *[[-12.3125, 12.8125]] * 3,
+        ]
+        assert (compression["step"], compression["undone"]) == (3, 0)
+        weight = compression["parameters"]["0.weight"]
+        assert weight["previous_lr"] == 0.5 * 0.1 * 0.1
+        assert weight["residual"].tolist() == [[-12 + rank / 8, 13.125 + rank / 8]] * 2
+        assert weight["server_residual"].tolist() == [0.0] * (4 * (1 - rank))
+        assert all(compression["parameters"][name]["residual"].tolist() == [0.4375 + rank / 8] * 2 for name in ("0.bias", "1.weight", "1.bias"))
+        extras = loaded.extras
+        assert extras["a/b"].tolist() == [1.5, rank]
+        assert extras["$odd"] == {1: "one", "1": "text", None: 0}
+        assert extras["words"] == ["a", None, True, 3, 0.1, 2**70]
+        assert extras["infinite"] == (math.inf, -math.inf) and math.isnan(extras["nan"])
+        assert type(extras["counts"]) is Counter and extras["counts"] == {"x": 2}
+        assert extras["schedule"]["milestones"] == Counter({2: 2, 5: 1})
+        assert extras["nested"]["deep"][0].item() == 3 and extras["nested"]["deep"][1]["t"].dtype == torch.bfloat16
+        assert extras[""][""].tolist() == [True]
 
 
 # -- damaged, and not of this training -------------------------------------------------------------------------------------------
