@@ -28,6 +28,9 @@ __all__ = ["Aggregator", "Comparison"]
 _DIGEST = 16
 """Bytes of the hash of settings and step that ranks compare."""
 
+_REFUSED = b"\xff" * _DIGEST
+"""In its place, of a worker whose hyper-parameters no step can be taken with."""
+
 _JOINED = bytes(_DIGEST)
 """In its place, of a worker that has joined: its settings are those of a step that the others have left behind."""
 
@@ -91,6 +94,9 @@ class Aggregator:
         self._held = False
         self._moved = False
         self._in_step = False
+        self._wrong = ""  # what this worker cannot take the step with
+        self._refused = False  # some worker cannot, as all have heard
+        self._refusal = ""  # what raise_refusal says
         self._transport = transport
         self.statistics: Callable[[], list[torch.Tensor]] = list
         """Running statistics of the model (batch norm), which are averaged where workers evaluate at different points."""
@@ -214,9 +220,11 @@ class Aggregator:
         the payloads, so it costs no waiting. Nothing is compared in a local step. `note` travels along; it has one length on all ranks.
         `joined`: this rank's settings are left out of the comparison. `outside`: this begins no step.
         """
+        if self._stateful and not outside:
+            self._wrong = next((s.wrong for s in map(self.settings, self.buckets) if s.wrong), "")
         if self.local and not outside:
             return Comparison(self, transport, Ready([]))
-        said = _JOINED + note if joined else self._digest() + note
+        said = (_JOINED if joined else _REFUSED if self._wrong else self._digest()) + note
         handle = transport.allgather(torch.frombuffer(bytearray(said), dtype=torch.uint8), "agreement", [len(said)] * transport.size)
         return Comparison(self, transport, handle)
 
@@ -235,7 +243,8 @@ class Aggregator:
     def start(self, bucket: Bucket, gradients: Sequence[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> Reduction | None:
         """Accumulate, extract and start to send; the mean goes to the flat `out`, or to a buffer that the bucket keeps.
 
-        None when the learning rate is 0 and the method keeps state: nothing is sent, and residuals and momentum stay as they are.
+        None when the learning rate is 0 and the method keeps state: nothing is sent, and residuals and momentum stay as they are. With
+        hyper-parameters that no step can be taken with nothing is accumulated, and NaN is sent, so that every rank undoes the step.
         """
         for segment, gradient in zip(bucket.segments, gradients, strict=True):
             if tuple(gradient.shape) != segment.shape:
@@ -252,13 +261,17 @@ class Aggregator:
         feedback = bucket.method.feedback
         group = self.settings(bucket)
         self._recapture(bucket)
+        if self._stateful and (self._wrong or group.wrong):
+            self._wrong, group = self._wrong or group.wrong, GroupSettings(loss_scale=group.loss_scale)
+        unit = bucket.unit_for(group) or 1.0
         ctx = StepContext(
             seed=self.method.seed,
             step=self.step,
             rank=transport.rank,
             size=transport.size,
             lr=group.lr or 1.0,
-            previous_lr=(group.lr or 1.0) if bucket.previous_lr is None else bucket.previous_lr,
+            unit=unit,
+            previous_unit=unit if bucket.unit is None else bucket.unit,
             momentum=group.momentum,
             weight_decay=group.weight_decay,
             nesterov=group.nesterov,
@@ -267,7 +280,7 @@ class Aggregator:
             return None
         scale = group.loss_scale if self._stateful else 1.0
         gradients = list(gradients) if scale == 1.0 else unscaled_(gradients, scale, bucket.segments.dtype)
-        poisoned = not all(all_finite(g) for g in gradients)
+        poisoned = bool(self._wrong) or not all(all_finite(g) for g in gradients)
         if bucket.method.exact:
             bucket.remember()
         resting = Resting(bucket, transport.rank, transport.size) if bucket.frozen() else None
@@ -300,6 +313,8 @@ class Aggregator:
         `transport`: for what the rule then does together with the other ranks; the step's by default.
         """
         finite, where = all(r.task.finite for r in reductions), "this rank (a local step)" if self.local else "all ranks"
+        finite, alone = finite and not self._refused, self.local and not self._refused
+        transport = self.transport if transport is None else transport
         self._in_step = False
         for reduction in reductions:
             n = self.transport.size
@@ -311,16 +326,48 @@ class Aggregator:
                 reduction.undo_(gradients_gone)
         self.step += 1
         if finite:
-            self._prepare(reductions, self.transport if transport is None else transport)
+            self._prepare(reductions, transport)
+            return True
+        self.undone += 1
+        if self._refused or (alone and self._wrong):
+            self._note_refusal(where, None if alone else transport)
         else:
-            self.undone += 1
             warnings.warn(
                 f"a gradient or a payload held an inf or NaN on some rank: step {self.step - 1} was undone on {where} ({self.undone} so "
                 "far). With a GradScaler this happens now and then.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return finite
+        self._wrong, self._refused = "", False
+        return False
+
+    def _note_refusal(self, where: str, transport: Transport | None) -> None:
+        """Find out who cannot take the step, and with what. Collective over `transport`, if there is one."""
+        said = {"this rank": self._wrong}
+        if transport is not None:
+            text = torch.frombuffer(bytearray(self._wrong.encode() + b" "), dtype=torch.uint8)
+            said = {f"rank {r}": bytes(t.tolist()).decode().strip() for r, t in enumerate(transport.allgather(text, "refused").wait())}
+        wrong = {who: what for who, what in said.items() if what}
+        same = "; ".join(dict.fromkeys(wrong.values())) if len(wrong) == len(said) else "; ".join(f"{who}: {what}" for who, what in wrong.items())
+        self._refusal = (
+            f"{same}, which would spoil for good what the method keeps. Expected finite numbers, and lr ≥ 0. Step {self.step - 1} was undone on {where} "
+            "and not applied; set the value right, and training goes on."
+        )
+
+    def raise_refusal(self) -> None:
+        """After `finish_step`: raise `CompressionError`, on every rank, when the step was refused for somebody's hyper-parameters."""
+        refusal, self._refusal = self._refusal, ""
+        if refusal:
+            raise CompressionError(refusal)
+
+    @property
+    def refuses(self) -> bool:
+        """This rank cannot take the step under way with its hyper-parameters."""
+        return bool(self._wrong)
+
+    def hear_refusal(self) -> None:
+        """Some rank cannot take this step, as all ranks hear."""
+        self._refused = True
 
     @torch.no_grad()
     def _prepare(self, reductions: Sequence[Reduction], transport: Transport) -> None:
@@ -588,12 +635,13 @@ class Aggregator:
         return blake2b(self._static_digest + json.dumps(self._now()).encode(), digest_size=_DIGEST).digest()
 
     def raise_on_difference(self, transport: Transport, digests: Sequence[bytes]) -> None:
-        """`digests`: by rank. Where those of ranks that have not joined differ, all ranks raise."""
-        if len({d for d in digests if d != _JOINED}) < 2:
+        """`digests`: by rank. Where those of ranks that have not joined differ, all ranks raise. One that refuses the step is heard of."""
+        self._refused = self._refused or _REFUSED in digests
+        silent = (_JOINED, _REFUSED)
+        if len({d for d in digests if d not in silent}) < 2:
             return
         # Seen by every rank, so all of them send their texts now.
-        joined = digests[transport.rank] == _JOINED
-        text = torch.empty(0, dtype=torch.uint8) if joined else self._packed_text()
+        text = torch.empty(0, dtype=torch.uint8) if digests[transport.rank] in silent else self._packed_text()
         raise_on_other_texts(transport.allgather(text, "disagreement").wait())
         raise DisagreementError("ranks do not agree on their settings or step; use the same Compression arguments and state on every rank.")
 
@@ -616,7 +664,7 @@ class Aggregator:
                 continue
             for segment in bucket.segments:
                 entry: dict[str, Any] = {slot: t[segment.start : segment.stop].view(segment.shape).clone() for slot, t in bucket.state.items()}
-                entry["previous_lr"] = bucket.previous_lr
+                entry["previous_lr"] = bucket.unit  # its name since residuals have units
                 parameters[segment.name] = entry
             if bucket.exchange_state:
                 for i, segment in enumerate(bucket.method.exchange.state_segments(bucket.segments, rank, size)):
@@ -697,16 +745,16 @@ class Aggregator:
         def take_over() -> None:
             points = {bucket.name: self._at_x(bucket) for bucket, *_ in staged}
             for bucket in self.buckets:  # what the saved training had not allocated yet begins anew
-                bucket.state = bucket.exchange_state = bucket.previous_lr = None
+                bucket.state = bucket.exchange_state = bucket.unit = None
                 bucket.clean, bucket.versions = True, []
-            for bucket, feedback_state, exchange_state, previous_lr in staged:
+            for bucket, feedback_state, exchange_state, unit in staged:
                 if "x" in feedback_state:
                     xs = bucket.segments.shaped_views(feedback_state["x"])
                     for name, x, current in zip(bucket.segments.names, xs, points[bucket.name], strict=True):
                         if name not in saved:  # it stays where it is
                             x.copy_(current)
                 bucket.state, bucket.exchange_state = feedback_state, exchange_state
-                bucket.previous_lr = previous_lr
+                bucket.unit = unit
                 bucket.clean = "residual" not in feedback_state or not bool(feedback_state["residual"].any())
                 with torch.no_grad():
                     bucket.shift_()

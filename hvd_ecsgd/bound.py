@@ -155,7 +155,7 @@ class BoundCompression:
             )
         for g, group in enumerate(optimizer.param_groups):
             if any(id(p) in bound for p in group["params"]):
-                feedback.check_group(group, f"param group {g}")
+                feedback.check_group(group, _group_of(optimizer, g))
         if feedback.applies_update:
             self._check_applied_to(optimizer)
         self._optimizer = optimizer
@@ -207,12 +207,25 @@ class BoundCompression:
             return GroupSettings(loss_scale=self.loss_scale)
         g = self._group_index(bucket.parameters[0], self._optimizer.param_groups)
         if g is not None:
-            group = self._optimizer.param_groups[g]
-            feedback.check_group(group, f"param group {g}")
-            return GroupSettings.of(group, self.loss_scale)
+            feedback.check_group(self._optimizer.param_groups[g], _group_of(self._optimizer, g))
+            return self.settings_of(self._optimizer, g)
         raise CompressionError(
             f"parameter '{bucket.segments.names[0]}' is in no param group of the attached optimizer; attach the optimizer that trains it."
         )
+
+    def settings_of(self, optimizer: torch.optim.Optimizer, g: int) -> GroupSettings:
+        """Of the optimizer's param group `g` now. Warns once where methods in gradient units must take its learning rate to be constant."""
+        feedback = self.method.feedback
+        group, where = optimizer.param_groups[g], _group_of(optimizer, g)
+        if not self._warned and group.get("lr") is None and feedback.keeps_residual:
+            self._warned = True
+            warnings.warn(
+                f"{where} has no learning rate; what the method holds back is taken to be worth the same in all steps. Give the optimizer a learning "
+                "rate (lr=) if it has one that changes.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return GroupSettings.of(group, self.loss_scale, where, feedback.applies_update or feedback.needs_learning_rate)
 
     def _group_index(self, parameter: torch.Tensor, groups: list[dict[str, Any]]) -> int | None:
         """Looked up live, since load_state_dict replaces the groups and add_param_group adds some; where it was last time first."""
@@ -349,6 +362,10 @@ class BoundCompression:
     def undone_steps(self) -> int:
         """Steps that were undone on all ranks because some rank held an inf or NaN."""
         return self._aggregator.undone if self._aggregator is not None else 0
+
+
+def _group_of(optimizer: torch.optim.Optimizer, g: int) -> str:
+    return f"param group {g} of {type(optimizer).__name__}"
 
 
 class _ShiftWarning:

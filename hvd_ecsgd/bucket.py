@@ -27,7 +27,8 @@ class Bucket:
     group: int
     state: State | None = None
     exchange_state: State | None = None
-    previous_lr: float | None = None
+    unit: float | None = None
+    """The learning rate that the residual is measured by: η̃ of the last step in which η was not 0."""
     dense: bool = False
     """Never compressed: small or one-dimensional parameters."""
     clean: bool = True
@@ -43,6 +44,17 @@ class Bucket:
         if self.state is None:
             self.state = self.method.feedback.init(self.segments)
             self.exchange_state = self.method.exchange.init(self.segments, rank, size)
+
+    def unit_for(self, settings: GroupSettings) -> float:
+        """η̃ of a step with these settings: η; but where the mean enters a memory it never falls.
+
+        What waits in a residual is worth η̃ times itself, so it grows as η̃ falls. The model does not mind, as η multiplies it. A memory does: the next
+        step may multiply it by a larger η.
+        """
+        feedback = self.method.feedback
+        # A rule that applies the update remembers means where it has a state of them, which is equal on all ranks.
+        remembers = settings.remembers and (not feedback.applies_update or bool(feedback.shared_slots))
+        return max(settings.lr, self.unit or 0.0) if remembers else settings.lr
 
     def frozen(self) -> list[int]:
         """Places of the parameters that have been frozen since they were bound."""
@@ -202,8 +214,9 @@ class Reduction:
             state["residual"].zero_()  # such a payload is not kept for adding back
 
     def commit(self) -> None:
-        """The step stands: remember the learning rate that the residual is measured in, and let the payloads go."""
-        self.bucket.previous_lr = self.settings.lr or self.bucket.previous_lr
+        """The step stands: remember the learning rate that the residual is measured by, and let the payloads go."""
+        if self.settings.lr:
+            self.bucket.unit = self.task.ctx.unit
         took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
         self.bucket.clean = took_all and (self.bucket.clean or not self.bucket.method.feedback.scratches)  # whose buffer is not the residual
         self.task.forget_undo()

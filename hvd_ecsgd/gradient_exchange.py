@@ -55,8 +55,6 @@ class GradientExchange:
             raise CompressionError(
                 f"GradientExchange(): {wrong[0]}={options[wrong[0]]!r} is no option; there are lr, momentum, weight_decay and nesterov."
             )
-        if (feedback.applies_update or feedback.needs_learning_rate) and "lr" not in options:
-            raise CompressionError(f"GradientExchange(): {feedback} needs the learning rate; pass lr=….")
         group = {"momentum": 0.0, "weight_decay": 0.0, "dampening": 0, "nesterov": False, **options} if feedback.owns_momentum else options
         feedback.check_group(group, "GradientExchange()")
         self.param_groups: list[dict[str, Any]] = [{**group, "params": [p for _, p in self.compression.named]}]
@@ -80,9 +78,10 @@ class GradientExchange:
         return self._step.outcome
 
     def _settings(self, bucket: Bucket) -> GroupSettings:
-        group = self.param_groups[0]
-        self.compression.method.feedback.check_group(group, "GradientExchange()")
-        return GroupSettings.of({"lr": 1.0, **group}, self.compression.loss_scale)
+        group, feedback = self.param_groups[0], self.compression.method.feedback
+        feedback.check_group(group, "GradientExchange()")
+        needs = feedback.applies_update or feedback.needs_learning_rate
+        return GroupSettings.of(group, self.compression.loss_scale, "param group 0 of GradientExchange", needs)
 
     @torch.no_grad()
     def reduce(self, gradients: Mapping[str, torch.Tensor | None] | Iterable[torch.Tensor | None]) -> dict[str, torch.Tensor]:

@@ -218,22 +218,27 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What a step is done with. Learning rates are of the bucket's param group; `previous_lr` is the last non-zero one that was applied."""
+    """What a step is done with. `lr` is η of the bucket's param group.
+
+    `unit` is η̃, the learning rate that this step's residual is measured by: η itself, but that it never falls where the mean enters a memory
+    (`Bucket.unit_for`). `previous_unit` is that of the last step in which η was not 0.
+    """
 
     seed: int
     step: int
     rank: int = 0
     size: int = 1
     lr: float = 1.0
-    previous_lr: float = 1.0
+    unit: float = 1.0
+    previous_unit: float = 1.0
     momentum: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
 
     @property
     def carry(self) -> float:
-        """η_{t-1}/η_t: what a residual in gradient units is multiplied by when it is added back."""
-        return self.previous_lr / self.lr
+        """η̃_{t-1}/η̃_t: what a residual in gradient units is multiplied by when it is added back."""
+        return self.previous_unit / self.unit
 
     def key(self, compressor: Compressor, stage: str, rank: int | None = None) -> Key:
         """The key of `compressor` in this pass, on this rank or on another."""
@@ -299,7 +304,7 @@ class Task:
     """The residual was zero before, and will be: undoing the extraction is setting it to zero."""
     finite: bool = True
     server_carry: float = 1.0
-    """What a residual kept by the exchange is multiplied by when it is added back: η_{t-1}/η_t in gradient units, 1 in update units."""
+    """What a residual kept by the exchange is multiplied by when it is added back: η̃_{t-1}/η̃_t in gradient units, 1 in update units."""
     step_size: float = 1.0
     """What `out` is multiplied by when it is applied to the parameters: η in gradient units, 1 in update units."""
     skipped: bool = False

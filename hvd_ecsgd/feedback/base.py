@@ -12,8 +12,8 @@ from ..errors import CompressionError
 from ..protocols import Part, State, StepContext
 from ..segments import Key, Segments
 
-__all__ = ["AppliesUpdate", "GradientUnit", "Rule", "Shifted", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_options",
-           "take_from_momentum_"]  # fmt: skip
+__all__ = ["AppliesUpdate", "GradientUnit", "Rule", "Shifted", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_no_learning_rate",
+           "refuse_options", "take_from_momentum_"]  # fmt: skip
 
 
 def refuse_options(rule: object, options: Mapping[str, Any], where: str, plain: Mapping[str, Any], remedy: str = "") -> None:
@@ -21,6 +21,15 @@ def refuse_options(rule: object, options: Mapping[str, Any], where: str, plain: 
     for option, value in plain.items():
         if options.get(option, value) != value:
             raise CompressionError(f"{rule}: {where} has {option}={options[option]}; it supports {option}={value} only.{remedy and f' {remedy}'}")
+
+
+def refuse_no_learning_rate(rule: object, options: Mapping[str, Any], where: str) -> None:
+    """For rules that use η itself, and not only the ratio of two."""
+    if options.get("lr") is None:
+        raise CompressionError(
+            f"{rule} needs the learning rate itself, and {where} has none (lr={options.get('lr')!r}). Give the optimizer one, or use a method in "
+            "gradient units such as Compression.top_k() or Compression.double_squeeze(), which needs no more than how the learning rate changes."
+        )
 
 
 def add_to_momentum_(
@@ -111,7 +120,9 @@ class GradientUnit(Unshifted):
         return False
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
-        """Any optimizer can follow."""
+        """Any optimizer can follow; one without a learning rate where the rule uses none."""
+        if self.needs_learning_rate:
+            refuse_no_learning_rate(self, options, where)
 
     def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
         """The optimizer applies the mean."""
@@ -137,6 +148,7 @@ class AppliesUpdate(Rule):
         return True
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
+        refuse_no_learning_rate(self, options, where)
         refuse_options(self, options, where, {"dampening": 0, "nesterov": False, "maximize": False})
 
 

@@ -12,7 +12,7 @@ import torch
 from ..errors import CompressionError
 from ..protocols import Feedback, State, StepContext
 from ..segments import Segments
-from .base import GradientUnit, add_to_momentum_, refuse_options, take_from_momentum_
+from .base import GradientUnit, add_to_momentum_, refuse_no_learning_rate, refuse_options, take_from_momentum_
 
 __all__ = ["DistEFSGD"]
 
@@ -62,6 +62,7 @@ class DistEFSGD(GradientUnit):
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
         if self.applies_update:
+            refuse_no_learning_rate(self, options, where)
             refuse_options(self, options, where, {"dampening": 0, "maximize": False})
             return
         twice = (

@@ -38,18 +38,18 @@ class PEF(Unshifted, AppliesUpdate):
     def accumulate_(
         self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
     ) -> torch.Tensor:
-        add_scaled_(state["residual"], gradients, parameters, segments, ctx.lr)
+        add_scaled_(state["residual"], gradients, parameters, segments, ctx.unit)
         return state["residual"]
 
     def undo_(
         self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
     ) -> None:
         if gradients is not None:
-            add_scaled_(state["residual"], gradients, parameters, segments, -ctx.lr)
+            add_scaled_(state["residual"], gradients, parameters, segments, -ctx.unit)
 
     def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
         momentum = state["momentum"]
-        momentum.mul_(ctx.momentum).add_(out, alpha=1 / ctx.lr)
+        momentum.mul_(ctx.momentum).add_(out, alpha=1 / ctx.unit)
         views = segments.shaped_views(momentum)
         if ctx.weight_decay:
             torch._foreach_add_(views, list(parameters), alpha=ctx.weight_decay)

@@ -14,6 +14,7 @@ step: x is moved by exactly the code that our own optimizer runs, and the inner 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ class HorovodSlot:
             some = gradient.detach()[:1] if gradient.dim() else gradient.detach()
             self._sample = some, some.clone()
         c = self.aggregator.settings_hash(bucket)
-        tail = [float(c >> i & 1) for i in range(_BITS)] + [1.0]
+        # Who cannot take the step says so, and is heard by every rank.
+        tail = [float("nan") if self.aggregator.refuses else float(c >> i & 1) for i in range(_BITS)] + [1.0]
         handle = None if reduction is None else reduction.pending
         if not isinstance(handle, SlotHandle):
             return torch.tensor(tail, device=gradient.device), pending
@@ -271,10 +273,12 @@ class HorovodSlot:
                 "the mean would be applied with the loss scale in it. Then scaler.step(optimizer) inside `with optimizer.skip_synchronize():`."
             )
         if not self._applies:
+            self.aggregator.raise_refusal()
             self._drop_what_stands_still()
             return
         if self._ready is None and self.transport.size == 1:
             self._exchange_alone()
+        self.aggregator.raise_refusal()
         if self._ready is None:
             return
         ready, self._ready = self._ready, None
@@ -328,6 +332,9 @@ class HorovodSlot:
     def _check(self, reduced: torch.Tensor, name: str) -> float:
         """Raise on every rank when a bit differed anywhere; return the factor that Horovod applied to a sum of ones, over n."""
         *bits, factor = reduced[-_TAIL:].tolist()
+        if all(math.isnan(bit) for bit in bits):
+            self.aggregator.hear_refusal()
+            return float(factor)
         # n ranks, one of which differs: a bit's share is 1/n or 1 - 1/n. Sums of zeros and ones are exact, also in half precision.
         if not factor or not all(min(abs(bit / factor), abs(bit / factor - 1)) <= 0.4 / self.transport.size for bit in bits):
             raise DisagreementError(

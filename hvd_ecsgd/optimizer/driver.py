@@ -102,7 +102,7 @@ class OptimizerDriver:
     # -- settings ----------------------------------------------------------------------------------------------------------------
 
     def _settings(self, bucket: Bucket) -> GroupSettings:
-        settings = GroupSettings.of(self.optimizer.param_groups[bucket.group], self.compression.loss_scale)
+        settings = self.compression.settings_of(self.optimizer, bucket.group)
         return replace(settings, lr=settings.lr * self.step.transport.size) if self._sum else settings  # what the mean is multiplied by
 
     def _check_optimizer(self) -> None:
@@ -113,7 +113,7 @@ class OptimizerDriver:
             if self._sum:
                 raise CompressionError(f"{feedback} averages updates; summing gradients (op=Sum) is not defined for it.")
         for g, group in enumerate(self.optimizer.param_groups):
-            feedback.check_group(group, f"param group {g}")
+            feedback.check_group(group, f"param group {g} of {type(self.inner).__name__}")
 
     def note(self, joined_at: int = Note.joined_at) -> Note:
         """What the other workers are told at the beginning of a step."""

@@ -107,6 +107,7 @@ class StepExchange:
         self.results, self._started = self._started, []
         reductions = self.reductions
         stands = self.aggregator.finish_step(reductions)
+        self.aggregator.raise_refusal()
         silent = stands and bool(reductions) and all(r.task.skipped for r in reductions)
         self.phase, self.outcome = Phase.EXCHANGED, Outcome.SILENT if silent else Outcome.STANDS if stands else Outcome.UNDONE
         return self.outcome

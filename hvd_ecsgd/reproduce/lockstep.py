@@ -113,7 +113,7 @@ def descend(
         eta = problem.eta if rate is None else rate(t)
         out = torch.zeros_like(x)
         for i in range(n):
-            ctx = StepContext(0, t, i, n, lr=eta, previous_lr=before if t else eta)
+            ctx = StepContext(0, t, i, n, lr=eta, unit=eta, previous_unit=before if t else eta)
             buffer = rules[i].accumulate_(states[i], [problem.gradient(i, x)], [x], segments, ctx)
             payload = compressor.extract_(buffer, segments, Key(0, t, i))
             compressor.add_(out, payload, segments, Key(0, t, i), 1 / n)

@@ -138,7 +138,7 @@ def test_ranks_that_differ_are_told() -> None:
 
 def test_wrong_use_says_what_to_do() -> None:
     model = mlp()
-    with pytest.raises(CompressionError, match="needs the learning rate; pass lr="):
+    with pytest.raises(CompressionError, match="needs the learning rate itself, and GradientExchange\\(\\) has none"):
         GradientExchange(model.named_parameters(), Compression.detached(4))
     with pytest.raises(CompressionError, match="betas="):
         GradientExchange(model.named_parameters(), Compression.detached(4), lr=0.1, betas=(0.9, 0.99))

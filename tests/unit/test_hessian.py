@@ -114,7 +114,7 @@ class Forgetful(HessianAided):
     """Without the ratio of learning rates."""
 
     def accumulate_(self, state: Any, gradients: Any, parameters: Any, segments: Any, ctx: StepContext) -> torch.Tensor:
-        return super().accumulate_(state, gradients, parameters, segments, StepContext(ctx.seed, ctx.step, lr=ctx.lr, previous_lr=ctx.lr))
+        return super().accumulate_(state, gradients, parameters, segments, StepContext(ctx.seed, ctx.step, lr=ctx.lr))
 
 
 @pytest.mark.parametrize("which", ["I - ηH", "I - ηH_i, mean e", "product, mean e", "product, global"])
@@ -259,7 +259,7 @@ def test_a_diagonal_never_makes_a_residual_grow(curvature: Any, monkeypatch: pyt
         state = rule.init(segments)
         state["residual"].fill_(1.0)
         state["diagonal"].copy_(torch.tensor([-3.0, 0.0, 0.5, 2.0, 4.0, 10.0]))
-        kept: list[float] = rule.accumulate_(state, [x], [x], segments, StepContext(0, 1, lr=0.5, previous_lr=0.25)).tolist()
+        kept: list[float] = rule.accumulate_(state, [x], [x], segments, StepContext(0, 1, lr=0.5, unit=0.5, previous_unit=0.25)).tolist()
         return kept
 
     assert factors() == [0.5, 0.5, 0.375, 0.0, -0.5, -0.5]

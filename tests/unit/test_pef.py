@@ -56,14 +56,15 @@ METHODS: dict[str, Callable[[], Any]] = {
 }
 
 
-def violation(records: Records, lrs: Sequence[float] = LRS) -> float:
-    """Of the recursion, with mean c = mean(e_before + ηg − e_after): what was sent is all that moves the model."""
+def violation(records: Records, lrs: Sequence[float] = LRS, falls: bool = False) -> float:
+    """Of the recursion, with mean c = mean(e_before + η̃g − e_after): what was sent is all that moves the model. η̃ is the largest η so far, or η if
+    it `falls`."""
     worst, m, e = 0.0, torch.zeros_like(records[0][0][0]), torch.zeros_like(records[0][0][0])
     for t, lr in enumerate(lrs):
-        mu, wd = (0.9, 0.5, 0.95)[t % 3], (1e-3, 0.0, 1e-2)[t % 3]
+        mu, wd, unit = (0.9, 0.5, 0.95)[t % 3], (1e-3, 0.0, 1e-2)[t % 3], lr if falls else max(lrs[: t + 1])
         after = mean(r[2] for r in records[t])
-        sent = e + lr * mean(r[1] for r in records[t]) - after
-        m = mu * m + sent / lr + wd * records[t][0][0]
+        sent = e + unit * mean(r[1] for r in records[t]) - after
+        m = mu * m + sent / unit + wd * records[t][0][0]
         worst = max(worst, (records[t + 1][0][0] - (records[t][0][0] - lr * m)).abs().max().item(), (records[t][0][3] - m).abs().max().item())
         e = after
     return worst
@@ -78,6 +79,7 @@ def test_the_recursion(name: str) -> None:
         assert same_bits(r[0] for r in ranks)
         assert same_bits(r[-1] for r in ranks)
     assert violation(records, (LRS[0], *LRS[:-1])) > 1e-3, "control: with other learning rates it is off"
+    assert violation(records, falls=True) > 1e-3, "control: so it is with units that fall"
     assert records[-2][0][2].abs().max() > 1e-3, "control: something was held back"
 
 
