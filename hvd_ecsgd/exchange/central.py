@@ -14,7 +14,7 @@ __all__ = ["Central"]
 class Central(TwoPass):
     """Rank 0, a worker too, is the server of all parameters; they are not cut in pieces, so C and D see whole parameters on both ways.
 
-    Worker i sends C(v_i) to it; it forms v = mean_i C(v_i) + (η_{t-1}/η_t)·E, sends D(v) to everybody and keeps E = v − D(v). Arguments as in
+    Worker i sends C(v_i) to it; it forms v = mean_i C(v_i) + (η̃_{t-1}/η̃_t)·E, sends D(v) to everybody and keeps E = v − D(v). Arguments as in
     `TwoPass`. For star networks, and where the parameter's own scale, top-k or block is wanted; the server receives n − 1 payloads and sends n − 1
     copies of its answer, where every server of `TwoPass` handles a share 1/n of that. The result equals that of `TwoPass` when C and D work entry by
     entry, or on blocks that divide the pieces. Tang et al. 2019: DoubleSqueeze, algorithm 1.

@@ -76,7 +76,7 @@ class CompSkip(Skipping):
     """Two-pass compression in which each worker, and the server, may skip a step. A reconstruction of CompSkipDSGD.
 
         worker i:  u = (what feedback accumulates);  skip: send nothing, e ← u;   else send Δ = C(u), e ← u − Δ
-        server:    U = (1/n) Σ_{senders} Δ_i + (η_{t-1}/η_t)·E;   skip: x unchanged, E ← U;   else send D = C(U), E ← U − D
+        server:    U = (1/n) Σ_{senders} Δ_i + (η̃_{t-1}/η̃_t)·E;   skip: x unchanged, E ← U;   else send D = C(U), E ← U − D
 
     The structure is that of the paper as far as it could be read; the policies' rules are our choice. As `TwoPass`, rank r is the server of the r-th
     pieces. The mean divides by n, not by the number of senders. A Bernoulli(q) sender acts as a compressor that contracts by qδ.

@@ -36,7 +36,7 @@ def add_mean_(total: torch.Tensor, task: Task, received: Sequence[torch.Tensor],
 
 
 def absorb_(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> None:
-    """E ← (η_{t-1}/η_t)·E + (1/n) Σ C⁻¹(payloads), with how to undo it."""
+    """E ← (η̃_{t-1}/η̃_t)·E + (1/n) Σ C⁻¹(payloads), with how to undo it."""
     residual = task.state["server_residual"]
     if task.server_carry != 1.0:
         residual.mul_(task.server_carry)
@@ -73,7 +73,7 @@ def _sizes(compressor: Compressor, tables: Sequence[Segments]) -> list[int] | No
 class TwoPass(Faithful):
     """Every segment is cut in n pieces; rank r is the server of the r-th pieces.
 
-    Pass 1 (all-to-all): the worker sends C(v_i), piece by piece. The server of a piece forms v = mean_i C(v_i) + (η_{t-1}/η_t)·E, sends D(v)
+    Pass 1 (all-to-all): the worker sends C(v_i), piece by piece. The server of a piece forms v = mean_i C(v_i) + (η̃_{t-1}/η̃_t)·E, sends D(v)
     in pass 2 (all-gather) and keeps E = v − D(v). `server_compressor` D is C by default; `server_feedback=False` forgets E. Payload per worker
     does not grow with n. Equal to a central server that compresses piece by piece. Tang et al. 2019: DoubleSqueeze, algorithm 1.
 

@@ -23,7 +23,7 @@ class DistEFSGD(GradientUnit):
 
     D is what the exchange makes of the workers' Δ; over `TwoPass` the server's residual follows the same rule. Weight decay is coupled: it is
     added locally, before momentum and compression. Zheng, Huang, Kwok 2019, algorithms 1 and 2 (the ratio of learning rates as corrected in
-    arXiv:2003.04706).
+    arXiv:2003.04706). Nothing remembers D, so the ratio follows η exactly.
 
     Without arguments, μ, wd and Nesterov are read from the SGD optimizer's param group at every step, and the update is applied here. With
     `momentum` or `weight_decay` given (0 is a value), those are used, D becomes the gradient, and the optimizer, whose own momentum and weight decay

@@ -19,7 +19,9 @@ __all__ = ["HessianAided"]
 
 @dataclass(frozen=True)
 class HessianAided(GradientUnit):
-    """u = g + (η_{t-1}/η_t)·(I − η_t·H)·e;  c = C(u);  e = u − c.  Unit: gradient; the optimizer acts after the exchange.
+    """u = g + (η̃_{t-1}/η̃_t)·(I − η_t·H)·e;  c = C(u);  e = u − c.  Unit: gradient; the optimizer acts after the exchange.
+
+    η̃ is as in `ErrorFeedback`: η in front of SGD without momentum, else the largest η so far.
 
     On a quadratic with the Hessian H, z = x − η_{t−1}·mean e moves as uncompressed gradient descent from z itself, not from x as with plain error
     feedback, so z converges to the optimum although x stays η‖mean e‖ away. `curvature` says where H·e comes from: `Matrix`, `Product`,

@@ -16,11 +16,11 @@ __all__ = ["PEF"]
 
 @dataclass(frozen=True)
 class PEF(Unshifted, AppliesUpdate):
-    """u = e + η·g;  c = C(u);  e = u − c;  then on all ranks  d = mean c/η + wd·x;  m = μm + d;  x = x − η·m.  Unit: update.
+    """u = e + η̃·g;  c = C(u);  e = u − c;  then on all ranks  d = mean c/η̃ + wd·x;  m = μm + d;  x = x − η·m.  Unit: update.
 
-    η, μ and wd are read from the SGD optimizer's param group at every step; no dampening, no Nesterov. For compressors with C(av) = aC(v)
-    it equals `ErrorFeedback` (whose residual is rescaled when η changes) under momentum SGD. Baseline of Xu, Huang 2021 (Detached Error
-    Feedback); form as in the authors' code.
+    η̃ is the largest η so far, since m remembers d; where μ = 0 it is η. η, μ and wd are read from the SGD optimizer's param group at every step; no
+    dampening, no Nesterov. For compressors with C(av) = aC(v) it equals `ErrorFeedback` (whose residual is rescaled when η̃ changes) under momentum
+    SGD. Baseline of Xu, Huang 2021 (Detached Error Feedback); form as in the authors' code.
 
     Slots: `residual`; `momentum`, which holds the same bits on all ranks. Memory beside parameters and gradients: 2 times the parameters.
     """
