@@ -96,7 +96,7 @@ class Aggregator:
         self._in_step = False
         self._wrong = ""  # what this worker cannot take the step with
         self._refused = False  # some worker cannot, as all have heard
-        self._refusal = ""  # what raise_refusal says
+        self._refusal = ""  # what is to be raised
         self._transport = transport
         self.statistics: Callable[[], list[torch.Tensor]] = list
         """Running statistics of the model (batch norm), which are averaged where workers evaluate at different points."""
@@ -221,6 +221,7 @@ class Aggregator:
         `joined`: this rank's settings are left out of the comparison. `outside`: this begins no step.
         """
         if self._stateful and not outside:
+            self._refused = False
             self._wrong = next((s.wrong for s in map(self.settings, self.buckets) if s.wrong), "")
         if self.local and not outside:
             return Comparison(self, transport, Ready([]))
@@ -312,9 +313,10 @@ class Aggregator:
 
         `transport`: for what the rule then does together with the other ranks; the step's by default.
         """
-        finite, where = all(r.task.finite for r in reductions), "this rank (a local step)" if self.local else "all ranks"
-        finite, alone = finite and not self._refused, self.local and not self._refused
+        finite = all(r.task.finite for r in reductions)
+        where = "this rank (a local step)" if self.local and not self._refused else "all ranks"
         transport = self.transport if transport is None else transport
+        finite, alone = finite and not self._refused, not self._refused and (self.local or transport.size == 1)
         self._in_step = False
         for reduction in reductions:
             n = self.transport.size
@@ -348,17 +350,17 @@ class Aggregator:
             text = torch.frombuffer(bytearray(self._wrong.encode() + b" "), dtype=torch.uint8)
             said = {f"rank {r}": bytes(t.tolist()).decode().strip() for r, t in enumerate(transport.allgather(text, "refused").wait())}
         wrong = {who: what for who, what in said.items() if what}
-        same = "; ".join(dict.fromkeys(wrong.values())) if len(wrong) == len(said) else "; ".join(f"{who}: {what}" for who, what in wrong.items())
+        everybody = len(wrong) == len(said)
+        found = "; ".join(dict.fromkeys(wrong.values()) if everybody else (f"{who}: {what}" for who, what in wrong.items()))
         self._refusal = (
-            f"{same}, which would spoil for good what the method keeps. Expected finite numbers, and lr ≥ 0. Step {self.step - 1} was undone on {where} "
-            "and not applied; set the value right, and training goes on."
+            f"{found}, which would spoil for good what the method keeps. Expected finite numbers, and lr ≥ 0. Step {self.step - 1} was undone on "
+            f"{where} and not applied; set the value right, and training goes on."
         )
 
-    def raise_refusal(self) -> None:
-        """After `finish_step`: raise `CompressionError`, on every rank, when the step was refused for somebody's hyper-parameters."""
+    def take_refusal(self) -> str:
+        """After `finish_step`: on every rank what to raise when the step was refused for somebody's hyper-parameters, once; else nothing."""
         refusal, self._refusal = self._refusal, ""
-        if refusal:
-            raise CompressionError(refusal)
+        return refusal
 
     @property
     def refuses(self) -> bool:

@@ -132,6 +132,7 @@ class HorovodSlot:
         return torch.cat([payload, torch.tensor(tail, dtype=payload.dtype, device=payload.device)]), pending
 
     def _begin_step(self, name: str, gradient: torch.Tensor) -> None:
+        self._raise_refusal()  # a GradScaler has left the optimizer's step out, where it would have been raised
         together = True
         if self._introduction is not None:
             prefix, together = self._introduction.meet(self.transport.direct)
@@ -273,12 +274,12 @@ class HorovodSlot:
                 "the mean would be applied with the loss scale in it. Then scaler.step(optimizer) inside `with optimizer.skip_synchronize():`."
             )
         if not self._applies:
-            self.aggregator.raise_refusal()
+            self._raise_refusal()
             self._drop_what_stands_still()
             return
         if self._ready is None and self.transport.size == 1:
             self._exchange_alone()
-        self.aggregator.raise_refusal()
+        self._raise_refusal()
         if self._ready is None:
             return
         ready, self._ready = self._ready, None
@@ -289,6 +290,12 @@ class HorovodSlot:
         self._undone = False
         for _, parameter in self.aggregator.named:
             parameter.grad = None
+
+    def _raise_refusal(self) -> None:
+        """Where Horovod's own bookkeeping of the step is over, so that training can go on."""
+        if refusal := self.aggregator.take_refusal():
+            self._ready, self._undone = None, False  # there is nothing to apply
+            raise CompressionError(refusal)
 
     def _exchange_alone(self) -> None:
         """With one process Horovod never calls compress."""

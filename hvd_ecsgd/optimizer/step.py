@@ -12,6 +12,7 @@ import torch
 
 from ..aggregator import Aggregator, Comparison
 from ..bucket import Bucket, Reduction, drive
+from ..errors import CompressionError
 from ..transport import Transport
 from .executor import Executor, Observer, wait_patiently
 from .guard import Noted
@@ -100,16 +101,21 @@ class StepExchange:
         self.executor.drain()
 
     def complete(self) -> Outcome:
-        """Finish the exchange of all buckets, which have been submitted and drained: the results are in `results`, unless the step was undone."""
+        """Finish the exchange of all buckets, which have been submitted and drained: the results are in `results`, unless the step was undone.
+
+        Raises `CompressionError`, on every rank, when some rank has hyper-parameters that no step can be taken with; the step is then undone.
+        """
         self._submitted, self.phase = 0, Phase.EXCHANGING
         self.executor.submit(self._finish_all)
         self.executor.drain()
         self.results, self._started = self._started, []
         reductions = self.reductions
         stands = self.aggregator.finish_step(reductions)
-        self.aggregator.raise_refusal()
         silent = stands and bool(reductions) and all(r.task.skipped for r in reductions)
         self.phase, self.outcome = Phase.EXCHANGED, Outcome.SILENT if silent else Outcome.STANDS if stands else Outcome.UNDONE
+        if refusal := self.aggregator.take_refusal():
+            self.forget()
+            raise CompressionError(refusal)
         return self.outcome
 
     # -- together with the other ranks -------------------------------------------------------------------------------------------

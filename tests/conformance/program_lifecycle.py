@@ -122,6 +122,82 @@ def schedules() -> None:
         check_run(name, schedule(factors))
 
 
+def no_numbers() -> None:
+    """Hyper-parameters that no step can be taken with, on all ranks or on one: every rank is told, nothing moves, and training goes on."""
+
+    def on_all(model: torch.nn.Module, optimizer: Any, rank: int) -> None:
+        for step in range(5):
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = float("nan") if step == 2 else 0.1
+            backward(model, rank, step)
+            if step != 2:
+                optimizer.step()
+                continue
+            before = weights(model, optimizer.bound)
+            told(CompressionError, optimizer.step, "param group 0", "lr=nan", "undone on all ranks")
+            assert torch.equal(before, weights(model, optimizer.bound))
+
+    check_run("no numbers", on_all)
+    for method in METHODS:
+        model = mlp()
+        optimizer = real(model, method, f"no number on one rank.{method}")
+        group = optimizer.param_groups[0]
+        for step in range(7):
+            option, value = {2: ("lr", float("inf")), 3: ("momentum", float("nan")), 5: ("lr", -0.1)}.get(step, ("lr", 0.1))
+            good = group[option]
+            group[option] = value if hvd.rank() == 1 else good
+            optimizer.zero_grad()
+            backward(model, hvd.rank(), step)
+            if value != 0.1:
+                before = weights(model, optimizer.bound)
+                told(CompressionError, optimizer.step, f"rank 1: param group 0 of SGD has {option}={value}", "undone on all ranks")
+                assert torch.equal(before, weights(model, optimizer.bound)), f"{method}: moved by a step that was refused"
+                group[option] = good
+            else:
+                optimizer.step()
+        w = weights(model, optimizer.bound)
+        assert w.isfinite().all() and not torch.equal(w, before) and optimizer.bound.undone_steps == 3, "it trains on"
+        assert all(torch.equal(w, other) for other in everywhere(w, f"no number.{method}"))
+
+
+class WithoutRate(torch.optim.Optimizer):
+    """As Adafactor with a relative step: SGD whose param groups say nothing of its learning rate."""
+
+    def __init__(self, params: Any, lr: float | None = None) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.add_(p.grad, alpha=-0.1)
+
+
+def without_learning_rate() -> None:
+    """The ratio of learning rates is 1, said once; with constant ones the steps are the same. Who needs η itself is told."""
+
+    def run(make: Callable[[Any], torch.optim.Optimizer], method: str) -> tuple[torch.Tensor, list[str]]:
+        model = mlp()
+        bound = compression_of(method).bind(prefixed(model, f"no rate.{method}"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer = hvd.DistributedOptimizer(make(model.parameters()), named_parameters=bound.named, compression=bound)
+            bound.attach(optimizer)
+            for step in range(3):
+                optimizer.zero_grad()
+                backward(model, hvd.rank(), step)
+                optimizer.step()
+        return weights(model, bound), [str(w.message) for w in caught if "learning rate" in str(w.message)]
+
+    for method in METHODS[:3]:
+        w, said = run(WithoutRate, method)
+        with_rate, nothing = run(lambda params: torch.optim.SGD(params, lr=0.1), method)
+        assert torch.equal(w, with_rate) and not nothing
+        assert len(said) == 1 and "param group 0 of WithoutRate has no learning rate" in said[0], said
+    assert torch.equal(run(lambda params: torch.optim.SGD(params, lr=torch.tensor(0.1)), "top_k-k")[0], run(WithoutRate, "top_k-k")[0])
+    told(CompressionError, lambda: run(WithoutRate, "hessian_aided"), "HessianAided", "param group 0 of WithoutRate has none", "gradient units")
+    told(CompressionError, lambda: run(WithoutRate, "detached"), "WithoutRate")
+
+
 # -- what happens between backward and step --------------------------------------------------------------------------------------
 
 
@@ -469,6 +545,7 @@ def run_checks(checks: Iterable[Callable[[], None]]) -> None:
 
 
 CHECKS = (schedules, clipping, passes, freezing, unfrozen_late, added, without_gradient, gan, loading, compiled, channels_last)
+CHECKS += (no_numbers, without_learning_rate)
 CHECKS += (scaler, unattached_scaler, autocast, exact, drift)
 
 if __name__ == "__main__":
