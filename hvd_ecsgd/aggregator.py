@@ -19,6 +19,7 @@ from .errors import CompressionError, DisagreementError
 from .kernels import all_finite, fingerprint
 from .method import GroupSettings, Method
 from .protocols import Exchange, Part, State, StepContext, Task, Traffic
+from .saved_state import check_all_there, check_entry, check_head, check_tensor
 from .segments import Key, Segments
 from .talk import packed_text, raise_on_other_texts
 from .transport.base import Handle, Ready, Transport
@@ -680,6 +681,7 @@ class Aggregator:
             "step": self.step,
             "undone": self.undone,
             "parameters": parameters,
+            "with_state": list(parameters),  # so that it shows when one is lost
         }
 
     def begin_step(self) -> None:
@@ -705,13 +707,8 @@ class Aggregator:
         self.check_between_steps("state was loaded")
         if self._held:
             raise CompressionError("load_state_dict(): leave `with compression.at(…):` first; on leaving, x would be read from shifted parameters.")
-        if not isinstance(state, Mapping) or state.get("format") != 1 or not {"method", "rank", "size", "step", "undone", "parameters"} <= set(state):
-            raise CompressionError(f"this is not a state of format 1 that compression.state_dict() returned: {state!r:.80}")
-        if state["method"] != repr(self.method):
-            raise CompressionError(
-                f"the state was saved by another method.\n  saved: {state['method']}\n  now:   {self.method!r}\nBind with the saved "
-                "settings, or start without this state."
-            )
+        check_head(state, repr(self.method))
+        check_all_there(state)
         rank, size = self.rank, self.size
         if (state["rank"], state["size"]) != (rank, size) and state["parameters"]:
             raise CompressionError(
@@ -730,17 +727,15 @@ class Aggregator:
             feedback_state = bucket.method.feedback.init(bucket.segments)
             exchange_state = bucket.method.exchange.init(bucket.segments, rank, size)
             tables = [(feedback_state, bucket.segments), (exchange_state, bucket.method.exchange.state_segments(bucket.segments, rank, size))]
+            for name in present:
+                check_entry(name, saved[name], {**feedback_state, **exchange_state})
             for slots, table in tables:
                 for slot, target in slots.items():
                     for i, segment in enumerate(table):
                         if segment.name not in saved:
                             continue  # likewise: its state is still zero
                         value, part = saved[segment.name].get(slot), part_of(target, i, segment)
-                        if not isinstance(value, torch.Tensor) or value.numel() != part.numel():
-                            raise CompressionError(
-                                f"'{slot}' of parameter '{segment.name}': expected {part.numel()} elements, the state holds "
-                                f"{value.numel() if isinstance(value, torch.Tensor) else value!r}."
-                            )
+                        check_tensor(segment.name, slot, value, part)
                         part.copy_(value.reshape(-1))
             staged.append((bucket, feedback_state, exchange_state, self._in_common_units_(bucket, tables, saved)))
 
@@ -760,7 +755,7 @@ class Aggregator:
                 bucket.clean = "residual" not in feedback_state or not bool(feedback_state["residual"].any())
                 with torch.no_grad():
                     bucket.shift_()
-            self.step, self.undone = int(state["step"]), int(state["undone"])
+            self.step, self.undone = state["step"], state["undone"]
 
         return take_over
 
@@ -773,7 +768,7 @@ class Aggregator:
     @staticmethod
     def _in_common_units_(bucket: Bucket, tables: Sequence[tuple[State, Segments]], saved: Mapping[str, Any]) -> float | None:
         """One learning rate for the whole bucket, returned, that its residuals are in units of: saved ones may have been of several param groups."""
-        rates = {name: saved[name]["previous_lr"] for name in bucket.segments.names if name in saved}
+        rates = {name: saved[name].get("previous_lr") for name in bucket.segments.names if name in saved}
         common: float | None = next((rate for rate in rates.values() if rate is not None), None)
         if bucket.method.feedback.unit == "gradient" and common is not None:
             for slots, table in tables:

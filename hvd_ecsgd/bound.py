@@ -19,7 +19,9 @@ from .horovod.step_hooks import claim
 from .horovod.transport import HorovodTransport, SlotTransport, horovod_is_running
 from .method import GroupSettings, Method
 from .protocols import Traffic
+from .saved_state import check_head
 from .transport import SelfTransport, Transport
+from .trees import is_unicode
 
 __all__ = ["BoundCompression", "Named", "check_plain_sgd"]
 
@@ -298,8 +300,11 @@ class BoundCompression:
 
         Raises `CompressionError`, with nothing changed, when it does not fit.
         """
-        if self._aggregator is None and isinstance(state, Mapping) and state.get("method") == repr(self.method):
-            self._waiting = state  # rank and size are not known yet; `adopt` will look at the rest
+        if self._aggregator is None:
+            check_head(state, repr(self.method))
+            # Rank and size are not known yet, so `adopt` will look at those, and we at the rest.
+            Aggregator(self.method, self.named, rank=state["rank"], size=max(1, state["size"])).prepare_load(state)
+            self._waiting = state
         else:
             self.prepare_load(state)()
 
@@ -410,6 +415,10 @@ def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[t
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], torch.Tensor)):
             raise CompressionError(f"bind(): expected a module or (name, parameter) pairs such as model.named_parameters(), got {pair!r:.100}.")
         name, parameter = pair
+        if not is_unicode(name):
+            raise CompressionError(
+                f"bind(): the parameter name {name!a} holds half of a surrogate pair, which no file or network carries as text; rename its module."
+            )
         if name in names:
             raise CompressionError(f"bind(): two parameters are named '{name}'; give them different names, e.g. prefixed by their module's.")
         if id(parameter) in owners:
@@ -418,10 +427,10 @@ def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[t
             )
         if torch.nn.parameter.is_lazy(parameter):
             raise CompressionError(f"bind(): parameter '{name}' of a lazy module has no shape yet; run a batch through the model first.")
-        if parameter.is_complex():
+        if parameter.is_complex() and parameter.requires_grad:
             raise CompressionError(
                 f"bind(): parameter '{name}' is {parameter.dtype}; complex gradients are not supported. Keep real and imaginary part as "
-                "two parameters (torch.view_as_real)."
+                "two parameters (torch.view_as_real), or freeze it (requires_grad_(False))."
             )
         if parameter.is_meta:
             raise CompressionError(f"bind(): parameter '{name}' is on the meta device and has no values; give it some by model.to_empty(…) first.")

@@ -12,7 +12,7 @@ import torch
 
 from .errors import CheckpointError
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "is_unicode"]
 
 _LONGEST = 1000
 """Bits of a whole number that is written in decimal; Python refuses to read back very long ones."""
@@ -46,7 +46,7 @@ class _Encoder:
         if isinstance(value, (np.generic, np.ndarray)):  # before their superclasses: numpy.float64 is a float, numpy.str_ a str
             return self._numpy(value, path)
         if isinstance(value, str):
-            return str.__str__(value) if _is_unicode(value) else {"$text": value.encode(errors="surrogatepass").hex()}
+            return str.__str__(value) if is_unicode(value) else {"$text": value.encode(errors="surrogatepass").hex()}
         if type(value) is int:
             return value if value.bit_length() <= _LONGEST else {"$int": hex(value)}
         if isinstance(value, float):
@@ -98,7 +98,7 @@ class _Encoder:
 
     def _mapping(self, value: Mapping[Any, Any], path: list[str]) -> Any:
         pairs = [(k, self.encode(v, [*path, _component(k)])) for k, v in value.items()]
-        if not isinstance(value, Counter) and all(type(k) is str and not k.startswith("$") and _is_unicode(k) for k, _ in pairs):
+        if not isinstance(value, Counter) and all(type(k) is str and not k.startswith("$") and is_unicode(k) for k, _ in pairs):
             return dict(pairs)
         if wrong := [k for k, _ in pairs if not _is_key(k)]:
             raise CheckpointError(
@@ -141,7 +141,7 @@ def _bytes(t: torch.Tensor) -> bytes:
 
 
 _FROM_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
-    "$complex_tensor": torch.view_as_complex,
+    "$complex_tensor": lambda t: torch.view_as_complex(t.clone()),  # a file aligns real numbers only, and torch crashes on other complex ones
     "$bytes": _bytes,
     "$bytearray": lambda t: bytearray(_bytes(t)),
 }
@@ -163,7 +163,7 @@ _FROM_TREES: dict[str, Callable[[Iterable[Any]], Any]] = {
 
 def _component(key: Any) -> str:
     """A key's part of a place: no two keys have the same, and none holds a slash."""
-    text = key if isinstance(key, str) and _is_unicode(key) else ascii(key)
+    text = key if isinstance(key, str) and is_unicode(key) else ascii(key)
     escaped = text.replace("~", "~~").replace("/", "~|")
     return escaped if text is key else f"~{escaped}"
 
@@ -178,7 +178,7 @@ def _is_key(key: Any) -> bool:
     return key is None or type(key) is int or isinstance(key, (str, bool, float, complex, np.number, np.bool_))
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether UTF-8 has a form for it: it holds no half of a surrogate pair."""
     try:
         text.encode()

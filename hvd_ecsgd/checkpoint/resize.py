@@ -106,7 +106,8 @@ def resized_state(template: Aggregator, saved: Callable[[int], Mapping[str, Any]
                     done["started again"].add(slot)
                 else:
                     done["copied" if same else "cut anew"].add(slot)
-    return {**olds[0], "rank": rank, "size": size, "parameters": parameters}, {what: sorted(slots) for what, slots in done.items()}
+    state = {**olds[0], "rank": rank, "size": size, "parameters": parameters, "with_state": list(parameters)}
+    return state, {what: sorted(slots) for what, slots in done.items()}
 
 
 def in_words(done: Iterable[Done]) -> list[str]:

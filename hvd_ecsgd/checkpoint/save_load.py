@@ -12,7 +12,7 @@ import logging
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from .resize import Done, in_words
 __all__ = ["Loaded", "load_checkpoint", "save_checkpoint"]
 
 _log = logging.getLogger("hvd_ecsgd")
+
+_EXTRA_STATE = "_extra_state"
+"""The last part of a name that a module's `get_extra_state` has in its `state_dict()`."""
 
 # What each training last saved to or loaded from each directory: another manifest there is another job's.
 _ours: weakref.WeakKeyDictionary[BoundCompression, dict[Path, str]] = weakref.WeakKeyDictionary()
@@ -113,13 +116,14 @@ def load_checkpoint(
     Afterwards broadcast nothing: what differs between ranks must go on to differ. With another number of workers than saved it, the mean of the
     residuals over workers is kept (see `hvd_ecsgd.checkpoint.resize`), extras come from an old rank that this one inherits from, and what was done
     is in the result's `notes` and logged by rank 0. Raises `CheckpointError` on every rank when the checkpoint is missing, damaged, of another
-    model, method, seed or optimizer, or of a later version, naming what is wrong; nothing in memory is changed then.
+    model, method, seed or optimizer, or of a later version, or when a tensor of the model cannot be written to, naming what is wrong; nothing in
+    memory is changed then. Only where a module's or an optimizer's own loading code fails, it says that memory holds a part.
     """
     folder = Path(directory).absolute()
     transport = _checked(compression, optimizer).transport
     compression.check_together("load_checkpoint()")
     rank, size = transport.rank, transport.size
-    with contextlib.ExitStack() as stack:
+    with torch.inference_mode(False), contextlib.ExitStack() as stack:  # what is made here is trained on
         with together(transport, "checkpoint.load"):
             manifest = read_manifest(folder)
             saved_size = manifest["size"]
@@ -136,9 +140,10 @@ def load_checkpoint(
             weights = _checked_model(model, saved["model"])
             _check_optimizer(optimizer, saved["optimizer"])
             take_over = compression.prepare_load(saved["compression"])
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(saved["optimizer"])
-        take_over()
+        with together(transport, "checkpoint.taken"), _half_way(folder):
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(saved["optimizer"])
+            take_over()
     _ours.setdefault(compression, {})[folder] = manifest["id"]
     notes = [] if saved_size == size else in_words(everyone(transport, done, "checkpoint.resized"))
     if saved_size != size and rank == 0:
@@ -175,19 +180,48 @@ def _check_is_this_training(folder: Path, manifest: dict[str, Any], optimizer: t
 
 
 def _checked_model(model: torch.nn.Module, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`saved` with the modules' format versions, which state_dict() keeps beside the values."""
-    now = model.state_dict()
+    """`saved` with the modules' format versions, which state_dict() keeps beside the values; every tensor of it fits, and can be written."""
+    now = model.state_dict(keep_vars=True)
     for name in [*now, *(n for n in saved if n not in now)]:
         if name not in saved or name not in now:
             where = "the checkpoint, but not the model," if name in saved else "the model, but not the checkpoint,"
             raise CheckpointError(f"the checkpoint is of another model: {where} has '{name}'.")
         a, b = saved[name], now[name]
+        if name.rpartition(".")[2] == _EXTRA_STATE:  # any object, which its module takes as it is
+            continue
         if isinstance(b, torch.Tensor) and not (isinstance(a, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype):
             was = f"{tuple(a.shape)} {a.dtype}" if isinstance(a, torch.Tensor) else repr(a)
             raise CheckpointError(f"the checkpoint is of another model: '{name}' was {was}, and is {tuple(b.shape)} {b.dtype}.")
+        if isinstance(b, torch.Tensor):
+            _check_can_be_written(name, b)
     result = OrderedDict(saved)
     result._metadata = getattr(now, "_metadata", {})  # type: ignore[attr-defined]
     return result
+
+
+def _check_can_be_written(name: str, t: torch.Tensor) -> None:
+    """Raise `CheckpointError` where `t.copy_` would fail, when tensors before it were written already."""
+    if t.is_meta:
+        raise CheckpointError(f"'{name}' is on the meta device and has no memory; give it some by model.to_empty(…) first.")
+    if t.is_inference():
+        raise CheckpointError(f"'{name}' was made inside torch.inference_mode() and cannot be written to outside of it; make the model outside.")
+    if t.numel() > 0 and any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+        raise CheckpointError(
+            f"'{name}' is an expanded tensor, of which several elements are one place in memory (shape {tuple(t.shape)}, strides {t.stride()}), and "
+            "cannot be written to; make it a tensor of its own (.clone()) before."
+        )
+
+
+@contextlib.contextmanager
+def _half_way(folder: Path) -> Iterator[None]:
+    """All that can be told beforehand has been looked at. What a module's or an optimizer's own loading raises still comes too late."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} was taken over in part only, as loading code of the model or optimizer failed ({type(error).__name__}: {error}). Do not go on "
+            "from what is in memory now: mend that and load again, or start anew."
+        ) from error
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

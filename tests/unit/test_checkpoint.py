@@ -313,6 +313,116 @@ def test_one_rank_alone_that_differs_is_told_to_all(tmp_path: Path) -> None:
     )
 
 
+class Modern(torch.nn.Module):
+    """With extra state of three kinds, and complex tensors that are not trained."""
+
+    class Extra(torch.nn.Module):
+        def __init__(self, state: Any) -> None:
+            super().__init__()
+            self.state = state
+
+        def get_extra_state(self) -> Any:
+            return self.state
+
+        def set_extra_state(self, state: Any) -> None:
+            if isinstance(state, str):
+                raise KeyError("amax")
+            self.state = state
+
+    def __init__(self, fill: float, *states: Any) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(20, 5)
+        self.extras = torch.nn.ModuleList(map(self.Extra, states))
+        self.frozen = torch.nn.ParameterList([torch.nn.Parameter(torch.full((2,), fill * 1j), requires_grad=False)])
+        self.register_buffer("twiddle", torch.full((3,), fill - 2j, dtype=torch.complex128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)  # type: ignore[no-any-return]
+
+
+def test_extra_state_and_complex_tensors_of_a_model(tmp_path: Path) -> None:
+    """Extra state may be any object, None, or a tensor, of another shape each time; also on another number of workers."""
+    states = {"scale": np.float32(0.5), "history": [1, 2]}, torch.arange(3), None
+
+    def saving(transport: Transport) -> None:
+        setup = Other(transport, model=Modern(3.0, *states))
+        setup.train(0, 2)
+        save(setup, tmp_path)
+
+    def loading(transport: Transport) -> Modern:
+        setup = Other(transport, model=Modern(0.0, None, torch.zeros(7), "fresh"))
+        load(setup, tmp_path)
+        return setup.model
+
+    run_simulated(2, saving)
+    for n in (2, 1):
+        for model in run_simulated(n, loading):
+            assert equal(model.extras[0].state, states[0]) and type(model.extras[0].state["scale"]) is np.float32
+            assert torch.equal(model.extras[1].state, states[1]) and model.extras[2].state is None
+            assert model.frozen[0].tolist() == [3j, 3j]
+            assert model.twiddle.tolist() == [3 - 2j] * 3
+
+
+def test_what_only_loading_can_tell_is_told_to_all_ranks(tmp_path: Path) -> None:
+    """A module's own code fails on one rank, when some of it is loaded already."""
+
+    def worker(transport: Transport) -> None:
+        setup = Other(transport, model=Modern(0.0, 1))
+        setup.model.extras[0].state = "bad" if transport.rank == 1 else 1
+        save(setup, tmp_path)
+        with pytest.raises(CheckpointError, match=r"in part only.*KeyError: 'amax'.*load again, or start anew\. \(rank 1\)"):
+            load(setup, tmp_path)
+
+    run_simulated(2, worker)
+
+
+def expanded(model: Any) -> None:
+    model[0].register_buffer("mask", torch.ones(1).expand(4))
+
+
+def inference(model: Any) -> None:
+    with torch.inference_mode():
+        model[0].register_buffer("mask", torch.ones(4))
+
+
+def without_memory(model: Any) -> None:
+    model[0].register_buffer("mask", torch.ones(4, device="meta"))
+
+
+UNWRITABLE = {
+    "expanded": (expanded, r"'0\.mask' is an expanded tensor.*\.clone\(\)"),
+    "inference": (inference, r"'0\.mask' was made inside torch\.inference_mode"),
+    "meta": (without_memory, r"'0\.mask' is on the meta device"),
+}
+
+
+@pytest.mark.parametrize("what", UNWRITABLE)
+def test_what_cannot_be_written_to_is_named_before_anything_is_written(what: str, tmp_path: Path) -> None:
+    """On one rank, to all. Saved was an ordinary buffer; an expanded one can be saved (control)."""
+    change, message = UNWRITABLE[what]
+
+    def saving(transport: Transport) -> None:
+        setup = Setup(CASE, transport)
+        setup.model[0].register_buffer("mask", torch.ones(1).expand(4) if transport.rank == 0 else torch.ones(4))
+        setup.train(0, 2)
+        save(setup, tmp_path)
+
+    def loading(transport: Transport) -> None:
+        setup = Setup(CASE, transport)
+        change(setup.model) if transport.rank == 1 else setup.model[0].register_buffer("mask", torch.zeros(4))
+        held = flat(setup.model.parameters())
+        with pytest.raises(CheckpointError, match=message):
+            load(setup, tmp_path)
+        assert torch.equal(flat(setup.model.parameters()), held)
+        setup.model[0].mask = torch.zeros(4)
+        load(setup, tmp_path)
+        assert setup.model[0].mask.tolist() == [1.0] * 4
+        assert not torch.equal(flat(setup.model.parameters()), held)
+
+    run_simulated(2, saving)
+    run_simulated(2, loading)
+
+
 # -- saving that fails -----------------------------------------------------------------------------------------------------------
 
 

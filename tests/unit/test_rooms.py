@@ -17,10 +17,11 @@ REPO = Path(__file__).resolve().parents[2]
 
 BOTTOM = {"segments", "errors", "version", "protocols", "transport"}
 BELOW_METHOD = {"schedule", "exchange", "feedback", "compressors", "kernels", *BOTTOM}
-BELOW_AGGREGATOR = {"bucket", "method", "agreement", "talk", *BELOW_METHOD}
+BELOW_AGGREGATOR = {"bucket", "method", "agreement", "saved_state", "talk", *BELOW_METHOD}
 # room (a module or a folder of hvd_ecsgd) → the other rooms of hvd_ecsgd that it may import
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "saved_state": {"errors"},
     "version": set(),
     "segments": {"errors"},
     "transport": {"segments", "errors", "version"},
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bucket": {"method", *BELOW_METHOD},
     "aggregator": BELOW_AGGREGATOR,
     "horovod": {"aggregator", *BELOW_AGGREGATOR},
-    "bound": {"horovod", "aggregator", *BELOW_AGGREGATOR},
+    "bound": {"trees", "horovod", "aggregator", *BELOW_AGGREGATOR},
     "compression": {"bound", "horovod", "aggregator", *BELOW_AGGREGATOR},
     "trees": {"errors"},
     "optimizer": {"trees", "compression", "bound", "aggregator", *BELOW_AGGREGATOR},

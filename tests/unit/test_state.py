@@ -364,3 +364,92 @@ def test_no_state_is_loaded_while_parameters_are_held_at_a_point() -> None:
         setup.compression.load_state_dict(state)
     setup.compression.load_state_dict(state)
     assert torch.equal(weights(setup.model, setup.compression), before)
+
+
+# -- state on trust ---------------------------------------------------------------------------------------------------------------
+
+
+def changed(entry: str, slot: str, value: Any) -> Callable[[Any], None]:
+    def change(state: Any) -> None:
+        state["parameters"][entry][slot] = value if not callable(value) else value(state["parameters"][entry][slot])
+
+    return change
+
+
+def put(slot: str, value: Any) -> Callable[[Any], None]:
+    return lambda state: state.update({slot: value})
+
+
+def poisoned(t: torch.Tensor) -> torch.Tensor:
+    t = t.clone()
+    t.view(-1)[-1] = float("nan")
+    return t
+
+
+BAD: dict[str, tuple[Callable[[Any], object], str]] = {
+    "step a word": (put("step", "three"), r"'step' of the state: expected an integer ≥ 0, the state holds 'three'"),
+    "step True": (put("step", True), r"'step' of the state"),
+    "step negative": (put("step", -1), r"'step' of the state: expected an integer ≥ 0, the state holds -1"),
+    "undone None": (put("undone", None), r"'undone' of the state: expected an integer ≥ 0, the state holds None"),
+    "rank a float": (put("rank", 0.0), r"'rank' of the state"),
+    "parameters a list": (put("parameters", []), r"'parameters' of the state: expected a dictionary"),
+    "an entry None": (lambda s: s["parameters"].update({"2.bias": None}), r"parameter '2\.bias' of the state: expected a dictionary"),
+    "a parameter lost": (lambda s: s["parameters"].pop("2.weight"), r"parameter '2\.weight' is missing: it had state when"),
+    "a slot lost": (lambda s: s["parameters"]["2.weight"].pop("residual"), r"'residual' of parameter '2\.weight': expected \d+ elements.*None"),
+    "an unknown slot": (changed("2.weight", "momentom", torch.zeros(3)), r"'momentom' of parameter '2\.weight' is no slot of this method"),
+    "NaN": (changed("2.weight", "residual", poisoned), r"'residual' of parameter '2\.weight' holds an inf or NaN"),
+    "NaN on a server": (changed("0.weight", "server_residual", poisoned), r"'server_residual' of parameter '0\.weight' holds an inf or NaN"),
+    "another type": (changed("0.bias", "residual", torch.Tensor.double), r"'residual' of parameter '0\.bias'.*float32.*holds torch\.float64"),
+    "sparse": (changed("0.bias", "residual", torch.Tensor.to_sparse), r"'residual' of parameter '0\.bias'.*layout torch\.sparse_coo"),
+    "without values": (changed("0.bias", "residual", lambda t: t.to("meta")), r"'residual' of parameter '0\.bias'.* on meta"),
+    "a list": (changed("0.bias", "residual", torch.Tensor.tolist), r"'residual' of parameter '0\.bias': expected 64 elements"),
+    "lr a word": (changed("0.bias", "previous_lr", "0.1"), r"'previous_lr' of parameter '0\.bias': expected a positive number or None.*'0\.1'"),
+    "lr NaN": (changed("0.bias", "previous_lr", float("nan")), r"'previous_lr' of parameter '0\.bias'.*holds nan"),
+    "lr negative": (changed("0.bias", "previous_lr", -0.1), r"'previous_lr' of parameter '0\.bias'.*holds -0\.1"),
+    "lr infinite": (changed("0.bias", "previous_lr", float("inf")), r"'previous_lr' of parameter '0\.bias'.*holds inf"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_state() -> Any:
+    setup = Setup(by_name("double_squeeze-everything"), SelfTransport())
+    setup.train(0, 2)
+    return setup.save()["compression"]
+
+
+@pytest.mark.parametrize("bound_only", [False, True], ids=["optimizer", "bound"])
+@pytest.mark.parametrize("what", BAD)
+def test_a_state_is_not_taken_on_trust(what: str, bound_only: bool, saved_state: Any) -> None:
+    """Each is an error that names parameter and slot, before an optimizer is there, too; nothing is changed. As it was saved it loads (control)."""
+    change, message = BAD[what]
+    state = copy.deepcopy(saved_state)
+    change(state)
+    case = by_name("double_squeeze-everything")
+    compression = case.make().bind(mlp()) if bound_only else Setup(case, SelfTransport()).compression
+    before = compression.state_dict()
+    with pytest.raises(CompressionError, match=message):
+        compression.load_state_dict(state)
+    assert equal(compression.state_dict(), before)
+    compression.load_state_dict(saved_state)
+    assert equal(compression.state_dict(), saved_state)
+
+
+def test_a_parameter_that_was_not_there_yet_starts_without_state(saved_state: Any) -> None:
+    """Control: bound since, it is missing from the state and was never in it. A state of before this was noted is taken as it is."""
+    case = by_name("double_squeeze-everything")
+    part = case.make().bind([(n, p) for n, p in mlp().named_parameters() if n.startswith("0.")])
+    older = {**copy.deepcopy(saved_state), "with_state": ["0.weight", "0.bias"]}
+    older["parameters"] = {name: older["parameters"][name] for name in older["with_state"]}
+    without_note = {k: v for k, v in older.items() if k != "with_state"}
+    for state in (older, without_note):
+        part.load_state_dict(state)
+        setup = Setup(case, SelfTransport())
+        setup.compression.load_state_dict(state)
+        assert setup.compression.state_dict()["step"] == 2
+
+
+def test_a_name_that_is_no_text_is_refused_when_bound() -> None:
+    model = torch.nn.Module()
+    model.register_parameter("\ud800", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(CompressionError, match=r"the parameter name '\\ud800' holds half of a surrogate pair"):
+        Compression.top_k().bind(model)
