@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .liveness.watchdog import Watchdog
 
-__all__ = ["Context", "Members", "agree", "channel", "context", "install", "is_initialized", "members", "remove", "tell_all", "watchdog"]
+__all__ = ["Context", "Members", "agree", "channel", "context", "install", "is_initialized", "members", "remove", "watchdog"]
 
 
 @dataclass(frozen=True)
@@ -107,20 +107,15 @@ def channel(process_set: ProcessSet) -> Channel:
     return found.channel
 
 
-def agree(text: str, among: Members | None = None) -> None:
-    """Return when every rank has called it, of all or of a process set; raise `MismatchError` on every rank when texts differ."""
+def agree(text: str, among: Members | None = None, extra: object = None, name: str | None = None) -> Sequence[Any]:
+    """Everybody's `extra`, by rank, when every rank has called it, of all or of a process set; raise `MismatchError` on every rank when texts differ.
+
+    Without a name it is matched with whatever unnamed collective the others call.
+    """
     _refuse_if_forked()
     everybody = (context().process_sets[0] if among is None else among).channel
     assert everybody is not None
-    everybody.submit(Request(everybody.automatic_name(), text), lambda nothing: None, start=lambda extras: Ready(None)).wait()
-
-
-def tell_all(what: str, value: object) -> Sequence[Any]:
-    """Everybody's `value`, by rank. Collective; on how many ranks `what` was called is in the report of stalls."""
-    _refuse_if_forked()
-    everybody = context().process_sets[0].channel
-    assert everybody is not None
-    request = Request(f"{what}.values", what, extra=value)
+    request = Request(everybody.named(name, text), text, extra=extra)
     done: Sequence[Any] = everybody.submit(request, lambda extras: extras, start=lambda extras: Ready(extras)).wait()
     return done
 

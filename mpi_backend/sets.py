@@ -86,7 +86,7 @@ def add_given(process_sets: object) -> None:
         mine = ranks_of(process_sets, runtime.context().comm)
     except ValueError as error:
         wrong = error
-    said = runtime.tell_all("init(process_sets=…)", (None if wrong is None else str(wrong), mine))
+    said = runtime.agree("init(process_sets=…)", extra=(None if wrong is None else str(wrong), mine))
     raise_if_wrong([text for text, _ in said], wrong)
     register_all(cast("Sequence[ProcessSet]", process_sets), mine, [ranks for _, ranks in said])
 

@@ -18,6 +18,7 @@ from mpi4py import MPI
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle
 
+from ..devices import current_device, use_device
 from ..errors import HorovodInternalError, MismatchError
 from ..transport import MPITransport
 from .arithmetic import finish_, scale_
@@ -56,7 +57,15 @@ class _Submission:
     tensors: Sequence[torch.Tensor]
     start: Callable[[Sequence[Any]], Handle[Any]] | None
     since: float
+    device: int | None = field(default_factory=current_device)  # of the caller's thread
     events: list[Any] = field(default_factory=list)  # of CUDA streams that may still be writing the tensors
+
+
+    def enter(self) -> None:
+        """Be where the caller was: on its device, after what it had started there."""
+        use_device(self.device)
+        for event in self.events:
+            event.synchronize()
 
 
 @dataclass
@@ -319,8 +328,7 @@ class Channel:
         (name,), (extras,) = run.names, run.extras
         submission = self._take(name)
         assert submission.start is not None
-        for event in submission.events:
-            event.synchronize()
+        submission.enter()
         try:
             handle = submission.start(extras)
         except TransportError as error:  # about what all ranks know: all raise it
@@ -336,8 +344,7 @@ class Channel:
             if submission is None:  # this rank has joined
                 tensors += [torch.zeros(n, dtype=dtype, device="cpu") for dtype, n in reduce.tensors]
                 continue
-            for event in submission.events:
-                event.synchronize()
+            submission.enter()
             tensors += [t.view(-1) for t in submission.tensors]
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for t in tensors:

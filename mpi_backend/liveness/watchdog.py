@@ -38,7 +38,7 @@ from .interfaces import addresses, network_identity
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from ..transport import MPITransport
+    from ..transport import Link
 
 __all__ = ["Settings", "Watchdog"]
 
@@ -66,7 +66,7 @@ class Watchdog:
     def __init__(self, comm: MPI.Comm, settings: Settings) -> None:
         self._comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        self._transports: dict[str, tuple[MPITransport, tuple[int, ...]]] = {}
+        self._links: dict[str, tuple[Link, tuple[int, ...]]] = {}
         self._left: dict[int, dict[str, int | None]] = {}
         self._leaving_since: float | None = None
         self._suspect: str | None = None  # why this rank waited for nothing at the last look
@@ -90,19 +90,19 @@ class Watchdog:
 
     # ---- what the runtime tells
 
-    def watch(self, transport: MPITransport, ranks: Sequence[int]) -> None:
-        """Ranks that leave are compared with what this rank waits for in `transport`, of which `ranks`, equal on all of them, are the members."""
+    def watch(self, link: Link, ranks: Sequence[int]) -> None:
+        """Ranks that leave are compared with what this rank waits for on `link`, of which `ranks`, equal on all of them, are the members."""
         members = tuple(ranks)
         digest = hashlib.blake2b(repr(members).encode(), digest_size=4).hexdigest()
-        self._transports[f"{digest}.{sum(known == members for _, known in self._transports.values())}"] = transport, members
+        self._links[f"{digest}.{sum(known == members for _, known in self._links.values())}"] = link, members
 
     def leaving(self) -> None:
         """This rank shuts down. If that takes long, because others wait for something else, they are told."""
         self._leaving_since = time.monotonic()
 
-    def tell_dropped(self, dropped: Sequence[MPITransport]) -> None:
-        """This rank waits for others, and will never start anything in these transports again; none: it waits no more."""
-        counts = {key: transport.submitted() for key, (transport, _) in self._transports.items() if any(transport is d for d in dropped)}
+    def tell_dropped(self, dropped: Sequence[Link]) -> None:
+        """This rank waits for others, and will never start anything on these links again; none: it waits no more."""
+        counts = {key: link.operations.submitted() for key, (link, _) in self._links.items() if any(link is d for d in dropped)}
         self._tell(f"left {json.dumps({**counts, _ELSEWHERE: None}) if counts else ''}")
 
     def wait_for_all(self, failure: BaseException | None = None) -> None:
@@ -114,8 +114,8 @@ class Watchdog:
         while not request.Test():
             if failure is not None and time.monotonic() - since > _FAILED:
                 self._end(f"communication failed on rank {self.rank}, and other ranks have not shut down: {failure!r}")
-            for transport, _ in self._transports.values():
-                transport.progress()
+            for link, _ in self._links.values():
+                link.operations.progress()
             time.sleep(0.002)
 
     def announce(self, why: str) -> None:
@@ -222,7 +222,7 @@ class Watchdog:
                 self._interrupted = now, self._blocked()
             if not told_left and self._leaving_since is not None and now - self._leaving_since > _LEAVING:
                 told_left = True
-                self._tell(f"left {json.dumps({key: transport.submitted() for key, (transport, _) in self._transports.items()})}")
+                self._tell(f"left {json.dumps({key: link.operations.submitted() for key, (link, _) in self._links.items()})}")
             self._look_at_interrupts(now)
             self._look_at_those_who_left()
 
@@ -244,7 +244,7 @@ class Watchdog:
             self._end()
 
     def _blocked(self) -> object:
-        return next((t.blocked for t, _ in self._transports.values() if t.blocked is not None), None)
+        return next((o for link, _ in self._links.values() if (o := link.operations.blocked) is not None), None)
 
     def _look_at_interrupts(self, now: float) -> None:
         if self._interrupted is None:
@@ -256,22 +256,22 @@ class Watchdog:
             self._end(f"rank {self.rank} was interrupted (SIGINT) while it waited for other ranks")
 
     def _look_at_those_who_left(self) -> None:
-        hopeless = [why for key in list(self._transports) for r in sorted(self._left) if (why := self._never_answered(key, r)) is not None]
+        hopeless = [why for key in list(self._links) for r in sorted(self._left) if (why := self._never_answered(key, r)) is not None]
         why = hopeless[0] if hopeless else None
         if why is not None and why == self._suspect:
             self._end(why)
         self._suspect = why
 
     def _never_answered(self, key: str, rank: int) -> str | None:
-        """Why something that this rank has started in a transport will never be answered by `rank`; None if it may be."""
-        (transport, members), counts = self._transports[key], self._left[rank]
+        """Why something that this rank has started on a link will never be answered by `rank`; None if it may be."""
+        (link, members), counts = self._links[key], self._left[rank]
         joined = _ELSEWHERE in counts
         turn = counts.get(key, None if joined else 0)
-        if rank not in members or turn is None or (what := transport.started_beyond(turn)) is None:
+        if rank not in members or turn is None or (what := link.operations.started_beyond(turn)) is None:
             return None
         if not joined:
             return f"rank {rank} left (by the end of the script, or sys.exit) without a collective that rank {self.rank} has started: {what}"
-        optimizer = transport.user()
+        optimizer = link.user()
         if optimizer is None:  # dropped here too: nobody waits
             return None
         names = [name for name, _ in optimizer.compression.named]

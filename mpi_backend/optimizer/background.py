@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from ..devices import current_device, use_device
+
 __all__ = ["Background"]
 
 _A_WHILE = 1.0
@@ -25,7 +27,7 @@ class Background:
     def __init__(self, name: str) -> None:
         self._name = name
         self._changed = threading.Condition()
-        self._queue: deque[Callable[[], None]] = deque()
+        self._queue: deque[tuple[int | None, Callable[[], None]]] = deque()
         self._busy = False
         self._closed = False
         self._error: BaseException | None = None
@@ -39,7 +41,7 @@ class Background:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
                 self._thread.start()
-            self._queue.append(work)
+            self._queue.append((current_device(), work))
             self._changed.notify_all()
 
     def drain(self) -> None:
@@ -59,7 +61,7 @@ class Background:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._thread is not None:
+        if self._thread is not None and self._thread is not threading.current_thread():  # a collector may run in any thread
             self._thread.join()
 
     def _raise(self) -> None:
@@ -75,8 +77,9 @@ class Background:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if not self._queue:
                     return
-                work, self._busy = self._queue.popleft(), True
+                (device, work), self._busy = self._queue.popleft(), True
             try:
+                use_device(device)
                 work()
             except BaseException as error:
                 with self._changed:

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .. import runtime
+from ..devices import current_device, use_device
 from ..errors import HorovodInternalError
 from ..process_sets import global_process_set
 from . import resources
@@ -60,8 +59,7 @@ def join(device: int = -1) -> int:
 def _join_steps(joining: Pending[int], optimizers: Mapping[int, Any]) -> int:
     """Wait, and take part in the steps of all optimizers: in a thread for each, as the others may step them in any order, and at once."""
     given_up, told_at = threading.Event(), time.monotonic() + _TELL_DROPPED
-    start = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    pool = ThreadPoolExecutor(max(1, len(optimizers)), "join", *start)
+    pool = ThreadPoolExecutor(max(1, len(optimizers)), "join", use_device, (current_device(),))
     try:
         parts = [pool.submit(optimizer.join, given_up.is_set) for optimizer in optimizers.values()]
         while not joining.done() and not any(part.done() and part.exception() for part in parts):
@@ -74,7 +72,7 @@ def _join_steps(joining: Pending[int], optimizers: Mapping[int, Any]) -> int:
                 part.result()  # raises what it raised
         last = joining.wait()
         # Everybody is here now. An optimizer that lives on some ranks only would be waited for in vain.
-        everyones = runtime.tell_all("join", sorted(optimizers))
+        everyones = runtime.agree("join", extra=sorted(optimizers), name="join.values")
         if any(held != everyones[0] for held in everyones):
             raise HorovodInternalError(
                 "join: ranks hold different DistributedOptimizers; make and drop each of them on all ranks. In the order in which they were made, "

@@ -5,43 +5,60 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import runtime
-from ..process_sets import ProcessSet
+from ..process_sets import ProcessSet, global_process_set
 from .background import Background
 
 if TYPE_CHECKING:
-    from ..transport import MPITransport
+    from ..transport import Link, MPITransport
 
 __all__ = ["add_optimizer", "close_backgrounds", "close_transports", "new_background", "new_transport", "optimizers", "tell_dropped"]
 
-_transports: list[MPITransport] = []
+@dataclass
+class _Made:
+    """Communicators that ranks made together, and the transport that has them now, if it is still in use on this rank."""
+
+    link: Link
+    transport: Callable[[], MPITransport | None]
+
+
+_COLLECTED_EVERY = 16
+"""Optimizers made between collections of garbage: a dropped optimizer is part of a cycle."""
+
+_made: dict[tuple[int, ...], list[_Made]] = {}
+"""By the ranks that share them; in the order in which all of those make them."""
 _optimizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
-_backgrounds: list[Background] = []
+_backgrounds: weakref.WeakSet[Background] = weakref.WeakSet()
+_count = 0
 
 
 def new_background() -> Background | None:
     """A thread for one optimizer, closed by `shutdown`; None where MPI may not be called from it."""
     if not runtime.context().engine.threaded:
         return None
-    _backgrounds.append(Background(f"mpi_backend optimizer {len(_backgrounds)}"))
-    return _backgrounds[-1]
+    background = Background("mpi_backend optimizer")
+    _backgrounds.add(background)
+    return background
 
 
 def add_optimizer(optimizer: Any, transport: Any) -> int:
     """Note a DistributedOptimizer, for `join`, and for what is said of its transport; all ranks note theirs in the same order. Its number."""
     number = next(_numbers)
     _optimizers[number] = optimizer
-    transport.user = weakref.ref(optimizer)
+    if (link := getattr(transport, "link", None)) is not None:
+        link.user = weakref.ref(optimizer)
     return number
 
 
 def tell_dropped(waits: bool) -> None:
     """While this rank waits in `join`, those who step an optimizer that it has dropped wait for it in vain: they are told."""
     if (watchdog := runtime.watchdog()) is not None:
-        watchdog.tell_dropped([transport for transport in _transports if waits and transport.user() is None])
+        watchdog.tell_dropped([made.link for some in _made.values() for made in some if waits and made.link.user() is None])
 
 
 def optimizers() -> dict[int, Any]:
@@ -53,31 +70,45 @@ def optimizers() -> dict[int, Any]:
 def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
     """A transport of its own for one optimizer, so that two of them need not start their exchanges in the same order on all ranks.
 
-    Collective over the process set (default: all); every rank makes its optimizers in the same order. Closed by `shutdown`. Raises ValueError
-    before init(), and outside of the process set.
+    Collective over the process set (default: all); every rank makes its optimizers in the same order. Communicators that are used no more *on any*
+    rank are used again: each says here which those are on it. When a rank's collector runs is its own matter, so its word alone decides nothing. The
+    others are closed by `shutdown`. Raises ValueError before init(), and outside of the process set.
     """
-    from ..transport import MPITransport
+    global _count
+    from ..transport import Link, MPITransport
 
-    everybody = runtime.context().process_sets[0]
-    users = everybody if process_set is None else runtime.members(process_set)
-    runtime.agree("DistributedOptimizer being made", users)  # without it a rank that has joined, or makes none, would be waited for in silence
-    made = MPITransport(users.comm)
-    _transports.append(made)
+    users = runtime.members(global_process_set if process_set is None else process_set)
+    some = _made.setdefault(users.ranks, [])
+    _count += 1
+    if _count % _COLLECTED_EVERY == 0:
+        gc.collect()
+    unused = {(i, made.link.idle_at()) for i, made in enumerate(some) if made.transport() is None and made.link.idle_at() is not None}
+    # Without agreeing, a rank that has joined, or makes none, would be waited for in silence.
+    everyones = runtime.agree("DistributedOptimizer being made", users, extra=unused)
+    if common := set.intersection(*everyones):
+        made = some[min(common)[0]]
+        transport = MPITransport(link=made.link)
+        made.transport = weakref.ref(transport)
+        made.link.user = lambda: None
+        return transport
+    assert users.comm is not None
+    link = Link(users.comm)
+    transport = MPITransport(link=link)
+    some.append(_Made(link, weakref.ref(transport)))
     if (watchdog := runtime.watchdog()) is not None:
-        watchdog.watch(made, users.ranks)
-    return made
+        watchdog.watch(link, users.ranks)
+    return transport
 
 
 def close_backgrounds() -> None:
     """End the threads, after what they have been given."""
-    for background in _backgrounds:
+    for background in list(_backgrounds):
         background.close()
-    _backgrounds.clear()
 
 
 def close_transports() -> None:
     """Complete what is in flight, and give the communicators back; collective."""
-    for made in _transports:
-        made.close()
-    _transports.clear()
+    for made in itertools.chain(*_made.values()):
+        made.link.close()
+    _made.clear()
     _optimizers.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .collectives import MPITransport, ReduceOp
+from .link import Link
 from .memory import cuda_aware
 
-__all__ = ["MPITransport", "ReduceOp", "cuda_aware"]
+__all__ = ["Link", "MPITransport", "ReduceOp", "cuda_aware"]

@@ -5,11 +5,10 @@ Importing this module imports `mpi4py.MPI`, which initialises MPI; `import mpi_b
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from mpi4py import MPI
@@ -18,8 +17,8 @@ from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle, Ready
 
 from . import memory
+from .link import Link
 from .memory import cuda_aware, memory_of, unit_of
-from .operation import Operations
 from .parts import start_allgather, start_alltoall
 
 __all__ = ["MPITransport", "ReduceOp"]
@@ -42,9 +41,10 @@ _COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
 class MPITransport:
     """Collectives over a private duplicate of `comm` (default: all processes), as `hvd_ecsgd.transport.base.Transport` describes them.
 
-    Creating one is collective: every process of `comm` must do so, in the same order. Calls start the communication and return; a handle's `done`
-    and `wait` carry it on, for every operation in flight, as does every further call. There is no thread: while a process does none of these, its
-    second stages (below) stand still, and so may those who wait for it. A transport is to be used by one thread at a time.
+    Creating one is collective, unless the `link` of one that is used no more is given: every process of `comm` must do so, in the same order.
+    Calls start the communication and return; a handle's `done` and `wait` carry it on, for every operation in flight, as does every further call.
+    There is no thread: while a process does none of these, its second stages (see `Operations`) stand still, and so may those who wait for it.
+    A transport is to be used by one thread at a time.
 
     Tensors are contiguous, of any dtype (`allreduce_` says which it reduces), on the CPU or a CUDA device. CPU tensors are read and written in
     place by MPI. CUDA tensors are handed to MPI directly if `cuda_aware()`, else copied through pinned host memory; the call then waits for
@@ -58,17 +58,12 @@ class MPITransport:
     size: int
     divisor: int
 
-    def __init__(self, comm: MPI.Comm | None = None) -> None:
-        parent = MPI.COMM_WORLD if comm is None else comm
-        self._first = parent.Dup()
-        self._second = parent.Dup()
+    def __init__(self, comm: MPI.Comm | None = None, link: Link | None = None) -> None:
+        self.link = Link(MPI.COMM_WORLD if comm is None else comm) if link is None else link
+        self._first, self._second, self._operations = self.link.first, self.link.second, self.link.operations
         self.rank = self._first.Get_rank()
         self.size = self.divisor = self._first.Get_size()
         self._cuda_aware = cuda_aware()
-        self.user: Callable[[], Any] = lambda: None
-        """A reference to the optimizer that this serves, for messages."""
-        self._abandoned = False
-        self._operations = Operations()
 
     # ---- the protocol
 
@@ -229,37 +224,12 @@ class MPITransport:
         self._operations.start("barrier", [self._first.Ibarrier()], lambda: None).wait()
 
     def abandon(self) -> None:
-        """Something in flight will never be complete: `close` does not wait for it, and its buffers stay, as MPI may write to them until the end."""
-        if not self._abandoned:
-            self._abandoned = True
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        """Something in flight will never be complete: `close` does not wait for it."""
+        self.link.abandon()
 
     def close(self) -> None:
         """Complete what is in flight and free the communicators; collective. The transport must not be used afterwards."""
-        if self._abandoned:
-            return
-        self._operations.complete_all()
-        self._first.Free()
-        self._second.Free()
-
-    # ---- starting and progress
-
-    @property
-    def blocked(self) -> object:
-        """What a caller waits for at this moment; others may look."""
-        return self._operations.blocked
-
-    def submitted(self) -> int:
-        """How many of its collectives, in the order that is equal on all ranks, need no further call of this rank."""
-        return self._operations.submitted()
-
-    def started_beyond(self, turn: int) -> str | None:
-        """If this rank has started its collective number `turn`, what it is. Another thread may ask."""
-        return self._operations.started_beyond(turn)
-
-    def progress(self) -> None:
-        """Carry on what is in flight, without blocking."""
-        self._operations.progress()
+        self.link.close()
 
     # ---- parts of the collectives
 

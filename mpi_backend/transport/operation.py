@@ -168,6 +168,10 @@ class Operations:
         while self._in_flight and self._in_flight[0].quiet():
             self._in_flight.popleft()
 
+    def idle(self) -> bool:
+        """Whether nothing is on its way."""
+        return not self._in_flight and not self._unlaunched
+
     def complete_all(self) -> None:
         """Block until MPI is done with everything."""
         self.progress(through=next(self._numbers))

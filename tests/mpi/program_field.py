@@ -3,6 +3,7 @@ collectives under torch.compile, and many optimizers one after another."""
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from mpi4py import MPI
 
 import mpi_backend as hvd
-from mpi_backend.transport import memory
-from tests.mpi.verdict import Verdict, sample
+from mpi_backend import runtime
+from mpi_backend.optimizer import resources
+from tests.mpi.verdict import Verdict
 
 verdict = Verdict()
 world = MPI.COMM_WORLD
@@ -89,4 +91,43 @@ else:
     verdict.expect(hvd.allreduce(torch.ones(1, device="cpu"), name="others", op=hvd.Sum).tolist() == [size - 1], "zeros of a rank that has joined")
     hvd.join()
 torch.set_default_device("cpu")
+
+# ---- the communication thread uses the GPU of whoever submits (there is none here: what is told to torch is noted)
+told: list[tuple[bool, int]] = []
+genuine = torch.cuda.is_initialized, torch.cuda.current_device, torch.cuda.set_device
+torch.cuda.is_initialized, torch.cuda.current_device = (lambda: True), (lambda: 3)
+torch.cuda.set_device = lambda device: told.append((threading.current_thread() is threading.main_thread(), device))
+handles = [hvd.allreduce_async(torch.ones(2), name="on 3"), hvd.allgather_async(torch.ones(2), "on 3, gathered")]
+[handle.wait() for handle in handles]
+torch.cuda.is_initialized, torch.cuda.current_device, torch.cuda.set_device = genuine
+verdict.expect(told == [(not runtime.context().engine.threaded, 3)] * 2, f"devices of the communication thread: {told}")
+
+# ---- optimizers made one after another, and dropped: communicators are used again when they are used no more on any rank
+made = resources._made
+gc.disable()  # whoever collects, and when, is a matter of each rank
+
+
+def train() -> Any:
+    model = torch.nn.Linear(3, 2)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+    optimizer.zero_grad()
+    model(torch.full((1, 3), float(rank))).sum().backward()
+    optimizer.step()
+    verdict.equal(model.weight.grad, torch.full((2, 3), (size - 1) / 2), "the mean, on communicators used again")
+    return optimizer
+
+
+kept = train()
+everybody = tuple(range(size))
+for i in range(80):
+    train()
+    if rank == 0 and i % 7 == 0:
+        gc.collect()
+verdict.expect(len(made[everybody]) <= 2 * resources._COLLECTED_EVERY + 2, f"{len(made[everybody])} pairs of communicators for 81 optimizers")
+verdict.expect(made[everybody][0].transport() is kept.compression.transport, "one that is in use stays its optimizer's")
+bound = train().compression
+gc.collect()
+train(), gc.collect()
+verdict.expect(len({id(entry.transport()) for entry in made[everybody] if entry.transport() is bound.transport}) == 1, "so does a bound method's")
+gc.enable()
 verdict.conclude()

@@ -323,8 +323,10 @@ for wrong in (None, model, model.parameters()):
 
 # Shutting down completes the buckets of a backward pass that no step follows, also those that have not begun by then.
 model = conv()
+before = set(resources._backgrounds)
 optimizer = wrap(model)
-background = resources._backgrounds[-1] if runtime.context().engine.threaded else None
+background = next(iter(set(resources._backgrounds) - before), None)
+verdict.expect((background is not None) == runtime.context().engine.threaded, "a thread of its own, where there are threads")
 if background is not None:
     background.submit(lambda: time.sleep(0.5))
 sum(p.sum() for p in model.parameters()).backward()

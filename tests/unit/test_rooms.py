@@ -55,8 +55,9 @@ MPI_MAY_IMPORT: dict[str, set[str]] = {
     "environment": set(),
     "process_sets": set(),
     "compression": set(),
+    "devices": set(),
     "transport": {"environment"},
-    "engine": {"transport", "environment", "errors"},
+    "engine": {"transport", "environment", "errors", "devices"},
     "liveness": {"transport", "environment"},
     "job_end": {"liveness"},
     "runtime": {"job_end", "liveness", "engine", "process_sets"},
@@ -65,7 +66,7 @@ MPI_MAY_IMPORT: dict[str, set[str]] = {
     "collectives": COLLECTIVE,
     "functions": {"basics", "collectives", *COLLECTIVE},
     "sync_batch_norm": {"basics", "collectives"},
-    "optimizer": {"collectives", "transport", *COLLECTIVE},
+    "optimizer": {"collectives", "transport", "devices", *COLLECTIVE},
     "lifecycle": {"optimizer", "sets", "liveness", "job_end", *COLLECTIVE},
 }
 MPI_MAY_IMPORT["mpi_ops"] = set(MPI_MAY_IMPORT)

@@ -1,0 +1,42 @@
+"""The communicators of a transport, and what is on its way there: they outlive the transport, and can be another one's afterwards."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from mpi4py import MPI
+
+from .operation import Operations
+
+__all__ = ["Link"]
+
+
+class Link:
+    """Two private duplicates of `comm`, for the first and the second stages of operations. Creating one is collective, and so is `close`."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.first = comm.Dup()
+        self.second = comm.Dup()
+        self.operations = Operations()
+        self.abandoned = False
+        self.user: Callable[[], Any] = lambda: None
+        """A reference to the optimizer that this serves, for messages."""
+
+    def idle_at(self) -> int | None:
+        """After how many collectives, which ranks compare, nothing is on its way here; None while something is, or for good."""
+        return None if self.abandoned or not self.operations.idle() else self.operations.submitted()
+
+    def abandon(self) -> None:
+        """Something in flight will never be complete: `close` does not wait for it, and its buffers stay, as MPI may write to them until the end."""
+        if not self.abandoned:
+            self.abandoned = True
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
+    def close(self) -> None:
+        """Complete what is in flight and free the communicators."""
+        if not self.abandoned:
+            self.operations.complete_all()
+            self.first.Free()
+            self.second.Free()
