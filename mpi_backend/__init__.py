@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import NoReturn
 
 from . import compression as compression
+from . import functions as functions
 from . import mpi_ops as mpi_ops
 from .basics import (
     ccl_built,
+    check_extension,
     cross_rank,
     cross_size,
     cuda_built,
@@ -78,8 +80,8 @@ __all__ = [
     "ProcessSet", "add_process_set", "global_process_set", "remove_process_set",
     "Adasum", "Average", "Max", "Min", "Product", "Sum",
     "rank", "size", "local_rank", "local_size", "cross_rank", "cross_size", "is_homogeneous",
-    "ccl_built", "cuda_built", "ddl_built", "gloo_built", "gloo_enabled", "mpi_built", "mpi_enabled", "mpi_threads_supported", "nccl_built",
-    "rocm_built",
+    "ccl_built", "check_extension", "cuda_built", "ddl_built", "gloo_built", "gloo_enabled", "mpi_built", "mpi_enabled", "mpi_threads_supported",
+    "nccl_built", "rocm_built",
     "allreduce", "allreduce_", "allreduce_async", "allreduce_async_",
     "grouped_allreduce", "grouped_allreduce_", "grouped_allreduce_async", "grouped_allreduce_async_", "sparse_allreduce_async",
     "allgather", "allgather_async", "grouped_allgather", "grouped_allgather_async", "alltoall", "alltoall_async",

@@ -8,8 +8,8 @@ from .runtime import context
 
 __all__ = [
     "rank", "size", "local_rank", "local_size", "cross_rank", "cross_size", "is_homogeneous",
-    "ccl_built", "cuda_built", "ddl_built", "gloo_built", "gloo_enabled", "mpi_built", "mpi_enabled", "mpi_threads_supported", "nccl_built",
-    "rocm_built",
+    "ccl_built", "check_extension", "cuda_built", "ddl_built", "gloo_built", "gloo_enabled", "mpi_built", "mpi_enabled", "mpi_threads_supported",
+    "nccl_built", "rocm_built",
 ]  # fmt: skip
 
 
@@ -89,6 +89,12 @@ def ddl_built() -> bool:
 def ccl_built() -> bool:
     """False: nothing here uses oneCCL."""
     return False
+
+
+def check_extension(ext_name: str, ext_env_var: str, pkg_path: str, *args: str) -> None:
+    """Raise ImportError where Horovod's extension `ext_name` has not been built. That of PyTorch is not needed here, others are not there."""
+    if ext_name not in ("horovod.torch", "mpi_backend"):
+        raise ImportError(f"Extension {ext_name} has not been built: mpi_backend is for PyTorch only. For other frameworks use Horovod itself.")
 
 
 def cuda_built() -> bool:

@@ -91,4 +91,5 @@ def start_allgather(
         return Together([channel.transport.allgather_concatenated(t, label, [rows[i] for rows in extras]) for i, t in enumerate(works)])
 
     text = f"{what} of {', '.join(describe(t, rows=True) for t in works)}, named {label!r}"
-    return channel.submit(Request(label, text, [t.shape[0] for t in works]), lambda out: shaped(out, everyones), tensors=works, start=start)
+    request, kind = Request(label, text, [t.shape[0] for t in works]), "allgather" if len(works) == 1 else "grouped_allgather"
+    return channel.submit(request, lambda out: shaped(out, everyones), tensors=works, start=start, kind=kind)

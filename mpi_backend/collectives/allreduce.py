@@ -231,4 +231,4 @@ def _start_allreduce(
     def finish(nothing: None) -> T:
         return shaped([write(work, out) for work, out in zip(works, outs, strict=True)])
 
-    return channel.submit(Request(name, text, reduce=reduce), finish, tensors=works)
+    return channel.submit(Request(name, text, reduce=reduce), finish, tensors=works, kind="allreduce" if len(works) == 1 else "grouped_allreduce")

@@ -55,7 +55,8 @@ def alltoall_async(
     def finish(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat(parts), torch.tensor([p.shape[0] for p in parts], dtype=dtype, device="cpu")
 
-    return channel.submit(Request(label, f"alltoall of {describe(work, rows=True)}, named {label!r}"), finish, tensors=[work], start=start)
+    text = f"alltoall of {describe(work, rows=True)}, named {label!r}"
+    return channel.submit(Request(label, text), finish, tensors=[work], start=start, kind="alltoall")
 
 
 def alltoall(

@@ -77,4 +77,4 @@ def _start_broadcast(out: torch.Tensor, work: torch.Tensor, root_rank: int, name
     def start(extras: Sequence[Any]) -> Handle[torch.Tensor]:
         return channel.transport.broadcast_(work, root, label)
 
-    return channel.submit(Request(label, text), lambda work: write(work, out), tensors=[work], start=start)
+    return channel.submit(Request(label, text), lambda work: write(work, out), tensors=[work], start=start, kind="broadcast")

@@ -51,4 +51,5 @@ class Together:
 def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Return when every rank of the process set has called it."""
     channel = runtime.channel(process_set)
-    channel.submit(Request(channel.automatic_name(), "barrier"), lambda nothing: None, start=lambda extras: Ready(None)).wait()
+    request = Request(channel.automatic_name(), "barrier")
+    channel.submit(request, lambda nothing: None, start=lambda extras: Ready(None), kind="barrier").wait()

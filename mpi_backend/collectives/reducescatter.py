@@ -162,4 +162,5 @@ def _start_reducescatter(
 
     options = OP_NAMES[op] + (f", scaled by {prescale!r} and {postscale!r}" if (prescale, postscale) != (1.0, 1.0) else "")
     text = f"reducescatter ({options}) of {', '.join(map(describe, works))}, named {label!r}"
-    return channel.submit(Request(label, text), finish, tensors=works, start=start)
+    kind = "reducescatter" if len(works) == 1 else "grouped_reducescatter"
+    return channel.submit(Request(label, text), finish, tensors=works, start=start, kind=kind)

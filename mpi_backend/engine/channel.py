@@ -57,9 +57,20 @@ class _Submission:
     tensors: Sequence[torch.Tensor]
     start: Callable[[Sequence[Any]], Handle[Any]] | None
     since: float
+    kind: str
     device: int | None = field(default_factory=current_device)  # of the caller's thread
     events: list[Any] = field(default_factory=list)  # of CUDA streams that may still be writing the tensors
 
+
+    @property
+    def row(self) -> str:
+        """Of the timeline, named as in Horovod's."""
+        return f"{self.kind}.{self.request.name}" if self.kind else self.request.name
+
+    @property
+    def operation(self) -> str:
+        """What Horovod's timeline calls it."""
+        return self.kind.removeprefix("grouped_").upper()
 
     def enter(self) -> None:
         """Be where the caller was: on its device, after what it had started there."""
@@ -73,11 +84,14 @@ class _InFlight:
     """Data on its way."""
 
     handles: list[Handle[Any]]
-    pendings: list[Pending[Any]]
+    submissions: list[_Submission]
     finish: Callable[[list[Any]], None]
-    label: str
-    kind: str
+    what: str
     since: float
+
+    @property
+    def pendings(self) -> list[Pending[Any]]:
+        return [submission.pending for submission in self.submissions]
 
 
 class Channel:
@@ -130,15 +144,16 @@ class Channel:
         *,
         tensors: Sequence[torch.Tensor] = (),
         start: Callable[[Sequence[Any]], Handle[Any]] | None = None,
+        kind: str = "",
     ) -> Pending[T]:
         """Hand over a collective, which runs when all ranks have.
 
         Either an all-reduce of `tensors` (contiguous; reduced in place; see `Reduce`), or whatever `start` starts when it is called with the extras
-        of all ranks; `tensors` are then those that it reads. `finish` makes the result of `wait` from what the handle gave. Raises ValueError
-        while `request.name` is in use.
+        of all ranks; `tensors` are then those that it reads. `finish` makes the result of `wait` from what the handle gave. `kind`: what
+        Horovod calls it, for the timeline. Raises ValueError while `request.name` is in use.
         """
         pending: Pending[T] = Pending(self._engine, finish)
-        submission = _Submission(request, pending, tensors, start, time.perf_counter())
+        submission = _Submission(request, pending, tensors, start, time.perf_counter(), kind)
         for t in tensors:
             if t.is_cuda:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -295,7 +310,7 @@ class Channel:
             elif isinstance(decision, Fail):
                 if self.rank in decision.ranks:
                     kind = MismatchError if decision.mismatch else HorovodInternalError
-                    self._take(decision.name, "FAILED").pending.fail(kind(decision.message))
+                    self._take(decision.name, failed=True).pending.fail(kind(decision.message))
                     self._taken.clear()
             elif isinstance(decision, Joined):
                 assert self._joining is not None
@@ -311,14 +326,15 @@ class Channel:
                 assert isinstance(decision, Left)
                 self._closed = True
 
-    def _take(self, name: str, outcome: str = "") -> _Submission:
+    def _take(self, name: str, failed: bool = False) -> _Submission:
         """The submission of this name, which is free again."""
         submission = self._held.pop(name)
         self._taken.append(submission.pending)
         with self._lock:
             self._names.discard(name)
         if (timeline := self._engine.timeline) is not None:
-            timeline.span(name, f"NEGOTIATE{'_' * bool(outcome)}{outcome}", submission.since, time.perf_counter())
+            what = "_".join(filter(None, ["NEGOTIATE", submission.operation]))
+            timeline.span(submission.row, what, submission.since, time.perf_counter(), **({"failed": True} if failed else {}))
         return submission
 
     def _run(self, run: Run) -> None:
@@ -334,7 +350,7 @@ class Channel:
         except TransportError as error:  # about what all ranks know: all raise it
             submission.pending.fail(HorovodInternalError(str(error)))
             return
-        self._launch([handle], [submission.pending], lambda values: submission.pending.settle(values[0]), name, submission.request.text)
+        self._launch([handle], [submission], lambda values: submission.pending.settle(values[0]), submission.request.text)
 
     def _reduce(self, run: Run) -> None:
         submissions = [self._take(name) if name in self._held else None for name in run.names]
@@ -368,13 +384,12 @@ class Channel:
                 if submission is not None:
                     submission.pending.settle(None)
 
-        pendings = [s.pending for s in submissions if s is not None]
-        self._launch(handles, pendings, finish, label, f"allreduce of {sum(w.numel() * w.element_size() for w in wholes)} bytes")
+        ours = [submission for submission in submissions if submission is not None]
+        together = f", of {len(run.names)} together" if len(run.names) > 1 else ""
+        self._launch(handles, ours, finish, f"allreduce of {sum(w.numel() * w.element_size() for w in wholes)} bytes{together}")
 
-    def _launch(
-        self, handles: list[Handle[Any]], pendings: list[Pending[Any]], finish: Callable[[list[Any]], None], label: str, kind: str
-    ) -> None:
-        self._flights.append(_InFlight(handles, pendings, finish, label, kind, time.perf_counter()))
+    def _launch(self, handles: list[Handle[Any]], submissions: list[_Submission], finish: Callable[[list[Any]], None], what: str) -> None:
+        self._flights.append(_InFlight(handles, submissions, finish, what, time.perf_counter()))
 
     def _complete(self) -> bool:
         landed = False
@@ -391,7 +406,9 @@ class Channel:
                     pending.fail(HorovodInternalError(str(error)))
             self._taken.clear()
             if (timeline := self._engine.timeline) is not None:
-                timeline.span(flight.label, flight.kind.split(" ")[0].upper(), flight.since, time.perf_counter(), what=flight.kind)
+                for submission in flight.submissions:
+                    if submission.operation:
+                        timeline.span(submission.row, submission.operation, flight.since, time.perf_counter(), what=flight.what)
         if self._closed and self._leaving is not None and not self._flights and not self._sends:
             leaving, self._leaving = self._leaving, None
             leaving.settle(None)

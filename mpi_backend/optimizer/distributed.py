@@ -93,6 +93,8 @@ def DistributedOptimizer(
     )
     number = resources.add_optimizer(distributed, transport)
     traced.number, traced.optimizer = number, weakref.ref(distributed)
+    if not hasattr(distributed, "_parameter_names"):  # of Horovod's optimizers; scripts read it
+        distributed._parameter_names = {p: name for name, p in distributed.compression.named}
     if background is not None:
         weakref.finalize(distributed, background.close)
         if process_set.included():

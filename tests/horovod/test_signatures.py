@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
@@ -12,18 +13,13 @@ from tests.ranks import require_horovod
 
 ABSENT = {
     "elastic": "elastic training is not part of MPI jobs, whose size is fixed",
-    "check_extension": "a helper of Horovod's build",
-    "compression": "a module of Horovod's; Compression is there",
-    "functions": "a module of Horovod's",
-    "mpi_ops": "a module of Horovod's",
-    "optimizer": "a module of Horovod's",
-    "sync_batch_norm": "a module of Horovod's",
     "mpi_lib_v2": "Horovod's extension",
 }
+MODULES = ("compression", "functions", "mpi_ops", "optimizer", "sync_batch_norm")
 
 
 def public(module: Any) -> list[str]:
-    return sorted(name for name in vars(module) if not name.startswith("_") and name not in ABSENT)
+    return sorted(name for name in vars(module) if not name.startswith("_") and name not in (*ABSENT, *MODULES))
 
 
 def parameters(function: Any) -> list[tuple[str, Any, Any]]:
@@ -61,6 +57,18 @@ def test_every_public_name_is_there() -> None:
     missing = [name for name in public(horovod()) if not hasattr(mpi_backend, name)]
     assert not missing
     assert not [name for name in public(horovod()) if name not in mpi_backend.__all__]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_that_scripts_import_from_are_there(module: str) -> None:
+    theirs, ours = getattr(horovod(), module), importlib.import_module(f"mpi_backend.{module}")
+    made_there = [
+        name
+        for name, value in vars(theirs).items()
+        if getattr(value, "__module__", "") == theirs.__name__ and not name.startswith("_") and not hasattr(value, "backward")  # steps of autograd
+    ]
+    assert made_there and not [name for name in made_there if not hasattr(ours, name)]
+    assert hasattr(mpi_backend, module)
 
 
 def test_arguments_are_the_same() -> None:

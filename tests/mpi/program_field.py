@@ -118,6 +118,10 @@ def train() -> Any:
 
 
 kept = train()
+names = kept._parameter_names
+verdict.expect([names[p] for p in kept.param_groups[0]["params"]] == ["weight", "bias"], f"Horovod's names of parameters: {names.values()}")
+hvd.check_extension("horovod.torch", "HOROVOD_WITH_PYTORCH", __file__, "mpi_lib_v2")
+verdict.raises(ImportError, lambda: hvd.check_extension("horovod.tensorflow", "X", __file__, "mpi_lib"), "TensorFlow's", "PyTorch only")
 everybody = tuple(range(size))
 for i in range(80):
     train()

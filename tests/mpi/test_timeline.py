@@ -37,9 +37,12 @@ def test_buckets_are_compressed_and_sent_while_backward_goes_on(tmp_path: Path) 
         assert all(s["begin"] < backward["end"] for s in compressed[:3]), "the last layers' buckets start during the backward pass"
         assert all(s["end"] < backward["end"] for s in sent[:2]), "and arrive during it"
         assert backward["dur"] > 600_000
-        names = {s["row"] for s in found if s["name"] == "NEGOTIATE"}
-        assert "a name" in names and "after the end" not in names
-        assert [s["args"]["what"] for s in found if s["row"] == "a name" and s["name"] == "ALLREDUCE"] == ["allreduce of 12 bytes"]
+        rows = {(s["row"], s["name"]) for s in found}  # as in Horovod's
+        for kind in ("allreduce", "allgather", "broadcast", "alltoall", "reducescatter", "grouped_allreduce"):
+            operation = kind.removeprefix("grouped_").upper()
+            assert {(f"{kind}.a name", f"NEGOTIATE_{operation}"), (f"{kind}.a name", operation)} <= rows, sorted(rows)
+        assert not any("after the end" in row for row, _ in rows)
+        assert [s["args"]["what"] for s in found if s["row"] == "allreduce.a name" and s["name"] == "ALLREDUCE"] == ["allreduce of 12 bytes"]
 
 
 def test_without_overlap_nothing_is_sent_before_backward_ends(tmp_path: Path) -> None:
