@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +23,10 @@ _comm: MPI.Comm | None = None
 _watchdog: Watchdog | None = None
 _previous_hook = sys.excepthook
 _exit_registered = False
+_keyval: int | None = None
+"""Of an attribute of COMM_SELF, which MPI takes away when it begins to finalise."""
+_told_of_finalize = False
+"""The attribute is there."""
 _starting = False
 """init() is under way, or has failed: other ranks may wait in it."""
 _ending = False
@@ -41,8 +46,14 @@ def starting() -> None:
 
 def running(comm: MPI.Comm, watchdog: Watchdog, shutdown: Callable[[], None]) -> None:
     """init() is done; `shutdown` is called at the end of the script."""
-    global _comm, _watchdog, _starting, _exit_registered
+    from mpi4py import MPI
+
+    global _comm, _watchdog, _starting, _exit_registered, _keyval, _told_of_finalize
     _comm, _watchdog, _starting = comm, watchdog, False
+    if _keyval is None:
+        _keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: value())
+    MPI.COMM_SELF.Set_attr(_keyval, partial(_finalizing, shutdown))
+    _told_of_finalize = True
     if not _exit_registered:
         atexit.register(_at_exit, shutdown)
         _exit_registered = True
@@ -50,8 +61,13 @@ def running(comm: MPI.Comm, watchdog: Watchdog, shutdown: Callable[[], None]) ->
 
 def stopped() -> None:
     """shutdown() begins: the exceptions of this process are its own matter again."""
-    global _comm, _watchdog
+    from mpi4py import MPI
+
+    global _comm, _watchdog, _told_of_finalize
     _comm = _watchdog = None
+    told, _told_of_finalize = _told_of_finalize, False
+    if told and _keyval is not None and not MPI.Is_finalized():
+        MPI.COMM_SELF.Delete_attr(_keyval)
     if sys.excepthook is _end_on_exception:
         sys.excepthook = _previous_hook
 
@@ -64,6 +80,18 @@ def is_forked() -> bool:
 def finalize_at_exit() -> None:
     """Finalise MPI when the process ends, if nobody has until then."""
     atexit.register(_finalize)
+
+
+def _finalizing(shutdown: Callable[[], None]) -> None:
+    """The script calls MPI.Finalize() itself, which would wait for the others, while they wait for this rank: they are told by a shutdown before."""
+    global _told_of_finalize
+    if not _told_of_finalize:  # it is `stopped` that takes the attribute away
+        return
+    _told_of_finalize = False
+    try:
+        shutdown()
+    except Exception as error:  # MPI cannot raise it
+        print(f"mpi_backend: shutdown() in MPI.Finalize() has failed: {error!r}", file=sys.stderr)
 
 
 def _end_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

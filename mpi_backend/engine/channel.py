@@ -22,7 +22,22 @@ from ..devices import current_device, use_device
 from ..errors import HorovodInternalError, MismatchError
 from ..transport import MPITransport
 from .arithmetic import finish_, scale_
-from .negotiation import Coordinator, Decision, Fail, Join, Joined, JoinFailed, Leave, Left, Message, Request, Run, StallCheck, Withdraw
+from .negotiation import (
+    Coordinator,
+    Decision,
+    Fail,
+    Join,
+    Joined,
+    JoinFailed,
+    Leave,
+    Left,
+    Message,
+    Request,
+    Run,
+    StallCheck,
+    Withdraw,
+    automatic_name,
+)
 from .pending import Pending, Progress
 from .timeline import Timeline
 
@@ -125,9 +140,9 @@ class Channel:
     # ---- for callers
 
     def automatic_name(self) -> str:
-        """A name for a collective that the user gave none. It does not say which kind it is: so a mix-up is noticed, not waited for."""
+        """A name for a collective that the user gave none."""
         with self._lock:
-            return f"noname.{self._joins}.{next(self._numbers)}"
+            return automatic_name(self._joins, next(self._numbers))
 
     def named(self, name: object, what: str) -> str:
         """`name`, or where the user gave none an automatic one. Raises ValueError, about `what`, for one that is no string."""

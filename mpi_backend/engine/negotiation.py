@@ -17,10 +17,12 @@ import torch
 from ..environment import seconds, switch
 
 __all__ = ["Coordinator", "Decision", "Fail", "Join", "Joined", "JoinFailed", "Leave", "Left", "Message", "Reduce", "Request", "Run", "StallCheck",
-           "Withdraw"]  # fmt: skip
+           "Withdraw", "automatic_name"]  # fmt: skip
 
 _SHOWN = 360
 """Characters of a request's text in an error message; of a longer one its beginning, and the place where it differs."""
+
+_UNNAMED = "noname."
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ class Request:
     extra: Any = None
     reduce: Reduce | None = None
     """Set for all-reduces, the only collectives that go on without ranks that have joined."""
+
+
+def automatic_name(joins: int, number: int) -> str:
+    """Of a collective that the user gave none: its number among those of its rank, since the last join. It does not say which kind it is: so a
+    mix-up is noticed, not waited for."""
+    return f"{_UNNAMED}{joins}.{number}"
+
+
+def _number(name: str) -> tuple[int, int] | None:
+    """Of a collective without a name, or one that it is made of (`….sz`)."""
+    joins, number, *_ = [*name.removeprefix(_UNNAMED).split("."), ""]
+    return (int(joins), int(number)) if name.startswith(_UNNAMED) and joins.isdecimal() and number.isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -156,6 +170,7 @@ class Coordinator:
         self._decided: list[Decision] = []
         self._joined: dict[int, None] = {}  # in the order of joining
         self._left: set[int] = set()
+        self._unnamed: dict[int, tuple[int, int]] = {}  # by rank: the last number of an unnamed collective
         self._stalled: dict[str, tuple[set[int], str]] = {}  # failed names → ranks that have yet to submit them, and will be told
 
     def receive(self, rank: int, messages: Iterable[Message], now: float) -> None:
@@ -194,6 +209,8 @@ class Coordinator:
         return decided
 
     def _submitted(self, rank: int, request: Request, now: float) -> None:
+        if (number := _number(request.name)) is not None:
+            self._unnamed[rank] = max(number, self._unnamed.get(rank, number))
         missing, why = self._stalled.get(request.name, (set(), ""))
         if rank in missing:
             missing.discard(rank)
@@ -260,14 +277,33 @@ class Coordinator:
             if self.stall.fail is not None and age >= self.stall.fail:
                 why = (
                     f"{text}: submitted by {self._list(entry.requests)}, but not by {self._list(missing)} within {self.stall.fail:g} seconds "
-                    "(HOROVOD_STALL_SHUTDOWN_TIME_SECONDS)."
+                    f"(HOROVOD_STALL_SHUTDOWN_TIME_SECONDS).{self._numbered_apart(name)}"
                 )
                 self._fail(name, why)
                 self._stalled[name] = set(missing), why
             elif self.stall.warn is not None and age - entry.warned >= self.stall.warn:
                 entry.warned = age
-                warnings.append(f"{text}: submitted by {self._list(entry.requests)} {age:.0f} seconds ago, still missing on {self._list(missing)}")
+                apart = self._numbered_apart(name)
+                warnings.append(
+                    f"{text}: submitted by {self._list(entry.requests)} {age:.0f} seconds ago, still missing on {self._list(missing)}"
+                    f"{'.' * bool(apart)}{apart}"
+                )
         return warnings
+
+    def _numbered_apart(self, name: str) -> str:
+        """Of a stalled collective without a name: how many of them each rank has submitted."""
+        number = _number(name)
+        if number is None:
+            return ""
+        counts: dict[int, list[int]] = {}
+        for rank in sorted(self._everyone):
+            joins, last = self._unnamed.get(rank, (number[0], -1))
+            counts.setdefault(last + 1 if joins == number[0] else 0, []).append(rank)
+        said = ", ".join(f"{count} on {self._list(ranks)}" for count, ranks in counts.items())
+        return (
+            f" Collectives without a name are matched by their number, and there have been {said}: a call that only some ranks make, or an error "
+            "that only some ranks catch, takes the numbers apart. Name them, or make the same calls on all ranks."
+        )
 
     # ---- words
 

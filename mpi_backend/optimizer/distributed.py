@@ -6,8 +6,8 @@ import math
 import numbers
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,10 @@ from hvd_ecsgd.transport import SelfTransport, Transport
 
 from .. import runtime
 from ..collectives import Adasum, Average, Sum
-from ..engine.negotiation import Reduce, Request
 from ..environment import switch
 from ..process_sets import ProcessSet, global_process_set
 from . import resources
+from .announce import announced
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
@@ -98,30 +98,16 @@ def DistributedOptimizer(
     if background is not None:
         weakref.finalize(distributed, background.close)
         if process_set.included():
-            background.waits = partial(_announced, weakref.ref(distributed), number, process_set)
+            background.waits = partial(_step_announced, weakref.ref(distributed), number, process_set)
     return distributed
 
 
-@contextmanager
-def _announced(optimizer: Callable[[], Any], number: int, process_set: ProcessSet) -> Iterator[Callable[[], None]]:
-    """Tell the other ranks that this one waits in the optimizer's step. Exchanges of optimizers are not negotiated; so those of a rank that does not
-    come are reported, and fail, as named tensors do (HOROVOD_STALL_CHECK_TIME_SECONDS, HOROVOD_STALL_SHUTDOWN_TIME_SECONDS)."""
-    channel, aggregator = runtime.channel(process_set), optimizer().compression.aggregator
+def _step_announced(optimizer: Callable[[], Any], number: int, process_set: ProcessSet) -> AbstractContextManager[Callable[[], None]]:
+    aggregator = optimizer().compression.aggregator
     names = [name for name, _ in aggregator.named]
     shown = ", ".join(f"'{name}'" for name in names[:3]) + (f", … ({len(names)} parameters)" if len(names) > 3 else "")
     name = f"step {aggregator.step} of DistributedOptimizer {number}"
-    # Nothing is reduced: those that have joined go through this step too.
-    request = Request(name, f"{name}, the gradients of {shown}", reduce=Reduce("sum", False, 1.0, 1.0, ()))
-    try:
-        said = channel.submit(request, lambda nothing: None)
-    except ValueError:  # it is being taken back still
-        yield lambda: None
-        return
-    try:
-        yield lambda: said.wait() if said.done() else None
-    finally:
-        if not said.done():
-            channel.withdraw(name)
+    return announced(name, f"{name}, the gradients of {shown}", process_set)
 
 
 @dataclass

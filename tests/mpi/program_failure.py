@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from mpi4py import MPI
 
 import mpi_backend as hvd
 from mpi_backend.engine import channel
@@ -86,6 +87,9 @@ if last:
     elif how == "exit":
         sys.exit(3)
     elif how == "early":
+        sys.exit()
+    elif how == "finalize":
+        MPI.Finalize()
         sys.exit()
     elif how == "caught":
 

@@ -44,6 +44,15 @@ verdict.raises(ValueError, lambda: hvd.init(process_sets=[hvd.ProcessSet([size])
 verdict.raises(ValueError, lambda: hvd.init([0]), "other processes", "initialised already, for other processes", "shutdown()")
 verdict.equal(hvd.allreduce(torch.ones(1), op=hvd.Sum), torch.tensor([float(size)]), "and all goes on")
 
+# ---- an object that cannot be pickled, on one rank: all are told, and go on
+for there in range(size):
+    odd = threading.Lock() if rank == there else "fine"
+    told = f"rank {there} cannot pickle its object of type lock"
+    verdict.raises(ValueError, lambda odd=odd: hvd.allgather_object(odd), "allgather_object of a lock", told, "cannot pickle '_thread.lock' object")
+    told = f"rank {there}, the root, cannot pickle its object of type lock"
+    verdict.raises(ValueError, lambda odd=odd, r=there: hvd.broadcast_object(odd, r), "broadcast_object of a lock", told)
+    verdict.expect(hvd.allgather_object(rank) == list(range(size)) and hvd.broadcast_object(odd, (there + 1) % size) == "fine", "and all goes on")
+
 # ---- a default device or type of the script's own is its own matter
 optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3) * rank)])
 optimizer.param_groups[0]["params"][0].grad = torch.ones(3)

@@ -23,6 +23,7 @@ from mpi_backend.engine.negotiation import (
     Run,
     StallCheck,
     Withdraw,
+    automatic_name,
 )
 
 NEVER = StallCheck(None, None)
@@ -202,3 +203,20 @@ def test_a_request_that_is_withdrawn_is_waited_for_no_more() -> None:
     coordinator.receive(0, [Withdraw("a")], 1.7)
     assert ran(coordinator.take()) == ["a"]
     assert not coordinator.check_stalls(1.8)
+
+
+def test_a_stalled_collective_without_a_name_says_how_many_each_rank_has_submitted() -> None:
+    """Rank 1 caught an error that rank 0 did not have, so that its next call has another number. The control: names have no number."""
+    coordinator = Coordinator([0, 1], 0, StallCheck(1.0, 5.0))
+    for number in (0, 1):
+        for rank in (0, 1):
+            coordinator.receive(rank, [gather(automatic_name(0, number))], 0.0)
+    coordinator.receive(0, [gather(automatic_name(0, 2)), gather("named")], 0.0)
+    coordinator.receive(1, [gather(f"{automatic_name(0, 3)}.sz")], 0.0)  # the first part of an object's
+    waiting, named, ahead = coordinator.check_stalls(2.0)
+    for text in (waiting, ahead):
+        assert "there have been 3 on rank 0, 4 on rank 1: a call that only some ranks make, or an error" in text
+    assert "number" not in named and "missing on rank 1" in named
+    coordinator.check_stalls(6.0)
+    failed = [d.message for d in coordinator.take() if isinstance(d, Fail)]
+    assert ["3 on rank 0, 4 on rank 1" in message for message in failed] == [True, False, True]
