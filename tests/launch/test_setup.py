@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def copy(tmp_path: Path) -> Path:
     for package in ("hvd_ecsgd/kernels", "mpi_backend"):
         (root / package).mkdir(parents=True)
         (root / package / "__init__.py").touch()
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "hvd_ecsgd/version.py", "hvd_ecsgd/py.typed", "mpi_backend/py.typed"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "hvd_ecsgd/version.py", "hvd_ecsgd/py.typed", "mpi_backend/py.typed"):
         shutil.copy(REPO / name, root / name)
     (root / "hvd_ecsgd" / "__init__.py").touch()
     return root
@@ -91,11 +92,18 @@ def test_when_compiling_fails_the_build_goes_on_and_says_so_and_keeps_no_older_l
     assert not (built / LIBRARY).exists()
 
 
-def test_metadata() -> None:
-    """What the package promises to installers; the version is read without importing anything."""
-    code = "import sys; sys.argv = ['setup.py', '--name', '--version', '--license']; exec(open('setup.py').read()); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", f"__file__ = 'setup.py'; {code}"], cwd=REPO, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    name, version, licence = done.stdout.split()[-3:]
-    assert (name, licence) == ("hvd-ecsgd", "Apache-2.0")
-    assert f'__version__ = "{version}"' in (REPO / "hvd_ecsgd/version.py").read_text()
+def test_metadata(copy: Path) -> None:
+    """What the package promises to installers, read without importing anything of it; launch/common.sh reads the extras with `MPI=system`."""
+    code = "import sys; from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel('made'); assert 'torch' not in sys.modules"
+    (copy / "made").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = PathDistribution(next(copy.glob("made/*.dist-info")))
+    assert (found.metadata["Name"], found.metadata["License-Expression"]) == ("hvd-ecsgd", "Apache-2.0")
+    assert f'__version__ = "{found.version}"' in (REPO / "hvd_ecsgd/version.py").read_text()
+    assert found.metadata.get_payload() == (REPO / "README.md").read_text(encoding="utf-8")
+    assert [(e.group, e.name, e.value) for e in found.entry_points] == [("console_scripts", "hvd-ecsgd", "hvd_ecsgd.cli:main")]
+    assert set(found.metadata.get_all("Provides-Extra")) == {"horovod", "mpi", "checkpoint", "examples", "dev"}
+    requirements = found.requires or []
+    assert [r for r in requirements if "extra" not in r] == ["torch>=2.2", "numpy"]
+    assert not [r for r in requirements if "hvd-ecsgd" in r], "an extra that names another one would bring in the MPI that MPI=system leaves out"
