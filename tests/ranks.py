@@ -40,7 +40,7 @@ def mpirun(
 ) -> str:
     """Run `program` on n ranks under Open MPI. `expect_failure`: a non-zero exit status is what should come (and the limit still fails the test).
 
-    An uncaught exception ends the job at once (see rank_main.py); `bare` starts the program by Python alone, for tests of what happens then.
+    An uncaught exception ends the job at once (see rank_main.py); `bare` leaves it to Python, for tests of what happens then.
     """
     require_mpirun()
     return run_job(["mpirun", "-n", str(n)], program, args, timeout=timeout, env=env, expect_failure=expect_failure, bare=bare)
@@ -49,9 +49,9 @@ def mpirun(
 def horovodrun(
     n: int, program: str | Path, *args: str, timeout: float = 120, env: dict[str, str] | None = None, expect_failure: bool = False, bare: bool = False
 ) -> str:
-    """As `mpirun`, under `horovodrun --gloo`. Its prefixes ("[1]<stdout>:") are taken off the lines."""
+    """As `mpirun`, under `horovodrun --gloo` (see horovod_main.py). Its prefixes ("[1]<stdout>:") are taken off the lines."""
     require_horovod()
-    launcher = ["horovodrun", "--gloo", "--start-timeout", str(max(1, int(timeout))), "-np", str(n)]
+    launcher = [sys.executable, str(REPO / "tests" / "horovod_main.py"), "--gloo", "--start-timeout", str(max(1, int(timeout))), "-np", str(n)]
     output = run_job(launcher, program, args, timeout=timeout, env=env, expect_failure=expect_failure, bare=bare)
     return re.sub(r"^\[\d+\]<std(?:out|err)>:", "", output, flags=re.MULTILINE)
 
@@ -84,6 +84,7 @@ def rank_environment(env: dict[str, str] | None = None) -> dict[str, str]:
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "PRTE_MCA_hwloc_default_binding_policy": "none",
         "OMPI_MCA_hwloc_base_binding_policy": "none",
+        "OMPI_MCA_btl": "^ofi",  # looking for such a network takes Open MPI 5 a second, and is for one-sided communication, which nobody uses here
         "OMP_NUM_THREADS": "1",
         "TMPDIR": "/tmp",
     }
@@ -113,7 +114,7 @@ def run_job(
     mark = uuid.uuid4().hex
     variables = rank_environment(env) | {MARK: mark, "HVD_ECSGD_JOB_DUMP_AT": str(time.time() + max(timeout - 1.0, 0.5 * timeout))}
     with _as_file(program) as file, tempfile.TemporaryFile() as output:
-        prelude = [] if bare else [str(REPO / "tests" / "rank_main.py")]
+        prelude = [str(REPO / "tests" / "rank_main.py"), *(["--bare"] if bare else [])]
         command = [*launcher, sys.executable, *prelude, str(file), *args]
         # The launcher writes into a file: of a pipe, the end would only come when the last descendant has closed it.
         start, limit_reached, left = time.monotonic(), False, []
