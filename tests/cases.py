@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from hvd_ecsgd.compressors import (
 from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, CompSkip, Every, NormBased, PowerSGD, SkipAllReduce, TwoPass
 from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, MemSGD, Product
 
-__all__ = ["CASES", "COMPRESSORS", "SWITCHES", "Case", "CompressorCase", "by_name", "bound_method", "compressor_cases", "ids"]
+__all__ = ["CASES", "COMPRESSORS", "COVERING", "SWITCHES", "Case", "CompressorCase"]
+__all__ += ["bound_method", "by_name", "compressor_cases", "covering", "ids", "traits"]
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,36 @@ def by_name(name: str) -> Case:
     return next(c for c in CASES if c.name == name)
 
 
+def traits(case: Case) -> set[tuple[Any, ...]]:
+    """What a backend could treat in a way of its own: the pair of feedback and exchange, each part with its settings (but numbers that only say how
+    much), and what is promised."""
+    method = bound_method(case)
+    found: set[tuple[Any, ...]] = {
+        ("preset", case.name.split("-")[0]),
+        ("feedback × exchange", type(method.feedback), type(method.exchange)),
+        ("compressor", type(method.compressor)),
+        ("exact, momentum, central", case.exact, bool(case.momentum), case.central),
+    }
+    for part in (method, method.feedback, method.exchange):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if type(value).__module__.startswith("hvd_ecsgd"):
+                found.add((type(part), field.name, type(value)))
+            elif value != field.default and not isinstance(value, float):
+                found.add((type(part), field.name, "set"))
+    return found
+
+
+def covering(cases: Iterable[Case]) -> tuple[Case, ...]:
+    """Some of them that together have all their traits, and none of which can be left out; of those that would do, the ones further up."""
+    kept = list(cases)
+    for case in reversed(tuple(kept)):
+        others = [c for c in kept if c is not case]
+        if traits(case) <= set().union(*map(traits, others)):
+            kept = others
+    return tuple(kept)
+
+
 def ids(case: Any) -> str:
     """For `pytest.mark.parametrize(..., ids=ids)`."""
     return str(case)
@@ -286,3 +317,6 @@ def compressor_cases(cases: Iterable[Case]) -> tuple[CompressorCase, ...]:
 
 
 COMPRESSORS = compressor_cases(CASES)
+
+COVERING = covering(CASES)
+"""What slow tests on real ranks take; --full takes all. In one process, and on two ranks of MPI, every method runs always."""

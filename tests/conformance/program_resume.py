@@ -2,7 +2,7 @@
 
     program_resume.py BACKEND save FOLDER           trains 7 steps and saves after 4, every method
     program_resume.py BACKEND load FOLDER SIZE…     loads what so many ranks saved; of as many ranks it trains on and compares with the 7 steps
-    program_resume.py BACKEND save-some|load-some … the same with a few methods
+    program_resume.py BACKEND save-covering … the same with the methods that stand for all; save-some, load-some: with four
 
 Each rank writes what it found to FOLDER, as JSON: {method: result}.
 """
@@ -22,7 +22,7 @@ import torch
 
 from hvd_ecsgd import load_checkpoint, save_checkpoint
 from hvd_ecsgd.checkpoint.resize import shares
-from tests.cases import CASES, Case
+from tests.cases import CASES, COVERING, Case
 from tests.problems import mlp, slot, train, weights
 
 FIRST, LAST = 4, 7
@@ -121,8 +121,8 @@ def main() -> None:
     hvd.init()
     warnings.simplefilter("ignore")
     rank, size = hvd.rank(), hvd.size()
-    task, _, some = task.partition("-")
-    cases = [c for c in CASES if not some or c.name in SOME]
+    task, _, which = task.partition("-")
+    cases = [c for c in CASES if not which or c.name in SOME or (which == "covering" and c in COVERING)]
     for saved_size in [int(s) for s in sizes] or [size]:
         folder = Path(root) / f"{backend}-{saved_size}"
         results: dict[str, Any] = {}

@@ -7,22 +7,23 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.cases import CASES
+from tests.cases import CASES, COVERING
 from tests.ranks import horovodrun, mpirun
 
 FOLDER = "tests/horovod"
 YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1"}  # three ranks on two cores: let the others work while waiting
 
 
-def passed(launch: Callable[..., str], n: int, program: str) -> list[str]:
+def passed(launch: Callable[..., str], n: int, program: str, *names: str) -> list[str]:
     """Names of the checks that passed; a failed one makes the program's status non-zero."""
-    return re.findall(r"^passed (\S+)$", launch(n, f"{FOLDER}/{program}", timeout=280, env=YIELD), re.MULTILINE)
+    return re.findall(r"^passed (\S+)$", launch(n, f"{FOLDER}/{program}", *names, timeout=280, env=YIELD), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("launch", "n"), [(horovodrun, 2), (mpirun, 3)], ids=["horovodrun-2", "mpirun-3"])
-def test_every_method_is_its_simulation(launch: Callable[..., str], n: int) -> None:
-    """Same bits on all ranks; the simulation's bits on two ranks (half precision: to rounding), to rounding on three."""
-    assert passed(launch, n, "program_methods.py") == [*(c.name for c in CASES), "controls"]
+def test_every_method_is_its_simulation(launch: Callable[..., str], n: int, pytestconfig: pytest.Config) -> None:
+    """Same bits on all ranks; the simulation's bits on two ranks (half precision: to rounding), to rounding on three. All methods with --full."""
+    names = [c.name for c in (CASES if pytestconfig.getoption("--full") else COVERING)]
+    assert passed(launch, n, "program_methods.py", *names) == [*names, "controls"]
 
 
 def test_what_users_do() -> None:

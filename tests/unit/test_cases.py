@@ -1,0 +1,28 @@
+"""The rows of the table of methods that stand for all of them where tests are slow."""
+
+from __future__ import annotations
+
+import pytest
+
+from hvd_ecsgd import Compression
+from tests.cases import CASES, COVERING, Case, covering, ids, traits
+
+EVERYTHING = set().union(*map(traits, CASES))
+
+
+def test_the_covering_rows_have_every_trait_of_every_method() -> None:
+    assert set().union(*map(traits, COVERING)) == EVERYTHING
+    assert [c for c in CASES if c in COVERING] == list(COVERING)
+    assert len(COVERING) < 0.7 * len(CASES)
+
+
+@pytest.mark.parametrize("case", COVERING, ids=ids)
+def test_none_of_them_can_be_left_out(case: Case) -> None:
+    assert set().union(*(traits(c) for c in COVERING if c is not case)) < EVERYTHING
+
+
+def test_a_new_kind_of_method_joins_them() -> None:
+    """Control: and another number in a kind that is there does not."""
+    new, more = Case("new", lambda: Compression.top_k(10)), Case("top_k-another", lambda: Compression.top_k(11))
+    assert covering([*CASES, new]) == (*COVERING, new)
+    assert covering([*CASES, more]) == COVERING
