@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 
@@ -28,6 +28,11 @@ __all__ = ["BoundCompression", "Named", "check_plain_sgd"]
 Named = torch.nn.Module | Iterable[tuple[str, torch.nn.Parameter]]
 
 _ATTACH = "call compression.attach(optimizer), with what hvd.DistributedOptimizer returned, before the first backward pass."
+
+_NO_COPY = (
+    "a bound compression cannot be {}: it belongs to the parameters of one model. Keep its state_dict(), bind the method anew to the other model "
+    "(Compression.….bind(model)), and load_state_dict() there; what is not bound can be copied and pickled."
+)
 
 
 class Unbound(Protocol):
@@ -72,6 +77,15 @@ class BoundCompression:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.method}, {len(self.named)} parameters>"
+
+    def __copy__(self) -> NoReturn:
+        raise CompressionError(_NO_COPY.format("copied"))
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise CompressionError(_NO_COPY.format("copied"))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise CompressionError(_NO_COPY.format("pickled"))
 
     # -- Horovod's protocol ------------------------------------------------------------------------------------------------------
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,12 +17,19 @@ from .driver import OptimizerDriver
 from .executor import Executor, Inline, Observer, never
 from .hooks import check_passes
 from .join import join
+from .own_class import OwnClass, copy_attributes
 
 __all__ = ["DistributedOptimizer", "driver_of"]
 
 BUCKET_BYTES = 25 * 2**20
 _DRIVER = "_hvd_ecsgd_driver"
 """The one attribute that a wrapped optimizer carries beside its own."""
+_PUBLIC = ("synchronize", "skip_synchronize", "set_backward_passes_per_step", "join")
+"""Horovod's names, which are ours also where the optimizer's own class has them."""
+_NO_COPY = (
+    "a distributed optimizer cannot be {}: its hooks, buckets and residuals belong to one model and one group of workers. Take its state_dict(), and "
+    "compression.state_dict(); or make the optimizer anew, in the process that trains."
+)
 
 
 def DistributedOptimizer(
@@ -50,8 +57,9 @@ def DistributedOptimizer(
     `overlap=False`: nothing starts before `step()`. `executor`: what compresses and communicates; by default the gradient hooks do, and the
     backward pass waits while they compress. All ranks must choose alike. `observer` is told what happens when, for a trace.
 
-    Attributes beside the optimizer's: `compression` (the bound object), `synchronize()`, `skip_synchronize()`, `join()`,
-    `set_backward_passes_per_step()`.
+    Attributes beside the optimizer's: `synchronize()`, `skip_synchronize()`, `join()`, `set_backward_passes_per_step()`, as Horovod's, which hide
+    what the optimizer's own class has under these names (a warning says so); and `compression` (the bound object), unless that has one. All
+    other methods and attributes are the class's own, as they are without this.
     Raises `CompressionError` for parameters without a name, duplicate names, or a method that cannot work with this optimizer;
     at the first step `DisagreementError`, on every rank, when ranks hold different settings or parameters.
     """
@@ -61,16 +69,24 @@ def DistributedOptimizer(
     if isinstance(optimizer, _Distributed):
         raise CompressionError("DistributedOptimizer(): the optimizer is distributed already.")
     check_passes(backward_passes_per_step)
-    _check_closure(optimizer)
+    own = type(optimizer)
+    own_class = OwnClass(own)
+    own_class.check_evaluates_once()
+    if hidden := [name for name in _PUBLIC if hasattr(own, name)]:
+        warnings.warn(
+            f"DistributedOptimizer(): {own.__name__} has {', '.join(hidden)} of its own, which cannot be reached through the distributed optimizer: "
+            "these names are those of Horovod's.",
+            UserWarning,
+            stacklevel=2,
+        )
     bound, trained, names = _matched(optimizer, named_parameters, compression)
-    own = optimizer.__class__
-    cls: Any = type(own.__name__, (_Distributed, own), {"__module__": own.__module__})
+    cls: Any = type(own.__name__, (_Distributed, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
     wrapped: _Distributed = object.__new__(cls)
-    # A scheduler made before wrapping has put a `step` of its own on the instance; it would bypass ours.
-    wrapped.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
+    copy_attributes(optimizer, wrapped)
     wrapped.__dict__[_DRIVER] = OptimizerDriver(
         wrapped,
         optimizer,
+        own_class,
         bound,
         trained,
         names,
@@ -91,6 +107,14 @@ def driver_of(optimizer: Any) -> OptimizerDriver:
     return driver
 
 
+def _update(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    return driver_of(optimizer).update(args, kwargs)
+
+
+_hooked_update = torch.optim.Optimizer.profile_hook_step(_update)
+"""The same within step hooks and the profiler's range, as torch has them around every optimizer's `step`."""
+
+
 class _Distributed(torch.optim.Optimizer):
     """Mixin in front of the optimizer's own class: what a script calls, and nothing else, so that the names of that class are its own."""
 
@@ -106,20 +130,27 @@ class _Distributed(torch.optim.Optimizer):
             return above(name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise CompressionError("a distributed optimizer cannot be copied: its hooks and residuals belong to one model. Copy its state_dict().")
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise CompressionError(_NO_COPY.format("copied"))
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def __copy__(self) -> NoReturn:
+        raise CompressionError(_NO_COPY.format("copied"))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise CompressionError(_NO_COPY.format("pickled"))
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Exchange (unless skipped) and update. A step in which any rank held an inf or NaN is undone on all and not applied.
 
-        `closure` is evaluated once, before the exchange; its value is returned.
+        Takes the arguments of the optimizer's own `step`, and returns what that returns. A closure is evaluated once, before the exchange.
+        Step hooks run once in every call, also of a step that is undone: after the exchange, so they see (and may clip) the mean, but around
+        a closure.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        driver_of(self).update(super().step)
-        return loss
+        driver = driver_of(self)
+        driver.before_step(args, kwargs)
+        return (_hooked_update if driver.own_class.hooked else _update)(self, *args, **kwargs)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch would put step hooks around this one too
 
     def synchronize(self) -> None:
         """Finish the exchange. Methods that leave the update to the optimizer then hold the mean in `p.grad`; all do NaN when the step was undone.
@@ -152,33 +183,30 @@ class _Distributed(torch.optim.Optimizer):
         """
         return join(driver_of(self), give_up)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the optimizer's. Raises `SequenceError` between a backward pass, of several the first, and `step()`."""
-        driver_of(self).check_zero_grad()
-        super().zero_grad(set_to_none)
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As the optimizer's; `set_to_none` is ignored where that does not take it.
 
-    def load_state_dict(self, state_dict: Any) -> None:
+        Raises `SequenceError` between a backward pass, of several the first, and `step()`.
+        """
+        driver = driver_of(self)
+        driver.check_zero_grad()
+        args, kwargs = driver.own_class.zero_grad_arguments(self, args, kwargs)
+        super().zero_grad(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """As the optimizer's; the optimizer that was wrapped, and schedulers made for it, stay in step. Between steps only."""
         driver = driver_of(self)
         driver.step.aggregator.check_between_steps("the optimizer's state was loaded")
-        super().load_state_dict(state_dict)
-        driver.inner.param_groups, driver.inner.state = self.param_groups, self.state
+        super().load_state_dict(*args, **kwargs)
+        for name in ("param_groups", "state"):  # where they are properties both optimizers have the same
+            if name in self.__dict__:
+                driver.inner.__dict__[name] = self.__dict__[name]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not after wrapping: buckets are fixed. Raises `CompressionError`."""
         raise CompressionError(
             "add_param_group(): parameters cannot be added to a distributed optimizer. Give it all of them before wrapping, and freeze those "
             "that are not needed yet; or bind and wrap again, and load the old compression's state_dict() into the new one."
-        )
-
-
-def _check_closure(optimizer: torch.optim.Optimizer) -> None:
-    """Raise `CompressionError` for an optimizer that evaluates its closure several times in a step."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise CompressionError(
-            f"{type(optimizer).__name__} evaluates its closure several times in a step, and gradients are exchanged once. Use an optimizer that "
-            "takes one gradient a step (SGD, Adam, …)."
         )
 
 

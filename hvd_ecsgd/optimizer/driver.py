@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from .guard import Guard
 from .hooks import GradientHooks
 from .hyper_parameters import HyperParameters
 from .join import Note, raise_if_joined
+from .own_class import Evaluated, OwnClass
 from .scaler import ScalerLink
 from .step import Outcome, Phase, StepExchange
 
@@ -40,6 +41,7 @@ class OptimizerDriver:
         self,
         optimizer: torch.optim.Optimizer,
         inner: torch.optim.Optimizer,
+        own_class: OwnClass,
         compression: BoundCompression,
         trained: list[tuple[str, torch.nn.Parameter]],
         names: dict[int, str],
@@ -52,7 +54,7 @@ class OptimizerDriver:
         executor: Executor,
         observer: Observer | None,
     ) -> None:
-        self.optimizer, self.inner, self.compression, self.names = optimizer, inner, compression, names
+        self.optimizer, self.inner, self.own_class, self.compression, self.names = optimizer, inner, own_class, compression, names
         self.hyper_parameters = HyperParameters(optimizer)
         self.scaler = ScalerLink(optimizer, compression)
         self._sum, self._overlap = sum_gradients, overlap
@@ -250,10 +252,15 @@ class OptimizerDriver:
         finally:
             self._should_synchronize = True
 
-    def update(self, own_step: Callable[[], Any]) -> None:
-        """The rest of `step()`: exchange, unless that is skipped, and apply. `own_step`: of the optimizer that was wrapped."""
-        scale: torch.Tensor | None = getattr(self.optimizer, "grad_scale", None)  # set by GradScaler.step unless gradients are unscaled already
-        found: torch.Tensor | None = getattr(self.optimizer, "found_inf", None)
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What belongs before the optimizer's step hooks: the exchange, as if it were part of the backward pass. With a closure that is later."""
+        self.own_class.check_step(self.optimizer, args, kwargs)
+        if self.own_class.closure(args, kwargs) is None:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Exchange, unless that is skipped, and unscale what a GradScaler has scaled."""
+        scale, found = self._amp()
         if self._should_synchronize:
             if found is not None and scale is None:
                 raise CompressionError(
@@ -263,24 +270,48 @@ class OptimizerDriver:
             self.synchronize()
         elif self.step.phase is not Phase.EXCHANGED:
             raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
-        outcome, reductions = self.step.outcome, self.step.reductions
-        self.step.forget()
         if found is not None:
             self.scaler.meet(scale)
-        if scale is not None and outcome is Outcome.UNDONE:
+        if scale is not None and self.step.outcome is Outcome.UNDONE:
             self.scaler.tell_of_overflow()
         elif scale is not None and not self.applies_update:
             self.multiply_gradients(1 / float(scale))
-        if outcome is Outcome.UNDONE or (found is not None and bool(found)):
-            return
-        self._check_optimizer()
-        if self.applies_update:
-            self.step.aggregator.apply_updates(reductions)
-        elif outcome is Outcome.STANDS:
-            if found is not None:  # an optimizer that unscales by itself (fused) must not do it again
-                self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
-            own_step()
-        self.inner._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made for it looks at before it warns
+
+    def _amp(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """GradScaler's scale, unless gradients are unscaled already, and what it found; both are there during `GradScaler.step` only."""
+        return getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
+
+    def update(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The rest of `step()`: apply what was exchanged. Returns what the optimizer's own `step` would."""
+        value, closure = None, self.own_class.closure(args, kwargs)
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+            self._exchange()
+            args, kwargs = self.own_class.with_closure(args, kwargs, Evaluated(value, self.parameters, type(self.inner).__name__))
+        outcome, (_, found) = self.step.outcome, self._amp()
+        self._tell_schedulers()
+        try:
+            if outcome is Outcome.UNDONE or (found is not None and bool(found)):
+                return value
+            self._check_optimizer()
+            if self.applies_update:
+                self.step.aggregator.apply_updates(self.step.reductions)
+            elif outcome is Outcome.STANDS:
+                if found is not None:  # an optimizer that unscales by itself (fused) must not do it again
+                    self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
+                return self.own_class.step()(self.optimizer, *args, **kwargs)
+            return value
+        finally:
+            self.step.forget()
+
+    def _tell_schedulers(self) -> None:
+        """Schedulers made for the optimizer that was wrapped have counted on being told of its steps; they warn of what comes before the first."""
+        held = self.inner.__dict__
+        if hasattr(held.get("step"), "_wrapped_by_lr_sched"):
+            held["_opt_called"] = True
+        if hasattr(held.get("step"), "_with_counter"):  # torch before 2.4
+            held["_step_count"] += 1
 
     def multiply_gradients(self, factor: float) -> None:
         torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None] or [torch.empty(0)], factor)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .own_class import inner_optimizers
+
 __all__ = ["HyperParameters"]
 
 
@@ -16,7 +18,9 @@ class HyperParameters:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._places = [(g, key) for g, group in enumerate(optimizer.param_groups) for key in sorted(optimizer.defaults) if _numbers(group.get(key))]
+        # An optimizer that holds another one (Lookahead, say) need not have defaults of its own.
+        defaults = {key for o in (optimizer, *inner_optimizers(optimizer)) for key in getattr(o, "defaults", {})}
+        self._places = [(g, key) for g, group in enumerate(optimizer.param_groups) for key in sorted(defaults) if _numbers(group.get(key))]
 
     @property
     def names(self) -> list[str]:

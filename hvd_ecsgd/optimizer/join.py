@@ -13,6 +13,7 @@ import torch
 from ..errors import CheckpointError, CompressionError
 from ..trees import decode, encode
 from .executor import never, wait_patiently
+from .own_class import inner_optimizers
 from .step import Outcome
 
 if TYPE_CHECKING:
@@ -122,30 +123,34 @@ def receive_state(driver: OptimizerDriver, root: int) -> None:
     mine, params = transport.rank == root, {driver.names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     with aggregator.at("averaged"), torch.no_grad():
         _broadcast(driver, [*driver.parameters, *aggregator.shared_state()], root)
-    names = [name for name, p in params.items() if p in optimizer.state]
+    states = list({id(o.state): o.state for o in (optimizer, *inner_optimizers(optimizer))}.values())  # some share theirs
+    kept = [(which, name) for which, state in enumerate(states) for name, p in params.items() if p in state]
     held: dict[str, torch.Tensor] = {}
     said: Any = None
     if mine:
         try:
-            tree = encode({str(i): dict(optimizer.state[params[name]]) for i, name in enumerate(names)}, "", held)
+            tree = encode({str(i): dict(states[which][params[name]]) for i, (which, name) in enumerate(kept)}, "", held)
             layout = [(where, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type == "cpu") for where, t in held.items()]
-            said = [names, tree, layout]
+            said = [kept, tree, layout]
         except CheckpointError as error:
             said = str(error)
     packed = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
     said = json.loads(transport.allgather(packed, "join.state").wait()[root].numpy().tobytes())
     if isinstance(said, str):
         raise CompressionError(f"join(): the optimizer's state cannot be given to the workers that joined earlier; {said}")
-    names, tree, layout = said
+    kept, tree, layout = said
     if not mine:
         for where, dtype, shape, on_cpu in layout:
-            device = torch.device("cpu") if on_cpu else params[names[int(where.split("/")[0])]].device
+            device = torch.device("cpu") if on_cpu else params[kept[int(where.split("/")[0])][1]].device
             held[where] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
     _broadcast(driver, list(held.values()), root)
     if not mine:
-        for p in params.values():
-            optimizer.state.pop(p, None)
-        optimizer.state.update({params[names[int(i)]]: state for i, state in decode(tree, held.__getitem__).items()})
+        for state in states:
+            for p in params.values():
+                state.pop(p, None)
+        for i, value in decode(tree, held.__getitem__).items():
+            which, name = kept[int(i)]
+            states[which][params[name]] = value
 
 
 def _broadcast(driver: OptimizerDriver, tensors: Sequence[torch.Tensor], root: int) -> None:

@@ -1,0 +1,135 @@
+"""What the class of a user's optimizer makes of `step`, `zero_grad` and its instances, however it defines them."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import CompressionError
+
+__all__ = ["Evaluated", "OwnClass", "copy_attributes", "inner_optimizers"]
+
+Arguments = tuple[Any, ...]
+
+_HOOKED = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__
+"""Of the functions that torch puts around the `step` of every class of optimizers, to run step hooks and to name it in profiles."""
+
+_OURS = ("step", "_step_supports_amp_scaling")
+"""What an instance may hold and a wrapped one must not: a scheduler's `step`, which would bypass ours, and an answer to GradScaler that is ours."""
+
+
+class OwnClass:
+    """The class of an optimizer before it was wrapped."""
+
+    def __init__(self, cls: type[torch.optim.Optimizer]) -> None:
+        self._cls = cls
+        self._step, self._zero_grad = _signature(self._found()), _signature(cls.zero_grad)
+        names = [] if self._step is None else list(self._step.parameters)[1:]
+        self._place = names.index("closure") if "closure" in names else 0
+
+    def _found(self) -> Any:
+        return self._cls.step
+
+    @property
+    def hooked(self) -> bool:
+        """Whether torch runs step hooks around its `step`. Not where a class leaves out `Optimizer.__init__`, as some that hold another one do."""
+        return getattr(self._found(), "__code__", None) is _HOOKED
+
+    def step(self) -> Callable[..., Any]:
+        """Its `step`, which takes the instance first, without the hooks."""
+        found = self._found()
+        return found.__wrapped__ if self.hooked else found  # type: ignore[no-any-return]
+
+    def check_step(self, optimizer: Any, args: Arguments, kwargs: Mapping[str, Any]) -> None:
+        """Raise TypeError where its `step` would, for arguments that it does not take."""
+        if self._step is not None and (args or kwargs):
+            self._step.bind(optimizer, *args, **kwargs)
+
+    def closure(self, args: Arguments, kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
+        """The one among the arguments of `step`; None if there is none."""
+        found = kwargs["closure"] if "closure" in kwargs else args[self._place] if len(args) > self._place else None
+        return found if callable(found) else None
+
+    def with_closure(self, args: Arguments, kwargs: dict[str, Any], closure: Callable[[], Any]) -> tuple[Arguments, dict[str, Any]]:
+        """The arguments with another closure."""
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure}
+        return (*args[: self._place], closure, *args[self._place + 1 :]), kwargs
+
+    def zero_grad_arguments(self, optimizer: Any, args: Arguments, kwargs: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
+        """Those of `zero_grad` that it takes: `set_to_none` is left out for classes that do not know it."""
+        if self._zero_grad is None or not (args or kwargs):
+            return args, kwargs
+        try:
+            self._zero_grad.bind(optimizer, *args, **kwargs)
+        except TypeError:
+            args = () if len(args) == 1 and isinstance(args[0], bool) else args
+            kwargs = {name: value for name, value in kwargs.items() if name != "set_to_none"}
+        return args, kwargs
+
+    def check_evaluates_once(self) -> None:
+        """Raise `CompressionError` for a class that cannot step without a closure, as it evaluates that several times in a step."""
+        closure = None if self._step is None else self._step.parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise CompressionError(
+                f"{self._cls.__name__} evaluates its closure several times in a step, and gradients are exchanged once. Use an optimizer that "
+                "takes one gradient a step (SGD, Adam, …)."
+            )
+
+
+class Evaluated:
+    """Stands in for a closure that was evaluated already, before its gradients were exchanged.
+
+    Raises `CompressionError` when the optimizer, of that `name`, wants gradients that there are not: at another point, or a second time.
+    """
+
+    def __init__(self, value: Any, parameters: Iterable[torch.Tensor], name: str) -> None:
+        self._value, self._parameters, self._name = value, list(parameters), name
+        self._calls = 0
+        self._then = self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(p._version, id(p.grad)) for p in self._parameters]
+
+    def __call__(self) -> Any:
+        self._calls += 1
+        if self._calls > 1 or self._now() != self._then:
+            why = "several times in a step" if self._calls > 1 else "after it has moved the parameters or dropped their gradients"
+            raise CompressionError(
+                f"{self._name} evaluates its closure {why}, and gradients are exchanged once, where the parameters were before. Use an optimizer "
+                "that takes one gradient a step (SGD, Adam, …)."
+            )
+        return self._value
+
+
+def copy_attributes(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
+    """What an instance holds, in `__dict__` and `__slots__`, whatever its class makes of setting attributes."""
+    target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in _OURS})
+    for cls in type(source).__mro__:
+        for member in vars(cls).values():
+            if isinstance(member, types.MemberDescriptorType):
+                try:
+                    value = member.__get__(source)
+                except AttributeError:  # never set
+                    continue
+                member.__set__(target, value)
+
+
+def inner_optimizers(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
+    """The optimizers that this one holds (Lookahead, say), and those that these hold."""
+    for value in vars(optimizer).values():
+        for held in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(held, torch.optim.Optimizer) and held is not optimizer:
+                yield held
+                yield from inner_optimizers(held)
+
+
+def _signature(function: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # not written in Python
+        return None
