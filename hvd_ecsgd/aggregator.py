@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import struct
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,9 @@ __all__ = ["Aggregator", "Comparison"]
 
 _DIGEST = 16
 """Bytes of the hash of settings and step that ranks compare."""
+
+_HEAD = _DIGEST + 8
+"""Bytes that all begin a step with: behind the digest the param groups whose learning rate is 0, for which nothing is sent."""
 
 _REFUSED = b"\xff" * _DIGEST
 """In its place, of a worker whose hyper-parameters no step can be taken with."""
@@ -57,11 +61,16 @@ class Comparison:
 
     def notes(self) -> list[bytes]:
         """Everybody's, by rank. Waits for them."""
-        return [t[_DIGEST:].numpy().tobytes() for t in self._said.wait()]
+        return [t[_HEAD:].numpy().tobytes() for t in self._said.wait()]
+
+    def heads(self) -> list[tuple[bytes, int]]:
+        """Everybody's digest, and the param groups whose learning rate is 0 as bits, by rank. Waits for them."""
+        return [struct.unpack(f"<{_DIGEST}sq", t[:_HEAD].numpy().tobytes()) for t in self._said.wait()]
 
     def settle(self) -> None:
-        """Raise `DisagreementError`, on every rank, where ranks differ. All do this after they have started the same collectives of the step."""
-        self._aggregator.raise_on_difference(self._transport, [t[:_DIGEST].numpy().tobytes() for t in self._said.wait()])
+        """Raise `DisagreementError`, on every rank, where ranks differ. All do this after they have started the same collectives of the step, or
+        know that they have not."""
+        self._aggregator.raise_on_difference(self._transport, self.heads())
 
 
 class Aggregator:
@@ -97,6 +106,7 @@ class Aggregator:
         self._in_step = False
         self._wrong = ""  # what this worker cannot take the step with
         self._refused = False  # some worker cannot, as all have heard
+        self._others: Comparison | None = None  # of a worker that cannot: where to see what the others do
         self._refusal = ""  # what is to be raised
         self._transport = transport
         self.statistics: Callable[[], list[torch.Tensor]] = list
@@ -221,14 +231,21 @@ class Aggregator:
         the payloads, so it costs no waiting. Nothing is compared in a local step. `note` travels along; it has one length on all ranks.
         `joined`: this rank's settings are left out of the comparison. `outside`: this begins no step.
         """
-        if self._stateful and not outside:
-            self._refused = False
-            self._wrong = next((s.wrong for s in map(self.settings, self.buckets) if s.wrong), "")
+        resting = 0
+        if self._stateful:
+            settings = [(bucket.group, self.settings(bucket)) for bucket in self.buckets]
+            resting = sum({1 << min(group, 62) for group, s in settings if s.lr == 0})
+            if not outside:
+                self._wrong, self._refused, self._others = next((s.wrong for _, s in settings if s.wrong), ""), False, None
         if self.local and not outside:
             return Comparison(self, transport, Ready([]))
-        said = (_JOINED if joined else _REFUSED if self._wrong else self._digest()) + note
+        digest = _JOINED if joined else _REFUSED if self._wrong and not outside else self._digest()
+        said = struct.pack(f"<{_DIGEST}sq", digest, resting) + note
         handle = transport.allgather(torch.frombuffer(bytearray(said), dtype=torch.uint8), "agreement", [len(said)] * transport.size)
-        return Comparison(self, transport, handle)
+        comparison = Comparison(self, transport, handle)
+        if digest == _REFUSED:
+            self._others = comparison
+        return comparison
 
     @property
     def local(self) -> bool:
@@ -264,7 +281,7 @@ class Aggregator:
         group = self.settings(bucket)
         self._recapture(bucket)
         if self._stateful and (self._wrong or group.wrong):
-            self._wrong, group = self._wrong or group.wrong, GroupSettings(loss_scale=group.loss_scale)
+            self._wrong, group = self._wrong or group.wrong, GroupSettings(self._others_lr(bucket), loss_scale=group.loss_scale)
         unit = bucket.unit_for(group) or 1.0
         ctx = StepContext(
             seed=self.method.seed,
@@ -307,6 +324,12 @@ class Aggregator:
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
         steps, rescale = stay(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else scale
         return Reduction(bucket, task, steps, gradients, group, rescale, resting)
+
+    def _others_lr(self, bucket: Bucket) -> float:
+        """0 if the others send nothing for this bucket, as their learning rate is 0, else 1: who cannot take a step sends what they do."""
+        heads = [] if self._others is None else self._others.heads()
+        resting = next((groups for digest, groups in heads if digest not in (_JOINED, _REFUSED)), 0)
+        return 0.0 if resting >> min(bucket.group, 62) & 1 else 1.0
 
     @torch.no_grad()
     def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
@@ -637,12 +660,22 @@ class Aggregator:
             self._static_digest = blake2b(text.encode(), digest_size=_DIGEST).digest()
         return blake2b(self._static_digest + json.dumps(self._now()).encode(), digest_size=_DIGEST).digest()
 
-    def raise_on_difference(self, transport: Transport, digests: Sequence[bytes]) -> None:
-        """`digests`: by rank. Where those of ranks that have not joined differ, all ranks raise. One that refuses the step is heard of."""
+    def raise_on_difference(self, transport: Transport, heads: Sequence[tuple[bytes, int]]) -> None:
+        """`heads`: by rank. Where those of ranks that have not joined differ, all ranks raise. One that refuses the step is heard of."""
+        digests, silent = [digest for digest, _ in heads], (_JOINED, _REFUSED)
         self._refused = self._refused or _REFUSED in digests
-        silent = (_JOINED, _REFUSED)
         if len({d for d in digests if d not in silent}) < 2:
             return
+        rests = {r: resting for r, (digest, resting) in enumerate(heads) if digest not in silent}
+        first = next(iter(rests))
+        if other := next((r for r in rests if rests[r] != rests[first]), 0):
+            differ = rests[first] ^ rests[other]
+            group = (differ & -differ).bit_length() - 1
+            zero, moving = (first, other) if rests[first] >> group & 1 else (other, first)
+            raise DisagreementError(  # without a further collective: what they have started for this group differs
+                f"ranks do not agree on hyper-parameters: the learning rate of param group {group} is 0 on rank {zero}, and not on rank {moving}. "
+                "Every rank must follow the same schedule."
+            )
         # Seen by every rank, so all of them send their texts now.
         text = torch.empty(0, dtype=torch.uint8) if digests[transport.rank] in silent else self._packed_text()
         raise_on_other_texts(transport.allgather(text, "disagreement").wait())

@@ -233,7 +233,8 @@ class BoundCompression:
         """Of the optimizer's param group `g` now. Warns once where methods in gradient units must take its learning rate to be constant."""
         feedback = self.method.feedback
         group, where = optimizer.param_groups[g], _group_of(optimizer, g)
-        if not self._warned and group.get("lr") is None and feedback.keeps_residual:
+        needs = feedback.applies_update or feedback.needs_learning_rate
+        if not self._warned and group.get("lr") is None and feedback.keeps_residual and not needs:
             self._warned = True
             warnings.warn(
                 f"{where} has no learning rate; what the method holds back is taken to be worth the same in all steps. Give the optimizer a learning "
@@ -241,7 +242,7 @@ class BoundCompression:
                 UserWarning,
                 stacklevel=2,
             )
-        return GroupSettings.of(group, self.loss_scale, where, feedback.applies_update or feedback.needs_learning_rate)
+        return GroupSettings.of(group, self.loss_scale, where, needs)
 
     def _group_index(self, parameter: torch.Tensor, groups: list[dict[str, Any]]) -> int | None:
         """Looked up live, since load_state_dict replaces the groups and add_param_group adds some; where it was last time first."""
