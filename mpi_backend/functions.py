@@ -15,12 +15,14 @@ from .basics import rank
 from .collectives import allgather, broadcast_, broadcast_async_
 from .collectives.arguments import check_root, describe
 from .process_sets import ProcessSet, global_process_set
+from .tracing import untraced
 
 __all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]
 
 T = TypeVar("T")
 
 
+@untraced
 def broadcast_object(obj: T, root_rank: int = 0, name: str | None = None, process_set: ProcessSet = global_process_set) -> T:
     """Root's object on every rank: pickled there, with cloudpickle (if installed) what pickle cannot. Root returns `obj` itself.
 
@@ -40,6 +42,7 @@ def broadcast_object(obj: T, root_rank: int = 0, name: str | None = None, proces
     return obj if root else cast(T, _unpickled(content, root_rank, what))
 
 
+@untraced
 def allgather_object(obj: T, name: str | None = None) -> list[T]:
     """The objects of all ranks, in rank order; pickled as by `broadcast_object`.
 
@@ -55,6 +58,7 @@ def allgather_object(obj: T, name: str | None = None) -> list[T]:
     return [_unpickled(content, r, what) for r, content in enumerate(contents)]
 
 
+@untraced
 def broadcast_parameters(params: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[torch.Tensor], root_rank: int) -> None:
     """Copy root's values into all tensors of a dict (a module's `state_dict()`), or of (name, tensor) pairs (`named_parameters()`), or of tensors.
 
@@ -96,6 +100,7 @@ class _Slot:
     on_cpu: bool
 
 
+@untraced
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: object = None) -> None:
     """Make the state and the options (learning rate …) of all groups equal to root's, bit for bit, in place.
 
@@ -194,7 +199,7 @@ def _pickled(obj: object) -> _Packed:
 
 def _unpickled(content: torch.Tensor, sender: int, what: str) -> Any:
     try:
-        return pickle.loads(content.numpy().tobytes())
+        return pickle.loads(memoryview(content.numpy()))
     except Exception as error:
         raise ValueError(f"{what}: rank {rank()} cannot unpickle the object of rank {sender}: {type(error).__name__}: {error}.") from error
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from . import runtime
 from .process_sets import ProcessSet
 from .runtime import Members
+from .tracing import untraced
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["add_given", "add_process_set", "raise_if_wrong", "ranks_of", "register_all", "remove_process_set"]
 
 
+@untraced
 def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     """Make a process set usable, and return it. All processes call this, those outside of the set too, with equal ranks.
 
@@ -29,6 +31,7 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     return process_set
 
 
+@untraced
 def remove_process_set(process_set: ProcessSet) -> bool:
     """Complete what its processes submitted, and give its communicators back; True if it was usable. All processes call this.
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .basics import size
 from .collectives import Sum, allgather, allreduce
+from .tracing import untraced
 
 __all__ = ["SyncBatchNorm"]
 
@@ -49,8 +50,12 @@ class SyncBatchNorm(_BatchNorm):
         mean, variance = (self.running_mean, self.running_var) if keep else (None, None)
         if not training or size() == 1:
             return torch.nn.functional.batch_norm(input, mean, variance, self.weight, self.bias, training, momentum, self.eps)
-        out = _Normalise.apply(input, self.weight, self.bias, mean, variance, self.eps, momentum)  # type: ignore[no-untyped-call]
-        return cast(torch.Tensor, out)
+        return _normalise(input, self.weight, self.bias, mean, variance, self.eps, momentum)
+
+
+@untraced
+def _normalise(*arguments: Any) -> torch.Tensor:
+    return cast(torch.Tensor, _Normalise.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
 class _Normalise(torch.autograd.Function):

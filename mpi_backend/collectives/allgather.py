@@ -12,6 +12,7 @@ from hvd_ecsgd.transport.base import Handle
 from .. import runtime
 from ..engine.negotiation import Request
 from ..process_sets import ProcessSet, global_process_set
+from ..tracing import untraced
 from .allreduce import allreduce_differentiably
 from .arguments import Average, check_tensor, check_tensors, describe, is_differentiated, work_of
 from .handles import Together
@@ -25,6 +26,7 @@ __all__ = ["allgather", "allgather_async", "grouped_allgather", "grouped_allgath
 T = TypeVar("T")
 
 
+@untraced
 def allgather_async(tensor: Array, name: str | None = None, process_set: ProcessSet = global_process_set) -> Pending[torch.Tensor]:
     """Start to gather everybody's rows. `synchronize` gives one new tensor: the tensors of all ranks, in rank order, along the first dimension.
 
@@ -33,6 +35,7 @@ def allgather_async(tensor: Array, name: str | None = None, process_set: Process
     return start_allgather([check_tensor(tensor, "allgather")], name, process_set, lambda gathered, rows: gathered[0])
 
 
+@untraced
 def allgather(tensor: Array, name: str | None = None, process_set: ProcessSet = global_process_set) -> torch.Tensor:
     """The tensors of all ranks, in rank order, along the first dimension; see `allgather_async`.
 
@@ -41,6 +44,7 @@ def allgather(tensor: Array, name: str | None = None, process_set: ProcessSet = 
     return grouped_allgather([tensor], name, process_set)[0]
 
 
+@untraced
 def grouped_allgather_async(
     tensors: Sequence[Array], name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> Pending[tuple[torch.Tensor, ...]]:
@@ -48,6 +52,7 @@ def grouped_allgather_async(
     return start_allgather(check_tensors(tensors, "grouped_allgather"), name, process_set, lambda gathered, rows: tuple(gathered))
 
 
+@untraced
 def grouped_allgather(tensors: Sequence[Array], name: str | None = None, process_set: ProcessSet = global_process_set) -> tuple[torch.Tensor, ...]:
     """As `allgather`, for several tensors."""
     given = check_tensors(tensors, "allgather")

@@ -13,6 +13,7 @@ from hvd_ecsgd.exchange import HorovodCompressor
 from .. import runtime
 from ..engine.negotiation import Reduce, Request
 from ..process_sets import ProcessSet, global_process_set
+from ..tracing import untraced
 from .arguments import (
     OP_NAMES,
     REDUCIBLE,
@@ -44,6 +45,7 @@ __all__ = [
 T = TypeVar("T")
 
 
+@untraced
 def allreduce_async_(
     tensor: Array,
     average: bool | None = None,
@@ -70,6 +72,7 @@ def allreduce_async_(
     return _start_allreduce([given], [work_of(given)], name, reduction, prescale_factor, postscale_factor, process_set, only)
 
 
+@untraced
 def allreduce_async(
     tensor: Array,
     average: bool | None = None,
@@ -85,6 +88,7 @@ def allreduce_async(
     return _start_allreduce([fresh], [fresh], name, reduction, prescale_factor, postscale_factor, process_set, only)
 
 
+@untraced
 def allreduce_(
     tensor: Array,
     average: bool | None = None,
@@ -98,6 +102,7 @@ def allreduce_(
     return allreduce_async_(tensor, average, name, op, prescale_factor, postscale_factor, process_set).wait()
 
 
+@untraced
 def allreduce(
     tensor: Array,
     average: bool | None = None,
@@ -116,6 +121,7 @@ def allreduce(
     return grouped_allreduce([tensor], average, name, compression, op, prescale_factor, postscale_factor, process_set)[0]
 
 
+@untraced
 def grouped_allreduce_async_(
     tensors: Sequence[Array],
     average: bool | None = None,
@@ -131,6 +137,7 @@ def grouped_allreduce_async_(
     return _start_allreduce(given, [work_of(t) for t in given], name, reduction, prescale_factor, postscale_factor, process_set, tuple)
 
 
+@untraced
 def grouped_allreduce_async(
     tensors: Sequence[Array],
     average: bool | None = None,
@@ -146,6 +153,7 @@ def grouped_allreduce_async(
     return _start_allreduce(fresh, fresh, name, reduction, prescale_factor, postscale_factor, process_set, tuple)
 
 
+@untraced
 def grouped_allreduce_(
     tensors: Sequence[Array],
     average: bool | None = None,
@@ -159,6 +167,7 @@ def grouped_allreduce_(
     return grouped_allreduce_async_(tensors, average, name, op, prescale_factor, postscale_factor, process_set).wait()
 
 
+@untraced
 def grouped_allreduce(
     tensors: Sequence[Array],
     average: bool | None = None,

@@ -13,6 +13,7 @@ from hvd_ecsgd.transport.base import Handle
 from .. import runtime
 from ..engine.negotiation import Request
 from ..process_sets import ProcessSet, global_process_set
+from ..tracing import untraced
 from .arguments import check_tensor, describe, is_differentiated, work_of
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["alltoall", "alltoall_async"]
 
 
+@untraced
 def alltoall_async(
     tensor: Array, splits: Sequence[int] | Array | None = None, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> Pending[tuple[torch.Tensor, torch.Tensor]]:
@@ -59,6 +61,7 @@ def alltoall_async(
     return channel.submit(Request(label, text), finish, tensors=[work], start=start, kind="alltoall")
 
 
+@untraced
 def alltoall(
     tensor: Array, splits: Sequence[int] | Array | None = None, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

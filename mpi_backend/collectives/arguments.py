@@ -64,7 +64,7 @@ def check_op(op: int | None, average: bool | None) -> int:
             raise ValueError("allreduce: op supersedes average; give op only.")
         if hasattr(average, "__array__"):
             raise ValueError("allreduce: average is a tensor, expected True or False; several tensors go to grouped_allreduce([…]).")
-        warnings.warn("allreduce: average is deprecated; use op=Average or op=Sum.", DeprecationWarning, stacklevel=3)
+        warnings.warn("allreduce: average is deprecated; use op=Average or op=Sum.", DeprecationWarning, stacklevel=4)
         return Average if average else Sum
     if op is None:
         return Average

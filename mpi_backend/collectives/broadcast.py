@@ -12,6 +12,7 @@ from hvd_ecsgd.transport.base import Handle
 from .. import runtime
 from ..engine.negotiation import Request
 from ..process_sets import ProcessSet, global_process_set
+from ..tracing import untraced
 from .allreduce import allreduce_differentiably
 from .arguments import Average, check_root, check_tensor, describe, fresh_copy, is_differentiated, work_of, write
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["broadcast", "broadcast_", "broadcast_async", "broadcast_async_"]
 
 
+@untraced
 def broadcast_async_(tensor: Array, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> Pending[torch.Tensor]:
     """Start to copy root's values into `tensor` on all ranks. `synchronize` gives `tensor`, which must not be touched before.
 
@@ -31,17 +33,20 @@ def broadcast_async_(tensor: Array, root_rank: int, name: str | None = None, pro
     return _start_broadcast(given, work_of(given), root_rank, name, process_set)
 
 
+@untraced
 def broadcast_async(tensor: Array, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> Pending[torch.Tensor]:
     """As `broadcast_async_`, into a new tensor."""
     fresh = fresh_copy(check_tensor(tensor, "broadcast"))
     return _start_broadcast(fresh, fresh, root_rank, name, process_set)
 
 
+@untraced
 def broadcast_(tensor: Array, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> torch.Tensor:
     """Copy root's values into `tensor` on all ranks, and return it."""
     return broadcast_async_(tensor, root_rank, name, process_set).wait()
 
 
+@untraced
 def broadcast(tensor: Array, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> torch.Tensor:
     """Root's values, a new tensor on every rank.
 

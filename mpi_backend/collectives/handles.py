@@ -10,17 +10,20 @@ from hvd_ecsgd.transport.base import Handle, Ready
 from .. import runtime
 from ..engine.negotiation import Request
 from ..process_sets import ProcessSet, global_process_set
+from ..tracing import untraced
 
 __all__ = ["Together", "barrier", "poll", "synchronize"]
 
 T = TypeVar("T")
 
 
+@untraced
 def poll(handle: Handle[Any]) -> bool:
     """Whether `synchronize(handle)` would return without blocking. Raises ValueError for anything but a handle."""
     return _handle(handle, "poll").done()
 
 
+@untraced
 def synchronize(handle: Handle[T]) -> T:
     """Wait for an asynchronous operation and return its result; again, it returns the same.
 
@@ -48,6 +51,7 @@ class Together:
         return [handle.wait() for handle in self._handles]
 
 
+@untraced
 def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Return when every rank of the process set has called it."""
     channel = runtime.channel(process_set)

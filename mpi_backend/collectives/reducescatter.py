@@ -16,6 +16,7 @@ from .. import runtime
 from ..engine.arithmetic import finish_, scale_
 from ..engine.negotiation import Request
 from ..process_sets import ProcessSet, global_process_set
+from ..tracing import untraced
 from .allgather import grouped_allgather
 from .arguments import (
     OP_NAMES,
@@ -45,6 +46,7 @@ __all__ = ["grouped_reducescatter", "grouped_reducescatter_async", "reducescatte
 T = TypeVar("T")
 
 
+@untraced
 def reducescatter_async(
     tensor: Array,
     name: str | None = None,
@@ -61,6 +63,7 @@ def reducescatter_async(
     return _start_reducescatter([check_tensor(tensor, "reducescatter")], name, op, process_set, prescale_factor, postscale_factor, only)
 
 
+@untraced
 def reducescatter(
     tensor: Array,
     name: str | None = None,
@@ -78,6 +81,7 @@ def reducescatter(
     return grouped_reducescatter([tensor], name, compression, op, process_set, prescale_factor, postscale_factor)[0]
 
 
+@untraced
 def grouped_reducescatter_async(
     tensors: Sequence[Array],
     name: str | None = None,
@@ -91,6 +95,7 @@ def grouped_reducescatter_async(
     return _start_reducescatter(given, name, op, process_set, prescale_factor, postscale_factor, tuple)
 
 
+@untraced
 def grouped_reducescatter(
     tensors: Sequence[Array],
     name: str | None = None,

@@ -8,6 +8,7 @@ import torch
 
 from .. import runtime
 from ..process_sets import ProcessSet, global_process_set
+from ..tracing import untraced
 from .allgather import allgather_async, start_allgather
 from .arguments import Average, Sum
 
@@ -35,6 +36,7 @@ class _Sparse:
         return self.wait()
 
 
+@untraced
 def sparse_allreduce_async(tensor: torch.Tensor, name: str, op: int, process_set: ProcessSet = global_process_set) -> _Sparse:
     """Start to reduce a sparse COO tensor (Average or Sum): everybody's entries are gathered. Calling the handle gives the result, uncoalesced.
 

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar, cast
 
+from ..tracing import untraced
+
 __all__ = ["Pending", "Progress"]
 
 T = TypeVar("T")
@@ -31,12 +33,14 @@ class Pending(Generic[T]):
         self._result: Any = None
         self._error: Exception | None = None
 
+    @untraced
     def done(self) -> bool:
         """True when `wait` would not block. Never blocks."""
         if not self._settled.is_set():
             self._engine.help()
         return self._settled.is_set()
 
+    @untraced
     def wait(self) -> T:
         """Block until finished and return the result; safe to call again. Raises `HorovodInternalError` when the collective failed."""
         if not self._settled.is_set():

@@ -14,6 +14,7 @@ from .. import runtime
 from ..devices import current_device, use_device
 from ..errors import HorovodInternalError
 from ..process_sets import global_process_set
+from ..tracing import untraced
 from . import resources
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _TELL_DROPPED = 1.0
 """Seconds of waiting in `join` after which others are told what they wait for in vain: mostly all ranks join together."""
 
 
+@untraced
 def join(device: int = -1) -> int:
     """Say that this rank has no more data, and wait until all ranks have said so; returns the rank that did last.
 

@@ -13,7 +13,7 @@ from mpi4py import MPI
 import mpi_backend as hvd
 from mpi_backend import runtime
 from mpi_backend.optimizer import resources
-from tests.mpi.verdict import Verdict
+from tests.mpi.verdict import Verdict, sample
 
 verdict = Verdict()
 world = MPI.COMM_WORLD
@@ -143,4 +143,26 @@ gc.collect()
 train(), gc.collect()
 verdict.expect(len({id(entry.transport()) for entry in made[everybody] if entry.transport() is bound.transport}) == 1, "so does a bound method's")
 gc.enable()
+
+# ---- torch.compile: graphs end before what communicates
+norm = hvd.SyncBatchNorm(3)
+
+
+def mixed(x: torch.Tensor) -> torch.Tensor:
+    y = hvd.allreduce(x * 2, op=hvd.Sum, name="compiled")
+    z = hvd.allgather(norm(y), name="compiled gather")
+    handle = hvd.allreduce_async(z.detach() * rank, op=hvd.Sum, name="compiled async")
+    handle.done()
+    return (z * handle.wait() + hvd.broadcast_object(rank, 1) + hvd.size()).square().sum()
+
+
+x = sample((4, 3), torch.float32, rank).requires_grad_()
+expected, compiled = mixed(x), torch.compile(mixed, backend="eager")
+for _ in range(2):
+    out = compiled(x)
+    verdict.expect(torch.allclose(out, expected), f"compiled: {out.detach()}, expected {expected.detach()}")
+(gradient,), (reference,) = torch.autograd.grad(out, x), torch.autograd.grad(expected, x)
+verdict.expect(torch.allclose(gradient, reference), "the gradient of what was compiled")
+breaks = [reason for reason in torch._dynamo.utils.counters["graph_break"] if "mpi_backend" in reason or "allreduce" in reason]
+verdict.expect(bool(breaks), "graphs end before collectives")
 verdict.conclude()

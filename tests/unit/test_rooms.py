@@ -49,23 +49,24 @@ MAY_IMPORT["reproduce"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = MAY_IMPORT["cli"] = MAY_IMPORT["__main__"] = {"__init__", "cli", *MAY_IMPORT}
 
 # The same for mpi_backend, with type-checking imports counted.
-COLLECTIVE = {"runtime", "engine", "process_sets", "errors", "environment"}
+COLLECTIVE = {"tracing", "runtime", "engine", "process_sets", "errors", "environment"}
 MPI_MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "environment": set(),
     "process_sets": set(),
     "compression": set(),
     "devices": set(),
+    "tracing": set(),
     "transport": {"environment"},
-    "engine": {"transport", "environment", "errors", "devices"},
+    "engine": {"transport", "environment", "errors", "devices", "tracing"},
     "liveness": {"transport", "environment"},
     "job_end": {"liveness"},
     "runtime": {"job_end", "liveness", "engine", "process_sets"},
-    "sets": {"runtime", "process_sets"},
+    "sets": {"runtime", "process_sets", "tracing"},
     "basics": {"runtime"},
     "collectives": COLLECTIVE,
     "functions": {"basics", "collectives", *COLLECTIVE},
-    "sync_batch_norm": {"basics", "collectives"},
+    "sync_batch_norm": {"basics", "collectives", "tracing"},
     "optimizer": {"collectives", "transport", "devices", *COLLECTIVE},
     "lifecycle": {"optimizer", "sets", "liveness", "job_end", *COLLECTIVE},
 }
