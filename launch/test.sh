@@ -7,12 +7,13 @@
 #   VENV=… PYTHON=… MPI=system TORCH_SPEC=…       as in launch/quickstart.sh
 #
 # Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1. Tests of one process run on all cores,
-# those that start ranks one after the other. The first time takes 23 to 26 minutes on 2 cores, 4 of them to build Horovod; later that is there.
+# those that start ranks one after the other; each part ends with its slowest tests. The first time takes about 16 minutes on 2 cores, 4 of them to
+# build Horovod; later that is there.
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-case "${1:-}" in -h|--help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+case "${1:-}" in -h|--help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 setup_venv dev
 cd "$REPO"
@@ -31,7 +32,7 @@ part() {   # $1: name  then: the command
 ALONE=(tests/unit tests/property tests/convergence)
 if [ "$#" -gt 0 ]; then NOTHING_FITS=5; fi   # pytest's status when the arguments leave no test of a part
 # shellcheck disable=SC2329  # `part` calls it
-tests() { python -m pytest "$@" || [ $? = "${NOTHING_FITS:-}" ]; }
+tests() { python -m pytest --durations=25 --durations-min=1 "$@" || [ $? = "${NOTHING_FITS:-}" ]; }
 
 part 'launch/install_horovod.sh' launch/install_horovod.sh
 part 'ruff check .' ruff check .

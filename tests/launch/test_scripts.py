@@ -237,10 +237,11 @@ def test_the_test_script_runs_every_part_after_a_failure_and_says_which_failed(p
     done = run(["launch/test.sh", "--full", "-k", "this and that"], pretended)
     assert done.returncode == 1
     assert calls(tmp_path, "ruff check .") == calls(tmp_path, "mypy --strict hvd_ecsgd mpi_backend") == 1
+    pytest_ = "python -m pytest --durations=25 --durations-min=1"
     assert calls(tmp_path, f"shellcheck {' '.join(str(s.relative_to(REPO)) for s in SCRIPTS)}") == 1
-    assert calls(tmp_path, "python -m pytest tests/unit tests/property tests/convergence -n auto --maxprocesses 8 --full -k this and that") == 1
+    assert calls(tmp_path, f"{pytest_} tests/unit tests/property tests/convergence -n auto --maxprocesses 8 --full -k this and that") == 1
     ignored = "--ignore=tests/unit --ignore=tests/property --ignore=tests/convergence"
-    assert calls(tmp_path, f"python -m pytest tests {ignored} --full -k this and that") == 1
+    assert calls(tmp_path, f"{pytest_} tests {ignored} --full -k this and that") == 1
     results = {" ".join(line.split()[:-2]): line.split()[-2] for line in done.stdout.split("part  ")[-1].splitlines()[1:]}
     assert results == {
         "launch/install_horovod.sh": "FAILED",  # no compiler here

@@ -71,7 +71,7 @@ if how == "handled":
     if last:
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:
-        time.sleep(4)
+        time.sleep(2)
     collective()
     hvd.shutdown()
     sys.exit()

@@ -1,4 +1,4 @@
-"""One rank of: every method over MPI against its simulation (`methods [NAME…]`), or the three-worker counterexample (`counterexample`)."""
+"""One rank of: every method over MPI against its simulation (`methods [NAME…]`), or the three-worker counterexample (`counterexample [NAME…]`)."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def descend(transport: MPITransport, make: Callable[[], Any], steps: int = 3000)
     return x.detach().norm().item(), passed
 
 
-def counterexample(transport: MPITransport) -> bool:
+def counterexample(transport: MPITransport, names: list[str]) -> bool:
     for name, make in {
         "identity": lambda: Compression.none,
         "top-1 with feedback": lambda: Compression.top_k(k=1, **ALL),
@@ -122,6 +122,8 @@ def counterexample(transport: MPITransport) -> bool:
         "random-1 with feedback": lambda: Compression.random_block(3, **ALL),
         "top-1 without feedback": lambda: Compression.top_k(k=1, error_feedback=False, **ALL),
     }.items():
+        if names and name not in names:
+            continue
         norm, passed = descend(transport, make)
         if transport.rank == 0:
             print(f"{name}: {norm:.3e} {passed}", flush=True)
@@ -132,4 +134,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     task, names = sys.argv[1], sys.argv[2:]
     transport = MPITransport()
-    sys.exit(0 if (methods(transport, names) if task == "methods" else counterexample(transport)) else 1)
+    sys.exit(0 if (methods(transport, names) if task == "methods" else counterexample(transport, names)) else 1)

@@ -67,7 +67,7 @@ def test_a_dead_rank_is_noticed_without_the_launcher() -> None:
     output = job("kill", "step", *options)
     assert re.search(r"rank 0 .*: ending, because rank 1 \(process \d+ on .*\) ended without shutting down: killed, crashed", output), output
     with pytest.raises(AssertionError, match="ended by its time limit"):
-        job("kill", "step", *options, env={"MPI_BACKEND_WATCHDOG": "0"}, timeout=18)
+        job("kill", "step", *options, env={"MPI_BACKEND_WATCHDOG": "0"}, timeout=12)
 
 
 def test_slow_ranks_are_left_alone() -> None:
