@@ -101,6 +101,7 @@ class Aggregator:
         self.traffic = Traffic()
         self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
         self._static_digest: bytes | None = None
+        self._frozen: list[str] = []
         self._held = False
         self._moved = False
         self._in_step = False
@@ -161,6 +162,10 @@ class Aggregator:
         return buckets
 
     # -- one step ----------------------------------------------------------------------------------------------------------------
+
+    def note_frozen(self) -> None:
+        """Before the first bucket of a step, in the script's thread: which parameters do not take part is compared across ranks."""
+        self._frozen = [name for name, p in self.named if not p.requires_grad]
 
     def use(self, transport: Transport, joined: bool = False, together: bool | None = None) -> None:
         """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective).
@@ -272,6 +277,7 @@ class Aggregator:
                     f"{segment.shape}; its residual cannot be carried over. "
                     "Bind again after changing a parameter's shape."
                 )
+        bucket.check_kinds()
         if self._moved:
             raise CompressionError("a training step inside `with compression.at(…):` would be lost; leave the block first.")
         self._in_step = True
@@ -647,7 +653,8 @@ class Aggregator:
 
     def _now(self) -> dict[str, Any]:
         """What changes from step to step and must be equal on all ranks."""
-        return {"step": self.step, "hyper-parameters": sorted({repr(self._compared(bucket)) for bucket in self.buckets})}
+        now = {"step": self.step, "hyper-parameters": sorted({repr(self._compared(bucket)) for bucket in self.buckets})}
+        return {**now, "frozen since the compression was bound (requires_grad=False)": self._frozen}
 
     def _compared(self, bucket: Bucket) -> GroupSettings:
         """The settings that must be equal on all ranks. Updates are in true units, and after an overflow in a local step scalers differ."""
@@ -686,7 +693,7 @@ class Aggregator:
 
     def settings_hash(self, bucket: Bucket) -> int:
         """4 bits that change with settings, hyper-parameters and step; compared across ranks in every payload."""
-        text = f"{self._method_text}|{self.step}|{self._compared(bucket)}"
+        text = f"{self._method_text}|{self.step}|{self._compared(bucket)}|{bucket.frozen()}"
         return blake2b(text.encode(), digest_size=1).digest()[0] % 16
 
     # -- state -------------------------------------------------------------------------------------------------------------------

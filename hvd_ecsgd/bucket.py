@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .errors import CompressionError
 from .method import GroupSettings, Method
 from .protocols import State, Steps, Task
 from .segments import Segment, Segments
@@ -37,8 +38,23 @@ class Bucket:
     """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
     results: list[torch.Tensor] = field(default_factory=list)
     """Buffers that results are decoded into, kept because fresh memory of this size costs more than the pass that fills it."""
+    kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
+    """Type and device of the parameters when the bucket was made."""
     before: list[State] = field(default_factory=list)
     """With `Method.exact`, feedback's and exchange's state as they were when the step began."""
+
+    def __post_init__(self) -> None:
+        self.kinds = [(p.dtype, p.device) for p in self.parameters]
+
+    def check_kinds(self) -> None:
+        """Raise `CompressionError` that names the parameter when one was converted since: state and payloads are in the type it had."""
+        for name, p, (dtype, device) in zip(self.segments.names, self.parameters, self.kinds, strict=True):
+            if p.dtype != dtype or p.device != device:
+                raise CompressionError(
+                    f"parameter '{name}' was {dtype} on {device} when it was bound, and is {p.dtype} on {p.device} now: what is kept and sent for it "
+                    "is in the former type and place. Convert the model (half, double, to(…)) before compression and optimizer are made, or make "
+                    "them again."
+                )
 
     def allocate(self, rank: int, size: int) -> None:
         if self.state is None:

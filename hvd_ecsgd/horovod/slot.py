@@ -138,6 +138,7 @@ class HorovodSlot:
             prefix, together = self._introduction.meet(self.transport.direct)
             self.transport.rename(prefix)
             self._introduction = None
+        self.aggregator.note_frozen()
         self.aggregator.use(self.transport.direct, together=together)
         written = self._written.get(name)
         if self._ready is not None and not self._undone and (_inside_backward() or self._accumulated):
@@ -345,8 +346,8 @@ class HorovodSlot:
         # n ranks, one of which differs: a bit's share is 1/n or 1 - 1/n. Sums of zeros and ones are exact, also in half precision.
         if not factor or not all(min(abs(bit / factor), abs(bit / factor - 1)) <= 0.4 / self.transport.size for bit in bits):
             raise DisagreementError(
-                f"parameter '{name}': ranks compressed with different settings or at different steps (seen by every rank). "
-                "Use the same Compression arguments everywhere, and load the same step's state on every rank."
+                f"parameter '{name}': ranks compressed with different settings or at different steps, or froze it on some ranks only (seen by every "
+                "rank). Use the same Compression arguments everywhere, load the same step's state, and freeze the same parameters on every rank."
             )
         return float(factor)
 

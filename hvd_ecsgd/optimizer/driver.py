@@ -147,10 +147,10 @@ class OptimizerDriver:
 
     def check_zero_grad(self) -> None:
         """Before the optimizer's `zero_grad`. Raises `SequenceError` when gradients are on their way."""
-        if self.begun:
+        if self.begun and not self._lost():
             raise SequenceError(
                 "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
-                "Call it after step(). (After an exception in the backward pass, make a new DistributedOptimizer.)"
+                "Call it after step()."
             )
         self.step.forget()
 
@@ -176,18 +176,24 @@ class OptimizerDriver:
 
             torch.autograd.Variable._execution_engine.queue_callback(ended)  # as torch's own DDP does
 
-    def _submit_ready(self, everything: bool = False) -> None:
-        """Hand over the next buckets that are complete: in order, because every rank must start the same collectives in the same order."""
+    def _submit_ready(self, everything: bool = False, lost: bool = False) -> None:
+        """Hand over the next buckets that are complete: in order, because every rank must start the same collectives in the same order.
+
+        `lost`: with NaN in place of their gradients, so that all ranks undo the step.
+        """
         while (bucket := self.step.next_bucket) is not None:
-            if not everything and not self.hooks.complete(bucket):
+            if not everything and not self.hooks.release(bucket):
                 return
-            gradients = [_gradient(p) for p in bucket.parameters]
-            self.step.submit(gradients, self.guard.note(bucket.parameters))
+            if lost:
+                self.step.submit([torch.full_like(p, float("nan")) for p in bucket.parameters], [])
+            else:
+                self.step.submit([_gradient(p) for p in bucket.parameters], self.guard.note(bucket.parameters))
 
     # -- results are used --------------------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
         """See `DistributedOptimizer`'s `synchronize`."""
+        self._check_in_use()
         self._check_all_bound()
         if self.step.phase is Phase.EXCHANGED:
             warnings.warn(
@@ -197,16 +203,47 @@ class OptimizerDriver:
                 stacklevel=4,
             )
             return
-        self._submit_ready(everything=True)
+        lost, local = self._lost(), self.step.aggregator.local
+        self._submit_ready(everything=True, lost=lost)
         self.step.drain()
-        self.guard.check()
+        self.guard.check(lost)
         self.hooks.reset()
+        self._backward_watched = False
         outcome = self.step.complete()
+        if outcome is Outcome.UNDONE:
+            self._raise_if_lost(lost, local)
         if not self.applies_update:
             self._write_means()
         elif outcome is Outcome.UNDONE:
             for p in self.parameters:
-                p.grad = torch.full_like(p, float("nan"))  # what a GradScaler on any rank must see
+                p.grad = torch.full_like(p, float("nan"), dtype=_gradient_type(p))  # what a GradScaler on any rank must see
+
+    def _lost(self) -> bool:
+        """Half of a step's gradients are here, and the other ranks can still be told by what has not been sent."""
+        return self.step.next_bucket is not None and self.hooks.lost()
+
+    def _raise_if_lost(self, lost: bool, local: bool) -> None:
+        """Of a step that was undone: not because of an inf or NaN, but because an exception had ended a backward pass. On all ranks; collective."""
+        said, transport = torch.tensor([lost], dtype=torch.uint8), self.step.transport
+        ranks = [r for r, t in enumerate([said] if local else transport.allgather(said, "undone", [1] * transport.size).wait()) if bool(t)]
+        if not ranks:
+            return
+        self.step.forget()
+        for p in self.parameters:
+            p.grad = None
+        where = "this rank" if local else f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        raise CompressionError(
+            f"a backward pass on {where} was ended by an exception, which the script caught, and only some of its gradients were there. So the "
+            "step was undone on all ranks, and nothing was applied. Let the exception end the program; or catch this one too, on all ranks, and go "
+            "on with the next batch."
+        )
+
+    def _check_in_use(self) -> None:
+        if not self.listens:
+            raise CompressionError(
+                "step() of an optimizer that is not in use any more: a newer DistributedOptimizer was made for its parameters "
+                f"('{self.hooks.taken_over}', …), and exchanges their gradients. Step that one, and drop this one."
+            )
 
     def _check_all_bound(self) -> None:
         bound = self.compression.ids
@@ -224,7 +261,7 @@ class OptimizerDriver:
         for bucket, reduction in zip(self.step.aggregator.buckets, self.step.results, strict=True):
             if reduction is None:  # learning rate 0
                 for p in bucket.parameters:
-                    p.grad = self._as_the_optimizer_expects(torch.zeros_like(p))
+                    p.grad = self._as_the_optimizer_expects(torch.zeros_like(p, dtype=_gradient_type(p)))
                 continue
             assert reduction.out is not None
             if reduction.task.skipped and self.step.outcome is not Outcome.SILENT:
@@ -235,7 +272,7 @@ class OptimizerDriver:
                 reduction.out.mul_(self.step.transport.size)
             for p, mean in zip(bucket.parameters, bucket.segments.shaped_views(reduction.out), strict=True):
                 # Frozen since: what is left of it in the residual must not move it.
-                p.grad = None if not p.requires_grad else self._as_the_optimizer_expects(mean if mean.dtype == p.dtype else mean.to(p.dtype))
+                p.grad = None if not p.requires_grad else self._as_the_optimizer_expects(mean.to(_gradient_type(p)))
 
     def _as_the_optimizer_expects(self, mean: torch.Tensor) -> torch.Tensor:
         """For SparseAdam the rows that are not zero. Alike on all workers: dense and sparse steps round differently."""
@@ -315,6 +352,12 @@ class OptimizerDriver:
 
     def multiply_gradients(self, factor: float) -> None:
         torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None] or [torch.empty(0)], factor)
+
+
+def _gradient_type(parameter: torch.nn.Parameter) -> torch.dtype:
+    """Of what may be assigned to its `.grad`: torch 2.10 and later let scripts choose it."""
+    chosen: torch.dtype | None = getattr(parameter, "grad_dtype", None)
+    return parameter.dtype if chosen is None else chosen
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -42,10 +42,13 @@ class Guard:
         self._in_flight += noted
         return noted
 
-    def check(self) -> None:
-        """Raise `CompressionError` that names the parameter when a noted gradient was changed; then nothing is noted any more."""
+    def check(self, lost: bool = False) -> None:
+        """Raise `CompressionError` that names the parameter when a noted gradient was changed; then nothing is noted any more.
+
+        `lost`: the step will be undone, whatever they are.
+        """
         in_flight, self._in_flight = self._in_flight, []
-        for noted in in_flight:
+        for noted in in_flight if not lost else ():
             if noted.parameter.grad is not noted.gradient or not noted.untouched:
                 name = next(n for n, p in self._named if p is noted.parameter)
                 raise CompressionError(

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..bucket import Bucket
 from ..errors import CompressionError, SequenceError
+from .backward import BackwardPasses
 
 __all__ = ["GradientHooks", "check_passes"]
 
@@ -29,6 +30,8 @@ class GradientHooks:
     """Listens to the gradients of `named` parameters and counts them: a bucket is complete when each of its parameters has had its gradients of
     `passes` backward passes.
 
+    Within one backward pass a parameter may get several gradients (it is used in several reentrant checkpoints). That cannot be foreseen, so in the
+    first step with such passes all buckets wait for the step's end, and later those of the parameters that it happened to.
     `came` is called with the parameter for each gradient. It must be a bound method: what a parameter's hook refers to is never collected with it,
     so the hook holds it weakly. Hooks of an earlier object on the same parameters are removed.
     """
@@ -39,6 +42,11 @@ class GradientHooks:
         self._named, self._buckets = named, buckets
         self._bucket_of = {id(p): bucket for bucket in buckets for p in bucket.parameters}
         self.passes = passes
+        self.taken_over = ""
+        """The name of a parameter that a newer object listens to."""
+        self._backward = BackwardPasses()
+        self._reentrant_passes = self._knows_reentrant_passes = False
+        self._late: set[int] = set()  # buckets with parameters that get several gradients in one pass
         self.reset()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles).atexit = False
@@ -50,10 +58,11 @@ class GradientHooks:
                 listen(parameter)
 
         with _lock:
-            for _, parameter in named:
+            for name, parameter in named:
                 before = _listening.get(parameter)
                 old = None if before is None else before()
-                if old is not None:
+                if old is not None and old.listens:
+                    old.taken_over = name
                     _remove(old._handles)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(ready))  # type: ignore[no-untyped-call]
                 _listening[parameter] = weakref.ref(self)
@@ -67,6 +76,11 @@ class GradientHooks:
         """A new step: no gradient has come."""
         self._left = {id(p): self.passes for _, p in self._named}
         self._waiting_for = {id(b): len(b.parameters) for b in self._buckets}
+        self._from: dict[int, object] = {}  # the backward pass that a parameter's last gradient came from
+        self._released: set[int] = set()
+        self._knows_reentrant_passes = self._knows_reentrant_passes or self._reentrant_passes
+        self._reentrant_passes = self._excess = False
+        self._backward.forget()
 
     @property
     def begun(self) -> bool:
@@ -74,21 +88,52 @@ class GradientHooks:
         return any(left < self.passes for left in self._left.values())
 
     def count(self, parameter: torch.nn.Parameter) -> bool:
-        """A gradient has come; whether it was the parameter's last of this step. Raises `SequenceError` when there is one too many."""
-        left = self._left[id(parameter)] = self._left[id(parameter)] - 1
+        """A gradient has come; whether it was the parameter's last of this step. Raises `SequenceError` when there is one too many.
+
+        Not counted any more once the step is `lost`.
+        """
+        current, key = self._backward.current(), id(parameter)
+        if self._backward.interrupted:
+            return False
+        bucket = id(self._bucket_of[key])
+        self._reentrant_passes = self._reentrant_passes or current.reentrant
+        if self._from.get(key) is current.whole:
+            self._late.add(bucket)
+            if bucket in self._released:
+                self._excess = True
+                raise SequenceError(
+                    f"parameter '{self._name(parameter)}' got a second gradient within one backward pass, after its exchange had started: it is used "
+                    "in a reentrant checkpoint and elsewhere. Use torch.utils.checkpoint.checkpoint(…, use_reentrant=False), or overlap=False "
+                    "(MPI_BACKEND_OVERLAP=0)."
+                )
+            return False
+        self._from[key] = current.whole
+        left = self._left[key] = self._left[key] - 1
         if left < 0:
-            name = next(n for n, p in self._named if p is parameter)
+            self._excess = True
+            within = " (or one with reentrant checkpoints: use use_reentrant=False)" if self._reentrant_passes else ""
             raise SequenceError(
-                f"parameter '{name}' got gradients from more than backward_passes_per_step={self.passes} backward passes before step(); "
-                "raise backward_passes_per_step to accumulate locally."
+                f"parameter '{self._name(parameter)}' got gradients from more than backward_passes_per_step={self.passes} backward passes{within} "
+                "before step(); raise backward_passes_per_step to accumulate locally."
             )
         if left == 0:
-            self._waiting_for[id(self._bucket_of[id(parameter)])] -= 1
+            self._waiting_for[bucket] -= 1
         return left == 0
 
-    def complete(self, bucket: Bucket) -> bool:
-        """All gradients of the bucket have come."""
-        return self._waiting_for[id(bucket)] == 0
+    def _name(self, parameter: torch.nn.Parameter) -> str:
+        return next(n for n, p in self._named if p is parameter)
+
+    def release(self, bucket: Bucket) -> bool:
+        """Whether the exchange of the bucket may start now: all of its gradients have come, and no more will."""
+        if self._waiting_for[id(bucket)] or id(bucket) in self._late or (self._reentrant_passes and not self._knows_reentrant_passes):
+            return False
+        self._released.add(id(bucket))
+        return True
+
+    def lost(self) -> bool:
+        """Outside of a backward pass: half of a step's gradients are here, as an exception has ended a backward pass."""
+        self._backward.check_ended()
+        return self._excess or (self._backward.interrupted and any(self._waiting_for.values()))
 
 
 def _remove(hooks: list[Any]) -> None:

@@ -93,6 +93,8 @@ class StepExchange:
         """Hand over the gradients of `next_bucket`, in the order of its parameters. `noted`: those that live in `.grad`."""
         bucket = self.next_bucket
         assert bucket is not None
+        if self._submitted == 0:
+            self.aggregator.note_frozen()
         self._submitted += 1
         self.executor.submit(partial(self._start, bucket, gradients, noted, _events(gradients) if self.executor.concurrent else []))
 

@@ -1,0 +1,101 @@
+"""Which backward pass a gradient comes from, whether that is one within another, and whether it came to its end."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+
+__all__ = ["BackwardPass", "BackwardPasses"]
+
+_RUN = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
+"""Of the function in which a script's thread waits while torch's engine runs a backward pass."""
+
+_NODE = torch.autograd.function.BackwardCFunction.apply.__code__
+"""Of what the engine calls for a node written in Python; with nothing below it on the stack in a thread of the engine's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardPass:
+    whole: object
+    """The same object for all passes within one that a script has started."""
+    reentrant: bool
+    """One within another: of torch.utils.checkpoint(…, use_reentrant=True), say."""
+
+
+class BackwardPasses:
+    """Those that gradients have come from since `forget`. Costs one look at a number for each gradient, and one callback for each pass."""
+
+    def __init__(self) -> None:
+        self._reentrant = False  # met once
+        self._task, self._current = -1, BackwardPass(object(), False)
+        self._open: dict[int, BackwardPass] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """What was interrupted is dealt with."""
+        self.interrupted = False
+        if int(torch._C._current_graph_task_id()) == -1:
+            self._task, self._open = -1, {}
+
+    def current(self) -> BackwardPass:
+        """In the hook of a gradient: the pass that it comes from."""
+        task = int(torch._C._current_graph_task_id())
+        if task != self._task or task == -1:
+            whole, reentrant = _look(self._reentrant)
+            self._reentrant = self._reentrant or reentrant
+            self._task, self._current = task, BackwardPass(whole or object(), reentrant)
+            if task != -1:
+                self._begin(task)
+        return self._current
+
+    def _begin(self, task: int) -> None:
+        if task in self._open:  # goes on after one within it
+            return
+        if not self._current.reentrant and any(not p.reentrant and p.whole is not self._current.whole for p in self._open.values()):
+            self.interrupted = True
+            self._open = {}
+        self._open[task] = self._current
+        opened = self._open
+
+        def ended() -> None:
+            opened.pop(task, None)
+
+        torch.autograd.Variable._execution_engine.queue_callback(ended)  # not called when something raises; torch's own DDP uses it, too
+
+    def check_ended(self) -> None:
+        """After a backward pass: one that has not come to its end was interrupted by an exception."""
+        if self._open and int(torch._C._current_graph_task_id()) == -1:
+            self.interrupted = True
+
+
+def _look(everywhere: bool) -> tuple[object | None, bool]:
+    """What stands for the whole backward pass (None if that cannot be seen), and whether this is one within it.
+
+    `everywhere`: looks for it in other threads too.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    bottom = frame
+    outermost, count = None, 0
+    while frame is not None:
+        if frame.f_code is _RUN:
+            outermost, count = frame, count + 1
+        bottom, frame = frame, frame.f_back
+    assert bottom is not None
+    in_engine = bottom.f_code is _NODE  # and the script's thread waits elsewhere
+    reentrant = count > (0 if in_engine else 1)
+    if in_engine or (outermost is None and everywhere):
+        waiting = [found for found in map(_outermost, sys._current_frames().values()) if found is not None and found is not outermost]
+        outermost = waiting[0] if len(waiting) == 1 else None
+    # Each call has a dictionary of its own for its keyword arguments, which lives on while it is referred to, and keeps nothing else alive.
+    return (None if outermost is None else outermost.f_locals.get("kwargs")), reentrant
+
+
+def _outermost(frame: FrameType | None) -> FrameType | None:
+    found = None
+    while frame is not None:
+        found = frame if frame.f_code is _RUN else found
+        frame = frame.f_back
+    return found

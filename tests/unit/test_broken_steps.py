@@ -1,0 +1,349 @@
+"""Steps in which something went wrong: caught exceptions, reentrant checkpoints, replaced optimizers, converted models, calls in any order."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer
+from hvd_ecsgd.errors import SequenceError
+from hvd_ecsgd.transport import Transport, run_simulated
+from tests.cases import ALL, CASES, Case, by_name, ids
+from tests.problems import batch, mlp, same_bits, train, weights
+
+
+def wrapped(compression: Any = Compression.none, model: Any = None, momentum: float = 0.9, **options: Any) -> tuple[Any, Any]:
+    model = mlp() if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+    return model, DistributedOptimizer(optimizer, model.named_parameters(), compression, **options)
+
+
+def backward(model: Any, rank: int = 0, t: int = 0) -> None:
+    x, y = batch(rank, t, next(model.parameters()).dtype)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+
+
+# -- an exception in a backward pass, caught -----------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    pass
+
+
+def failing(model: Any, rank: int, t: int) -> None:
+    def fail(gradient: torch.Tensor) -> None:
+        raise Failure
+
+    handle = model[0].weight.register_hook(fail)
+    with pytest.raises(Failure):
+        backward(model, rank, t)
+    handle.remove()
+
+
+def with_a_failure(make: Callable[[], Any], rank_that_fails: int | None, how: str, **options: Any) -> list[Any]:
+    """By rank: weights after four steps, of which the second may fail on a rank; and what was raised."""
+
+    def worker(transport: Transport) -> Any:
+        model, optimizer = wrapped(make(), transport=transport, **options)
+        raised = ""
+        for t in range(4):
+            optimizer.zero_grad()
+            if t == 1 and transport.rank == rank_that_fails:
+                failing(model, transport.rank, t)
+                if how == "next batch":
+                    optimizer.zero_grad()
+                    backward(model, transport.rank, t)
+            elif t != 1 or rank_that_fails is not None:
+                backward(model, transport.rank, t)
+            else:
+                continue
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)
+                    optimizer.step()
+            except CompressionError as error:
+                raised += f"{t}: {error}"
+        return weights(model, optimizer.compression), raised, optimizer.compression.undone_steps
+
+    return run_simulated(2, worker, timeout=20)
+
+
+@pytest.mark.parametrize("how", ["step", "next batch"])
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("name", ["none", "top_k", "random_block", "double_squeeze", "detached"])
+def test_an_exception_that_one_rank_caught_undoes_the_step_on_all(name: str, overlap: bool, how: str) -> None:
+    make = by_name(name).make if name != "none" else (lambda: Compression.none)
+    results = with_a_failure(make, 1, how, overlap=overlap)
+    assert same_bits(w for w, *_ in results)
+    for _, raised, undone in results:
+        assert raised.startswith("1: a backward pass on rank 1 was ended by an exception") and raised.count("ended by") == 1, raised
+        assert undone == 1
+    if name == "none":  # other methods draw by step
+        assert same_bits([results[0][0], with_a_failure(make, None, how)[0][0]]), "nothing of that step was applied"
+
+
+def test_a_pass_that_failed_when_all_gradients_were_there_is_whole() -> None:
+    """The control: a hook that raises after the last gradient loses nothing."""
+    model, optimizer = wrapped()
+    x = batch(0, 0)[0].requires_grad_()
+    x.register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x * 1).sum().backward()
+    optimizer.step()
+    assert optimizer.compression.undone_steps == 0
+
+
+# -- several gradients in one backward pass ------------------------------------------------------------------------------------
+
+
+class Shared(torch.nn.Module):
+    """One layer in two checkpoints, another in one, a third in none."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(40, 40).double() for _ in range(3))
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / 6)
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in (0, 1, 0):
+            x = checkpoint(lambda x, i=i: self.layers[i](x).tanh(), x, use_reentrant=self.reentrant)
+        return self.layers[2](x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("name", ["none", "top_k", "detached"])
+def test_a_layer_in_two_reentrant_checkpoints(name: str, passes: int) -> None:
+    """As without checkpoints, to rounding; and two real passes are one too many still."""
+
+    def run(reentrant: bool) -> list[Any]:
+        def worker(transport: Transport) -> Any:
+            model = Shared(reentrant)
+            made = Compression.none if name == "none" else by_name(name).make()
+            _, optimizer = wrapped(made, model, transport=transport, backward_passes_per_step=passes, bucket_bytes=0)
+
+            def loss(t: int) -> torch.Tensor:
+                x = torch.randn(4, 40, generator=torch.Generator().manual_seed(10 * t + transport.rank), dtype=torch.float64)
+                return model(x.requires_grad_()).square().mean()
+
+            for t in range(4):
+                optimizer.zero_grad()
+                for i in range(passes):
+                    loss(2 * t + i).backward()
+                optimizer.step()
+            after = weights(model, optimizer.compression)
+            optimizer.zero_grad()
+            for i in range(passes):
+                loss(i).backward()
+            if reentrant:
+                with pytest.raises(SequenceError, match="backward_passes_per_step"):
+                    loss(0).backward()
+            return after
+
+        return run_simulated(2, worker)
+
+    reentrant, plain = run(True), run(False)
+    assert same_bits(reentrant)
+    assert (reentrant[0] - plain[0]).abs().max() < 1e-12
+
+
+def test_reentrant_checkpoints_do_not_stop_the_overlap() -> None:
+    """From the second step on only the buckets of parameters with several gradients wait for step()."""
+    started: list[list[str]] = []
+
+    def observe(name: str, what: str, begin: float, end: float) -> None:
+        if what == "COMPRESS":
+            started[-1].append(name)
+
+    model = Shared(True)
+    _, optimizer = wrapped(Compression.none, model, bucket_bytes=0, observer=observe)
+    in_backward = []
+    for _ in range(2):
+        started.append([])
+        model(torch.ones(4, 40, dtype=torch.float64).requires_grad_()).sum().backward()
+        in_backward.append(len(started[-1]))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert in_backward == [2, 4]  # of six: the last layer's; and that of the layer in one checkpoint
+    assert [len(names) for names in started] == [6, 6]
+
+
+def test_what_cannot_be_waited_for_is_an_error_with_the_remedy() -> None:
+    """A gradient outside of all checkpoints comes first, and its exchange has started."""
+    layer = torch.nn.Linear(40, 40)
+    _, optimizer = wrapped(Compression.none, layer)
+    x = torch.ones(4, 40).requires_grad_()
+    with pytest.raises(SequenceError, match="use_reentrant=False"):
+        layer(checkpoint(layer, x, use_reentrant=True)).sum().backward()
+    with pytest.raises(CompressionError, match="was changed after its exchange had started"):
+        optimizer.step()
+    _, optimizer = wrapped(Compression.none, layer)
+    optimizer.zero_grad()
+    layer(checkpoint(layer, x, use_reentrant=False)).sum().backward()
+    optimizer.step()
+
+
+def test_a_backward_pass_in_another_thread() -> None:
+    model, optimizer = wrapped()
+    before = weights(model)
+    thread = threading.Thread(target=backward, args=(model,))
+    thread.start()
+    thread.join()
+    optimizer.step()
+    assert not torch.equal(weights(model), before)
+
+
+# -- optimizers and models that are not what they were --------------------------------------------------------------------------
+
+
+def test_a_replaced_optimizer_must_not_step() -> None:
+    model, first = wrapped()
+    _, second = wrapped(model=model)
+    backward(model)
+    before = weights(model)
+    for call in (first.step, first.synchronize):
+        with pytest.raises(CompressionError, match=r"newer DistributedOptimizer was made for its parameters \('0\.weight'"):
+            call()
+    assert torch.equal(weights(model), before)
+    second.step()
+    assert not torch.equal(weights(model), before), "control"
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.double, torch.nn.Module.half, lambda m: m.to(torch.bfloat16)])
+@pytest.mark.parametrize("name", ["none", "top_k", "detached"])
+def test_a_model_that_is_converted_after_wrapping(name: str, convert: Any) -> None:
+    model, optimizer = wrapped(Compression.none if name == "none" else by_name(name).make())
+    train(model, optimizer, 0, range(1))
+    convert(model)
+    with pytest.raises(CompressionError, match=r"was torch.float32 on cpu when it was bound, and is torch\.\w+ on cpu now.* before"):
+        train(model, optimizer, 0, range(1, 2))
+    model = convert(mlp())
+    train(*wrapped(Compression.none, model), 0, range(1))  # control
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_parameter_frozen_on_some_ranks_only_is_named(overlap: bool) -> None:
+    def worker(transport: Transport) -> str:
+        model, optimizer = wrapped(Compression.top_k(4), transport=transport, overlap=overlap)
+        train(model, optimizer, transport.rank, range(2))
+        model[0].bias.requires_grad_(False)
+        train(model, optimizer, transport.rank, range(2, 3))  # control: everywhere
+        model[0].weight.requires_grad_(transport.rank == 0)
+        with pytest.raises(DisagreementError) as told:
+            train(model, optimizer, transport.rank, range(3, 4))
+        return str(told.value)
+
+    for said in run_simulated(2, worker):
+        assert "frozen since the compression was bound" in said and "'0.weight'" in said
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+@pytest.mark.parametrize(("dtype", "gradients"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_gradients_of_another_type_than_their_parameter(case: Case, dtype: torch.dtype, gradients: torch.dtype) -> None:
+    """`p.grad` has the type that was asked for, also when a rate of zero, an overflow or another worker makes it."""
+    model = mlp(dtype)
+    for p in model.parameters():
+        p.grad_dtype = gradients
+    _, optimizer = wrapped(case.make(), model, case.momentum)
+    scale = torch.tensor(1.0, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for t in range(4):
+            optimizer.param_groups[0]["lr"] = 0.0 if t == 1 else 0.05
+            optimizer.zero_grad(set_to_none=t != 2)
+            scale.fill_(float("nan") if t == 2 else 1.0)
+            if t < 3:
+                x, y = batch(0, t, dtype)
+                (torch.nn.functional.cross_entropy(model(x).float(), y) * scale).backward()
+            optimizer.step()
+            assert {p.grad.dtype for p in model.parameters() if p.grad is not None} <= {gradients}
+    assert weights(model, optimizer.compression).isfinite().all()
+
+
+# -- calls in any order ----------------------------------------------------------------------------------------------------------
+
+CALLS = ("backward", "synchronize", "clip", "step", "step inside", "zero_grad")
+
+
+class Expected:
+    """What should come of a call: IDLE, gradients HERE, or EXCHANGED."""
+
+    def __init__(self) -> None:
+        self.here = self.exchanged = self.spoiled = False
+        self.moves = 0
+
+    def __call__(self, call: str) -> type[Exception] | None:
+        if call == "backward":
+            error = SequenceError if self.here else None
+            self.here, self.exchanged = True, False
+            return error
+        if call == "zero_grad":
+            if self.here:
+                return SequenceError
+            self.exchanged = False
+        if call == "synchronize":
+            self.here, self.exchanged = False, True
+        if call == "step inside" and not self.exchanged:
+            return CompressionError
+        if call in ("step", "step inside"):
+            self.here = self.exchanged = False
+            self.moves += 1
+        return None
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    calls=st.lists(st.sampled_from(CALLS), max_size=9), name=st.sampled_from(["none", "top_k", "local_momentum"]), overlap=st.booleans()
+)
+def test_calls_in_any_order(calls: list[str], name: str, overlap: bool) -> None:
+    """Each does what it should, or is an error that has words; then an ordinary step is one."""
+    model, optimizer = wrapped(Compression.none if name == "none" else getattr(Compression, name)(4, **ALL), overlap=overlap)
+    expected, clipped = Expected(), False
+
+    def inside() -> None:
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+    do = {
+        "backward": lambda: backward(model),
+        "synchronize": optimizer.synchronize,
+        "clip": lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+        "step": optimizer.step,
+        "step inside": inside,
+        "zero_grad": optimizer.zero_grad,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for call in calls:
+            clipped = clipped or call == "clip"  # what clipping may and may not do is tested elsewhere
+            error = expected(call)
+            try:
+                do[call]()
+            except (CompressionError, SequenceError) as raised:
+                assert str(raised)
+                assert error is not None or clipped or "ended by an exception" in str(raised), (calls, call)
+            else:
+                assert error is None or clipped, (calls, call)
+            if error is SequenceError and call == "backward":
+                break  # one pass too many: what follows is the test of lost steps above
+        for _ in range(2):  # what was written to while it travelled is an error once
+            with contextlib.suppress(CompressionError):
+                optimizer.step()
+        optimizer.zero_grad()
+        before = weights(model)
+        backward(model)
+        optimizer.step()
+    assert not torch.equal(weights(model), before)
