@@ -199,7 +199,7 @@ def _pickled(obj: object) -> _Packed:
 
 def _unpickled(content: torch.Tensor, sender: int, what: str) -> Any:
     try:
-        return pickle.loads(memoryview(content.numpy()))
+        return pickle.loads(content.numpy().data)
     except Exception as error:
         raise ValueError(f"{what}: rank {rank()} cannot unpickle the object of rank {sender}: {type(error).__name__}: {error}.") from error
 

@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ class Watchdog:
         self._comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._links: dict[str, tuple[Link, tuple[int, ...]]] = {}
+        self._watched: Counter[tuple[int, ...]] = Counter()  # how many `watch`es there have been, which is equal on all members
         self._left: dict[int, dict[str, int | None]] = {}
         self._leaving_since: float | None = None
         self._suspect: str | None = None  # why this rank waited for nothing at the last look
@@ -91,10 +93,15 @@ class Watchdog:
     # ---- what the runtime tells
 
     def watch(self, link: Link, ranks: Sequence[int]) -> None:
-        """Ranks that leave are compared with what this rank waits for on `link`, of which `ranks`, equal on all of them, are the members."""
+        """Ranks that leave are compared with what this rank waits for on `link`, of which `ranks`, equal on all of them, are the members.
+
+        Again, for another user of it: what ranks have said of the one before no longer counts.
+        """
         members = tuple(ranks)
         digest = hashlib.blake2b(repr(members).encode(), digest_size=4).hexdigest()
-        self._links[f"{digest}.{sum(known == members for _, known in self._links.values())}"] = link, members
+        others = {key: known for key, known in self._links.items() if known[0] is not link}
+        self._links = {**others, f"{digest}.{self._watched[members]}": (link, members)}  # a new one: the thread reads it
+        self._watched[members] += 1
 
     def leaving(self) -> None:
         """This rank shuts down. If that takes long, because others wait for something else, they are told."""
@@ -256,15 +263,16 @@ class Watchdog:
             self._end(f"rank {self.rank} was interrupted (SIGINT) while it waited for other ranks")
 
     def _look_at_those_who_left(self) -> None:
-        hopeless = [why for key in list(self._links) for r in sorted(self._left) if (why := self._never_answered(key, r)) is not None]
+        links = self._links
+        hopeless = [why for key in links for r in sorted(self._left) if (why := self._never_answered(key, *links[key], r)) is not None]
         why = hopeless[0] if hopeless else None
         if why is not None and why == self._suspect:
             self._end(why)
         self._suspect = why
 
-    def _never_answered(self, key: str, rank: int) -> str | None:
+    def _never_answered(self, key: str, link: Link, members: tuple[int, ...], rank: int) -> str | None:
         """Why something that this rank has started on a link will never be answered by `rank`; None if it may be."""
-        (link, members), counts = self._links[key], self._left[rank]
+        counts = self._left[rank]
         joined = _ELSEWHERE in counts
         turn = counts.get(key, None if joined else 0)
         if rank not in members or turn is None or (what := link.operations.started_beyond(turn)) is None:

@@ -87,16 +87,13 @@ def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
     everyones = runtime.agree("DistributedOptimizer being made", users, extra=unused)
     if common := set.intersection(*everyones):
         made = some[min(common)[0]]
-        transport = MPITransport(link=made.link)
-        made.transport = weakref.ref(transport)
-        made.link.user = lambda: None
-        return transport
-    assert users.comm is not None
-    link = Link(users.comm)
-    transport = MPITransport(link=link)
-    some.append(_Made(link, weakref.ref(transport)))
+    else:
+        assert users.comm is not None
+        some.append(made := _Made(Link(users.comm), lambda: None))
+    transport = MPITransport(link=made.link)
+    made.transport, made.link.user = weakref.ref(transport), lambda: None
     if (watchdog := runtime.watchdog()) is not None:
-        watchdog.watch(link, users.ranks)
+        watchdog.watch(made.link, users.ranks)
     return transport
 
 
