@@ -123,8 +123,10 @@ class _Distributed(torch.optim.Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """What a script may ask for where the optimizer's own class has nothing of that name."""
-        if name in ("compression", "listens", "check_join") and _DRIVER in self.__dict__:
-            return getattr(driver_of(self), name)
+        if name == "compression" and _DRIVER in self.__dict__:
+            return driver_of(self).compression
+        if name == "_parameter_names" and _DRIVER in self.__dict__:  # of Horovod's optimizers; scripts read it
+            return {p: n for n, p in driver_of(self).compression.named}
         above = getattr(super(), "__getattr__", None)
         if above is not None:
             return above(name)

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvd_ecsgd.optimizer import driver_of
+
 from ..environment import seconds, switch
 from .interfaces import addresses, network_identity
 
@@ -282,7 +284,7 @@ class Watchdog:
         optimizer = link.user()
         if optimizer is None:  # dropped here too: nobody waits
             return None
-        names = [name for name, _ in optimizer.compression.named]
+        names = [name for name, _ in driver_of(optimizer).compression.named]
         return (
             f"rank {rank} joined after it had dropped the DistributedOptimizer of {', '.join(map(repr, names[:3]))}{', …' * (len(names) > 3)} "
             f"({len(names)} parameters), which rank {self.rank} still uses; keep it on all ranks until all have joined, or drop it on all"

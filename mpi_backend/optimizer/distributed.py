@@ -16,6 +16,7 @@ import torch
 
 from hvd_ecsgd import DistributedOptimizer as _DistributedOptimizer
 from hvd_ecsgd.compression import AnyCompression, Compression
+from hvd_ecsgd.optimizer import driver_of
 from hvd_ecsgd.transport import SelfTransport, Transport
 
 from .. import runtime
@@ -93,8 +94,6 @@ def DistributedOptimizer(
     )
     number = resources.add_optimizer(distributed, transport)
     traced.number, traced.optimizer = number, weakref.ref(distributed)
-    if not hasattr(distributed, "_parameter_names"):  # of Horovod's optimizers; scripts read it
-        distributed._parameter_names = {p: name for name, p in distributed.compression.named}
     if background is not None:
         weakref.finalize(distributed, background.close)
         if process_set.included():
@@ -103,7 +102,7 @@ def DistributedOptimizer(
 
 
 def _step_announced(optimizer: Callable[[], Any], number: int, process_set: ProcessSet) -> AbstractContextManager[Callable[[], None]]:
-    aggregator = optimizer().compression.aggregator
+    aggregator = driver_of(optimizer()).step.aggregator
     names = [name for name, _ in aggregator.named]
     shown = ", ".join(f"'{name}'" for name in names[:3]) + (f", … ({len(names)} parameters)" if len(names) > 3 else "")
     name = f"step {aggregator.step} of DistributedOptimizer {number}"
@@ -122,7 +121,7 @@ def _trace(engine: Engine, traced: _Traced, row: str, what: str, begin: float, e
     if (timeline := engine.timeline) is None:  # the engine's it was made with: while that shuts down, buckets are still completed
         return
     optimizer = traced.optimizer()
-    bucket = None if optimizer is None else next((b for b in optimizer.compression.aggregator.buckets if b.name == row), None)
+    bucket = None if optimizer is None else next((b for b in driver_of(optimizer).step.aggregator.buckets if b.name == row), None)
     about = {} if bucket is None else {"parameters": bucket.segments.names, "gradient bytes": bucket.segments.numel * bucket.segments.dtype.itemsize}
     timeline.span(f"optimizer {traced.number} {row}", what, begin, end, **about)
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from hvd_ecsgd.optimizer import driver_of
+
 from .. import runtime
 from ..devices import current_device, use_device
 from ..errors import HorovodInternalError
@@ -44,7 +46,7 @@ def join(device: int = -1) -> int:
     """
     here, optimizers = runtime.context(), resources.optimizers()
     for optimizer in optimizers.values():
-        optimizer.check_join()  # before the others hear of it
+        driver_of(optimizer).check_join()  # before the others hear of it
     joining = runtime.channel(global_process_set).join()
     if here.size > 1 and here.engine.threaded:
         return _join_steps(joining, optimizers)
@@ -85,7 +87,7 @@ def _join_steps(joining: Pending[int], optimizers: Mapping[int, Any]) -> int:
         return last
     except BaseException:
         for optimizer in optimizers.values():
-            if hasattr(transport := optimizer.compression.transport, "abandon"):
+            if hasattr(transport := driver_of(optimizer).step.transport, "abandon"):
                 transport.abandon()  # others may never take part in what was begun
         raise
     finally:

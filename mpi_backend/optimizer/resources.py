@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hvd_ecsgd.optimizer import driver_of
+
 from .. import runtime
 from ..process_sets import ProcessSet, global_process_set
 from .background import Background
@@ -64,7 +66,7 @@ def tell_dropped(waits: bool) -> None:
 def optimizers() -> dict[int, Any]:
     """Those in use, by number. One that only a cycle of references keeps is not, and another rank may have let it go already."""
     gc.collect()
-    return {number: optimizer for number, optimizer in sorted(_optimizers.items()) if optimizer.listens}
+    return {number: optimizer for number, optimizer in sorted(_optimizers.items()) if driver_of(optimizer).listens}
 
 
 def new_transport(process_set: ProcessSet | None = None) -> MPITransport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import warnings
@@ -298,6 +299,30 @@ sgd, twice = torch.optim.SGD(model.parameters(), lr=0.1), [*model.named_paramete
 verdict.raises(ValueError, lambda: hvd.DistributedOptimizer(sgd, twice), "the same names twice", "two parameters are named")
 for absent, said in (("elastic", "mpi_backend has no elastic"), ("alreduce", "no attribute 'alreduce'")):
     verdict.raises(AttributeError, lambda absent=absent: getattr(hvd, absent), absent, said)
+
+# An exception that one rank's backward pass ended with, and that its script caught: the step is undone, and all ranks are told. Then all go on.
+model = conv()
+optimizer = wrap(model)
+
+
+def fail(gradient: torch.Tensor) -> None:
+    raise ZeroDivisionError
+
+
+for t, data in enumerate((0, 1, 1, 2)):
+    optimizer.zero_grad()
+    handle = model[0].weight.register_hook(fail) if (t, rank) == (1, size - 1) else None
+    with contextlib.suppress(ZeroDivisionError):
+        model(batch(rank, data)).square().mean().backward()
+    if handle is not None:
+        handle.remove()
+    if t != 1:
+        optimizer.step()
+        continue
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        verdict.raises(ValueError, optimizer.step, "half a step", f"a backward pass on rank {size - 1} was ended by an exception")
+same(model, reference(3), "after a step that was undone for an exception")
 
 # Arguments that are refused.
 model = conv()
