@@ -35,12 +35,13 @@ def signs(v: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Recursion:
-    """What a method does; `after`: momentum and weight decay act on D, as the optimizer's."""
+    """What a method does. `after`: momentum and weight decay act on D, as the optimizer's. `falls`: the unit follows η down in front of them too."""
 
     worker: Callable[[torch.Tensor], torch.Tensor] = top_2
     server: Callable[[torch.Tensor], torch.Tensor] = top_2
     after: bool = False
     nesterov: bool = False
+    falls: bool = False
     workers_send: Callable[[int, int], bool] = lambda t, i: True
     server_sends: Callable[[int], bool] = lambda t: True
 
@@ -54,7 +55,8 @@ def by_hand(r: Recursion, mu: float, wd: float) -> list[Step]:
     e, m = [torch.zeros_like(x)] * N, [torch.zeros_like(x)] * N
     history, before = [], LRS[0]
     for t, lr in enumerate(LRS):
-        total = before / lr * server
+        unit = max(lr, before) if r.after and mu and not r.falls else lr
+        total = before / unit * server
         for i in range(N):
             h, b = quadratic(i)
             g = h @ x - b
@@ -62,7 +64,7 @@ def by_hand(r: Recursion, mu: float, wd: float) -> list[Step]:
                 g = g + wd * x
                 m[i] = mu * m[i] + g
                 g = g + mu * m[i] if r.nesterov else m[i]
-            e[i] = g + before / lr * e[i]
+            e[i] = g + before / unit * e[i]
             if r.workers_send(t, i):
                 sent = r.worker(e[i])
                 total, e[i] = total + sent / N, e[i] - sent
@@ -72,7 +74,7 @@ def by_hand(r: Recursion, mu: float, wd: float) -> list[Step]:
             d = d + wd * x
             after = mu * after + d
             d = d + mu * after if r.nesterov else after
-        x, before = x - lr * d, lr
+        x, before = x - lr * d, unit
         history.append((x, list(e), server))
     return history
 
@@ -125,6 +127,8 @@ def test_the_recursion(name: str, mu: float, wd: float, nesterov: bool) -> None:
     if mu:
         assert difference(ours, by_hand(Recursion(**{**vars(recursion), "nesterov": not nesterov}), mu, wd)) > 1e-4
         assert difference(ours, by_hand(Recursion(**{**vars(recursion), "nesterov": nesterov, "after": not recursion.after}), mu, wd)) > 1e-4
+    if mu and recursion.after:
+        assert difference(ours, by_hand(Recursion(**{**vars(recursion), "nesterov": nesterov, "falls": True}), mu, wd)) > 1e-4
 
 
 @pytest.mark.parametrize("name", METHODS)
