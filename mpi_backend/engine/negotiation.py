@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -68,6 +69,12 @@ def _number(name: str) -> tuple[int, int] | None:
     """Of a collective without a name, or one that it is made of (`….sz`)."""
     joins, number, *_ = [*name.removeprefix(_UNNAMED).split("."), ""]
     return (int(joins), int(number)) if name.startswith(_UNNAMED) and joins.isdecimal() and number.isdecimal() else None
+
+
+def _step(name: str) -> tuple[int, str] | None:
+    """Of what is announced of an optimizer's step: its number, and the optimizer."""
+    found = re.fullmatch(r"step (\d+) of (DistributedOptimizer \d+)", name)
+    return None if found is None else (int(found[1]), found[2])
 
 
 @dataclass(frozen=True)
@@ -291,10 +298,10 @@ class Coordinator:
         return warnings
 
     def _numbered_apart(self, name: str) -> str:
-        """Of a stalled collective without a name: how many of them each rank has submitted."""
+        """Of a stalled collective without a name: how many of them each rank has submitted; of an optimizer's step: in which others ranks wait."""
         number = _number(name)
         if number is None:
-            return ""
+            return self._steps_apart(name)
         counts: dict[int, list[int]] = {}
         for rank in sorted(self._everyone):
             joins, last = self._unnamed.get(rank, (number[0], -1))
@@ -303,6 +310,18 @@ class Coordinator:
         return (
             f" Collectives without a name are matched by their number, and there have been {said}: a call that only some ranks make, or an error "
             "that only some ranks catch, takes the numbers apart. Name them, or make the same calls on all ranks."
+        )
+
+    def _steps_apart(self, name: str) -> str:
+        waiting = [(step, self._entries[other]) for other in self._entries if (step := _step(other)) is not None]
+        mine = _step(name)
+        ranks = {step: self._list(entry.requests) for (step, optimizer), entry in waiting if mine is not None and optimizer == mine[1]}
+        if len(ranks) < 2:
+            return ""
+        said = ", ".join(f"{ranks[step]} in step {step}" for step in sorted(ranks))
+        return (
+            f" The steps of this optimizer are numbered apart, {said}: after an error that only some ranks caught, or state that only some loaded. "
+            "Let such errors end the program, and load one checkpoint on all ranks."
         )
 
     # ---- words

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import hypothesis
@@ -193,6 +194,34 @@ def test_what_cannot_be_waited_for_is_an_error_with_the_remedy() -> None:
     optimizer.zero_grad()
     layer(checkpoint(layer, x, use_reentrant=False)).sum().backward()
     optimizer.step()
+
+
+def test_reentrant_passes_in_a_thread_of_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose nodes run in such a thread, while the script's thread waits: an ordinary thread stands for it here."""
+
+    class InAThread(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(lambda: p.square().sum().backward()).result()
+            return gradient
+
+    monkeypatch.setattr("hvd_ecsgd.optimizer.backward._NODE", threading.Thread._bootstrap.__code__)
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=0.5), [("p", p)])
+    x = torch.ones(3, requires_grad=True)
+    InAThread.apply(InAThread.apply(x)).sum().backward()
+    with pytest.raises(SequenceError, match="more than backward_passes_per_step=1"):
+        InAThread.apply(x).sum().backward()
+    optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=0.25), [("p", p)])
+    optimizer.zero_grad()
+    InAThread.apply(InAThread.apply(x)).sum().backward()
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.zeros(3)), "1 − .25 · (2 + 2)"
 
 
 def test_a_backward_pass_in_another_thread() -> None:

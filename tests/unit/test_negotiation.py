@@ -220,3 +220,14 @@ def test_a_stalled_collective_without_a_name_says_how_many_each_rank_has_submitt
     coordinator.check_stalls(6.0)
     failed = [d.message for d in coordinator.take() if isinstance(d, Fail)]
     assert ["3 on rank 0, 4 on rank 1" in message for message in failed] == [True, False, True]
+
+
+def test_stalled_steps_of_one_optimizer_say_how_far_ranks_are_apart() -> None:
+    """The control: steps of two optimizers, in which ranks may well wait for each other."""
+    coordinator = Coordinator([0, 1], 0, StallCheck(1.0, None))
+    coordinator.receive(0, [gather("step 5 of DistributedOptimizer 1"), gather("step 8 of DistributedOptimizer 2")], 0.0)
+    coordinator.receive(1, [gather("step 6 of DistributedOptimizer 1")], 0.0)
+    first, other, second = coordinator.check_stalls(2.0)
+    for text in (first, second):
+        assert "numbered apart, rank 0 in step 5, rank 1 in step 6: after an error that only some ranks caught" in text
+    assert "apart" not in other
