@@ -44,7 +44,9 @@ class BackwardPasses:
         """In the hook of a gradient: the pass that it comes from."""
         task = int(torch._C._current_graph_task_id())
         if task != self._task or task == -1:
-            whole, reentrant = _look(self._reentrant)
+            whole, reentrant, here = _look(self._reentrant)
+            if not here and self._open and _running() > 1:  # a reentrant one, part of which runs in another thread (of another device)
+                reentrant = True
             self._reentrant = self._reentrant or reentrant
             self._task, self._current = task, BackwardPass(whole or object(), reentrant)
             if task != -1:
@@ -54,7 +56,8 @@ class BackwardPasses:
     def _begin(self, task: int) -> None:
         if task in self._open:  # goes on after one within it
             return
-        if not self._current.reentrant and any(not p.reentrant and p.whole is not self._current.whole for p in self._open.values()):
+        before = [p for p in self._open.values() if not p.reentrant and p.whole is not self._current.whole]
+        if before and not self._current.reentrant and _RUN is not None:  # else a reentrant one would not be known
             self.interrupted = True
             self._open = {}
         self._open[task] = self._current
@@ -71,8 +74,9 @@ class BackwardPasses:
             self.interrupted = True
 
 
-def _look(everywhere: bool) -> tuple[object | None, bool]:
-    """What stands for the whole backward pass (None if that cannot be seen), and whether this is one within it.
+def _look(everywhere: bool) -> tuple[object | None, bool, bool]:
+    """What stands for the whole backward pass (None if that cannot be seen), whether this is one within it, and whether a call of one was seen in
+    this thread.
 
     `everywhere`: looks for it in other threads too.
     """
@@ -87,15 +91,22 @@ def _look(everywhere: bool) -> tuple[object | None, bool]:
     in_engine = bottom.f_code is _NODE  # and the script's thread waits elsewhere
     reentrant = count > (0 if in_engine else 1)
     if in_engine or (outermost is None and everywhere):
-        waiting = [found for found in map(_outermost, sys._current_frames().values()) if found is not None and found is not outermost]
+        waiting = [calls[-1] for calls in map(_calls, sys._current_frames().values()) if calls and calls[-1] is not outermost]
         outermost = waiting[0] if len(waiting) == 1 else None
     # Each call has a dictionary of its own for its keyword arguments, which lives on while it is referred to, and keeps nothing else alive.
-    return (None if outermost is None else outermost.f_locals.get("kwargs")), reentrant
+    return (None if outermost is None else outermost.f_locals.get("kwargs")), reentrant, count > 0
 
 
-def _outermost(frame: FrameType | None) -> FrameType | None:
-    found = None
+def _running() -> int:
+    """How many backward passes are running in this process."""
+    return sum(len(_calls(frame)) for frame in sys._current_frames().values())
+
+
+def _calls(frame: FrameType | None) -> list[FrameType]:
+    """Of backward passes, on this stack, innermost first."""
+    found = []
     while frame is not None:
-        found = frame if frame.f_code is _RUN else found
+        if frame.f_code is _RUN:
+            found.append(frame)
         frame = frame.f_back
     return found
