@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -439,7 +440,8 @@ def test_copies_are_refused(what: str, used: bool) -> None:
         model(batch(0, 0)[0]).sum().backward()
         optimizer.step()
     thing: Any = compression if what == "compression" else optimizer
-    for attempt in (copy.copy, copy.deepcopy, pickle.dumps, lambda it: torch.save(it, io.BytesIO()), lambda it: copy.deepcopy({"a": [it]})):
+    attempts = (copy.copy, copy.deepcopy, pickle.dumps, ForkingPickler.dumps, lambda it: torch.save(it, io.BytesIO()), lambda it: copy.deepcopy([it]))
+    for attempt in attempts:
         with pytest.raises(CompressionError, match=r"state_dict\(\)"):
             attempt(thing)
     copy.deepcopy(model)
