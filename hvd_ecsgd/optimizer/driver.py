@@ -25,6 +25,7 @@ from .hooks import GradientHooks
 from .hyper_parameters import HyperParameters
 from .join import Note, raise_if_joined
 from .own_class import Evaluated, OwnClass
+from .refusals import check_all_bound, check_in_use, raise_if_lost
 from .scaler import ScalerLink
 from .step import Outcome, Phase, StepExchange
 
@@ -193,8 +194,8 @@ class OptimizerDriver:
 
     def synchronize(self) -> None:
         """See `DistributedOptimizer`'s `synchronize`."""
-        self._check_in_use()
-        self._check_all_bound()
+        check_in_use(self)
+        check_all_bound(self)
         if self.step.phase is Phase.EXCHANGED:
             warnings.warn(
                 "this step's gradients were exchanged by optimizer.synchronize() already, and are not exchanged again. Call optimizer.step() inside "
@@ -211,7 +212,7 @@ class OptimizerDriver:
         self._backward_watched = False
         outcome = self.step.complete()
         if outcome is Outcome.UNDONE:
-            self._raise_if_lost(lost, local)
+            raise_if_lost(self, lost, local)
         if not self.applies_update:
             self._write_means()
         elif outcome is Outcome.UNDONE:
@@ -221,40 +222,6 @@ class OptimizerDriver:
     def _lost(self) -> bool:
         """Half of a step's gradients are here, and the other ranks can still be told by what has not been sent."""
         return self.step.next_bucket is not None and self.hooks.lost()
-
-    def _raise_if_lost(self, lost: bool, local: bool) -> None:
-        """Of a step that was undone: not because of an inf or NaN, but because an exception had ended a backward pass. On all ranks; collective."""
-        said, transport = torch.tensor([lost], dtype=torch.uint8), self.step.transport
-        ranks = [r for r, t in enumerate([said] if local else transport.allgather(said, "undone", [1] * transport.size).wait()) if bool(t)]
-        if not ranks:
-            return
-        self.step.forget()
-        for p in self.parameters:
-            p.grad = None
-        where = "this rank" if local else f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-        raise CompressionError(
-            f"a backward pass on {where} was ended by an exception, which the script caught, and only some of its gradients were there. So the "
-            "step was undone on all ranks, and nothing was applied. Let the exception end the program; or catch this one too, on all ranks, and go "
-            "on with the next batch."
-        )
-
-    def _check_in_use(self) -> None:
-        if not self.listens:
-            raise CompressionError(
-                "step() of an optimizer that is not in use any more: a newer DistributedOptimizer was made for its parameters "
-                f"('{self.hooks.taken_over}', …), and exchanges their gradients. Step that one, and drop this one."
-            )
-
-    def _check_all_bound(self) -> None:
-        bound = self.compression.ids
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and id(p) not in bound:
-                    raise CompressionError(
-                        f"a parameter of shape {tuple(p.shape)} takes part in training but was frozen or absent when this optimizer was "
-                        "made, so ranks would drift apart; "
-                        "make a new DistributedOptimizer after unfreezing or adding parameters, or wrap while all is trainable and freeze then."
-                    )
 
     def _write_means(self) -> None:
         """The means become the gradients."""

@@ -1,0 +1,57 @@
+"""Steps that must not be taken, or were not what they seemed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import CompressionError
+
+if TYPE_CHECKING:
+    from .driver import OptimizerDriver
+
+__all__ = ["check_all_bound", "check_in_use", "raise_if_lost"]
+
+
+def check_in_use(driver: OptimizerDriver) -> None:
+    """Raise `CompressionError` when a newer optimizer has taken over the parameters."""
+    if not driver.listens:
+        raise CompressionError(
+            "step() of an optimizer that is not in use any more: a newer DistributedOptimizer was made for its parameters "
+            f"('{driver.hooks.taken_over}', …), and exchanges their gradients. Step that one, and drop this one."
+        )
+
+
+def check_all_bound(driver: OptimizerDriver) -> None:
+    """Raise `CompressionError` when the optimizer trains a parameter that is not exchanged."""
+    bound = driver.compression.ids
+    for group in driver.optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad and id(p) not in bound:
+                raise CompressionError(
+                    f"a parameter of shape {tuple(p.shape)} takes part in training but was frozen or absent when this optimizer was "
+                    "made, so ranks would drift apart; "
+                    "make a new DistributedOptimizer after unfreezing or adding parameters, or wrap while all is trainable and freeze then."
+                )
+
+
+def raise_if_lost(driver: OptimizerDriver, lost: bool, local: bool) -> None:
+    """After a step that was undone: raise `CompressionError`, on all ranks, where the reason was an exception in a backward pass, not an inf or NaN.
+
+    `lost`: so it was on this rank. Collective, but after a `local` step.
+    """
+    said, transport = torch.tensor([lost], dtype=torch.uint8, device="cpu"), driver.step.transport
+    everyones = [said] if local else transport.allgather(said, "undone", [1] * transport.size).wait()
+    ranks = [r for r, t in enumerate(everyones) if bool(t)]
+    if not ranks:
+        return
+    driver.step.forget()
+    for p in driver.parameters:
+        p.grad = None
+    where = "this rank" if local else f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    raise CompressionError(
+        f"a backward pass on {where} was ended by an exception, which the script caught, and only some of its gradients were there. So the step was "
+        f"undone{'' if local else ' on all ranks'}, and nothing was applied. Let the exception end the program; or catch this one too, on all ranks, "
+        "and go on with the next batch."
+    )
