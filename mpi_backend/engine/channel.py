@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,7 +17,6 @@ from mpi4py import MPI
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle
 
-from ..devices import current_device, use_device
 from ..errors import HorovodInternalError, MismatchError
 from ..transport import MPITransport
 from .arithmetic import finish_, scale_
@@ -39,6 +37,7 @@ from .negotiation import (
     automatic_name,
 )
 from .pending import Pending, Progress
+from .submission import InFlight, Submission
 from .timeline import Timeline
 
 __all__ = ["Channel", "Server"]
@@ -63,52 +62,6 @@ class Server(Progress, Protocol):
         """Raise what ended the engine, if something has."""
 
 
-@dataclass
-class _Submission:
-    """A request of this rank, with what is needed to run it: tensors to be reduced, or a function that starts it, given everybody's extras."""
-
-    request: Request
-    pending: Pending[Any]
-    tensors: Sequence[torch.Tensor]
-    start: Callable[[Sequence[Any]], Handle[Any]] | None
-    since: float
-    kind: str
-    device: int | None = field(default_factory=current_device)  # of the caller's thread
-    events: list[Any] = field(default_factory=list)  # of CUDA streams that may still be writing the tensors
-
-
-    @property
-    def row(self) -> str:
-        """Of the timeline, named as in Horovod's."""
-        return f"{self.kind}.{self.request.name}" if self.kind else self.request.name
-
-    @property
-    def operation(self) -> str:
-        """What Horovod's timeline calls it."""
-        return self.kind.removeprefix("grouped_").upper()
-
-    def enter(self) -> None:
-        """Be where the caller was: on its device, after what it had started there."""
-        use_device(self.device)
-        for event in self.events:
-            event.synchronize()
-
-
-@dataclass
-class _InFlight:
-    """Data on its way."""
-
-    handles: list[Handle[Any]]
-    submissions: list[_Submission]
-    finish: Callable[[list[Any]], None]
-    what: str
-    since: float
-
-    @property
-    def pendings(self) -> list[Pending[Any]]:
-        return [submission.pending for submission in self.submissions]
-
-
 class Channel:
     """Named collectives among the processes of `comm`. Creating one is collective, and so is `close`.
 
@@ -124,14 +77,14 @@ class Channel:
         first = self.rank == _COORDINATOR
         self._coordinator = Coordinator(self.ranks, engine.fusion_bytes, engine.stall) if first else None
         self._lock = threading.Lock()  # the four below are touched by callers
-        self._queue: deque[_Submission | Withdraw | Join | Leave] = deque()
+        self._queue: deque[Submission | Withdraw | Join | Leave] = deque()
         self._names: set[str] = set()
         self._numbers = itertools.count()
         self._joins = 0
         self._closed = False
-        self._held: dict[str, _Submission] = {}  # from here on: the engine's
+        self._held: dict[str, Submission] = {}  # from here on: the engine's
         self._taken: list[Pending[Any]] = []  # out of `_held`, and not on their way yet, or not any more
-        self._flights: list[_InFlight] = []
+        self._flights: list[InFlight] = []
         self._sends: list[tuple[MPI.Request, bytes]] = []
         self._joining: Pending[int] | None = None
         self._leaving: Pending[None] | None = None
@@ -168,7 +121,7 @@ class Channel:
         Horovod calls it, for the timeline. Raises ValueError while `request.name` is in use.
         """
         pending: Pending[T] = Pending(self._engine, finish)
-        submission = _Submission(request, pending, tensors, start, time.perf_counter(), kind)
+        submission = Submission(request, pending, tensors, start, time.perf_counter(), kind)
         for t in tensors:
             if t.is_cuda:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -256,7 +209,7 @@ class Channel:
         """Nothing here will ever run."""
         with self._lock:
             self._closed = True
-            waiting = [s.pending for s in self._queue if isinstance(s, _Submission)]
+            waiting = [s.pending for s in self._queue if isinstance(s, Submission)]
             self._queue.clear()
         waiting += [s.pending for s in self._held.values()] + self._taken
         waiting += [p for flight in self._flights for p in flight.pendings]
@@ -274,7 +227,7 @@ class Channel:
             new, self._queue = list(self._queue), deque()
         messages: list[Message] = []
         for item in new:
-            if isinstance(item, _Submission):
+            if isinstance(item, Submission):
                 self._held[item.request.name] = item
                 messages.append(item.request)
             else:
@@ -341,7 +294,7 @@ class Channel:
                 assert isinstance(decision, Left)
                 self._closed = True
 
-    def _take(self, name: str, failed: bool = False) -> _Submission:
+    def _take(self, name: str, failed: bool = False) -> Submission:
         """The submission of this name, which is free again."""
         submission = self._held.pop(name)
         self._taken.append(submission.pending)
@@ -403,8 +356,8 @@ class Channel:
         together = f", of {len(run.names)} together" if len(run.names) > 1 else ""
         self._launch(handles, ours, finish, f"allreduce of {sum(w.numel() * w.element_size() for w in wholes)} bytes{together}")
 
-    def _launch(self, handles: list[Handle[Any]], submissions: list[_Submission], finish: Callable[[list[Any]], None], what: str) -> None:
-        self._flights.append(_InFlight(handles, submissions, finish, what, time.perf_counter()))
+    def _launch(self, handles: list[Handle[Any]], submissions: list[Submission], finish: Callable[[list[Any]], None], what: str) -> None:
+        self._flights.append(InFlight(handles, submissions, finish, what, time.perf_counter()))
 
     def _complete(self) -> bool:
         landed = False
