@@ -22,7 +22,7 @@ from .method import GroupSettings, Method
 from .protocols import Exchange, Part, State, StepContext, Task, Traffic
 from .saved_state import check_all_there, check_entry, check_head, check_tensor
 from .segments import Key, Segments
-from .talk import packed_text, raise_on_other_texts
+from .talk import STEP, code_of, doing_of, packed_text, raise_if_apart, raise_on_other_texts
 from .transport.base import Handle, Ready, Transport
 
 __all__ = ["Aggregator", "Comparison"]
@@ -30,8 +30,11 @@ __all__ = ["Aggregator", "Comparison"]
 _DIGEST = 16
 """Bytes of the hash of settings and step that ranks compare."""
 
-_HEAD = _DIGEST + 8
-"""Bytes that all begin a step with: behind the digest the param groups whose learning rate is 0, for which nothing is sent."""
+_HEAD = f"<{_DIGEST}sqB"
+"""What all begin with, before their note: the digest, the param groups whose learning rate is 0 (nothing is sent for them), what the rank does."""
+
+_HEAD_BYTES = struct.calcsize(_HEAD)
+
 
 _REFUSED = b"\xff" * _DIGEST
 """In its place, of a worker whose hyper-parameters no step can be taken with."""
@@ -51,7 +54,7 @@ NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
 
 class Comparison:
-    """Of what every rank says at the beginning of a step; nothing in a local step."""
+    """Of what every rank says at the beginning of a step, or of something else that all do together; nothing in a local step."""
 
     def __init__(self, aggregator: Aggregator, transport: Transport, said: Handle[list[torch.Tensor]]) -> None:
         self._aggregator, self._transport, self._said = aggregator, transport, said
@@ -61,11 +64,22 @@ class Comparison:
 
     def notes(self) -> list[bytes]:
         """Everybody's, by rank. Waits for them."""
-        return [t[_HEAD:].numpy().tobytes() for t in self._said.wait()]
+        return [t[_HEAD_BYTES:].numpy().tobytes() for t in self._said.wait()]
+
+    def _heads(self) -> list[tuple[bytes, int, int]]:
+        return [struct.unpack(_HEAD, t[:_HEAD_BYTES].numpy().tobytes()) for t in self._said.wait()]
 
     def heads(self) -> list[tuple[bytes, int]]:
         """Everybody's digest, and the param groups whose learning rate is 0 as bits, by rank. Waits for them."""
-        return [struct.unpack(f"<{_DIGEST}sq", t[:_HEAD].numpy().tobytes()) for t in self._said.wait()]
+        return [(digest, resting) for digest, resting, _ in self._heads()]
+
+    def doing(self) -> list[str]:
+        """What every rank does, by rank; "" of those that have joined. Waits for them."""
+        return [doing_of(code) for *_, code in self._heads()]
+
+    def check_same(self) -> None:
+        """Raise `DisagreementError`, on every rank, when they do not do the same. Before anything is waited for that follows only where all do."""
+        raise_if_apart(self.doing())
 
     def settle(self) -> None:
         """Raise `DisagreementError`, on every rank, where ranks differ. All do this after they have started the same collectives of the step, or
@@ -113,7 +127,9 @@ class Aggregator:
         self.statistics: Callable[[], list[torch.Tensor]] = list
         """Running statistics of the model (batch norm), which are averaged where workers evaluate at different points."""
         self.outside: Callable[[str], None] = lambda what: None
-        """What `check_together` does once a step has been taken."""
+        """How `check_together` finds the other ranks."""
+        self.called = ""
+        """The function outside of a step in which this rank waits for the others to call it, too."""
         self._agreement: Handle[list[torch.Tensor]] | None = None
         self._verification: Handle[list[torch.Tensor]] | None = None
         self._first_step_pending = True
@@ -167,9 +183,12 @@ class Aggregator:
         """Before the first bucket of a step, in the script's thread: which parameters do not take part is compared across ranks."""
         self._frozen = [name for name, p in self.named if not p.requires_grad]
 
-    def use(self, transport: Transport, joined: bool = False, together: bool | None = None) -> None:
+    def use(
+        self, transport: Transport, joined: bool = False, together: bool | None = None, check_same: Callable[[], None] = lambda: None
+    ) -> None:
         """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective).
         A rank that has `joined` may hold another x. `together`: all ranks are known to be here, or not to be; None: that is not known.
+        `check_same` is called before ranks are waited for that may do something else.
 
         It waits for the slowest rank, however long that loads its data. Only with two models in one backward pass another rank may be waiting
         in the other one. Then `settle` finishes the comparison: at once where ranks are known not to be together, and where that is not known
@@ -194,6 +213,7 @@ class Aggregator:
             while not together and not self._agreement.done() and time.monotonic() < give_up:
                 time.sleep(0.001)
         if together or self._agreement.done():
+            check_same()
             self.settle()
 
     def settle(self) -> None:
@@ -229,12 +249,13 @@ class Aggregator:
             "training wrote to it on some ranks only (clipping, loading, initialising), or a hyper-parameter differs there."
         )
 
-    def compare(self, transport: Transport, note: bytes = b"", joined: bool = False, outside: bool = False) -> Comparison:
+    def compare(self, transport: Transport, note: bytes = b"", joined: bool = False, outside: str = "") -> Comparison:
         """Start to compare settings, hyper-parameters and step across ranks.
 
         Steps can come apart when state is loaded on some ranks only, learning rates when schedules differ. The comparison travels ahead of
-        the payloads, so it costs no waiting. Nothing is compared in a local step. `note` travels along; it has one length on all ranks.
-        `joined`: this rank's settings are left out of the comparison. `outside`: this begins no step.
+        the payloads, so it costs no waiting. Nothing is compared in a local step but the first. `note` travels along; from the second step on
+        it has one length on all ranks. `joined`: this rank's settings are left out of the comparison. `outside`: the function that was called, where
+        this begins no step; it is the first that ranks hear of each other then, too.
         """
         resting = 0
         if self._stateful:
@@ -242,11 +263,12 @@ class Aggregator:
             resting = sum({1 << min(group, 62) for group, s in settings if s.lr == 0})
             if not outside:
                 self._wrong, self._refused, self._others = next((s.wrong for _, s in settings if s.wrong), ""), False, None
-        if self.local and not outside:
+        if self.local and not outside and not self._first_step_pending:
             return Comparison(self, transport, Ready([]))
         digest = _JOINED if joined else _REFUSED if self._wrong and not outside else self._digest()
-        said = struct.pack(f"<{_DIGEST}sq", digest, resting) + note
-        handle = transport.allgather(torch.frombuffer(bytearray(said), dtype=torch.uint8), "agreement", [len(said)] * transport.size)
+        said = struct.pack(_HEAD, digest, resting, code_of("" if joined else outside or STEP)) + note
+        sizes = None if self._first_step_pending else [len(said)] * transport.size  # nobody knows the others' settings yet
+        handle = transport.allgather(torch.frombuffer(bytearray(said), dtype=torch.uint8), "opening", sizes)
         comparison = Comparison(self, transport, handle)
         if digest == _REFUSED:
             self._others = comparison
@@ -590,7 +612,8 @@ class Aggregator:
             raise CompressionError(
                 f"switch(): the servers' residuals have no place in {method.exchange} with {method.feedback}; switch to a method with feedback."
             )
-        self.check_together("switch()")
+        if not self._first_step_pending:  # else this is a setting like others, compared at the first step
+            self.check_together("switch")
         self._set_method(method)
         if not self._first_step_pending:
             try:
@@ -734,9 +757,16 @@ class Aggregator:
             raise CompressionError(f"{what} between a backward pass and its optimizer.step(): the step is under way; do it after step().")
 
     def check_together(self, what: str) -> None:
-        """All ranks call this before they do `what` together outside of a step. `CompressionError` where some have joined and will not come."""
-        if not self._first_step_pending:
+        """All ranks call this before they do `what` together outside of a step, also before the first one.
+
+        Raises `DisagreementError`, on every rank, where ranks do different things, `CompressionError` where some have joined and will not come.
+        """
+        self.check_between_steps(f"{what} was called")
+        self.called = what
+        try:
             self.outside(what)
+        finally:
+            self.called = ""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over state saved by `state_dict` on the same rank of a group of the same size. Nothing is changed when an error is raised."""

@@ -13,7 +13,50 @@ import torch
 from .errors import CheckpointError, CompressionError, DisagreementError
 from .transport.base import Transport
 
-__all__ = ["everyone", "heard", "listed", "packed_text", "raise_on_other_texts", "spoken", "text_of", "together", "unpacked"]
+__all__ = [
+    "STEP",
+    "code_of",
+    "doing_of",
+    "everyone",
+    "heard",
+    "listed",
+    "packed_text",
+    "raise_if_apart",
+    "raise_on_other_texts",
+    "spoken",
+    "text_of",
+    "together",
+    "unpacked",
+]
+
+
+STEP = "a training step"
+_DOING = ("", STEP, "save_checkpoint", "load_checkpoint", "switch", "at('virtual')")
+"""What ranks do together, by code; first what a rank does that has joined, which is whatever the others do."""
+
+
+def code_of(doing: str) -> int:
+    """One byte for what a rank does."""
+    return _DOING.index(doing)
+
+
+def doing_of(code: int) -> str:
+    """The inverse of `code_of`."""
+    return _DOING[code]
+
+
+def raise_if_apart(doing: Sequence[str]) -> None:
+    """`doing`: by rank, what it does. Raises `DisagreementError` where a function that all call together was called on some ranks only; all ranks
+    see the same."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, what in enumerate(doing):
+        if what:
+            ranks_of.setdefault(what, []).append(rank)
+    if len(ranks_of) < 2:
+        return
+    called = [f"{what} was called on {listed(ranks)} only; call it on every rank." for what, ranks in ranks_of.items() if what != STEP]
+    steps = [f"Meanwhile {STEP} began on {listed(ranks)}." for what, ranks in ranks_of.items() if what == STEP]
+    raise DisagreementError(" ".join([*called, *steps]))
 
 
 def spoken(said: Any) -> torch.Tensor:

@@ -77,7 +77,7 @@ def save_checkpoint(
     folder = Path(directory).absolute()
     transport = _checked(compression, optimizer).transport
     compression.check_between_steps("a checkpoint was saved")
-    compression.check_together("save_checkpoint()")
+    compression.check_together("save_checkpoint")
     state = compression.state_dict()
     with compression.at("averaged"), contextlib.ExitStack() as stack:
         job = Save(folder, transport, stack)
@@ -121,7 +121,8 @@ def load_checkpoint(
     """
     folder = Path(directory).absolute()
     transport = _checked(compression, optimizer).transport
-    compression.check_together("load_checkpoint()")
+    compression.check_between_steps("a checkpoint was loaded")
+    compression.check_together("load_checkpoint")
     rank, size = transport.rank, transport.size
     with torch.inference_mode(False), contextlib.ExitStack() as stack:  # what is made here is trained on
         with together(transport, "checkpoint.load"):

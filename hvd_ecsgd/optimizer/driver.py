@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from .executor import Executor, Observer
 from .guard import Guard
 from .hooks import GradientHooks
 from .hyper_parameters import HyperParameters
-from .join import Note, raise_if_joined
+from .join import Note
 from .own_class import Evaluated, OwnClass
 from .refusals import check_all_bound, check_in_use, raise_if_lost
 from .scaler import ScalerLink
@@ -79,7 +78,6 @@ class OptimizerDriver:
                 "exchange in a thread": executor.concurrent,  # bucket by bucket then, in another order
             },
         )
-        aggregator.outside = partial(raise_if_joined, self)
         compression.adopt(aggregator, optimizer)
         self.step = StepExchange(aggregator, transport, executor, observer, lambda: self.note().pack())
         self.guard = Guard(trained)

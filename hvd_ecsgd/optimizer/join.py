@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, CompressionError
+from ..talk import STEP
 from ..trees import decode, encode
 from .executor import never, wait_patiently
 from .own_class import inner_optimizers
@@ -19,10 +20,9 @@ from .step import Outcome
 if TYPE_CHECKING:
     from .driver import OptimizerDriver
 
-__all__ = ["Note", "join", "raise_if_joined"]
+__all__ = ["Note", "join"]
 
 _TRAINS = 2**62
-_OUTSIDE = _TRAINS + 1
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class Note:
     """What a worker tells the others when a step begins: those that have joined need it to take part."""
 
     joined_at: int = _TRAINS
-    """The step at which it joined; a later one than any of a worker that trains, and still a later one of one that begins no step, but something
-    else that all do together."""
+    """The step at which it joined; a later one than any of a worker that trains."""
     scale: float = 0.0
     """Of its GradScaler; 0 without one."""
     growth_tracker: float = 0.0
@@ -40,10 +39,6 @@ class Note:
     @property
     def trains(self) -> bool:
         return self.joined_at >= _TRAINS
-
-    @property
-    def outside(self) -> bool:
-        return self.joined_at == _OUTSIDE
 
     def pack(self) -> bytes:
         return struct.pack(f"<q{len(self.hyper_parameters) + 2}d", self.joined_at, self.scale, self.growth_tracker, *self.hyper_parameters)
@@ -70,7 +65,7 @@ def join(driver: OptimizerDriver, give_up: Callable[[], bool] = never) -> int:
         notes = [Note.unpack(note) for note in opening.notes()]
         latest = max(notes, key=lambda note: note.joined_at)
         root = notes.index(latest)
-        if latest.outside:  # no step: what the others wanted to do together cannot be done without this worker, as they see
+        if not {*opening.doing()} <= {"", STEP}:  # what the others wanted to do together cannot be done without this worker, as they see
             step.agree()
             continue
         if root != step.transport.rank:
@@ -79,6 +74,7 @@ def join(driver: OptimizerDriver, give_up: Callable[[], bool] = never) -> int:
         if not latest.trains:  # nobody begins this step
             step.agree()
             break
+        step.attend(joined=True)
         _step_without_data(driver, latest.scale or 1.0)
         steps += 1
     for p in driver.parameters:
@@ -92,17 +88,6 @@ def join(driver: OptimizerDriver, give_up: Callable[[], bool] = never) -> int:
             "their GradScaler before, cannot be given it; call optimizer.compression.attach(optimizer, scaler) on every rank at first."
         )
     return steps
-
-
-def raise_if_joined(driver: OptimizerDriver, what: str) -> None:
-    """All workers that have not joined call this before they do `what` together. Raises `CompressionError` when some have."""
-    opening = driver.step.open(driver.note(_OUTSIDE).pack(), outside=True)
-    driver.step.agree()
-    joined = [r for r, note in enumerate(opening.notes()) if not Note.unpack(note).trains]
-    if joined:
-        raise CompressionError(
-            f"{what} needs all workers, and {', '.join(map(str, joined))} (by rank) joined: they have no more batches. Do it after join()."
-        )
 
 
 def _step_without_data(driver: OptimizerDriver, scale: float) -> None:

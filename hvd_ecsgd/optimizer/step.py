@@ -62,6 +62,7 @@ class StepExchange:
         self._started: list[Reduction | None] = []  # the executor's, until it is drained
         self._opening: Comparison | None = None  # the comparison that begins a step, from its start until its end
         self._sent_at: dict[int, float] = {}
+        aggregator.outside = self.meet
 
     @property
     def reductions(self) -> list[Reduction]:
@@ -122,16 +123,44 @@ class StepExchange:
 
     # -- together with the other ranks -------------------------------------------------------------------------------------------
 
-    def open(self, note: bytes | None = None, joined: bool = False, outside: bool = False) -> Comparison:
-        """Begin a step together with the other ranks. `joined`, `outside`: as in `Aggregator.compare`."""
-        self.aggregator.use(self.transport, joined)
+    def open(self, note: bytes | None = None, joined: bool = False, outside: str = "") -> Comparison:
+        """Tell the other ranks that this one begins a step, or what else. `joined`, `outside`: as in `Aggregator.compare`.
+
+        The same small collective begins all that ranks do together, so that they see when they do not do the same. What follows differs: who has
+        joined learns from it whether the others begin a step, and `attend`s it then.
+        """
         self._opening = self.aggregator.compare(self.transport, self._note() if note is None else note, joined, outside)
+        if not joined and not outside:
+            self.attend()
         return self._opening
+
+    def attend(self, joined: bool = False) -> None:
+        """The rest of the beginning of a step."""
+        assert self._opening is not None
+        self.aggregator.use(self.transport, joined, check_same=self._opening.check_same)
+
+    def meet(self, what: str) -> None:
+        """All ranks call this before they do `what` together outside of a step. See `Aggregator.check_together`."""
+        opened: list[Comparison] = []
+
+        def open_and_wait() -> None:
+            opened.append(self.open(outside=what))
+            wait_patiently(opened[0])
+            self.agree()
+
+        self.executor.submit(open_and_wait)  # which tells the other ranks when this takes long
+        self.executor.drain()
+        joined = [r for r, doing in enumerate(opened[0].doing()) if not doing]
+        if joined:
+            raise CompressionError(
+                f"{what} needs all workers, and {', '.join(map(str, joined))} (by rank) joined: they have no more batches. Do it after join()."
+            )
 
     def agree(self) -> None:
         """Nothing that was received is used before ranks are known to agree."""
         opening, self._opening = self._opening, None
         if opening is not None:
+            opening.check_same()
             self.aggregator.settle()
             opening.settle()
 
