@@ -12,7 +12,7 @@ import torch
 
 from ..aggregator import Aggregator, Comparison
 from ..bucket import Bucket, Reduction, drive
-from ..errors import CompressionError
+from ..errors import CompressionError, DisagreementError
 from ..transport import Transport
 from .executor import Executor, Observer, wait_patiently
 from .guard import Noted
@@ -137,7 +137,7 @@ class StepExchange:
     def attend(self, joined: bool = False) -> None:
         """The rest of the beginning of a step."""
         assert self._opening is not None
-        self.aggregator.use(self.transport, joined, check_same=self._opening.check_same)
+        self.aggregator.use(self.transport, joined, check_same=partial(self._check_same, self._opening))
 
     def meet(self, what: str) -> None:
         """All ranks call this before they do `what` together outside of a step. See `Aggregator.check_together`."""
@@ -156,11 +156,20 @@ class StepExchange:
                 f"{what} needs all workers, and {', '.join(map(str, joined))} (by rank) joined: they have no more batches. Do it after join()."
             )
 
+    def _check_same(self, opening: Comparison) -> None:
+        """Raise `DisagreementError`, on every rank, where they do not do the same. Those that began a step have started more than the others then."""
+        try:
+            opening.check_same()
+        except DisagreementError:
+            if hasattr(self.transport, "abandon"):
+                self.transport.abandon()
+            raise
+
     def agree(self) -> None:
         """Nothing that was received is used before ranks are known to agree."""
         opening, self._opening = self._opening, None
         if opening is not None:
-            opening.check_same()
+            self._check_same(opening)
             self.aggregator.settle()
             opening.settle()
 

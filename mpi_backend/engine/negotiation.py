@@ -284,7 +284,7 @@ class Coordinator:
             if self.stall.fail is not None and age >= self.stall.fail:
                 why = (
                     f"{text}: submitted by {self._list(entry.requests)}, but not by {self._list(missing)} within {self.stall.fail:g} seconds "
-                    f"(HOROVOD_STALL_SHUTDOWN_TIME_SECONDS).{self._numbered_apart(name)}"
+                    f"(HOROVOD_STALL_SHUTDOWN_TIME_SECONDS).{self._numbered_apart(name)}{self._meanwhile(missing)}"
                 )
                 self._fail(name, why)
                 self._stalled[name] = set(missing), why
@@ -325,6 +325,11 @@ class Coordinator:
         )
 
     # ---- words
+
+    def _meanwhile(self, ranks: Iterable[int]) -> str:
+        """What the first of the ranks that are waited for waits for itself."""
+        waits = [(r, next(iter(e.requests.values())).text) for r in sorted(ranks) for e in self._entries.values() if r in e.requests]
+        return "".join(f" Meanwhile {self._list([r])} waits: {text}." for r, text in waits[:1])
 
     def _list(self, ranks: Iterable[int]) -> str:
         named = sorted(self._ranks[r] for r in ranks)

@@ -103,6 +103,8 @@ def DistributedOptimizer(
 
 def _step_announced(optimizer: Callable[[], Any], number: int, process_set: ProcessSet) -> AbstractContextManager[Callable[[], None]]:
     aggregator = driver_of(optimizer()).step.aggregator
+    if called := aggregator.called:
+        return announced(f"{called} of DistributedOptimizer {number}", f"{called} (call it on every rank)", process_set)
     names = [name for name, _ in aggregator.named]
     shown = ", ".join(f"'{name}'" for name in names[:3]) + (f", … ({len(names)} parameters)" if len(names) > 3 else "")
     name = f"step {aggregator.step} of DistributedOptimizer {number}"
