@@ -370,6 +370,9 @@ class Aggregator:
         transport = self.transport if transport is None else transport
         finite, alone = finite and not self._refused, not self._refused and (self.local or transport.size == 1)
         self._in_step = False
+        if not finite:
+            for reduction in reductions:
+                self._recapture(reduction.bucket, contents=True)  # undoing shifts anew
         for reduction in reductions:
             n = self.transport.size
             reduction.task.traffic.dense = 2 * (n - 1) * reduction.bucket.segments.numel * reduction.bucket.parameters[0].dtype.itemsize // n
@@ -449,6 +452,8 @@ class Aggregator:
         a model that is evaluated at different points on different ranks are averaged. Collective when there was an exchange.
         """
         with torch.no_grad():
+            for reduction in reductions:
+                self._recapture(reduction.bucket, contents=True)
             if self.method.feedback.shifts and not all(r.task.skipped for r in reductions):
                 self._average_statistics()
             for reduction in reductions:
@@ -465,7 +470,8 @@ class Aggregator:
                     p.copy_(bucket.segments.shaped_views(bucket.state["x"])[i] if feedback.shifts else before)
                 if reduction.resting is not None:
                     reduction.resting.put_back_()
-                bucket.versions = [p._version for p in bucket.parameters]
+                if feedback.shifts:
+                    bucket.note_written()
 
     def _average_statistics(self) -> None:
         """One dense all-reduce per type and device."""
@@ -478,14 +484,19 @@ class Aggregator:
             for t, mean in zip(members, torch.split(flat.div_(n), [t.numel() for t in members]), strict=True):
                 t.copy_(mean.view(t.shape))
 
-    def _recapture(self, bucket: Bucket) -> None:
-        """Read x at the first step. Later, what somebody else wrote to shifted parameters cannot be told from the shift: an error."""
+    def _recapture(self, bucket: Bucket, contents: bool = False) -> None:
+        """Read x at the first step. Later, what somebody else wrote to shifted parameters cannot be told from the shift: an error.
+
+        `contents`: also what was written without raising a version counter, which takes one pass to see: whenever the parameters are about to be
+        overwritten, so that nothing is lost in silence.
+        """
         feedback = bucket.method.feedback
-        versions = [p._version for p in bucket.parameters]
-        if not feedback.shifts or bucket.versions == versions:
+        if not feedback.shifts:
             return
         if bucket.versions:
-            name = next(n for n, now, then in zip(bucket.segments.names, versions, bucket.versions, strict=True) if now != then)
+            name = bucket.written_to(contents)
+            if name is None:
+                return
             raise CompressionError(
                 f"parameter '{name}' was written to while {feedback} held it at a shifted point that differs between ranks. Write to parameters "
                 "(clipping, averaging, broadcasting, loading a checkpoint) inside `with compression.at('averaged'):`, which keeps what is "
@@ -494,7 +505,7 @@ class Aggregator:
         assert bucket.state is not None
         with torch.no_grad():
             feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
-        bucket.versions = versions
+            bucket.note_written()
 
     @property
     def held(self) -> bool:
@@ -546,7 +557,7 @@ class Aggregator:
                 for bucket, saved, versions in moved:
                     feedback = bucket.method.feedback
                     assert bucket.state is not None
-                    if point == "averaged" and versions != [p._version for p in bucket.parameters]:
+                    if point == "averaged" and (versions != [p._version for p in bucket.parameters] or not _hold(bucket, bucket.state["x"])):
                         feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
                         bucket.shift_()
                     else:
@@ -570,7 +581,7 @@ class Aggregator:
             self.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
             mean_error.div_(self.transport.size)
         if shifts:
-            self._recapture(bucket)
+            self._recapture(bucket, contents=True)
         if mean_error is None and not shifts:
             return
         saved = [p.detach().clone() for p in bucket.parameters]
@@ -595,7 +606,7 @@ class Aggregator:
             raise CompressionError("switch(): leave `with compression.at(…):` first.")
         for bucket in self.buckets:
             if bucket.state is not None:
-                self._recapture(bucket)
+                self._recapture(bucket, contents=True)
         old, n = self.method, self.size
         method = old.switched(new)
         allocated = [b for b in self.buckets if not b.dense and b.state is not None]
@@ -831,7 +842,7 @@ class Aggregator:
 
     def _at_x(self, bucket: Bucket) -> list[torch.Tensor]:
         """Where the parameters are, or would be if they were not shifted."""
-        if bucket.state is not None and "x" in bucket.state and bucket.versions == [p._version for p in bucket.parameters]:
+        if bucket.state is not None and "x" in bucket.state and bucket.versions and bucket.written_to(contents=True) is None:
             return bucket.segments.shaped_views(bucket.state["x"])
         return [p.detach() for p in bucket.parameters]
 
@@ -848,3 +859,8 @@ class Aggregator:
                         if rate is not None and rate != common:
                             part_of(slots[slot], i, segment).mul_(rate / common)
         return common
+
+
+def _hold(bucket: Bucket, x: torch.Tensor) -> bool:
+    """The bucket's parameters hold these values."""
+    return all(torch.equal(p, v.to(p.dtype)) for p, v in zip(bucket.parameters, bucket.segments.shaped_views(x), strict=True))

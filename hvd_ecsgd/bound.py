@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Literal, NoReturn, Protocol
 
 import torch
@@ -73,7 +73,8 @@ class BoundCompression:
         if method.feedback.owns_momentum:
             claim(self)
         if method.feedback.shifts and isinstance(model, torch.nn.Module):
-            model.register_state_dict_pre_hook(_ShiftWarning(self))  # type: ignore[no-untyped-call]
+            with suppress(Exception):  # a convenience, which scripted modules and some wrappers do not offer
+                model.register_state_dict_pre_hook(_ShiftWarning(self))  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.method}, {len(self.named)} parameters>"
@@ -447,7 +448,7 @@ def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[t
                 f"bind(): parameter '{name}' is {parameter.dtype}; complex gradients are not supported. Keep real and imaginary part as "
                 "two parameters (torch.view_as_real), or freeze it (requires_grad_(False))."
             )
-        if parameter.is_meta:
+        if parameter.is_meta and parameter.requires_grad:
             raise CompressionError(f"bind(): parameter '{name}' is on the meta device and has no values; give it some by model.to_empty(…) first.")
         if parameter.requires_grad and not parameter.is_leaf:
             raise CompressionError(f"bind(): '{name}' is not a leaf tensor and never gets a gradient; pass the parameter it was computed from.")

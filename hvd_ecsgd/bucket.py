@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .errors import CompressionError
+from .kernels import column_sums
 from .method import GroupSettings, Method
 from .protocols import State, Steps, Task
 from .segments import Segment, Segments
@@ -36,6 +37,8 @@ class Bucket:
     """This rank's residual is known to be zero: the last exchange took everything, or there was none."""
     versions: list[int] = field(default_factory=list)
     """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
+    sums: list[torch.Tensor] = field(default_factory=list)
+    """`column_sums` of shifted parameters after our last write: writes through `.data` and NumPy's views raise no version counter."""
     results: list[torch.Tensor] = field(default_factory=list)
     """Buffers that results are decoded into, kept because fresh memory of this size costs more than the pass that fills it."""
     kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
@@ -84,7 +87,22 @@ class Bucket:
         feedback.shift_(self.state, self.parameters, self.segments)
         for i in self.frozen():
             self.parameters[i].copy_(self.segments.shaped_views(self.state["x"])[i])
-        self.versions = [p._version for p in self.parameters]
+        self.note_written()
+
+    def note_written(self) -> None:
+        """Shifted parameters hold what we want them to hold."""
+        self.versions, self.sums = [p._version for p in self.parameters], [column_sums(p) for p in self.parameters]
+
+    def written_to(self, contents: bool) -> str | None:
+        """The name of a parameter that somebody else has written to since `note_written`. Without `contents` version counters alone are looked at."""
+        for name, parameter, version in zip(self.segments.names, self.parameters, self.versions, strict=True):
+            if parameter._version != version:
+                return name
+        if contents:
+            for name, parameter, sums in zip(self.segments.names, self.parameters, self.sums, strict=True):
+                if not torch.equal(column_sums(parameter), sums):
+                    return name
+        return None
 
     def remember(self) -> None:
         """Copy the state, but for x, which does not move before a step stands. The memory is kept."""

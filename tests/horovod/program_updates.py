@@ -245,6 +245,17 @@ def mistakes() -> None:
     with torch.no_grad():
         model.first.mul_(0.5)
     refused("at('averaged')", lambda: one_step(model, optimizer, hvd.rank(), 2))
+    model, optimizer, compression = stock(make, "written to by data")
+    compression.attach(optimizer)
+    one_step(model, optimizer, hvd.rank(), 0)
+    with compression.at("averaged"):
+        model.first.data.mul_(0.5)  # right: kept
+        written = model.first.detach().clone()
+    with compression.at("averaged"):
+        assert torch.equal(model.first, written)
+    one_step(model, optimizer, hvd.rank(), 1)
+    model.first.data.mul_(0.5)
+    refused("at('averaged')", lambda: one_step(model, optimizer, hvd.rank(), 2))
     with warnings.catch_warnings(record=True) as caught:  # in gradient units, the exchange is Horovod's, which has none with one process
         warnings.simplefilter("always")
         model, optimizer, compression = stock(lambda: Compression.top_k(4), "alone")

@@ -18,7 +18,7 @@ from hvd_ecsgd.horovod.slot import HorovodSlot
 from hvd_ecsgd.horovod.transport import SlotHandle
 from hvd_ecsgd.transport import SelfTransport
 from tests.cases import ALL, CASES, Case, ids
-from tests.problems import mlp
+from tests.problems import batch, mlp
 
 NAN, INF = float("nan"), float("inf")
 
@@ -401,3 +401,51 @@ def test_what_needs_a_bound_compression_says_so(name: str) -> None:
         getattr(Compression.random_block(4), name)
     with pytest.raises(AttributeError, match="has no attribute 'atach'"):
         Compression.random_block(4).atach  # noqa: B018
+
+
+class Unhookable(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+    def register_state_dict_pre_hook(self, hook: Any) -> Any:
+        raise RuntimeError("register_state_dict_pre_hook is not supported here")
+
+
+@pytest.mark.parametrize(
+    "wrap_model",
+    [torch.jit.script, lambda model: torch.compile(model, backend="eager"), torch.nn.DataParallel, lambda model: Unhookable()],
+    ids=["scripted", "compiled", "DataParallel", "hooks refused"],
+)
+def test_wrapped_modules_bind_and_train(wrap_model: Callable[[Any], Any]) -> None:
+    """With the bits of the plain module. A scripted one has no warning about saving, and nothing else is missing."""
+
+    def trained(model: Any) -> torch.Tensor:
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), compression=Compression.detached(4, **ALL).bind(model))
+        for t in range(3):
+            optimizer.zero_grad()
+            x, y = batch(0, t)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        with optimizer.compression.at("averaged"):
+            return torch.cat([v.reshape(-1) for v in model.state_dict().values()])
+
+    one, other = trained(wrap_model(mlp())), trained(mlp())
+    assert one.shape == other.shape and (one - other).abs().max() < 0.2
+
+
+def test_frozen_parameters_may_be_complex_or_without_values() -> None:
+    model = mlp()
+    model.register_parameter("phases", torch.nn.Parameter(torch.ones(3, dtype=torch.complex64), requires_grad=False))
+    model.register_parameter("absent", torch.nn.Parameter(torch.empty(3, device="meta"), requires_grad=False))
+    bound = Compression.top_k(4).bind(model)
+    assert {name for name, _ in bound.named} == {name for name, _ in mlp().named_parameters()}
+    for name in ("phases", "absent"):
+        trainable = mlp()
+        parameter = getattr(model, name)
+        trainable.register_parameter(name, torch.nn.Parameter(parameter.detach()))
+        with pytest.raises(CompressionError, match=name):
+            Compression.top_k(4).bind(trainable)
