@@ -187,6 +187,10 @@ def sparse_embedding() -> None:
         close(finals[0], finals[1], f"sparse.{method}", 1e-6)
 
 
+RISE = 1.3
+"""What a learning rate is multiplied by now and then. It rises, since units stay when it falls in front of momentum, attached or not."""
+
+
 def schedule_run(prefix: str, method: str, attach: bool) -> torch.Tensor:
     """StepLR on Horovod's optimizer, its state loaded in the middle (which replaces its groups), and a group added."""
     model = mlp()
@@ -194,7 +198,7 @@ def schedule_run(prefix: str, method: str, attach: bool) -> torch.Tensor:
     optimizer = stock(model, bound, prefix)
     if attach:
         assert bound.attach(optimizer) is bound
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.3)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, RISE)
     for step in range(9):
         if step == 3:
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -218,7 +222,7 @@ def schedules() -> None:
             own = DistributedOptimizer(
                 torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), prefixed(model, prefix), by_name(method).make(), transport=transport
             )
-            schedule = torch.optim.lr_scheduler.StepLR(own, 2, 0.3)
+            schedule = torch.optim.lr_scheduler.StepLR(own, 2, RISE)
             for step in range(9):
                 own.zero_grad()
                 mlp_loss(model, transport.rank, step).backward()
