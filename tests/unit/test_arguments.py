@@ -421,7 +421,7 @@ class Unhookable(torch.nn.Module):
     ids=["scripted", "compiled", "DataParallel", "hooks refused"],
 )
 def test_wrapped_modules_bind_and_train(wrap_model: Callable[[Any], Any]) -> None:
-    """With the bits of the plain module. A scripted one has no warning about saving, and nothing else is missing."""
+    """They train as the plain module does. A scripted one has no warning about saving, and nothing else is missing."""
 
     def trained(model: Any) -> torch.Tensor:
         optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), compression=Compression.detached(4, **ALL).bind(model))
