@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import struct
 import time
 import warnings
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from .bucket import Bucket, Reduction, Resting, part_of, stay, unscaled_, wire_dtype
+from .bucket import Bucket, Reduction, Resting, clipped_, part_of, stay, unscaled_, wire_dtype
 from .errors import CompressionError, DisagreementError
 from .kernels import all_finite, fingerprint
 from .method import GroupSettings, Method
@@ -119,6 +120,8 @@ class Aggregator:
         self._held = False
         self._moved = False
         self._in_step = False
+        self._open: tuple[Sequence[Reduction], bool, Transport] | None = None
+        """The last step, which stands and may still be discarded: its reductions, whether its gradients were overwritten, and the transport."""
         self._wrong = ""  # what this worker cannot take the step with
         self._refused = False  # some worker cannot, as all have heard
         self._others: Comparison | None = None  # of a worker that cannot: where to see what the others do
@@ -286,8 +289,35 @@ class Aggregator:
         return self._transport
 
     @torch.no_grad()
-    def start(self, bucket: Bucket, gradients: Sequence[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> Reduction | None:
-        """Accumulate, extract and start to send; the mean goes to the flat `out`, or to a buffer that the bucket keeps.
+    def clip_factor(self, gradients: Sequence[torch.Tensor]) -> float:
+        """What `clip_norm` multiplies this worker's gradients of the whole model by, as `torch.nn.utils.clip_grad_norm_` would; 1 without it, and
+        where some gradient is not finite."""
+        if self.method.clip_norm is None or not gradients:
+            return 1.0
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64).item() for g in gradients]
+        norm = math.hypot(*norms) / self.settings(self.buckets[0]).loss_scale
+        return min(1.0, self.method.clip_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
+
+    @torch.no_grad()
+    def take_(self, bucket: Bucket, gradients: Sequence[torch.Tensor], factor: float = 1.0) -> list[torch.Tensor]:
+        """This worker's gradients as they are accumulated: of an unscaled loss, and clipped, by `factor` and by the method's `clip_value`.
+
+        In place, but for types too narrow for unscaled ones. To be called where the script cannot come in between, as it sees them.
+        """
+        scale, taken = self._scale_of(self.settings(bucket)), list(gradients)
+        if scale != 1.0:
+            taken = unscaled_(taken, scale, bucket.segments.dtype)
+        clipped_(taken, self.method.clip_value, factor)
+        return taken
+
+    def _scale_of(self, group: GroupSettings) -> float:
+        """What gradients are divided by before they are accumulated. A method without state or clipping need not know the loss scale."""
+        return group.loss_scale if self._stateful or self.method.clips else 1.0
+
+    @torch.no_grad()
+    def start(self, bucket: Bucket, gradients: list[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> Reduction | None:
+        """Accumulate `gradients`, as `take_` returned them, extract and start to send; the mean goes to the flat `out`, or to a buffer that the
+        bucket keeps.
 
         None when the learning rate is 0 and the method keeps state: nothing is sent, and residuals and momentum stay as they are. With
         hyper-parameters that no step can be taken with nothing is accumulated, and NaN is sent, so that every rank undoes the step.
@@ -325,8 +355,6 @@ class Aggregator:
         )
         if group.lr == 0 and self._stateful:
             return None
-        scale = group.loss_scale if self._stateful else 1.0
-        gradients = list(gradients) if scale == 1.0 else unscaled_(gradients, scale, bucket.segments.dtype)
         poisoned = bool(self._wrong) or not all(all_finite(g) for g in gradients)
         if bucket.method.exact:
             bucket.remember()
@@ -338,7 +366,7 @@ class Aggregator:
             name=bucket.name,
             segments=bucket.segments,
             buffer=buffer,
-            out=bucket.result_buffer(gradients) if out is None else out,
+            out=bucket.result_buffer() if out is None else out,
             compressor=compressor,
             state=bucket.exchange_state,
             ctx=ctx,
@@ -350,7 +378,7 @@ class Aggregator:
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
-        steps, rescale = stay(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else scale
+        steps, rescale = stay(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else self._scale_of(group)
         return Reduction(bucket, task, steps, gradients, group, rescale, resting)
 
     def _others_lr(self, bucket: Bucket) -> float:
@@ -361,9 +389,10 @@ class Aggregator:
 
     @torch.no_grad()
     def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
-        """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands.
+        """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands: then
+        `keep_step` or `discard_step` follows.
 
-        `transport`: for what the rule then does together with the other ranks; the step's by default.
+        `gradients_gone`: as in `Reduction.undo_`. `transport`: for what the rule then does together with the other ranks; the step's by default.
         """
         finite = all(r.task.finite for r in reductions)
         where = "this rank (a local step)" if self.local and not self._refused else "all ranks"
@@ -377,13 +406,13 @@ class Aggregator:
             n = self.transport.size
             reduction.task.traffic.dense = 2 * (n - 1) * reduction.bucket.segments.numel * reduction.bucket.parameters[0].dtype.itemsize // n
             self.traffic += reduction.task.traffic
-            if finite:
-                reduction.commit()
-            else:
+            if not finite:
                 reduction.undo_(gradients_gone)
         self.step += 1
         if finite:
-            self._prepare(reductions, transport)
+            self._open, self._in_step = (reductions, gradients_gone, transport), self._stateful and bool(reductions)
+            if not self._in_step:
+                self.keep_step()
             return True
         self.undone += 1
         if self._refused or (alone and self._wrong):
@@ -397,6 +426,38 @@ class Aggregator:
             )
         self._wrong, self._refused = "", False
         return False
+
+    @property
+    def step_is_open(self) -> bool:
+        """A step was finished and stands, the method keeps something of it, and it was neither kept nor discarded so far."""
+        return self._open is not None
+
+    def keep_step(self) -> None:
+        """The step that was finished is applied: let go of what would undo it. Nothing when that is done already; collective otherwise."""
+        if self._open is not None:
+            (reductions, _, transport), self._open, self._in_step = self._open, None, False
+            for reduction in reductions:
+                reduction.commit()
+            self._prepare(reductions, transport)
+
+    @torch.no_grad()
+    def discard_step(self) -> None:
+        """Undo the step that was finished, on all ranks, as one with an inf. Nothing when nothing is open.
+
+        Raises `CompressionError` where the gradients were overwritten and no copy of the state was kept.
+        """
+        if self._open is None:
+            return
+        reductions, gradients_gone, _ = self._open
+        if gradients_gone and not self.method.exact:
+            raise CompressionError(
+                "discard(): an unmodified Horovod has written the mean over this worker's gradients, so what the method keeps of them can only be "
+                "taken back with a copy of its state: give the preset exact=True. Own optimizers (`import mpi_backend as hvd`) need none."
+            )
+        self._open, self._in_step = None, False
+        for reduction in reductions:
+            reduction.undo_(gradients_gone)
+        self.undone += 1
 
     def _note_refusal(self, where: str, transport: Transport | None) -> None:
         """Find out who cannot take the step, and with what. Collective over `transport`, if there is one."""
@@ -446,11 +507,13 @@ class Aggregator:
     # -- parameters that are shifted (DEF) ----------------------------------------------------------------------------------------
 
     def apply_updates(self, reductions: Sequence[Reduction]) -> None:
-        """Methods that apply the update themselves: move x, and shift. Where nothing came back, x stays; the error to shift by has changed.
+        """Methods that apply the update themselves: move x, and shift; the step is kept. Where nothing came back, x stays; the error to shift by has
+        changed.
 
         Parameters that were frozen since they were bound stand still (at x, where they are shifted). After an exchange, the running statistics of
         a model that is evaluated at different points on different ranks are averaged. Collective when there was an exchange.
         """
+        self.keep_step()
         with torch.no_grad():
             for reduction in reductions:
                 self._recapture(reduction.bucket, contents=True)
@@ -680,6 +743,8 @@ class Aggregator:
             "verify_every": self.method.verify_every,
             "warmup_steps": self.method.warmup_steps,
             "ratio_schedule": repr(self.method.ratio_schedule),
+            "clip_norm": self.method.clip_norm,
+            "clip_value": self.method.clip_value,
             **self._also,
             **{f"parameter '{name}'": f"{tuple(p.shape)} {p.dtype} in param group {groups[name]}" for name, p in self.named},
             "parameters per bucket (bucket_bytes)": [len(bucket.parameters) for bucket in self.buckets],

@@ -102,6 +102,7 @@ class BoundCompression:
         if self._slot is None:
             if self._aggregator is not None:
                 raise CompressionError("this compression object belongs to another optimizer; bind one for each.")
+            self._check_clip()
             transport = SlotTransport(self._process_set)
             aggregator = Aggregator(
                 self.method, self.named, rank=transport.rank, size=transport.size, settings=self._settings, transport=transport.direct
@@ -110,6 +111,14 @@ class BoundCompression:
             self._slot = HorovodSlot(aggregator, transport, self._frozen, self._check_skip, self._introduction)
             claim(self)
         return self._slot
+
+    def _check_clip(self) -> None:
+        if self.method.clip_norm is not None:
+            raise CompressionError(
+                f"clip_norm={self.method.clip_norm} is not to be had on an unmodified Horovod: it compresses parameter by parameter, while the "
+                "norm of the whole gradient is not known. Use clip_value=…, or `import mpi_backend as hvd`; a method in gradient units may clip the "
+                "mean between synchronize() and step()."
+            )
 
     def _check_skip(self, name: str) -> None:
         """In a skipped step x must not move; an unmodified Horovod steps its optimizer all the same."""
@@ -177,6 +186,8 @@ class BoundCompression:
             self._check_applied_to(optimizer)
         self._optimizer = optimizer
         on_horovod = getattr(optimizer, "_compression", None) is self and horovod_is_running()
+        if on_horovod:
+            self._check_clip()
         if on_horovod and not feedback.applies_update and HorovodTransport(self._process_set).size == 1:
             warnings.warn(
                 f"{self.method.compressor}: Horovod does not compress with one process, so this trains without it. "
@@ -357,6 +368,21 @@ class BoundCompression:
         if self._aggregator is not None:
             self._aggregator.check_between_steps(what, begun=self._slot is not None and self._slot.accumulates)
 
+    def discard(self) -> None:
+        """Throw the step away that was exchanged and not applied, on all ranks, as one with an inf; see `DistributedOptimizer`'s `discard`.
+
+        Collective. On an unmodified Horovod it follows `optimizer.synchronize()`, and a method that leaves the update to the optimizer needs
+        `exact=True`. Raises `CompressionError` otherwise.
+        """
+        own: Any = self._own() if self._own is not None else None
+        if own is not None:
+            own.discard()
+        elif self._slot is not None:
+            self._slot.discard()
+        else:
+            for _, parameter in self.named:  # one process under Horovod: nothing was kept
+                parameter.grad = None
+
     def check_together(self, what: str) -> None:
         """See `Aggregator.check_together`."""
         if self._aggregator is not None:
@@ -381,7 +407,7 @@ class BoundCompression:
 
     @property
     def undone_steps(self) -> int:
-        """Steps that were undone on all ranks because some rank held an inf or NaN."""
+        """Steps that were undone on all ranks because some rank held an inf or NaN, or because the script discarded them."""
         return self._aggregator.undone if self._aggregator is not None else 0
 
 

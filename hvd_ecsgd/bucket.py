@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from .errors import CompressionError
-from .kernels import column_sums
+from .kernels import all_finite, column_sums
 from .method import GroupSettings, Method
 from .protocols import State, Steps, Task
 from .segments import Segment, Segments
 from .transport.base import Handle
 
-__all__ = ["Bucket", "Reduction", "Resting", "drive", "part_of", "stay", "unscaled_", "wire_dtype"]
+__all__ = ["Bucket", "Reduction", "Resting", "clipped_", "drive", "part_of", "stay", "unscaled_", "wire_dtype"]
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Bucket:
     """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
     sums: list[torch.Tensor] = field(default_factory=list)
     """`column_sums` of shifted parameters after our last write: writes through `.data` and NumPy's views raise no version counter."""
-    results: list[torch.Tensor] = field(default_factory=list)
+    results: list[_Result] = field(default_factory=list)
     """Buffers that results are decoded into, kept because fresh memory of this size costs more than the pass that fills it."""
     kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
     """Type and device of the parameters when the bucket was made."""
@@ -125,16 +127,35 @@ class Bucket:
             for slot, t in copy.items():
                 state[slot] = state[slot].copy_(t) if slot in state else t.clone()
 
-    def result_buffer(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """A kept buffer that the gradients do not live in: after `zero_grad(set_to_none=False)` they are views of the last result."""
-        if self.segments.numel == 0 and self.results:
-            return self.results[0]
-        used = {g.untyped_storage().data_ptr() for g in gradients}
-        for buffer in self.results:
-            if buffer.untyped_storage().data_ptr() not in used:
-                return buffer
-        self.results.append(self.segments.empty())
-        return self.results[-1]
+    def result_buffer(self) -> torch.Tensor:
+        """A kept buffer that nobody refers to any more, or a new one. After `zero_grad(set_to_none=False)` gradients live in the last one, so two are
+        kept; one that a script holds on to is left to it."""
+        for result in self.results:
+            if result.free:
+                return result.buffer
+        self.results = [*self.results[-1:], _Result(self.segments.empty())]
+        return self.results[-1].buffer
+
+    def hand_out(self, out: torch.Tensor) -> list[torch.Tensor]:
+        """The result in `out` by parameter, in their shapes and without a copy, for anybody to keep. Each is a tensor of its own: it is saved and
+        detached in place as one, and `out` is not written to again while one of them, or what shares its memory, lives."""
+        lent = from_dlpack(to_dlpack(out))
+        for result in self.results:
+            if result.buffer is out:
+                result.lent = StorageWeakRef(lent.untyped_storage())  # type: ignore[no-untyped-call]
+        return [from_dlpack(to_dlpack(view)) for view in self.segments.shaped_views(lent)]
+
+
+class _Result:
+    """A buffer, and whether somebody still refers to what was handed out of it: to a storage over its memory, which is not its own."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self.lent: StorageWeakRef | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.lent is None or bool(self.lent.expired())  # type: ignore[no-untyped-call]
 
 
 def part_of(slot: torch.Tensor, i: int, segment: Segment) -> torch.Tensor:
@@ -145,6 +166,15 @@ def part_of(slot: torch.Tensor, i: int, segment: Segment) -> torch.Tensor:
 def wire_dtype(parameter: torch.Tensor) -> torch.dtype:
     """Residuals and sums are kept in float32 for 16-bit parameters."""
     return torch.float32 if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.dtype
+
+
+def clipped_(gradients: Sequence[torch.Tensor], value: float | None, factor: float) -> None:
+    """In place: multiplied by `factor`, or clamped to ±`value`. What is not finite stays as it is, since clamping would hide it."""
+    if factor != 1.0:
+        torch._foreach_mul_(list(gradients), factor)
+    if value is not None and all(all_finite(g) for g in gradients):
+        torch._foreach_clamp_min_(list(gradients), -value)
+        torch._foreach_clamp_max_(list(gradients), value)
 
 
 def unscaled_(gradients: Sequence[torch.Tensor], scale: float, dtype: torch.dtype) -> list[torch.Tensor]:

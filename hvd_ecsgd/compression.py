@@ -46,6 +46,13 @@ class Compression:
     ratio (`hvd_ecsgd.exponential_ratios` makes some). A `server_compressor` of its own keeps its ratio.
     `exact`: an undone step leaves residuals and momentum as they were bit for bit, not to rounding, at the price of a copy of them in each step.
     `verify_every`: before every so many-th step all ranks compare a hash of x; drift is a `DisagreementError` on all that names the parameter.
+    `clip_norm`, `clip_value`: clip this worker's gradient, in every step and in place, before it is accumulated (residual, momentum, weight decay)
+    and compressed: the sum over backward_passes_per_step, of the unscaled loss under a GradScaler. It is local clipping, the usual one for
+    compressed gradients, and the norm of the mean is another; the mean itself can be clipped between `synchronize()` and `step()`, of methods whose
+    optimizer applies it.
+    `clip_norm` scales the gradients of all parameters of the optimizer together to this L2 norm where it is larger, as `clip_grad_norm_` does. It is
+    known when the backward pass has ended, so nothing is sent before (as with `overlap=False`), and it reads the gradients once more. It is not to be
+    had on an unmodified Horovod, which compresses parameter by parameter. `clip_value` clamps each element to ± this.
     Raises `CompressionError` for parts that do not fit together.
     """
 
@@ -62,17 +69,22 @@ class Compression:
         ratio_schedule: Sequence[tuple[int, float]] = (),
         exact: bool = False,
         verify_every: int = 0,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
     ) -> None:
         if exchange is None:
             exchange = AllReduce() if getattr(compressor, "summable", False) else AllGather()
         rule = ErrorFeedback() if feedback is None else feedback
-        self.method = Method(compressor, rule, exchange, dense_below, dense_1d, seed, warmup_steps, ratio_schedule, exact, verify_every)
+        options = (dense_below, dense_1d, seed, warmup_steps, ratio_schedule, exact, verify_every, clip_norm, clip_value)
+        self.method = Method(compressor, rule, exchange, *options)
 
     def __repr__(self) -> str:
         m = self.method
         options = f"dense_below={m.dense_below}, dense_1d={m.dense_1d}, seed={m.seed}"
         if m.warmup_steps or m.ratio_schedule:
             options += f", warmup_steps={m.warmup_steps}, ratio_schedule={m.ratio_schedule}"
+        for option in ("clip_norm", "clip_value"):
+            options += f", {option}={getattr(m, option)}" if getattr(m, option) is not None else ""
         return f"Compression({m.compressor}, {m.feedback}, {m.exchange}, {options})"
 
     def bind(self, model: Named, process_set: Any = None) -> BoundCompression:
@@ -100,7 +112,7 @@ class Compression:
         return self._stateless().decompress(tensor, ctx)
 
     def _stateless(self) -> _Bare:
-        if isinstance(self.method.feedback, NoFeedback) and not self.method.exchange.approximates:
+        if isinstance(self.method.feedback, NoFeedback) and not self.method.exchange.approximates and not self.method.clips:
             if isinstance(self.method.compressor, Identity):
                 return Compression.none
             if isinstance(self.method.compressor, Cast):

@@ -101,9 +101,11 @@ class GradientExchange:
             if (g := given.get(name)) is not None and g.shape != p.shape:
                 raise CompressionError(f"reduce(): the gradient of parameter '{name}' has shape {tuple(g.shape)}, expected {tuple(p.shape)}.")
         step.begin()
+        factor, clips = aggregator.clip_factor([g for g in given.values() if g is not None]), self.compression.method.clips
         while (bucket := step.next_bucket) is not None:
             parts = [given.get(name) for name in bucket.segments.names]
-            step.submit([torch.zeros_like(p) if g is None else g.detach() for g, p in zip(parts, bucket.parameters, strict=True)], [])
+            taken = [torch.zeros_like(p) if g is None else g.clone() if clips else g.detach() for g, p in zip(parts, bucket.parameters, strict=True)]
+            step.submit(aggregator.take_(bucket, taken, factor))
         step.drain()
         outcome, means = step.complete(), {}
         if outcome is not Outcome.UNDONE and self.compression.method.feedback.applies_update:
@@ -113,8 +115,8 @@ class GradientExchange:
                 if reduction is None:  # learning rate 0
                     means.update({name: torch.zeros_like(p) for name, p in zip(bucket.segments.names, bucket.parameters, strict=True)})
                 elif reduction.out is not None and not reduction.task.skipped:
-                    views = bucket.segments.shaped_views(reduction.out)
-                    means.update({n: m.to(p.dtype) for n, p, m in zip(bucket.segments.names, bucket.parameters, views, strict=True)})
+                    handed = bucket.hand_out(reduction.out)
+                    means.update({n: m.to(p.dtype) for n, p, m in zip(bucket.segments.names, bucket.parameters, handed, strict=True)})
         step.forget()
         return means
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class Method:
     """Keep a copy of the state during each step, so that undoing one restores it bit for bit. No part of what a saved state belongs to."""
     verify_every: int = field(default=0, repr=False)
     """Compare x across ranks before every so many-th step; 0: never. No part of what a saved state belongs to."""
+    clip_norm: float | None = None
+    """This worker's gradient of the whole model is scaled down to this norm before it is accumulated."""
+    clip_value: float | None = None
+    """This worker's gradient is clamped to ± this before it is accumulated."""
 
     def __post_init__(self) -> None:
         for role, part, protocol in (
@@ -67,7 +71,20 @@ class Method:
             raise CompressionError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}.")
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise CompressionError(f"warmup_steps must be a number of steps ≥ 0, got {self.warmup_steps!r}.")
+        for option, clip in (("clip_norm", self.clip_norm), ("clip_value", self.clip_value)):
+            wrong = isinstance(clip, bool) or not isinstance(clip, (int, float)) or not (math.isfinite(clip) and clip > 0)
+            if clip is not None and wrong:
+                raise CompressionError(f"{option} must be a finite number > 0, or None for no clipping, got {clip!r}.")
         object.__setattr__(self, "ratio_schedule", check_ratios(self.compressor, self.ratio_schedule, self.warmup_steps))
+
+    def __repr__(self) -> str:
+        """What saved state belongs to. What was added since the first of them is named only where it is used, so that older ones fit."""
+        told = [f for f in fields(self) if f.repr and not (f.name.startswith("clip_") and getattr(self, f.name) is None)]
+        return f"Method({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in told)})"
+
+    @property
+    def clips(self) -> bool:
+        return self.clip_norm is not None or self.clip_value is not None
 
     def is_dense(self, parameter: torch.Tensor) -> bool:
         return parameter.numel() < self.dense_below or (self.dense_1d and parameter.dim() <= 1)

@@ -23,7 +23,8 @@ import torch
 
 from ..aggregator import Aggregator
 from ..bucket import Bucket, Reduction, drive
-from ..errors import CompressionError, DisagreementError, UnboundParameterError
+from ..errors import CompressionError, DisagreementError, SequenceError, UnboundParameterError
+from ..guard import Guard, Noted
 from ..transport import SelfTransport
 from .introduction import Introduction
 from .transport import SlotHandle, SlotTransport
@@ -42,8 +43,8 @@ class _Pending:
     gradient: torch.Tensor
     reduction: Reduction | None
     """None while the learning rate is 0."""
-    version: int = 0
-    """The gradient's, when nobody but us and Horovod has written to it since."""
+    noted: Noted | None = None
+    """The gradient as it was when it was compressed."""
 
 
 class HorovodSlot:
@@ -77,8 +78,7 @@ class HorovodSlot:
         self._accumulated = False
         self._undone = False
         self._applies = aggregator.method.feedback.applies_update
-        self._sample: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Some of the first gradient of a step, and a copy: GradScaler.unscale_ does not raise version counters."""
+        self._guard = Guard(aggregator.method.feedback)
         self._ready: list[_Pending] | None = None
         """Of a rule that applies the update itself: what was exchanged and waits for the optimizer's step."""
         this = weakref.ref(self)
@@ -117,11 +117,10 @@ class HorovodSlot:
         in_place = gradient.is_contiguous() and gradient.dtype == bucket.segments.dtype
         # An update is applied later, and is not what belongs in the gradient.
         out = gradient.view(-1) if in_place and not self._applies else None
-        reduction = self.aggregator.start(bucket, [gradient], self.transport, out)
-        pending = self._pending[name] = _Pending(name, gradient, reduction, gradient._version)
-        if len(self._pending) == 1:
-            some = gradient.detach()[:1] if gradient.dim() else gradient.detach()
-            self._sample = some, some.clone()
+        taken = self.aggregator.take_(bucket, [gradient])
+        noted = self._guard.note([(name, bucket.parameters[0])]) if bucket.parameters[0].grad is gradient else None  # else a copy of Horovod's
+        reduction = self.aggregator.start(bucket, taken, self.transport, out)
+        pending = self._pending[name] = _Pending(name, gradient, reduction, noted)
         c = self.aggregator.settings_hash(bucket)
         # Who cannot take the step says so, and is heard by every rank.
         tail = [float("nan") if self.aggregator.refuses else float(c >> i & 1) for i in range(_BITS)] + [1.0]
@@ -141,13 +140,23 @@ class HorovodSlot:
         self.aggregator.note_frozen()
         self.aggregator.use(self.transport.direct, together=together)
         written = self._written.get(name)
-        if self._ready is not None and not self._undone and (_inside_backward() or self._accumulated):
-            raise CompressionError(
-                f"the update that was exchanged for parameter '{name}' was never applied: call optimizer.step() (inside `with "
-                "optimizer.skip_synchronize():` after synchronize()) before the next backward pass."
+        if self._ready is not None and not self._undone:
+            raise SequenceError(
+                f"the update that was exchanged for parameter '{name}' was never applied, and nothing is exchanged a second time: call "
+                "optimizer.step() (inside `with optimizer.skip_synchronize():` after synchronize()) before the next backward pass, or throw the step "
+                "away by compression.discard(), on every rank."
             )
-        self._undone = False
         computed = _inside_backward() or self._accumulated
+        if not self._applies and self.aggregator.step_is_open:
+            if self.aggregator.settings(self._buckets[name]).loss_scale == 1.0:
+                raise SequenceError(
+                    f"the gradient of parameter '{name}' was averaged already, and {'a backward pass' if computed else 'another exchange'} began "
+                    "before step(): what the method keeps of it would come back in later steps. After optimizer.synchronize(), call optimizer.step() "
+                    "inside `with optimizer.skip_synchronize():`, or throw the step away by compression.discard(), on every rank."
+                )
+            self.aggregator.keep_step()  # its GradScaler has skipped it
+        self._undone = False
+        self._guard.forget()  # a GradScaler does not call step() after an overflow
         if not computed and written is not None and written() is gradient and bool(gradient.any()):
             raise CompressionError(
                 f"the gradient of parameter '{name}' was averaged already, and no backward pass has run since. After optimizer.synchronize(), "
@@ -192,7 +201,7 @@ class HorovodSlot:
         if self._pending.get(pending.name) is not pending:
             raise CompressionError(f"parameter '{pending.name}': decompress() was called with a context of another step.")
         if not self._draining:
-            self._check_in_flight()
+            self._guard.check_in_flight()
             self._draining = True
             self.aggregator.settle()
             drive(p.reduction for p in self._pending.values() if p.reduction is not None and not isinstance(p.reduction.pending, SlotHandle))
@@ -216,25 +225,13 @@ class HorovodSlot:
                 reduction.out.mul_(factor)
             if not self._applies:
                 self._write(reduction, pending)
-        pending.version = gradient._version + 1  # Horovod puts what we return into it: p.grad.set_(p.grad)
+        if pending.noted is not None:
+            pending.noted.versions = [gradient._version + 1]  # Horovod puts what we return into it: p.grad.set_(p.grad)
         self._written[pending.name] = weakref.ref(gradient)
         self._decompressed += 1
         if self._decompressed == len(self._pending):
             self._end_step()
         return gradient
-
-    def _check_in_flight(self) -> None:
-        """Gradients clipped or scaled after their exchange had started would be overwritten without a word."""
-        sample, self._sample = self._sample, None
-        scaled = sample is not None and not torch.equal(sample[0].nan_to_num(), sample[1].nan_to_num())
-        for name, pending in self._pending.items():
-            if scaled or pending.gradient._version != pending.version:
-                raise CompressionError(
-                    f"the gradient of parameter '{name}' was changed after its exchange had started in the backward pass. Change gradients "
-                    "(clipping, scaler.unscale_) after optimizer.synchronize(), then step inside skip_synchronize(). With a GradScaler: "
-                    "optimizer.synchronize(); scaler.unscale_(optimizer); with optimizer.skip_synchronize(): scaler.step(optimizer). A "
-                    "scaler.step(optimizer) alone unscales local gradients before Horovod has averaged them."
-                )
 
     def _write(self, reduction: Reduction, pending: _Pending) -> None:
         """The mean becomes the gradient."""
@@ -255,7 +252,9 @@ class HorovodSlot:
         self._draining = False
         self._accumulated = False
         self._undone = not self.aggregator.finish_step(reductions, gradients_gone=not self._applies, transport=self.transport.direct)
-        if self._applies:
+        if not self._applies:
+            self._guard.forget()
+        else:
             self._ready = exchanged
             if self._undone:
                 for pending in exchanged:
@@ -269,13 +268,15 @@ class HorovodSlot:
         `scaled`: a GradScaler may have unscaled the gradients since they were exchanged.
         """
         if scaled and self._pending:
-            self._check_in_flight()
+            self._guard.check_in_flight()
             raise CompressionError(
                 "optimizer.step() with a GradScaler attached needs optimizer.synchronize() and scaler.unscale_(optimizer) before it: "
                 "the mean would be applied with the loss scale in it. Then scaler.step(optimizer) inside `with optimizer.skip_synchronize():`."
             )
         if not self._applies:
             self._raise_refusal()
+            if not self._pending:
+                self.aggregator.keep_step()
             self._drop_what_stands_still()
             return
         if self._ready is None and self.transport.size == 1:
@@ -285,10 +286,23 @@ class HorovodSlot:
             return
         ready, self._ready = self._ready, None
         if not self._undone:
-            if not scaled:
-                self._check_untouched(ready)
+            # A GradScaler's unscale_ may have come in between.
+            self._guard.check_exchanged([1.0, 1 / self.aggregator.settings(self.aggregator.buckets[0]).loss_scale] if scaled else [1.0])
             self.aggregator.apply_updates([p.reduction for p in ready if p.reduction is not None])
         self._undone = False
+        self._let_go()
+
+    def discard(self) -> None:
+        """Undo the step that was exchanged and not applied. Raises `CompressionError` while it is being exchanged."""
+        if self._pending or self._accumulated:
+            raise CompressionError("discard(): gradients are on their way; call optimizer.synchronize() first, on every rank.")
+        self.aggregator.discard_step()
+        self._ready, self._undone = None, False
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Nothing is left of the step's gradients."""
+        self._guard.forget()
         for _, parameter in self.aggregator.named:
             parameter.grad = None
 
@@ -310,22 +324,13 @@ class HorovodSlot:
             gradient = bucket.parameters[0].grad
             if gradient is None:
                 gradient = torch.zeros_like(bucket.parameters[0])
-            reduction = self.aggregator.start(bucket, [gradient.to_dense() if gradient.is_sparse else gradient], alone)
-            self._ready.append(_Pending(name, gradient, reduction, gradient._version))
+            taken = self.aggregator.take_(bucket, [gradient.to_dense() if gradient.is_sparse else gradient])
+            reduction = self.aggregator.start(bucket, taken, alone)
+            self._ready.append(_Pending(name, gradient, reduction))
             if reduction is not None:
                 reductions.append(reduction)
         drive(reductions)
         self._undone = not self.aggregator.finish_step(reductions)
-
-    def _check_untouched(self, ready: Iterable[_Pending]) -> None:
-        """Gradients clipped or scaled after the exchange would be ignored without a word."""
-        for pending in ready:
-            parameter = self._buckets[pending.name].parameters[0]
-            if parameter.grad is pending.gradient and pending.gradient._version > pending.version:
-                raise CompressionError(
-                    f"the gradient of parameter '{pending.name}' was changed after it had been exchanged, but {self.aggregator.method.feedback} has "
-                    "made it part of its momentum by then. Scale the loss instead of clipping, or use a method in gradient units."
-                )
 
     def _drop_what_stands_still(self) -> None:
         """Take away the gradients of an undone step, and of parameters frozen since, so that the optimizer's momentum does not move them either."""

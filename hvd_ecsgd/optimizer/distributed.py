@@ -24,7 +24,7 @@ __all__ = ["DistributedOptimizer", "driver_of"]
 BUCKET_BYTES = 25 * 2**20
 _DRIVER = "_hvd_ecsgd_driver"
 """The one attribute that a wrapped optimizer carries beside its own."""
-_PUBLIC = ("synchronize", "skip_synchronize", "set_backward_passes_per_step", "join")
+_PUBLIC = ("synchronize", "skip_synchronize", "discard", "set_backward_passes_per_step", "join")
 """Horovod's names, which are ours also where the optimizer's own class has them."""
 _NO_COPY = (
     "a distributed optimizer cannot be {}: its hooks, buckets and residuals belong to one model and one group of workers. Take its state_dict(), and "
@@ -57,9 +57,9 @@ def DistributedOptimizer(
     `overlap=False`: nothing starts before `step()`. `executor`: what compresses and communicates; by default the gradient hooks do, and the
     backward pass waits while they compress. All ranks must choose alike. `observer` is told what happens when, for a trace.
 
-    Attributes beside the optimizer's: `synchronize()`, `skip_synchronize()`, `join()`, `set_backward_passes_per_step()`, as Horovod's, which hide
-    what the optimizer's own class has under these names (a warning says so); and `compression` (the bound object), unless that has one. All
-    other methods and attributes are the class's own, as they are without this.
+    Attributes beside the optimizer's: `synchronize()`, `skip_synchronize()`, `join()`, `set_backward_passes_per_step()`, as Horovod's, and
+    `discard()`, which hide what the optimizer's own class has under these names (a warning says so); and `compression` (the bound object), unless
+    that has one. All other methods and attributes are the class's own, as they are without this.
     Raises `CompressionError` for parameters without a name, duplicate names, or a method that cannot work with this optimizer;
     at the first step `DisagreementError`, on every rank, when ranks hold different settings or parameters.
     """
@@ -157,9 +157,18 @@ class _Distributed(torch.optim.Optimizer):
     def synchronize(self) -> None:
         """Finish the exchange. Methods that leave the update to the optimizer then hold the mean in `p.grad`; all do NaN when the step was undone.
 
-        Called twice, it warns, and exchanges nothing again.
+        Called twice, it warns, and exchanges nothing again. Raises `CompressionError` when gradients were changed since their backward pass, and
+        `SequenceError` when they are those of the step before and the method keeps something of gradients.
         """
         driver_of(self).synchronize()
+
+    def discard(self) -> None:
+        """Throw this step's gradients away instead of `step()`: undone on all ranks as one with an inf, and counted so; `p.grad` becomes None.
+
+        After `synchronize()`, or in its place: then the exchange is finished first, as other ranks may have begun it. Collective. State is as it was
+        before the step, to rounding, with `exact=True` in the preset bit for bit. Raises `CompressionError` where some workers have joined.
+        """
+        driver_of(self).discard()
 
     def skip_synchronize(self) -> AbstractContextManager[None]:
         """`optimizer.synchronize(); clip…; with optimizer.skip_synchronize(): optimizer.step()`."""
@@ -188,7 +197,7 @@ class _Distributed(torch.optim.Optimizer):
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """As the optimizer's; `set_to_none` is ignored where that does not take it.
 
-        Raises `SequenceError` between a backward pass, of several the first, and `step()`.
+        Raises `SequenceError` between a backward pass, of several the first, and `step()`; see `discard`.
         """
         driver = driver_of(self)
         driver.check_zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,10 +17,10 @@ from ..agreement import in_common_order
 from ..bound import BoundCompression, check_plain_sgd
 from ..bucket import Bucket
 from ..errors import CompressionError, SequenceError
+from ..guard import Guard
 from ..method import GroupSettings
 from ..transport import Transport
 from .executor import Executor, Observer
-from .guard import Guard
 from .hooks import GradientHooks
 from .hyper_parameters import HyperParameters
 from .join import Note
@@ -80,7 +81,8 @@ class OptimizerDriver:
         )
         compression.adopt(aggregator, optimizer)
         self.step = StepExchange(aggregator, transport, executor, observer, lambda: self.note().pack())
-        self.guard = Guard(trained)
+        self.guard = Guard(compression.method.feedback)
+        self._left: list[tuple[torch.nn.Parameter, weakref.ref[torch.Tensor], int]] = []  # gradients that the last step has left, and their versions
         self.hooks = GradientHooks(trained, aggregator.buckets, passes, self._gradient_ready)
         self._backward_watched = False
         self._should_synchronize = True
@@ -94,6 +96,10 @@ class OptimizerDriver:
     def applies_update(self) -> bool:
         """The method moves the parameters, in place of the optimizer."""
         return self.compression.method.feedback.applies_update
+
+    @property
+    def _clips_by_norm(self) -> bool:
+        return self.compression.method.clip_norm is not None
 
     @property
     def listens(self) -> bool:
@@ -141,6 +147,7 @@ class OptimizerDriver:
     def check_join(self) -> None:
         """Raise `CompressionError` where `join` is not possible now."""
         self._check_no_gradients("join()")
+        self._check_applied("join()")
         if self.step.aggregator.held:
             raise CompressionError("join(): leave `with compression.at(…):` first.")
 
@@ -149,17 +156,44 @@ class OptimizerDriver:
         if self.begun and not self._lost():
             raise SequenceError(
                 "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
-                "Call it after step()."
+                "Call it after step(). Gradients that another loss has left here (of a GAN's generator, say) are best not made: freeze this model "
+                "(requires_grad_(False)) during that backward pass. Those that are to be thrown away, accumulated ones too: optimizer.discard(), on "
+                "every rank."
             )
+        self._check_applied("zero_grad()")
         self.step.forget()
 
+    def _check_applied(self, what: str) -> None:
+        """Raise `SequenceError` when gradients were exchanged that were not applied, and of which the method keeps something."""
+        if self.step.phase is Phase.EXCHANGED and self.step.aggregator.step_is_open:
+            raise SequenceError(
+                f"{what} after synchronize() and before step(): what was exchanged is not applied yet, and what the method keeps of it would come "
+                "back in later steps. Call optimizer.step() inside `with optimizer.skip_synchronize():`, or throw the step away by "
+                "optimizer.discard(), on every rank."
+            )
+
+    def discard(self) -> None:
+        """See `DistributedOptimizer`'s `discard`."""
+        if self.step.phase is not Phase.EXCHANGED:
+            if not self.begun:
+                for p in self.parameters:
+                    p.grad = None
+            self._finish(replaced=False)
+        if self.step.aggregator.step_is_open:
+            self.step.aggregator.check_together("discard()")
+        self.step.discard()
+        self.guard.forget()
+        for p in self.parameters:
+            p.grad = None
+
     def _gradient_ready(self, parameter: torch.nn.Parameter) -> None:
+        self._check_applied("a backward pass")
         self.step.forget()
         complete = self.hooks.count(parameter)
         self.step.begin()
         if complete:
             self._watch_backward()
-            if self._overlap:
+            if self._overlap and not self._clips_by_norm:
                 self._submit_ready()
 
     def _watch_backward(self) -> None:
@@ -180,13 +214,18 @@ class OptimizerDriver:
 
         `lost`: with NaN in place of their gradients, so that all ranks undo the step.
         """
+        aggregator = self.step.aggregator
+        of_bucket = [_gradients(b) for b in aggregator.buckets] if self._clips_by_norm and not lost else []
+        factor = aggregator.clip_factor([g for gradients in of_bucket for g in gradients])
         while (bucket := self.step.next_bucket) is not None:
             if not everything and not self.hooks.release(bucket):
                 return
             if lost:
-                self.step.submit([torch.full_like(p, float("nan")) for p in bucket.parameters], [])
+                self.step.submit([torch.full_like(p, float("nan")) for p in bucket.parameters])
             else:
-                self.step.submit([_gradient(p) for p in bucket.parameters], self.guard.note(bucket.parameters))
+                gradients = aggregator.take_(bucket, of_bucket.pop(0) if of_bucket else _gradients(bucket), factor)
+                self.guard.note(list(zip(bucket.segments.names, bucket.parameters)))
+                self.step.submit(gradients)
 
     # -- results are used --------------------------------------------------------------------------------------------------------
 
@@ -202,16 +241,38 @@ class OptimizerDriver:
                 stacklevel=4,
             )
             return
+        self._check_fresh()
+        self._finish()
+
+    def _check_fresh(self) -> None:
+        """Raise `SequenceError` when the gradients are those that the last step has left, which would be accumulated a second time."""
+        left, self._left = self._left, []
+        if self.begun or not self.compression.method.stateful:
+            return
+        for p, gradient, version in left:
+            if p.grad is None or p.grad is not gradient() or p.grad._version != version:
+                continue
+            if bool((p.grad._values() if p.grad.is_sparse else p.grad).any()):
+                raise SequenceError(
+                    f"the gradient of parameter '{self.names[id(p)]}' was exchanged already, and no backward pass has run since. Call zero_grad() "
+                    "after step(); then a step without a backward pass takes part with gradients of zero. (After optimizer.synchronize(), call "
+                    "optimizer.step() inside `with optimizer.skip_synchronize():`.)"
+                )
+
+    def _finish(self, replaced: bool = True) -> None:
+        """Finish the exchange. `replaced`: a gradient that is another tensor than was handed over is an error too."""
         lost, local = self._lost(), self.step.aggregator.local
         self._submit_ready(everything=True, lost=lost)
         self.step.drain()
-        self.guard.check(lost)
+        if not lost:
+            self.guard.check_in_flight(replaced=replaced)
         self.hooks.reset()
         self._backward_watched = False
         outcome = self.step.complete()
         if outcome is Outcome.UNDONE:
             raise_if_lost(self, lost, local)
         if not self.applies_update:
+            self.guard.forget()
             self._write_means()
         elif outcome is Outcome.UNDONE:
             for p in self.parameters:
@@ -235,7 +296,7 @@ class OptimizerDriver:
                 continue
             if self._sum:
                 reduction.out.mul_(self.step.transport.size)
-            for p, mean in zip(bucket.parameters, bucket.segments.shaped_views(reduction.out), strict=True):
+            for p, mean in zip(bucket.parameters, bucket.hand_out(reduction.out), strict=True):
                 # Frozen since: what is left of it in the residual must not move it.
                 p.grad = None if not p.requires_grad else self._as_the_optimizer_expects(mean.to(_gradient_type(p)))
 
@@ -274,6 +335,9 @@ class OptimizerDriver:
             raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
         if found is not None:
             self.scaler.meet(scale)
+        if self.applies_update and self.step.outcome is not Outcome.UNDONE:
+            self.guard.check_exchanged([1.0] if found is None else [1.0, 1 / self.compression.loss_scale])
+        self.guard.forget()
         if scale is not None and self.step.outcome is Outcome.UNDONE:
             self.scaler.tell_of_overflow()
         elif scale is not None and not self.applies_update:
@@ -297,6 +361,7 @@ class OptimizerDriver:
             if outcome is Outcome.UNDONE or (found is not None and bool(found)):
                 return value
             self._check_optimizer()
+            self.step.aggregator.keep_step()
             if self.applies_update:
                 self.step.aggregator.apply_updates(self.step.reductions)
             elif outcome is Outcome.STANDS:
@@ -306,6 +371,7 @@ class OptimizerDriver:
             return value
         finally:
             self.step.forget()
+            self._left = [(p, weakref.ref(p.grad), p.grad._version) for p in self.parameters if p.grad is not None]
 
     def _tell_schedulers(self) -> None:
         """Schedulers made for the optimizer that was wrapped have counted on being told of its steps; they warn of what comes before the first."""
@@ -323,6 +389,9 @@ def _gradient_type(parameter: torch.nn.Parameter) -> torch.dtype:
     """Of what may be assigned to its `.grad`: torch 2.10 and later let scripts choose it."""
     chosen: torch.dtype | None = getattr(parameter, "grad_dtype", None)
     return parameter.dtype if chosen is None else chosen
+def _gradients(bucket: Bucket) -> list[torch.Tensor]:
+    return [_gradient(p) for p in bucket.parameters]
+
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -114,7 +114,8 @@ class GradientHooks:
             within = " (or one with reentrant checkpoints: use use_reentrant=False)" if self._reentrant_passes else ""
             raise SequenceError(
                 f"parameter '{self._name(parameter)}' got gradients from more than backward_passes_per_step={self.passes} backward passes{within} "
-                "before step(); raise backward_passes_per_step to accumulate locally."
+                "before step(); raise backward_passes_per_step to accumulate locally. If another loss went backward through this model (a GAN's "
+                "generator), freeze it (requires_grad_(False)) during that pass, or call optimizer.discard() after it."
             )
         if left == 0:
             self._waiting_for[bucket] -= 1

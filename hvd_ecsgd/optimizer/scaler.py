@@ -41,7 +41,7 @@ class ScalerLink:
         attached, caller = compression.scaler, _calling_scaler()
         known = attached is not None and (caller is None or caller is attached or not hasattr(attached, "_check_inf_per_device"))
         if not known or (scale is not None and float(scale) != compression.loss_scale):
-            if caller is None or compression.method.stateful:
+            if caller is None or compression.method.stateful or compression.method.clips:
                 raise CompressionError(
                     "scaler.step(optimizer): this GradScaler is not attached, so what the method keeps would be in units of its scale; call "
                     "optimizer.compression.attach(optimizer, scaler) before the first backward pass."

@@ -15,7 +15,6 @@ from ..bucket import Bucket, Reduction, drive
 from ..errors import CompressionError, DisagreementError
 from ..transport import Transport
 from .executor import Executor, Observer, wait_patiently
-from .guard import Noted
 
 __all__ = ["Outcome", "Phase", "StepExchange"]
 
@@ -74,15 +73,21 @@ class StepExchange:
         return self._submitted > 0
 
     def begin(self) -> None:
-        """A gradient has come. What was exchanged before and never applied (a GradScaler found an overflow) is forgotten."""
+        """A gradient has come. What was exchanged before counts as applied."""
         self.forget()
         self.phase = Phase.ACCUMULATING
         self.aggregator.begin_step()
 
     def forget(self) -> None:
-        """The results, if there are any, have been applied or are not wanted."""
+        """The results, if there are any, have been applied."""
         if self.phase is Phase.EXCHANGED:
+            self.aggregator.keep_step()
             self.phase, self.results = Phase.IDLE, []
+
+    def discard(self) -> None:
+        """The results will not be applied: undo the step, on all ranks."""
+        self.aggregator.discard_step()
+        self.phase, self.results = Phase.IDLE, []
 
     @property
     def next_bucket(self) -> Bucket | None:
@@ -90,14 +95,14 @@ class StepExchange:
         buckets = self.aggregator.buckets
         return buckets[self._submitted] if self._submitted < len(buckets) else None
 
-    def submit(self, gradients: list[torch.Tensor], noted: list[Noted]) -> None:
-        """Hand over the gradients of `next_bucket`, in the order of its parameters. `noted`: those that live in `.grad`."""
+    def submit(self, gradients: list[torch.Tensor]) -> None:
+        """Hand over the gradients of `next_bucket`, in the order of its parameters, as `Aggregator.take_` returned them."""
         bucket = self.next_bucket
         assert bucket is not None
         if self._submitted == 0:
             self.aggregator.note_frozen()
         self._submitted += 1
-        self.executor.submit(partial(self._start, bucket, gradients, noted, _events(gradients) if self.executor.concurrent else []))
+        self.executor.submit(partial(self._start, bucket, gradients, _events(gradients) if self.executor.concurrent else []))
 
     def drain(self) -> None:
         """Wait until every submitted bucket has started to travel. Raises what went wrong in that."""
@@ -175,7 +180,7 @@ class StepExchange:
 
     # -- the executor's ----------------------------------------------------------------------------------------------------------
 
-    def _start(self, bucket: Bucket, gradients: list[torch.Tensor], noted: list[Noted], events: list[Any]) -> None:
+    def _start(self, bucket: Bucket, gradients: list[torch.Tensor], events: list[Any]) -> None:
         """Compress a bucket and start to send it. In a thread, then finish the one before: the order in which collectives start must not be a
         matter of timing, and with one on its way and one being finished both the link and the processor are busy."""
         for event in events:
@@ -183,10 +188,7 @@ class StepExchange:
         if not self._started and self._opening is None:
             self.open()
         begin = time.perf_counter()
-        untouched = [n for n in noted if n.untouched] if self.aggregator.settings(bucket).loss_scale != 1.0 else []
         self._started.append(self.aggregator.start(bucket, gradients, self.transport))
-        for n in untouched:  # unscaled in place
-            n.renew()
         self._sent_at[id(bucket)] = time.perf_counter()
         if self.observer is not None:
             self.observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])

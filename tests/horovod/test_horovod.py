@@ -36,6 +36,10 @@ def test_mistakes_are_told_to_every_rank() -> None:
     assert len(passed(horovodrun, 2, "program_errors.py")) == 18
 
 
+def test_what_scripts_do_to_gradients() -> None:
+    assert len(passed(horovodrun, 2, "program_gradients.py")) == 5
+
+
 def test_a_failing_check_fails_the_job() -> None:
     """Control of the programs themselves: a check that fails on one rank only ends the job with a non-zero status on all."""
     program = """

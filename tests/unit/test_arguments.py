@@ -375,6 +375,7 @@ def test_gradients_of_one_shape_are_told_apart() -> None:
         for p, (sent, context) in [(p, s.compress(p.grad)) for p in order]:  # type: ignore[arg-type]
             s.decompress(sent, context)
             assert p.grad is not None
+        s.before_step(scaled=False)
     saved = s.aggregator.state_dict()["parameters"]
     assert saved["0"]["residual"].sum() == 2 * 64 - (1 + 2)
     assert saved["1"]["residual"].sum() == 20 * 64 - (10 + 20)

@@ -226,7 +226,7 @@ def freeze(model: torch.nn.Module, optimizer: Any, t: int) -> None:
 
 AROUND = {
     "clip": (clip, lambda: Compression.double_squeeze(verify_every=1)),
-    "leave out": (leave_out, lambda: Compression.top_k(4)),
+    "leave out": (leave_out, lambda: Compression.top_k(4, error_feedback=False)),
     "clamp": (clamp, lambda: Compression.none),
     "clamp, pef": (clamp, lambda: Compression.pef(4)),
     "clamp, detached": (clamp, lambda: Compression.detached(4, verify_every=1)),
