@@ -224,6 +224,8 @@ class OptimizerDriver:
                 self.step.submit([torch.full_like(p, float("nan")) for p in bucket.parameters])
             else:
                 gradients = aggregator.take_(bucket, of_bucket.pop(0) if of_bucket else _gradients(bucket), factor)
+                if not self.step.begun:
+                    self.guard.forget()  # of a step that ended in an error
                 self.guard.note(list(zip(bucket.segments.names, bucket.parameters)))
                 self.step.submit(gradients)
 
