@@ -832,12 +832,13 @@ class Aggregator:
         if self._in_step or begun:
             raise CompressionError(f"{what} between a backward pass and its optimizer.step(): the step is under way; do it after step().")
 
-    def check_together(self, what: str) -> None:
-        """All ranks call this before they do `what` together outside of a step, also before the first one.
+    def check_together(self, what: str, ends_step: bool = False) -> None:
+        """All ranks call this before they do `what` together outside of a step, also before the first one; `ends_step`: or at the end of one.
 
         Raises `DisagreementError`, on every rank, where ranks do different things, `CompressionError` where some have joined and will not come.
         """
-        self.check_between_steps(f"{what} was called")
+        if not ends_step:
+            self.check_between_steps(f"{what} was called")
         self.called = what
         try:
             self.outside(what)

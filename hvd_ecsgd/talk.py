@@ -31,7 +31,7 @@ __all__ = [
 
 
 STEP = "a training step"
-_DOING = ("", STEP, "save_checkpoint", "load_checkpoint", "switch", "at('virtual')")
+_DOING = ("", STEP, "save_checkpoint", "load_checkpoint", "switch", "at('virtual')", "discard")
 """What ranks do together, by code; first what a rank does that has joined, which is whatever the others do."""
 
 

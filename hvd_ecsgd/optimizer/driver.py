@@ -180,7 +180,7 @@ class OptimizerDriver:
                     p.grad = None
             self._finish(replaced=False)
         if self.step.aggregator.step_is_open:
-            self.step.aggregator.check_together("discard()")
+            self.step.aggregator.check_together("discard", ends_step=True)
         self.step.discard()
         self.guard.forget()
         for p in self.parameters:
