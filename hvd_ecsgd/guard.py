@@ -97,6 +97,7 @@ class Guard:
         for noted in self._noted:
             if (name := noted.changed(factors, replaced)) is None:
                 continue
+            self.forget()  # an error once: who catches it goes on
             if self._feedback.applies_update:
                 remedy = "To clip this worker's gradient, give the method clip_norm=… or clip_value=…; it takes no change of the mean."
             else:
@@ -115,6 +116,7 @@ class Guard:
         """Likewise of a method that applies the update, before it does so."""
         for noted in self._noted:
             if (name := noted.changed(factors)) is not None:
+                self.forget()
                 raise CompressionError(
                     f"the gradient of parameter '{name}' was changed after it had been exchanged, but {self._feedback} moves the parameters by what "
                     "was exchanged, and the change would be lost. Clip inside the method (clip_norm=… or clip_value=… of the preset), scale the "

@@ -102,6 +102,12 @@ def test_what_is_not_given_counts_as_zero() -> None:
         assert torch.equal(means["0.bias"], torch.full((64,), 2.0)) and not means["0.weight"].any()
 
 
+def test_means_that_are_kept_are_not_overwritten() -> None:
+    exchange = GradientExchange((model := mlp()).named_parameters())
+    kept = [exchange.reduce([torch.full_like(p, value) for p in model.parameters()]) for value in (1.0, 2.0, 3.0)]
+    assert [means["0.weight"][0, 0].item() for means in kept] == [1.0, 2.0, 3.0]
+
+
 @pytest.mark.parametrize("method", ["top_k-k", "detached", "double_squeeze"])
 def test_checkpoints_take_the_exchange_in_the_optimizers_place(method: str, tmp_path: Path) -> None:
     def made() -> tuple[torch.nn.Module, GradientExchange]:
