@@ -200,7 +200,7 @@ class Aggregator:
         self._transport = transport
         every = self.method.verify_every
         if every and self.step and self.step % every == 0:
-            mine = torch.zeros(1 + len(self.named), dtype=torch.int64)
+            mine = torch.zeros(1 + len(self.named), dtype=torch.int64, device="cpu")
             if not joined:
                 mine[0], mine[1:] = 1, self._fingerprints()
             self._verification = transport.allgather(mine, "replicas", [mine.numel()] * transport.size)
@@ -783,7 +783,7 @@ class Aggregator:
                 "Every rank must follow the same schedule."
             )
         # Seen by every rank, so all of them send their texts now.
-        text = torch.empty(0, dtype=torch.uint8) if digests[transport.rank] in silent else self._packed_text()
+        text = torch.empty(0, dtype=torch.uint8, device="cpu") if digests[transport.rank] in silent else self._packed_text()
         raise_on_other_texts(transport.allgather(text, "disagreement").wait())
         raise DisagreementError("ranks do not agree on their settings or step; use the same Compression arguments and state on every rank.")
 

@@ -179,7 +179,8 @@ def clipped_(gradients: Sequence[torch.Tensor], value: float | None, factor: flo
 
 def unscaled_(gradients: Sequence[torch.Tensor], scale: float, dtype: torch.dtype) -> list[torch.Tensor]:
     """Gradients of an unscaled loss, so that all state is in true units whatever the scale does: in place, but for types too narrow for them."""
-    torch._foreach_mul_([g for g in gradients if g.dtype == dtype] or [torch.empty(0)], 1 / scale)
+    if wide := [g for g in gradients if g.dtype == dtype]:
+        torch._foreach_mul_(wide, 1 / scale)
     return [g if g.dtype == dtype else g.to(dtype).mul_(1 / scale) for g in gradients]
 
 

@@ -298,7 +298,7 @@ class Task:
     poisoned: bool = False
     """This rank's gradients hold an inf or NaN: the buffer was left alone, and NaN is sent so that every rank learns of it."""
     reversible: bool = True
-    residual: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    residual: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
     """What the feedback rule keeps; usually the buffer itself."""
     flushes: bool = False
     """The residual was zero before, and will be: undoing the extraction is setting it to zero."""

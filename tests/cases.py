@@ -71,7 +71,7 @@ class _Scaled(dict[str, torch.Tensor]):
     """.3 on the diagonal, for the compressed parameter of `tests.problems.mlp`, whatever its prefix, and those of 40 × 40 elsewhere."""
 
     def __missing__(self, name: str) -> torch.Tensor:
-        return 0.3 * torch.eye(1280 if name.endswith("0.weight") else 1600)
+        return 0.3 * torch.eye(1280 if name.endswith("0.weight") else 1600, dtype=torch.float32, device="cpu")
 
 
 def _product(vectors: Any) -> Any:

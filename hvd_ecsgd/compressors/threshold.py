@@ -73,7 +73,7 @@ class Threshold(BytePayload):
                 view[chosen] = 0
         counts = [p.numel() for p in positions]
         payload = torch.zeros(self._n_bytes(counts, segments), dtype=torch.uint8, device=buffer.device)
-        payload[: 4 * len(segments)].view(torch.int32).copy_(torch.tensor(counts, dtype=torch.int32))
+        payload[: 4 * len(segments)].view(torch.int32).copy_(torch.tensor(counts, dtype=torch.int32, device="cpu"))
         sent, where, packed, _ = self._parts(payload, segments)
         if sum(counts):
             torch.cat(values, out=sent)

@@ -52,7 +52,7 @@ def _check_feedback(task: Task) -> None:
 def _raise_alarm(task: Task, transport: Transport, bad: bool) -> Handle[list[torch.Tensor]]:
     """Tell all ranks whether this one holds an inf or NaN, where no payload would."""
     task.traffic += Traffic(payload=1, sent=transport.size - 1)
-    return transport.allgather(torch.tensor([bad], dtype=torch.uint8), f"{task.name}.alarm", [1] * transport.size)
+    return transport.allgather(torch.tensor([bad], dtype=torch.uint8, device="cpu"), f"{task.name}.alarm", [1] * transport.size)
 
 
 def _spoiled(task: Task) -> torch.Tensor:
@@ -108,10 +108,10 @@ class CompSkip(Skipping):
         mine = self.state_segments(segments, rank, size)
         state = {
             "server_residual": mine.zeros(),
-            "skips": torch.zeros((len(segments), size + 1), dtype=torch.int64),
+            "skips": torch.zeros((len(segments), size + 1), dtype=torch.int64, device="cpu"),
         }
         if not (self.worker.predictable and self.server.predictable):
-            state["movement"] = torch.zeros((len(segments), 2), dtype=torch.float64)
+            state["movement"] = torch.zeros((len(segments), 2), dtype=torch.float64, device="cpu")
         return state
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
@@ -152,7 +152,7 @@ class CompSkip(Skipping):
             task.traffic += Traffic(skipped=_bytes(server, mine))
 
         # Pass 2: the servers' answers.
-        answers = [torch.empty(0)] * n
+        answers = [torch.empty(0, dtype=server.payload_dtype(mine.dtype), device=mine.device)] * n
         if serves or not self.server.predictable:
             if not serves:
                 answer = torch.empty(0, dtype=server.payload_dtype(mine.dtype), device=mine.device)
@@ -232,7 +232,7 @@ class SkipAllReduce(Skipping):
         AllReduce().check(compressor)
 
     def init(self, segments: Segments, rank: int, size: int) -> State:
-        return {"skips": torch.zeros((len(segments), 1), dtype=torch.int64)}
+        return {"skips": torch.zeros((len(segments), 1), dtype=torch.int64, device="cpu")}
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
         return segments

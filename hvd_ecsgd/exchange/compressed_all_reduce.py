@@ -75,7 +75,7 @@ class CompressedAllReduce(Stateless):
         gradients = task.segments.shaped_views(task.segments.zeros() if task.poisoned else task.buffer)
         pairs = [self._compressed(g, name) for g, name in zip(gradients, names, strict=True)]
         layouts = [f"{tuple(t.shape)} {t.dtype}" for t, _ in pairs]
-        said = torch.tensor([-1 if task.poisoned else _hash(layout) for layout in layouts])
+        said = torch.tensor([-1 if task.poisoned else _hash(layout) for layout in layouts], dtype=torch.int64, device="cpu")
         task.traffic += Traffic(payload=said.nbytes, sent=(n - 1) * said.nbytes)
         table = torch.stack((yield transport.allgather(said, f"{task.name}.layout", [len(pairs)] * n)))
         task.finite = not bool((table < 0).any())

@@ -126,7 +126,7 @@ class HorovodSlot:
         tail = [float("nan") if self.aggregator.refuses else float(c >> i & 1) for i in range(_BITS)] + [1.0]
         handle = None if reduction is None else reduction.pending
         if not isinstance(handle, SlotHandle):
-            return torch.tensor(tail, device=gradient.device), pending
+            return torch.tensor(tail, dtype=torch.float32, device=gradient.device), pending
         payload = handle.payload
         return torch.cat([payload, torch.tensor(tail, dtype=payload.dtype, device=payload.device)]), pending
 

@@ -103,14 +103,15 @@ class HorovodTransport:
         if sizes is not None:
             known = [width * n for n in sizes]
             return _HorovodHandle(self._hvd, data, lambda result: _parts(result, known, t))
-        rows = self._hvd.allgather_async(torch.tensor([wire.shape[0]]), name=f"{self._prefix}.{name}.rows", **self._options)
+        mine = torch.tensor([wire.shape[0]], dtype=torch.int64, device="cpu")
+        rows = self._hvd.allgather_async(mine, name=f"{self._prefix}.{name}.rows", **self._options)
         return _HorovodHandle(self._hvd, data, lambda result: _parts(result, self._hvd.synchronize(rows).tolist(), t))
 
     def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         if len(splits) != self.size or sum(splits) != t.shape[0]:
             raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be {self.size} numbers that add up to {t.shape[0]} rows.")
         wire, width = _wired(t)
-        rows = torch.tensor([width * n for n in splits], dtype=torch.int32)
+        rows = torch.tensor([width * n for n in splits], dtype=torch.int32, device="cpu")
         handle = self._hvd.alltoall_async(wire, splits=rows, name=f"{self._prefix}.{name}", **self._options)
         return _HorovodHandle(self._hvd, handle, lambda result: _parts(result[0], result[1].tolist(), t))
 
@@ -118,7 +119,8 @@ class HorovodTransport:
         # Horovod has no point-to-point call; an all-to-all with one non-empty split moves the same bytes.
         flat = t.reshape(-1)
         splits = [flat.numel() if r == peer else 0 for r in range(self.size)]
-        handle = self._hvd.alltoall_async(flat, splits=torch.tensor(splits, dtype=torch.int32), name=f"{self._prefix}.{name}", **self._options)
+        rows = torch.tensor(splits, dtype=torch.int32, device="cpu")
+        handle = self._hvd.alltoall_async(flat, splits=rows, name=f"{self._prefix}.{name}", **self._options)
         return _HorovodHandle(self._hvd, handle, lambda result: result[0].view(t.shape))
 
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:

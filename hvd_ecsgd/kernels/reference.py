@@ -31,7 +31,7 @@ def fingerprint(t: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.int64, device=t.device)
     for start in range(0, bits.numel(), _CHUNK):
         part = bits[start : start + _CHUNK]  # of int64 no copy is made: never written to
-        weights = torch.arange(start + 1, start + 1 + part.numel(), device=t.device).mul_(-7046029254386353131)
+        weights = torch.arange(start + 1, start + 1 + part.numel(), dtype=torch.int64, device=t.device).mul_(-7046029254386353131)
         weights.bitwise_xor_(weights >> 31).mul_(-4417276706812531889).bitwise_or_(1)
         total += weights.mul_(part).sum()
     return total

@@ -307,7 +307,7 @@ class OptimizerDriver:
         if not isinstance(self.inner, torch.optim.SparseAdam) or mean.dim() == 0:
             return mean
         rows = mean.unsqueeze(-1).flatten(1).ne(0).any(1).nonzero().view(1, -1)
-        return torch.sparse_coo_tensor(rows, mean[rows[0]], mean.shape, is_coalesced=True, check_invariants=False)
+        return torch.sparse_coo_tensor(rows, mean[rows[0]], mean.shape, device=mean.device, is_coalesced=True, check_invariants=False)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -384,7 +384,8 @@ class OptimizerDriver:
             held["_step_count"] += 1
 
     def multiply_gradients(self, factor: float) -> None:
-        torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None] or [torch.empty(0)], factor)
+        if gradients := [p.grad for p in self.parameters if p.grad is not None]:
+            torch._foreach_mul_(gradients, factor)
 
 
 def _gradient_type(parameter: torch.nn.Parameter) -> torch.dtype:

@@ -49,7 +49,7 @@ class ScalerLink:
             compression.scaler = caller
         if caller is not None and not (looked := caller._per_optimizer_states[id(self._optimizer)]["found_inf_per_device"]):
             device = compression.named[0][1].device
-            looked[device] = torch.zeros((), device=device)  # a worker without gradients: update() asks that somebody looked
+            looked[device] = torch.zeros((), dtype=torch.float32, device=device)  # a worker without gradients: update() asks that somebody looked
 
     def tell_of_overflow(self) -> None:
         """The step was undone: the scaler finds the NaN in the gradients, so that all workers lower the scale."""
