@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
+
+from hvd_ecsgd.checkpoint.save_load import EXTRA_STATE
 
 from . import runtime
 from .basics import rank
@@ -59,11 +62,15 @@ def allgather_object(obj: T, name: str | None = None) -> list[T]:
 
 
 @untraced
-def broadcast_parameters(params: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[torch.Tensor], root_rank: int) -> None:
+def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, torch.Tensor]] | Iterable[torch.Tensor], root_rank: int) -> None:
     """Copy root's values into all tensors of a dict (a module's `state_dict()`), or of (name, tensor) pairs (`named_parameters()`), or of tensors.
 
-    Raises ValueError for anything but tensors, and for a name that is no string or there twice; `MismatchError` on every rank when ranks hold
-    different tensors.
+    What a module's `get_extra_state` has in a dict (`…_extra_state`) may be any object that `broadcast_object` takes, of another kind on each rank.
+    It is copied into a tensor that fits, and else replaced in the dict: the module has it after `model.load_state_dict(params)`, which a warning says
+    on every rank where it was different.
+
+    Raises ValueError for anything else but tensors, for a name that is no string or there twice, and on every rank for an extra state that cannot be
+    pickled; `MismatchError` on every rank when ranks hold different tensors.
     """
     if isinstance(params, Mapping):
         pairs: list[Any] = list(params.items())
@@ -73,11 +80,14 @@ def broadcast_parameters(params: Mapping[str, torch.Tensor] | Iterable[tuple[str
         how = "; pass model.state_dict()" if isinstance(params, torch.nn.Module) else ""
         raise ValueError(f"broadcast_parameters: params is of type {type(params).__name__}; expected a dict, (name, tensor) pairs or tensors{how}.")
     names: set[str] = set()
+    extra: list[str] = []
     for pair in pairs:
         if len(pair) != 2 or not isinstance(pair[0], str):
             raise ValueError(f"broadcast_parameters: expected pairs of a name (a string) and a tensor, got {pair!r:.100}.")
         name, p = pair
-        if not isinstance(p, torch.Tensor):
+        if isinstance(params, MutableMapping) and name.rpartition(".")[2] == EXTRA_STATE:
+            extra.append(name)
+        elif not isinstance(p, torch.Tensor):
             raise ValueError(f"broadcast_parameters: {name!r} is of type {type(p).__name__}, expected a tensor; send it by broadcast_object.")
         if name in names:
             raise ValueError(f"broadcast_parameters: two tensors are named {name!r}; give them different names.")
@@ -85,10 +95,36 @@ def broadcast_parameters(params: Mapping[str, torch.Tensor] | Iterable[tuple[str
     if isinstance(params, Mapping):
         pairs.sort()
     check_root(root_rank, global_process_set, "broadcast_parameters")
-    contents = ", ".join(f"{name}: {describe(p)}" for name, p in pairs)
+    pairs = [(name, p) for name, p in pairs if name not in extra]
+    contents = ", ".join([*(f"{name}: {describe(p)}" for name, p in pairs), *(f"{name}: extra state" for name in sorted(extra))])
     runtime.agree(f"broadcast_parameters of {len(pairs)} tensors ({contents}) from rank {root_rank}")  # else ranks wait for names others lack
     for handle in [broadcast_async_(p, root_rank, name) for name, p in pairs]:
         handle.wait()
+    if isinstance(params, MutableMapping) and extra:
+        _broadcast_extra_state(params, sorted(extra), root_rank)
+
+
+def _broadcast_extra_state(params: MutableMapping[str, Any], names: list[str], root_rank: int) -> None:
+    """Give the entries `names` of `params` root's values. Collective."""
+    before = {name: params[name].detach().cpu() if isinstance(params[name], torch.Tensor) else params[name] for name in names}
+    after = broadcast_object(before, root_rank, "broadcast_parameters.extra_state")
+    if rank() == root_rank:
+        return
+    replaced = []
+    for name in names:
+        old, new = params[name], after[name]
+        if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and (old.shape, old.dtype) == (new.shape, new.dtype):
+            old.detach().copy_(new)
+            continue
+        params[name] = new
+        if not torch.equal(_pickled(before[name]).content, _pickled(new).content):
+            replaced.append(name)
+    if replaced:
+        warnings.warn(
+            f"broadcast_parameters: {', '.join(map(repr, replaced))} of rank {rank()} differed from rank {root_rank}'s, which is now in "
+            "the dictionary and not yet in the model: keep the dictionary, and call model.load_state_dict with it.",
+            stacklevel=4,
+        )
 
 
 @dataclass(frozen=True)

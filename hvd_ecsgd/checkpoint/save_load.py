@@ -31,7 +31,7 @@ __all__ = ["Loaded", "load_checkpoint", "save_checkpoint"]
 
 _log = logging.getLogger("hvd_ecsgd")
 
-_EXTRA_STATE = "_extra_state"
+EXTRA_STATE = "_extra_state"
 """The last part of a name that a module's `get_extra_state` has in its `state_dict()`."""
 
 # What each training last saved to or loaded from each directory: another manifest there is another job's.
@@ -188,7 +188,7 @@ def _checked_model(model: torch.nn.Module, saved: Mapping[str, Any]) -> Mapping[
             where = "the checkpoint, but not the model," if name in saved else "the model, but not the checkpoint,"
             raise CheckpointError(f"the checkpoint is of another model: {where} has '{name}'.")
         a, b = saved[name], now[name]
-        if name.rpartition(".")[2] == _EXTRA_STATE:  # any object, which its module takes as it is
+        if name.rpartition(".")[2] == EXTRA_STATE:  # any object, which its module takes as it is
             continue
         if isinstance(b, torch.Tensor) and not (isinstance(a, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype):
             was = f"{tuple(a.shape)} {a.dtype}" if isinstance(a, torch.Tensor) else repr(a)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -53,6 +54,49 @@ for there in range(size):
     told = f"rank {there}, the root, cannot pickle its object of type lock"
     verdict.raises(ValueError, lambda odd=odd, r=there: hvd.broadcast_object(odd, r), "broadcast_object of a lock", told)
     verdict.expect(hvd.allgather_object(rank) == list(range(size)) and hvd.broadcast_object(odd, (there + 1) % size) == "fine", "and all goes on")
+
+# ---- a module's extra state, of any kind: it is in the dictionary, and from there in the module
+class Extra(torch.nn.Module):
+    def __init__(self, state: Any) -> None:
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+def with_extras(r: int) -> torch.nn.Sequential:
+    tensors = torch.full((2,), float(r)), torch.full((3 + r,), r)
+    states = {"seen": r, "names": ["a"] * r}, *tensors, None if r else "rank 0's", torch.ones(1) if r else None, 7
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), *map(Extra, states))
+    net.register_buffer("twiddle", torch.full((2,), r + 1j * r))
+    net[0].weight.data.fill_(r)
+    return net
+
+
+for root in range(size):
+    net, expected = with_extras(rank), with_extras(root)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        state = net.state_dict()
+        hvd.broadcast_parameters(state, root)
+    differ = "'1._extra_state', '3._extra_state', '4._extra_state', '5._extra_state' of rank"
+    verdict.expect([differ in str(w.message) for w in said] == [True] * (rank != root), f"who differs is told: {[str(w.message) for w in said]}")
+    verdict.equal(net.twiddle, torch.full((2,), root + 1j * root), "a complex buffer")
+    verdict.equal(net[0].weight, torch.full((2, 2), float(root)), "tensors, as ever")
+    verdict.equal(net[2].state, torch.full((2,), float(root)), "a tensor that fits is written to in its place")
+    verdict.expect(rank == root or net[1].state["seen"] == rank, "the control: nobody has told the module")
+    net.load_state_dict(state)
+    for mine, roots in zip(net[1:], expected[1:], strict=True):
+        same = torch.equal(mine.state, roots.state) if isinstance(roots.state, torch.Tensor) else mine.state == roots.state
+        verdict.expect(same, f"extra state: {mine.state}, expected {roots.state}")
+    state["1._extra_state"] = threading.Lock() if rank == root else None
+    told = f"rank {root}, the root, cannot pickle"
+    verdict.raises(ValueError, lambda state=state, r=root: hvd.broadcast_parameters(state, r), "extra state that is a lock", told)
+verdict.raises(ValueError, lambda: hvd.broadcast_parameters([("_extra_state", 3)], 0), "a pair is not written to", "'_extra_state' is of type int")
 
 # ---- a default device or type of the script's own is its own matter
 optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3) * rank)])

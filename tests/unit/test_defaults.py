@@ -15,7 +15,7 @@ import hvd_ecsgd
 import mpi_backend
 from hvd_ecsgd import Compression, DistributedOptimizer, GradientExchange, load_checkpoint, save_checkpoint
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
-from tests.cases import CASES, COMPRESSORS, Case, bound_method, by_name, ids
+from tests.cases import CASES, COMPRESSORS, Case, bound_method, ids
 from tests.problems import batch, mlp
 from tests.unit.test_state import equal
 
@@ -181,10 +181,11 @@ def test_sparse_means_are_where_the_gradients_are() -> None:
     assert table.weight.grad.coalesce().indices().tolist() == [[3, 7]]
 
 
-CONSTRUCTORS = set(
-    "arange as_tensor asarray empty empty_permuted empty_strided eye full linspace logspace nested_tensor ones rand randint randn randperm range "
-    "scalar_tensor sparse_compressed_tensor sparse_coo_tensor sparse_csr_tensor tensor tril_indices triu_indices zeros".split()
-)
+CONSTRUCTORS = {
+    *("arange", "as_tensor", "asarray", "empty", "empty_permuted", "empty_strided", "eye", "full", "linspace", "logspace", "nested_tensor", "ones"),
+    *("rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
+    *("sparse_compressed_tensor", "sparse_coo_tensor", "sparse_csr_tensor"),
+}
 """What torch makes on the default device where none is named."""
 
 
