@@ -97,7 +97,7 @@ class Guard:
         for noted in self._noted:
             if (name := noted.changed(factors, replaced)) is None:
                 continue
-            self.forget()  # an error once: who catches it goes on
+            self.forget()  # an error once
             if self._feedback.applies_update:
                 remedy = "To clip this worker's gradient, give the method clip_norm=… or clip_value=…; it takes no change of the mean."
             else:

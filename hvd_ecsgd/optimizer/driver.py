@@ -248,10 +248,9 @@ class OptimizerDriver:
 
     def _check_fresh(self) -> None:
         """Raise `SequenceError` when the gradients are those that the last step has left, which would be accumulated a second time."""
-        left, self._left = self._left, []
         if self.begun or not self.compression.method.stateful:
             return
-        for p, gradient, version in left:
+        for p, gradient, version in self._left:
             if p.grad is None or p.grad is not gradient() or p.grad._version != version:
                 continue
             if bool((p.grad._values() if p.grad.is_sparse else p.grad).any()):
