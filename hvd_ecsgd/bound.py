@@ -385,14 +385,22 @@ class BoundCompression:
 
     def check_together(self, what: str) -> None:
         """See `Aggregator.check_together`."""
+        self._meet_on_horovod()
         if self._aggregator is not None:
             self._aggregator.check_together(what)
+
+    def _meet_on_horovod(self) -> None:
+        """Before the first step on an unmodified Horovod: have what the other ranks can be met by."""
+        if self._aggregator is None and horovod_is_running() and HorovodTransport(self._process_set).size > 1:
+            self._slotted()
 
     def at(self, point: Literal["averaged", "virtual", "local"]) -> AbstractContextManager[None]:
         """Hold the parameters at a point for evaluation or saving; see `Aggregator.at`."""
         if self._aggregator is None and self.method.feedback.unit == "gradient" and point != "virtual":
             Aggregator.check_point(point)
             return nullcontext()  # one process under Horovod, which does not call us then; nothing is shifted
+        if point == "virtual":
+            self._meet_on_horovod()
         return self.aggregator.at(point)
 
     @property

@@ -22,6 +22,7 @@ __all__ = [
     "listed",
     "packed_text",
     "raise_if_apart",
+    "raise_if_joined",
     "raise_on_other_texts",
     "spoken",
     "text_of",
@@ -57,6 +58,15 @@ def raise_if_apart(doing: Sequence[str]) -> None:
     called = [f"{what} was called on {listed(ranks)} only; call it on every rank." for what, ranks in ranks_of.items() if what != STEP]
     steps = [f"Meanwhile {STEP} began on {listed(ranks)}." for what, ranks in ranks_of.items() if what == STEP]
     raise DisagreementError(" ".join([*called, *steps]))
+
+
+def raise_if_joined(what: str, doing: Sequence[str]) -> None:
+    """`doing`: as in `raise_if_apart`. Raises `CompressionError` where some ranks have joined, which will not come to the function `what`."""
+    joined = [r for r, doing_there in enumerate(doing) if not doing_there]
+    if joined:
+        raise CompressionError(
+            f"{what} needs all workers, and {', '.join(map(str, joined))} (by rank) joined: they have no more batches. Do it after join()."
+        )
 
 
 def spoken(said: Any) -> torch.Tensor:

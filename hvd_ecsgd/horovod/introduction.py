@@ -18,13 +18,13 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import DisagreementError
-from ..talk import packed_text, raise_on_other_texts
+from ..talk import STEP, packed_text, raise_on_other_texts
 from ..transport import Handle, Transport
+from .opening import SILENCE, await_others
 
 __all__ = ["Introduction", "Register"]
 
-_SILENCE = 20.0
-"""Seconds of waiting for the other ranks' first gradients after which the waiting is explained."""
+_SILENCE = SILENCE
 
 
 class Register:
@@ -104,9 +104,9 @@ class Introduction:
         self._register = _registers.setdefault(process_set, Register()) if register is None else register
         self._model = self._register.number(self._table, named[0][1])
 
-    def meet(self, transport: Transport) -> tuple[str, bool]:
+    def meet(self, transport: Transport, doing: str = STEP) -> tuple[str, bool]:
         """Collective, before the first step: find the other ranks' counterparts. Returns a prefix for the names of all further collectives, and
-        whether all ranks have come with this one, and none with another that it has its first step for.
+        whether all ranks have come with this one, and none with another that it has its first step for. `doing`: what this rank begins.
 
         Raises `DisagreementError` on every rank when there is a rank that has bound no such parameters.
         """
@@ -116,7 +116,10 @@ class Introduction:
             name = f"first.{len(register.met[transport.rank])}"
             mine = json.dumps([self._table, self._model, register.bound])
             handle = transport.allgather(torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8), name)
-            self._wait(handle, transport.rank)
+            if doing == STEP:
+                self._wait(handle, transport.rank)
+            else:
+                await_others(handle, doing, transport.rank)
             said = [json.loads(bytes(part.tolist())) for part in handle.wait()]
             names = register.names(said)
             if names is None:  # on every rank, as all have heard the same from the beginning

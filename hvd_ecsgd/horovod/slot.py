@@ -15,6 +15,7 @@ step: x is moved by exactly the code that our own optimizer runs, and the inner 
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,14 +26,21 @@ from ..aggregator import Aggregator
 from ..bucket import Bucket, Reduction, drive
 from ..errors import CompressionError, DisagreementError, SequenceError, UnboundParameterError
 from ..guard import Guard, Noted
+from ..talk import STEP, raise_if_apart, raise_if_joined
 from ..transport import SelfTransport
 from .introduction import Introduction
+from .opening import Opening, await_others
 from .transport import SlotHandle, SlotTransport
 
 __all__ = ["HorovodSlot"]
 
 _BITS = 4
 _TAIL = _BITS + 1
+_PATIENCE = 5.0
+"""Seconds that the end of a backward pass waits for the other ranks to begin the step, while another slot is in none."""
+
+_slots: weakref.WeakSet[HorovodSlot] = weakref.WeakSet()
+"""Of this process. They tell when it is safe to wait, and nothing that is sent depends on them."""
 
 
 @dataclass
@@ -81,6 +89,10 @@ class HorovodSlot:
         self._guard = Guard(aggregator.method.feedback)
         self._ready: list[_Pending] | None = None
         """Of a rule that applies the update itself: what was exchanged and waits for the optimizer's step."""
+        self._opening: Opening | None = None
+        self._patient = True
+        aggregator.outside = self.meet
+        _slots.add(self)
         this = weakref.ref(self)
 
         def accumulated(parameter: torch.Tensor) -> None:
@@ -132,13 +144,9 @@ class HorovodSlot:
 
     def _begin_step(self, name: str, gradient: torch.Tensor) -> None:
         self._raise_refusal()  # a GradScaler has left the optimizer's step out, where it would have been raised
-        together = True
-        if self._introduction is not None:
-            prefix, together = self._introduction.meet(self.transport.direct)
-            self.transport.rename(prefix)
-            self._introduction = None
+        together = self._introduce(STEP) if self._introduction is not None else self._begun_all
         self.aggregator.note_frozen()
-        self.aggregator.use(self.transport.direct, together=together)
+        self._open(together)
         written = self._written.get(name)
         if self._ready is not None and not self._undone:
             raise SequenceError(
@@ -162,6 +170,70 @@ class HorovodSlot:
                 f"the gradient of parameter '{name}' was averaged already, and no backward pass has run since. After optimizer.synchronize(), "
                 "call optimizer.step() inside `with optimizer.skip_synchronize():`. (Writing gradients by hand? Call zero_grad() first.)"
             )
+
+    # -- together with the other ranks -------------------------------------------------------------------------------------------
+
+    def meet(self, what: str) -> None:
+        """All ranks call this before they do `what` together outside of a step. See `Aggregator.check_together`."""
+        if self.transport.size == 1:
+            return
+        if self._introduction is not None:
+            self._introduce(what)
+        opening = Opening(self.transport.direct, what)
+        await_others(opening.said, what, self.transport.rank)
+        doing = opening.doing()
+        raise_if_apart(doing)
+        raise_if_joined(what, doing)
+
+    def _introduce(self, doing: str) -> bool:
+        """Find the other ranks; returns whether all have come with this method."""
+        assert self._introduction is not None
+        prefix, together = self._introduction.meet(self.transport.direct, doing)
+        self.transport.rename(prefix)
+        self._introduction = None
+        return together
+
+    @property
+    def _begun_all(self) -> bool:
+        """Steps of all slots of this process have begun, or are beginning, so that no rank waits for this one to begin one."""
+        return all(slot is self or slot._pending for slot in list(_slots))
+
+    def _open(self, together: bool) -> None:
+        """Tell the other ranks that a step begins here, and find out whether one does there, before Horovod waits for what they would never send.
+
+        That is as late as possible: at the end of the backward pass, or in `step()` before Horovod's. `together`: as in `Aggregator.use`.
+        """
+        direct = self.transport.direct
+        self._check_same()  # of a step that an error has ended
+        if self.transport.size > 1:
+            self._opening = Opening(direct, STEP)
+        self.aggregator.use(direct, together=together, check_same=self._check_same)
+        if self._opening is None:
+            return
+        if _inside_backward():
+            torch.autograd.Variable._execution_engine.queue_callback(self._check_same_if_safe)
+        else:
+            self._check_same_if_safe()
+
+    def _check_same_if_safe(self) -> None:
+        """`_check_same`, unless other ranks may be waiting for this one to begin a step of another slot: then it is looked for until patience ends,
+        once, as models that each rank uses in turn would take that long in every step."""
+        if not self._begun_all:
+            give_up = time.monotonic() + (_PATIENCE if self._patient else 0.0)
+            while self._opening is not None and not self._opening.said.done():
+                if time.monotonic() > give_up:
+                    self._patient = False
+                    return
+                time.sleep(0.001)
+        self._check_same()
+
+    def _check_same(self) -> None:
+        """Raise `DisagreementError`, on every rank, where some do something else than a step. Waits for the other ranks to begin."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            raise_if_apart(opening.doing())
+
+    # -- names -------------------------------------------------------------------------------------------------------------------
 
     def _name_of(self, gradient: torch.Tensor) -> str:
         candidates = self._by_shape.get(gradient.shape, [])
@@ -201,6 +273,7 @@ class HorovodSlot:
         if self._pending.get(pending.name) is not pending:
             raise CompressionError(f"parameter '{pending.name}': decompress() was called with a context of another step.")
         if not self._draining:
+            self._check_same()
             self._guard.check_in_flight()
             self._draining = True
             self.aggregator.settle()
@@ -267,6 +340,7 @@ class HorovodSlot:
 
         `scaled`: a GradScaler may have unscaled the gradients since they were exchanged.
         """
+        self._check_same()  # Horovod's step would wait; it waits for no rank that this does not wait for
         if scaled and self._pending:
             self._guard.check_in_flight()
             raise CompressionError(

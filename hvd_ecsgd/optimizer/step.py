@@ -13,6 +13,7 @@ import torch
 from ..aggregator import Aggregator, Comparison
 from ..bucket import Bucket, Reduction, drive
 from ..errors import CompressionError, DisagreementError
+from ..talk import raise_if_joined
 from ..transport import Transport
 from .executor import Executor, Observer, wait_patiently
 
@@ -155,11 +156,7 @@ class StepExchange:
 
         self.executor.submit(open_and_wait)  # which tells the other ranks when this takes long
         self.executor.drain()
-        joined = [r for r, doing in enumerate(opened[0].doing()) if not doing]
-        if joined:
-            raise CompressionError(
-                f"{what} needs all workers, and {', '.join(map(str, joined))} (by rank) joined: they have no more batches. Do it after join()."
-            )
+        raise_if_joined(what, opened[0].doing())
 
     def _check_same(self, opening: Comparison) -> None:
         """Raise `DisagreementError`, on every rank, where they do not do the same. Those that began a step have started more than the others then."""
