@@ -98,18 +98,17 @@ class Guard:
             if (name := noted.changed(factors, replaced)) is None:
                 continue
             self.forget()  # an error once
-            if self._feedback.applies_update:
-                remedy = "To clip this worker's gradient, give the method clip_norm=… or clip_value=…; it takes no change of the mean."
-            else:
+            remedy = "To clip this worker's gradient, give the method clip_norm=… or clip_value=…; it takes no change of the mean."
+            if not self._feedback.applies_update:
                 remedy = (
                     "Change gradients (clipping, scaler.unscale_) after optimizer.synchronize(), then step inside `with "
                     "optimizer.skip_synchronize():`; or give the method clip_norm=… or clip_value=…, which clip this worker's gradient before it "
-                    "is sent. With a GradScaler: optimizer.synchronize(); scaler.unscale_(optimizer); with optimizer.skip_synchronize(): "
-                    "scaler.step(optimizer)."
+                    "is sent."
                 )
             raise CompressionError(
                 f"the gradient of parameter '{name}' was changed after its exchange had started in the backward pass, so the change would be lost. "
-                f"{remedy} If it was a second backward pass, raise backward_passes_per_step."
+                f"{remedy} With a GradScaler: optimizer.synchronize(); scaler.unscale_(optimizer); with optimizer.skip_synchronize(): "
+                "scaler.step(optimizer). If it was a second backward pass, raise backward_passes_per_step."
             )
 
     def check_exchanged(self, factors: Sequence[float] = (1.0,)) -> None:
