@@ -77,10 +77,14 @@ class Method:
                 raise CompressionError(f"{option} must be a finite number > 0, or None for no clipping, got {clip!r}.")
         object.__setattr__(self, "ratio_schedule", check_ratios(self.compressor, self.ratio_schedule, self.warmup_steps))
 
+    def settings(self) -> dict[str, str]:
+        """What saved state belongs to, by name as text. What came later than the first of them is named only where it is used, so that older ones
+        fit."""
+        told = [f.name for f in fields(self) if f.repr and not (f.name.startswith("clip_") and getattr(self, f.name) is None)]
+        return {name: repr(getattr(self, name)) for name in told}
+
     def __repr__(self) -> str:
-        """What saved state belongs to. What was added since the first of them is named only where it is used, so that older ones fit."""
-        told = [f for f in fields(self) if f.repr and not (f.name.startswith("clip_") and getattr(self, f.name) is None)]
-        return f"Method({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in told)})"
+        return f"Method({', '.join(f'{name}={value}' for name, value in self.settings().items())})"
 
     @property
     def clips(self) -> bool:

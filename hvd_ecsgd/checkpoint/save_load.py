@@ -21,7 +21,6 @@ import torch
 
 from ..bound import BoundCompression
 from ..errors import CheckpointError
-from ..method import Method
 from ..talk import everyone, together
 from ..version import __version__
 from .parts import FORMAT, Parts, Save, read_manifest
@@ -99,7 +98,7 @@ def save_checkpoint(
                     "step": state["step"],
                     "size": transport.size,
                     "optimizer": type(optimizer).__name__,
-                    "method": describe(compression.method),
+                    "method": compression.method.settings(),
                 }
             )
         except CheckpointError:  # all ranks know of it. After anything else (a dead rank) nobody can tell whether the manifest was replaced.
@@ -152,11 +151,6 @@ def load_checkpoint(
     return Loaded(int(saved["compression"]["step"]), saved["extras"], saved_size, size, tuple(notes))
 
 
-def describe(method: Method) -> dict[str, str]:
-    """The settings that a checkpoint belongs to, as text."""
-    return {name: repr(getattr(method, name)) for name, f in Method.__dataclass_fields__.items() if f.repr}
-
-
 def _checked(compression: BoundCompression, optimizer: torch.optim.Optimizer) -> BoundCompression:
     if not isinstance(compression, BoundCompression):
         raise CheckpointError(
@@ -169,7 +163,7 @@ def _checked(compression: BoundCompression, optimizer: torch.optim.Optimizer) ->
 
 
 def _check_is_this_training(folder: Path, manifest: dict[str, Any], optimizer: torch.optim.Optimizer, compression: BoundCompression) -> None:
-    saved, now = manifest["method"], describe(compression.method)
+    saved, now = manifest["method"], compression.method.settings()
     for setting in [*now, *(s for s in saved if s not in now)]:
         if saved.get(setting) != now.get(setting):
             raise CheckpointError(
