@@ -186,9 +186,7 @@ class Aggregator:
         """Before the first bucket of a step, in the script's thread: which parameters do not take part is compared across ranks."""
         self._frozen = [name for name, p in self.named if not p.requires_grad]
 
-    def use(
-        self, transport: Transport, joined: bool = False, together: bool | None = None, check_same: Callable[[], None] = lambda: None
-    ) -> None:
+    def use(self, transport: Transport, joined: bool = False, together: bool | None = None, check_same: Callable[[], None] = lambda: None) -> None:
         """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective).
         A rank that has `joined` may hold another x. `together`: all ranks are known to be here, or not to be; None: that is not known.
         `check_same` is called before ranks are waited for that may do something else.

@@ -386,7 +386,6 @@ def _unbound(name: str, what: object) -> AttributeError:
     return AttributeError(f"{type(what).__name__!r} object has no attribute {name!r}")
 
 
-
 AnyCompression = _Bare | Compression | BoundCompression | HorovodCompressor
 
 

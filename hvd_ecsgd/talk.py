@@ -109,7 +109,7 @@ def text_of(error: Exception) -> str:
 
 
 def listed(ranks: Sequence[int]) -> str:
-    """"rank 1", "ranks 0, 2"."""
+    """As "rank 1", or "ranks 0, 2"."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 

@@ -36,6 +36,7 @@ tests() { python -m pytest --durations=25 --durations-min=1 "$@" || [ $? = "${NO
 
 part 'launch/install_horovod.sh' launch/install_horovod.sh
 part 'ruff check .' ruff check .
+part 'ruff format --check .' ruff format --check .
 part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
 part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun .ci/run
 part 'pytest, one process' tests "${ALONE[@]}" -n auto --maxprocesses 8 "$@"

@@ -105,5 +105,3 @@ def cuda_built() -> bool:
 def rocm_built() -> bool:
     """Whether this PyTorch has ROCm, which is all that its tensors need here."""
     return torch.version.hip is not None
-
-

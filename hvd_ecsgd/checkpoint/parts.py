@@ -168,11 +168,8 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise CheckpointError(
-            "save_checkpoint and load_checkpoint need the package safetensors: pip install safetensors."
-        ) from error
+        raise CheckpointError("save_checkpoint and load_checkpoint need the package safetensors: pip install safetensors.") from error
     return safetensors.torch
-
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------------------

@@ -391,9 +391,10 @@ def _gradient_type(parameter: torch.nn.Parameter) -> torch.dtype:
     """Of what may be assigned to its `.grad`: torch 2.10 and later let scripts choose it."""
     chosen: torch.dtype | None = getattr(parameter, "grad_dtype", None)
     return parameter.dtype if chosen is None else chosen
+
+
 def _gradients(bucket: Bucket) -> list[torch.Tensor]:
     return [_gradient(p) for p in bucket.parameters]
-
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -30,7 +30,6 @@ class Submission:
     device: int | None = field(default_factory=current_device)  # of the caller's thread
     events: list[Any] = field(default_factory=list)  # of CUDA streams that may still be writing the tensors
 
-
     @property
     def row(self) -> str:
         """Of the timeline, named as in Horovod's."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_optimizer", "close_backgrounds", "close_transports", "new_background", "new_transport", "optimizers", "tell_dropped"]
 
+
 @dataclass
 class _Made:
     """Communicators that ranks made together, and the transport that has them now, if it is still in use on this rank."""

@@ -90,9 +90,7 @@ def test_three_ranks_of_horovod_with_fusion_resume_to_rounding(tmp_path: Path) -
     (tmp_path / "horovod-3").mkdir()
     launch("horovod", 3, "save-some", tmp_path, env=ENV)
     launch("horovod", 3, "load-some", tmp_path, 3, env=ENV)
-    assert {name: max(r["off"] for r in ranks) < 1e-5 for name, ranks in found(tmp_path / "horovod-3", 3).items()} == dict.fromkeys(
-        SOME, True
-    )
+    assert {name: max(r["off"] for r in ranks) < 1e-5 for name, ranks in found(tmp_path / "horovod-3", 3).items()} == dict.fromkeys(SOME, True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

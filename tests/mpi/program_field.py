@@ -55,6 +55,7 @@ for there in range(size):
     verdict.raises(ValueError, lambda odd=odd, r=there: hvd.broadcast_object(odd, r), "broadcast_object of a lock", told)
     verdict.expect(hvd.allgather_object(rank) == list(range(size)) and hvd.broadcast_object(odd, (there + 1) % size) == "fine", "and all goes on")
 
+
 # ---- a module's extra state, of any kind: it is in the dictionary, and from there in the module
 class Extra(torch.nn.Module):
     def __init__(self, state: Any) -> None:

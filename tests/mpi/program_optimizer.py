@@ -264,6 +264,7 @@ for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=
     verdict.equal(p.detach(), q.detach(), f"a user's own compressor, in the optimizer and in allreduce: {name}")
 verdict.expect(not torch.allclose(flat(model), flat(reference(3)), rtol=1e-5, atol=1e-5), "the control: it is lossy")
 
+
 # Tied parameters that are listed under both of their names; derived from Horovod's classes, a user's compressor.
 class Tied(torch.nn.Module):
     def __init__(self) -> None:

@@ -137,7 +137,7 @@ def test_clipping_after_unscaling_is_noticed_too(clips: bool) -> None:
 
 
 def with_clip(case: Case, **clip: float) -> Compression:
-    compression = case.make()()  if not isinstance(case.make(), Compression) else case.make()
+    compression = case.make()() if not isinstance(case.make(), Compression) else case.make()
     m = compression.method
     options = {o: getattr(m, o) for o in ("dense_below", "dense_1d", "seed", "warmup_steps", "ratio_schedule", "exact", "verify_every")}
     return Compression(m.compressor, m.feedback, m.exchange, **options, **clip)

@@ -54,9 +54,7 @@ def permuted(model: Any) -> None:
     model[0].weight.data.copy_(model[0].weight.data.flip(0))
 
 
-WRITES: dict[str, Callable[[Any], None]] = {
-    f.__name__: f for f in (pruned, normalized, clamped, from_vector, through_numpy, reassigned, permuted)
-}
+WRITES: dict[str, Callable[[Any], None]] = {f.__name__: f for f in (pruned, normalized, clamped, from_vector, through_numpy, reassigned, permuted)}
 SHIFTED: dict[str, Callable[[], Compression]] = {
     "detached": lambda: Compression.detached(8, **ALL),
     "cser": lambda: Compression.cser(**ALL),
