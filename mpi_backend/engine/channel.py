@@ -367,16 +367,16 @@ class Channel:
             self._flights.remove(flight)
             self._taken += flight.pendings
             landed = True
+            if (timeline := self._engine.timeline) is not None:  # before the caller hears of it, who may stop the timeline
+                for submission in flight.submissions:
+                    if submission.operation:
+                        timeline.span(submission.row, submission.operation, flight.since, time.perf_counter(), what=flight.what)
             try:
                 flight.finish([handle.wait() for handle in flight.handles])
             except TransportError as error:
                 for pending in flight.pendings:
                     pending.fail(HorovodInternalError(str(error)))
             self._taken.clear()
-            if (timeline := self._engine.timeline) is not None:
-                for submission in flight.submissions:
-                    if submission.operation:
-                        timeline.span(submission.row, submission.operation, flight.since, time.perf_counter(), what=flight.what)
         if self._closed and self._leaving is not None and not self._flights and not self._sends:
             leaving, self._leaving = self._leaving, None
             leaving.settle(None)
