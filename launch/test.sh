@@ -7,7 +7,7 @@
 #   VENV=… PYTHON=… MPI=system TORCH_SPEC=…       as in launch/quickstart.sh
 #
 # Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1. Tests of one process run on all cores,
-# those that start ranks one after the other; each part ends with its slowest tests. The first time takes about 16 minutes on 2 cores, 4 of them to
+# those that start ranks one after the other; each part ends with its slowest tests. The first time takes about 20 minutes on 2 cores, 4 of them to
 # build Horovod; later that is there.
 set -euo pipefail
 # shellcheck source=common.sh
