@@ -246,6 +246,7 @@ def test_the_test_script_runs_every_part_after_a_failure_and_says_which_failed(p
     assert results == {
         "launch/install_horovod.sh": "FAILED",  # no compiler here
         "ruff check .": "passed",
+        "ruff format --check .": "passed",
         "mypy --strict hvd_ecsgd mpi_backend": "FAILED",
         "shellcheck": "passed",
         "pytest, one process": "passed",
