@@ -14,13 +14,12 @@ from .bucket import Bucket
 from .compression import AnyCompression, Compression, bind
 from .errors import CompressionError
 from .method import GroupSettings
+from .optimizer.distributed import BUCKET_BYTES
 from .optimizer.executor import Executor, Inline
 from .optimizer.step import Outcome, StepExchange
 from .transport import SelfTransport, Transport
 
 __all__ = ["GradientExchange"]
-
-BUCKET_BYTES = 25 * 2**20
 
 
 class GradientExchange:
