@@ -62,8 +62,10 @@ def test_a_hanging_job_is_ended_by_its_limit_and_says_where_it_hung(launch: Laun
 
 
 def test_the_check_for_left_processes_would_see_one(marker: str) -> None:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", marker]) as process:
+    program = "import time; print('started', flush=True); time.sleep(1000)"
+    with subprocess.Popen([sys.executable, "-c", program, marker], stdout=subprocess.PIPE, text=True) as process:
         try:
+            assert process.stdout is not None and process.stdout.readline() == "started\n"  # its command line can be read from here on
             assert processes_with(marker)
         finally:
             process.kill()
