@@ -1,347 +1,116 @@
-"""The one object with state: buckets with their residuals, the step counter, the seed, and the counters of traffic."""
+"""Runs the steps of one bound method: gradients are accumulated, exchanged, and the step is kept, discarded or undone."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
-import struct
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from hashlib import blake2b
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .bucket import Bucket, Reduction, Resting, clipped_, part_of, stay, unscaled_, wire_dtype
-from .errors import CompressionError, DisagreementError
-from .kernels import all_finite, fingerprint
+from . import saved_state, switch
+from .agreement import Agreement
+from .bucket import Bucket, Reduction, Resting, stay
+from .errors import CompressionError
+from .gradients import scale_of
+from .kernels import all_finite
 from .method import GroupSettings, Method
-from .protocols import Exchange, Part, State, StepContext, Task, Traffic
-from .saved_state import check_all_there, check_entry, check_head, check_tensor
-from .segments import Key, Segments
-from .talk import STEP, code_of, doing_of, packed_text, raise_if_apart, raise_on_other_texts
-from .transport.base import Handle, Ready, Transport
+from .points import Point, Points
+from .protocols import Part, StepContext, Task, Traffic
+from .segments import Key
+from .state import MethodState
+from .transport.base import Transport
 
-__all__ = ["Aggregator", "Comparison"]
-
-_DIGEST = 16
-"""Bytes of the hash of settings and step that ranks compare."""
-
-_HEAD = f"<{_DIGEST}sqB"
-"""What all begin with, before their note: the digest, the param groups whose learning rate is 0 (nothing is sent for them), what the rank does."""
-
-_HEAD_BYTES = struct.calcsize(_HEAD)
+__all__ = ["Aggregator"]
 
 
-_REFUSED = b"\xff" * _DIGEST
-"""In its place, of a worker whose hyper-parameters no step can be taken with."""
+@dataclass(frozen=True)
+class _Exchanged:
+    """A step that stands, and may still be discarded."""
 
-_JOINED = bytes(_DIGEST)
-"""In its place, of a worker that has joined: its settings are those of a step that the others have left behind."""
-
-_PATIENCE = 5.0
-"""Seconds that the first step waits for the other ranks' settings while another object here has its first step still to come."""
-
-_first_steps_pending: set[int] = set()
-"""Numbers of the optimizers' aggregators in this process that have not taken part in a step yet, also of those that were let go since: when such an
-object is freed is a matter of memory management, and not the same on all ranks."""
-_numbers = itertools.count()
-
-NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
-
-
-class Comparison:
-    """Of what every rank says at the beginning of a step, or of something else that all do together; nothing in a local step."""
-
-    def __init__(self, aggregator: Aggregator, transport: Transport, said: Handle[list[torch.Tensor]]) -> None:
-        self._aggregator, self._transport, self._said = aggregator, transport, said
-
-    def done(self) -> bool:
-        return self._said.done()
-
-    def notes(self) -> list[bytes]:
-        """Everybody's, by rank. Waits for them."""
-        return [t[_HEAD_BYTES:].numpy().tobytes() for t in self._said.wait()]
-
-    def _heads(self) -> list[tuple[bytes, int, int]]:
-        return [struct.unpack(_HEAD, t[:_HEAD_BYTES].numpy().tobytes()) for t in self._said.wait()]
-
-    def heads(self) -> list[tuple[bytes, int]]:
-        """Everybody's digest, and the param groups whose learning rate is 0 as bits, by rank. Waits for them."""
-        return [(digest, resting) for digest, resting, _ in self._heads()]
-
-    def doing(self) -> list[str]:
-        """What every rank does, by rank; "" of those that have joined. Waits for them."""
-        return [doing_of(code) for *_, code in self._heads()]
-
-    def check_same(self) -> None:
-        """Raise `DisagreementError`, on every rank, when they do not do the same. Before anything is waited for that follows only where all do."""
-        raise_if_apart(self.doing())
-
-    def settle(self) -> None:
-        """Raise `DisagreementError`, on every rank, where ranks differ. All do this after they have started the same collectives of the step, or
-        know that they have not."""
-        self._aggregator.raise_on_difference(self._transport, self.heads())
+    reductions: Sequence[Reduction]
+    gradients_gone: bool
+    """They were overwritten by the results."""
+    transport: Transport
 
 
 class Aggregator:
-    """Residuals by parameter name, step counter, seed and traffic counters of one bound method.
+    """`state` is the record, `agreement` compares it across ranks, and `points` knows where its parameters are.
 
-    `named`: (name, parameter) pairs that require gradients. `group_of` gives a parameter's group index and `settings` the hyper-parameters of a
-    bucket's group now; `also` names further things that must be equal on all ranks. `bucket_bytes` = 0 makes one bucket of each parameter
-    (Horovod calls us so); results do not depend on it.
+    `also` names further things that must be equal on all ranks. `statistics` returns the running statistics of the model (batch norm), which are
+    averaged where workers evaluate at different points.
     """
 
-    def __init__(
-        self,
-        method: Method,
-        named: NamedParameters,
-        *,
-        rank: int = 0,
-        size: int = 1,
-        bucket_bytes: int = 0,
-        group_of: Callable[[torch.nn.Parameter], int] | None = None,
-        settings: Callable[[Bucket], GroupSettings] | None = None,
-        transport: Transport | None = None,
-        also: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.named = list(named)
-        self.rank, self.size = rank, size
-        self.step = 0
-        self.undone = 0
-        self.traffic = Traffic()
-        self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
-        self._static_digest: bytes | None = None
-        self._frozen: list[str] = []
-        self._held = False
-        self._moved = False
+    def __init__(self, state: MethodState, *, also: Mapping[str, Any] | None = None, statistics: Callable[[], list[torch.Tensor]] = list) -> None:
+        self.state = state
+        self.agreement = Agreement(state, also)
+        self.points = Points(state)
+        self._statistics = statistics
         self._in_step = False
-        self._open: tuple[Sequence[Reduction], bool, Transport] | None = None
-        """The last step, which stands and may still be discarded: its reductions, whether its gradients were overwritten, and the transport."""
-        self._wrong = ""  # what this worker cannot take the step with
-        self._refused = False  # some worker cannot, as all have heard
-        self._others: Comparison | None = None  # of a worker that cannot: where to see what the others do
-        self._refusal = ""  # what is to be raised
-        self._transport = transport
-        self.statistics: Callable[[], list[torch.Tensor]] = list
-        """Running statistics of the model (batch norm), which are averaged where workers evaluate at different points."""
-        self.outside: Callable[[str], None] = lambda what: None
-        """How `check_together` finds the other ranks."""
-        self.called = ""
-        """The function outside of a step in which this rank waits for the others to call it, too."""
-        self._agreement: Handle[list[torch.Tensor]] | None = None
-        self._verification: Handle[list[torch.Tensor]] | None = None
-        self._first_step_pending = True
-        self._number = next(_numbers)
-        self._also = dict(also or {})
-        self._set_method(method)
-        self.buckets = self._plan(bucket_bytes, group_of or (lambda parameter: 0))
+        self._exchanged: _Exchanged | None = None
+        if state.method.feedback.shifts:  # they are averaged together
+            self.agreement.also_agree_on(**{"batch-norm statistics (bind the module itself on every rank)": [tuple(t.shape) for t in statistics()]})
 
-    def expect_first_step(self) -> None:
-        """An optimizer has this one, and will come to its first step."""
-        _first_steps_pending.add(self._number)
+    # -- between steps -----------------------------------------------------------------------------------------------------------
 
-    def _set_method(self, method: Method) -> None:
-        self.method = method
-        self._method_text = repr(method)
-        self._stateful = method.stateful
-        self._static_digest = None
+    def check_between_steps(self, what: str, begun: bool = False) -> None:
+        """Raise `CompressionError` when a step is under way: residuals then hold half a step, or gradients of it would be lost. `begun`: it is."""
+        if self._in_step or begun:
+            raise CompressionError(f"{what} between a backward pass and its optimizer.step(): the step is under way; do it after step().")
 
-    def _plan(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> list[Bucket]:
-        buckets: list[Bucket] = []
-        open_buckets: dict[Any, list[tuple[str, torch.nn.Parameter]]] = {}
-        dense_method = self.method.dense()
-        offsets: dict[str, int] = {}
-        model_numel = 0
-        for name, parameter in self.named:  # in the order bound, whatever the buckets
-            offsets[name] = model_numel
-            if not self.method.is_dense(parameter):
-                model_numel += parameter.numel()
+    def state_dict(self) -> dict[str, Any]:
+        """See `saved_state`. Raises `CompressionError` within a step."""
+        self.check_between_steps("the compression's state was asked for")
+        return saved_state.state_dict(self.state)
 
-        def close(kind: Any) -> None:
-            members = open_buckets.pop(kind)
-            group, dense, dtype, _ = kind
-            segments = replace(Segments.of([(n, p.detach()) for n, p in members], offsets, model_numel), dtype=dtype)
-            name = members[0][0] if bucket_bytes == 0 else f"bucket{len(buckets)}"
-            buckets.append(Bucket(name, dense_method if dense else self.method, segments, [p for _, p in members], group, dense=dense))
+    def prepare_load(self, saved: Mapping[str, Any]) -> Callable[[], None]:
+        """See `saved_state`. Raises `CompressionError` within a step, too, and inside of `at`."""
+        self.check_between_steps("state was loaded")
+        self.points.check_not_held("load_state_dict()")
+        return saved_state.prepare_load(self.state, saved)
 
-        # Gradients become ready from the last layer to the first.
-        for name, parameter in reversed(self.named):
-            kind = (group_of(parameter), self.method.is_dense(parameter), wire_dtype(parameter), parameter.device)
-            members = open_buckets.setdefault(kind, [])
-            members.append((name, parameter))
-            if sum(p.numel() for _, p in members) * kind[2].itemsize >= bucket_bytes:
-                close(kind)
-        for kind in list(open_buckets):
-            close(kind)
-        return buckets
+    def switch(self, new: Method, meet: Callable[[str], None]) -> None:
+        """See `switch`. Raises `CompressionError` within a step, too, and inside of `at`."""
+        self.check_between_steps("the method was switched")
+        self.points.check_not_held("switch()")
+        switch.switch(self.state, self.agreement, self.points, new, meet)
+
+    def at(self, point: Point, meet: Callable[[str], None]) -> AbstractContextManager[None]:
+        """See `Points.at`."""
+        return self.points.at(point, meet)
 
     # -- one step ----------------------------------------------------------------------------------------------------------------
 
-    def note_frozen(self) -> None:
-        """Before the first bucket of a step, in the script's thread: which parameters do not take part is compared across ranks."""
-        self._frozen = [name for name, p in self.named if not p.requires_grad]
-
-    def use(self, transport: Transport, joined: bool = False, together: bool | None = None, check_same: Callable[[], None] = lambda: None) -> None:
-        """Called at the start of every step. The first time, compare everything across ranks before anything is sent (collective).
-        A rank that has `joined` may hold another x. `together`: all ranks are known to be here, or not to be; None: that is not known.
-        `check_same` is called before ranks are waited for that may do something else.
-
-        It waits for the slowest rank, however long that loads its data. Only with two models in one backward pass another rank may be waiting
-        in the other one. Then `settle` finishes the comparison: at once where ranks are known not to be together, and where that is not known
-        when patience ends while another object of this process has its first step to come.
-        """
-        self._transport = transport
-        every = self.method.verify_every
-        if every and self.step and self.step % every == 0:
-            mine = torch.zeros(1 + len(self.named), dtype=torch.int64, device="cpu")
-            if not joined:
-                mine[0], mine[1:] = 1, self._fingerprints()
-            self._verification = transport.allgather(mine, "replicas", [mine.numel()] * transport.size)
-        if not self._first_step_pending:
-            return
-        self._first_step_pending = False
-        _first_steps_pending.discard(self._number)
-        # The whole text, not its digest: a rank that sees a difference can tell at once, and needs nothing more from the others.
-        self._agreement = transport.allgather(self._packed_text(), "agreement")
-        if together is None:
-            together = not _first_steps_pending
-            give_up = time.monotonic() + _PATIENCE
-            while not together and not self._agreement.done() and time.monotonic() < give_up:
-                time.sleep(0.001)
-        if together or self._agreement.done():
-            check_same()
-            self.settle()
-
-    def settle(self) -> None:
-        """Finish the comparisons that `use` started, before anything received is used. Raises `DisagreementError` on every rank."""
-        agreement, self._agreement = self._agreement, None
-        if agreement is not None:
-            raise_on_other_texts(agreement.wait())
-        verification, self._verification = self._verification, None
-        if verification is not None:
-            self._raise_on_drift(torch.stack(verification.wait()))
-
-    @torch.no_grad()
-    def _fingerprints(self) -> torch.Tensor:
-        """Of every parameter at x, in the order bound: int64, on the CPU."""
-        found: dict[str, torch.Tensor] = {}
-        for bucket in self.buckets:
-            kept = bucket.state is not None and bucket.method.feedback.shifts
-            values = bucket.segments.views(bucket.state["x"]) if kept and bucket.state is not None else bucket.parameters
-            found.update(zip(bucket.segments.names, map(fingerprint, values)))
-        return torch.stack([found[name] for name, _ in self.named]).cpu()
-
-    def _raise_on_drift(self, fingerprints: torch.Tensor) -> None:
-        """`fingerprints`: (rank, 1 + parameter); beginning with 0 of a rank that has joined."""
-        ranks, fingerprints = fingerprints[:, 0].nonzero().view(-1).tolist(), fingerprints[:, 1:]
-        differs = (fingerprints[ranks] != fingerprints[ranks[:1]]).any(0)
-        if not bool(differs.any()):
-            return
-        first = int(differs.nonzero()[0])
-        others = [r for r in ranks if fingerprints[r, first] != fingerprints[ranks[0], first]]
-        raise DisagreementError(
-            f"replicas have drifted apart before step {self.step}: parameter '{self.named[first][0]}' (the first of {int(differs.sum())}) "
-            f"holds other bits on rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))} than on rank {ranks[0]}. Something outside of "
-            "training wrote to it on some ranks only (clipping, loading, initialising), or a hyper-parameter differs there."
-        )
-
-    def compare(self, transport: Transport, note: bytes = b"", joined: bool = False, outside: str = "") -> Comparison:
-        """Start to compare settings, hyper-parameters and step across ranks.
-
-        Steps can come apart when state is loaded on some ranks only, learning rates when schedules differ. The comparison travels ahead of
-        the payloads, so it costs no waiting. Nothing is compared in a local step but the first. `note` travels along; from the second step on
-        it has one length on all ranks. `joined`: this rank's settings are left out of the comparison. `outside`: the function that was called, where
-        this begins no step; it is the first that ranks hear of each other then, too.
-        """
-        resting = 0
-        if self._stateful:
-            settings = [(bucket.group, self.settings(bucket)) for bucket in self.buckets]
-            resting = sum({1 << min(group, 62) for group, s in settings if s.lr == 0})
-            if not outside:
-                self._wrong, self._refused, self._others = next((s.wrong for _, s in settings if s.wrong), ""), False, None
-        if self.local and not outside and not self._first_step_pending:
-            return Comparison(self, transport, Ready([]))
-        digest = _JOINED if joined else _REFUSED if self._wrong and not outside else self._digest()
-        said = struct.pack(_HEAD, digest, resting, code_of("" if joined else outside or STEP)) + note
-        sizes = None if self._first_step_pending else [len(said)] * transport.size  # nobody knows the others' settings yet
-        handle = transport.allgather(torch.frombuffer(bytearray(said), dtype=torch.uint8), "opening", sizes)
-        comparison = Comparison(self, transport, handle)
-        if digest == _REFUSED:
-            self._others = comparison
-        return comparison
-
-    @property
-    def local(self) -> bool:
-        """Nothing is sent in this step."""
-        return not self.method.feedback.exchanges(self.step)
-
-    @property
-    def transport(self) -> Transport:
-        if self._transport is None:
-            raise CompressionError("this compression object has not taken part in a step yet, so it has no transport.")
-        return self._transport
-
-    @torch.no_grad()
-    def clip_factor(self, gradients: Sequence[torch.Tensor]) -> float:
-        """What `clip_norm` multiplies this worker's gradients of the whole model by, as `torch.nn.utils.clip_grad_norm_` would; 1 without it, and
-        where some gradient is not finite."""
-        if self.method.clip_norm is None or not gradients:
-            return 1.0
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64).item() for g in gradients]
-        norm = math.hypot(*norms) / self.settings(self.buckets[0]).loss_scale
-        return min(1.0, self.method.clip_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
-
-    @torch.no_grad()
-    def take_(self, bucket: Bucket, gradients: Sequence[torch.Tensor], factor: float = 1.0) -> list[torch.Tensor]:
-        """This worker's gradients as they are accumulated: of an unscaled loss, and clipped, by `factor` and by the method's `clip_value`.
-
-        In place, but for types too narrow for unscaled ones. To be called where the script cannot come in between, as it sees them.
-        """
-        scale, taken = self._scale_of(self.settings(bucket)), list(gradients)
-        if scale != 1.0:
-            taken = unscaled_(taken, scale, bucket.segments.dtype)
-        clipped_(taken, self.method.clip_value, factor)
-        return taken
-
-    def _scale_of(self, group: GroupSettings) -> float:
-        """What gradients are divided by before they are accumulated. A method without state or clipping need not know the loss scale."""
-        return group.loss_scale if self._stateful or self.method.clips else 1.0
+    def begin_step(self) -> None:
+        """A gradient has come: state may change from now on, perhaps in a thread that has not begun yet, and gradients are no part of it."""
+        self._in_step = True
 
     @torch.no_grad()
     def start(self, bucket: Bucket, gradients: list[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> Reduction | None:
-        """Accumulate `gradients`, as `take_` returned them, extract and start to send; the mean goes to the flat `out`, or to a buffer that the
-        bucket keeps.
+        """Accumulate `gradients`, as `gradients.take_` returned them, extract and start to send; the mean goes to the flat `out`, or to a buffer that
+        the bucket keeps.
 
         None when the learning rate is 0 and the method keeps state: nothing is sent, and residuals and momentum stay as they are. With
         hyper-parameters that no step can be taken with nothing is accumulated, and NaN is sent, so that every rank undoes the step.
         """
-        for segment, gradient in zip(bucket.segments, gradients, strict=True):
-            if tuple(gradient.shape) != segment.shape:
-                raise CompressionError(
-                    f"the gradient of parameter '{segment.name}' has shape {tuple(gradient.shape)}, but it was bound with shape "
-                    f"{segment.shape}; its residual cannot be carried over. "
-                    "Bind again after changing a parameter's shape."
-                )
-        bucket.check_kinds()
-        if self._moved:
-            raise CompressionError("a training step inside `with compression.at(…):` would be lost; leave the block first.")
+        bucket.check_takes(gradients)
+        self.points.check_trainable()
         self._in_step = True
+        method, refusal = self.state.method, self.agreement.refusal
         bucket.allocate(transport.rank, transport.size)
         assert bucket.state is not None and bucket.exchange_state is not None
         feedback = bucket.method.feedback
-        group = self.settings(bucket)
-        self._recapture(bucket)
-        if self._stateful and (self._wrong or group.wrong):
-            self._wrong, group = self._wrong or group.wrong, GroupSettings(self._others_lr(bucket), loss_scale=group.loss_scale)
+        group = self.state.settings(bucket)
+        self.points.recapture(bucket)
+        if method.stateful and (refusal.wrong or group.wrong):
+            refusal.wrong = refusal.wrong or group.wrong
+            group = GroupSettings(refusal.learning_rate_of_others(bucket.group), loss_scale=group.loss_scale)
         unit = bucket.unit_for(group) or 1.0
         ctx = StepContext(
-            seed=self.method.seed,
-            step=self.step,
+            seed=method.seed,
+            step=self.state.step,
             rank=transport.rank,
             size=transport.size,
             lr=group.lr or 1.0,
@@ -351,15 +120,15 @@ class Aggregator:
             weight_decay=group.weight_decay,
             nesterov=group.nesterov,
         )
-        if group.lr == 0 and self._stateful:
+        if group.lr == 0 and method.stateful:
             return None
-        poisoned = bool(self._wrong) or not all(all_finite(g) for g in gradients)
+        poisoned = bool(refusal.wrong) or not all(all_finite(g) for g in gradients)
         if bucket.method.exact:
             bucket.remember()
         resting = Resting(bucket, transport.rank, transport.size) if bucket.frozen() else None
         # A poisoned step leaves the buffer alone; there is nothing to extract from.
         buffer = bucket.segments.empty()[:0] if poisoned else feedback.accumulate_(bucket.state, gradients, bucket.parameters, bucket.segments, ctx)
-        compressor, exchange = bucket.method.at(self.step)
+        compressor, exchange = bucket.method.at(self.state.step)
         task = Task(
             name=bucket.name,
             segments=bucket.segments,
@@ -376,14 +145,9 @@ class Aggregator:
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
-        steps, rescale = stay(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else self._scale_of(group)
+        rescale = 1.0 if feedback.applies_update else scale_of(self.state, group)
+        steps = stay(task) if self.state.local else exchange.run(task, transport)
         return Reduction(bucket, task, steps, gradients, group, rescale, resting)
-
-    def _others_lr(self, bucket: Bucket) -> float:
-        """0 if the others send nothing for this bucket, as their learning rate is 0, else 1: who cannot take a step sends what they do."""
-        heads = [] if self._others is None else self._others.heads()
-        resting = next((groups for digest, groups in heads if digest not in (_JOINED, _REFUSED)), 0)
-        return 0.0 if resting >> min(bucket.group, 62) & 1 else 1.0
 
     @torch.no_grad()
     def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
@@ -392,51 +156,58 @@ class Aggregator:
 
         `gradients_gone`: as in `Reduction.undo_`. `transport`: for what the rule then does together with the other ranks; the step's by default.
         """
-        finite = all(r.task.finite for r in reductions)
-        where = "this rank (a local step)" if self.local and not self._refused else "all ranks"
-        transport = self.transport if transport is None else transport
-        finite, alone = finite and not self._refused, not self._refused and (self.local or transport.size == 1)
+        state, refusal = self.state, self.agreement.refusal
+        local, n = state.local and not refusal.heard, state.transport.size
+        transport = state.transport if transport is None else transport
+        stands = all(r.task.finite for r in reductions) and not refusal.heard
         self._in_step = False
-        if not finite:
+        if not stands:
             for reduction in reductions:
-                self._recapture(reduction.bucket, contents=True)  # undoing shifts anew
+                self.points.recapture(reduction.bucket, contents=True)  # undoing shifts anew
         for reduction in reductions:
-            n = self.transport.size
-            reduction.task.traffic.dense = 2 * (n - 1) * reduction.bucket.segments.numel * reduction.bucket.parameters[0].dtype.itemsize // n
-            self.traffic += reduction.task.traffic
-            if not finite:
+            bucket, traffic = reduction.bucket, reduction.task.traffic
+            traffic.dense = 2 * (n - 1) * bucket.segments.numel * bucket.parameters[0].dtype.itemsize // n
+            state.traffic += traffic
+            if not stands:
                 reduction.undo_(gradients_gone)
-        self.step += 1
-        if finite:
-            self._open, self._in_step = (reductions, gradients_gone, transport), self._stateful and bool(reductions)
-            if not self._in_step:
-                self.keep_step()
-            return True
-        self.undone += 1
-        if self._refused or (alone and self._wrong):
-            self._note_refusal(where, None if alone else transport)
+        state.step += 1
+        if not stands:
+            state.undone += 1
+            self._tell_of_undone(local, transport)
+            return False
+        self._exchanged, self._in_step = _Exchanged(reductions, gradients_gone, transport), state.method.stateful and bool(reductions)
+        if not self._in_step:
+            self.keep_step()
+        return True
+
+    def _tell_of_undone(self, local: bool, transport: Transport) -> None:
+        """Of the step that was the last one: warn, or find out who has refused it."""
+        state, refusal = self.state, self.agreement.refusal
+        where = "this rank (a local step)" if local else "all ranks"
+        alone = not refusal.heard and (local or transport.size == 1)
+        if refusal.heard or (alone and refusal.wrong):
+            refusal.end(state.step - 1, where, None if alone else transport)
         else:
             warnings.warn(
-                f"a gradient or a payload held an inf or NaN on some rank: step {self.step - 1} was undone on {where} ({self.undone} so "
+                f"a gradient or a payload held an inf or NaN on some rank: step {state.step - 1} was undone on {where} ({state.undone} so "
                 "far). With a GradScaler this happens now and then.",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._wrong, self._refused = "", False
-        return False
+        refusal.begin("")
 
     @property
     def step_is_open(self) -> bool:
         """A step was finished and stands, the method keeps something of it, and it was neither kept nor discarded so far."""
-        return self._open is not None
+        return self._exchanged is not None
 
     def keep_step(self) -> None:
         """The step that was finished is applied: let go of what would undo it. Nothing when that is done already; collective otherwise."""
-        if self._open is not None:
-            (reductions, _, transport), self._open, self._in_step = self._open, None, False
-            for reduction in reductions:
+        if self._exchanged is not None:
+            exchanged, self._exchanged, self._in_step = self._exchanged, None, False
+            for reduction in exchanged.reductions:
                 reduction.commit()
-            self._prepare(reductions, transport)
+            self._prepare(exchanged)
 
     @torch.no_grad()
     def discard_step(self) -> None:
@@ -444,487 +215,60 @@ class Aggregator:
 
         Raises `CompressionError` where the gradients were overwritten and no copy of the state was kept.
         """
-        if self._open is None:
+        if self._exchanged is None:
             return
-        reductions, gradients_gone, _ = self._open
-        if gradients_gone and not self.method.exact:
+        if self._exchanged.gradients_gone and not self.state.method.exact:
             raise CompressionError(
                 "discard(): an unmodified Horovod has written the mean over this worker's gradients, so what the method keeps of them can only be "
                 "taken back with a copy of its state: give the preset exact=True. Own optimizers (`import mpi_backend as hvd`) need none."
             )
-        self._open, self._in_step = None, False
-        for reduction in reductions:
-            reduction.undo_(gradients_gone)
-        self.undone += 1
-
-    def _note_refusal(self, where: str, transport: Transport | None) -> None:
-        """Find out who cannot take the step, and with what. Collective over `transport`, if there is one."""
-        said = {"this rank": self._wrong}
-        if transport is not None:
-            text = torch.frombuffer(bytearray(self._wrong.encode() + b" "), dtype=torch.uint8)
-            said = {f"rank {r}": bytes(t.tolist()).decode().strip() for r, t in enumerate(transport.allgather(text, "refused").wait())}
-        wrong = {who: what for who, what in said.items() if what}
-        everybody = len(wrong) == len(said)
-        found = "; ".join(dict.fromkeys(wrong.values()) if everybody else (f"{who}: {what}" for who, what in wrong.items()))
-        self._refusal = (
-            f"{found}, which would spoil for good what the method keeps. Expected finite numbers, and lr ≥ 0. Step {self.step - 1} was undone on "
-            f"{where} and not applied; set the value right, and training goes on."
-        )
-
-    def take_refusal(self) -> str:
-        """After `finish_step`: on every rank what to raise when the step was refused for somebody's hyper-parameters, once; else nothing."""
-        refusal, self._refusal = self._refusal, ""
-        return refusal
-
-    @property
-    def refuses(self) -> bool:
-        """This rank cannot take the step under way with its hyper-parameters."""
-        return bool(self._wrong)
-
-    def hear_refusal(self) -> None:
-        """Some rank cannot take this step, as all ranks hear."""
-        self._refused = True
+        exchanged, self._exchanged, self._in_step = self._exchanged, None, False
+        for reduction in exchanged.reductions:
+            reduction.undo_(exchanged.gradients_gone)
+        self.state.undone += 1
 
     @torch.no_grad()
-    def _prepare(self, reductions: Sequence[Reduction], transport: Transport) -> None:
+    def _prepare(self, exchanged: _Exchanged) -> None:
         """What the feedback rule does together with the other ranks between steps. Nothing after a step in which nothing was sent (η = 0)."""
-        if not reductions:
+        if not exchanged.reductions:
             return
-        moving = {id(r.bucket) for r in reductions}
-        buckets = [b for b in self.buckets if b.state is not None and b.method.feedback.keeps_residual]
+        state, transport = self.state, exchanged.transport
+        moving = {id(r.bucket) for r in exchanged.reductions}
+        buckets = [b for b in state.buckets if b.state is not None and b.method.feedback.keeps_residual]
         parts = [Part(b.state, b.parameters, b.segments, b.method.lossless, id(b) not in moving) for b in buckets if b.state is not None]
-        key = Key(self.method.seed, self.step - 1, transport.rank, "prepare", transport.size)
-        for round_, tensors in enumerate(self.method.feedback.prepare(parts, key) if parts else ()):
+        key = Key(state.method.seed, state.step - 1, transport.rank, "prepare", transport.size)
+        for round_, tensors in enumerate(state.method.feedback.prepare(parts, key) if parts else ()):
             for bucket, part in zip(buckets, parts, strict=True):  # a residual that takes up others' is zero no more
                 bucket.clean = bucket.clean and not any(t is part.state["residual"] for t in tensors)
             handles = [transport.allreduce_(t, f"prepare.{round_}.{i}") for i, t in enumerate(tensors)]
             for t, handle in zip(tensors, handles, strict=True):
                 handle.wait().div_(transport.divisor)
-                self.traffic += Traffic(payload=t.nbytes, sent=2 * (transport.size - 1) * t.nbytes // transport.size)
+                state.traffic += Traffic(payload=t.nbytes, sent=2 * (transport.size - 1) * t.nbytes // transport.size)
 
-    # -- parameters that are shifted (DEF) ----------------------------------------------------------------------------------------
+    # -- methods that apply the update themselves --------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def apply_updates(self, reductions: Sequence[Reduction]) -> None:
-        """Methods that apply the update themselves: move x, and shift; the step is kept. Where nothing came back, x stays; the error to shift by has
-        changed.
+        """Methods that apply the update themselves: move x, and shift; the step is kept.
 
-        Parameters that were frozen since they were bound stand still (at x, where they are shifted). After an exchange, the running statistics of
-        a model that is evaluated at different points on different ranks are averaged. Collective when there was an exchange.
+        After an exchange, the running statistics of a model that is evaluated at different points on different ranks are averaged. Collective when
+        there was an exchange.
         """
         self.keep_step()
-        with torch.no_grad():
-            for reduction in reductions:
-                self._recapture(reduction.bucket, contents=True)
-            if self.method.feedback.shifts and not all(r.task.skipped for r in reductions):
-                self._average_statistics()
-            for reduction in reductions:
-                bucket, feedback = reduction.bucket, reduction.bucket.method.feedback
-                assert reduction.out is not None and bucket.state is not None
-                frozen = [(i, bucket.parameters[i], bucket.parameters[i].clone()) for i in bucket.frozen()]
-                for i, _, _ in frozen:
-                    bucket.segments.views(reduction.out)[i].zero_()  # what is left of it in the residual must not move x
-                if reduction.task.skipped:
-                    feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
-                else:
-                    feedback.finish_(bucket.state, reduction.out, bucket.parameters, bucket.segments, reduction.task.ctx)
-                for i, p, before in frozen:
-                    p.copy_(bucket.segments.shaped_views(bucket.state["x"])[i] if feedback.shifts else before)
-                if reduction.resting is not None:
-                    reduction.resting.put_back_()
-                if feedback.shifts:
-                    bucket.note_written()
+        for reduction in reductions:
+            self.points.recapture(reduction.bucket, contents=True)
+        if self.state.method.feedback.shifts and not all(r.task.skipped for r in reductions):
+            self._average_statistics()
+        for reduction in reductions:
+            reduction.apply_()
 
     def _average_statistics(self) -> None:
         """One dense all-reduce per type and device."""
-        tensors, n = self.statistics(), self.transport.size
+        tensors, transport = self._statistics(), self.state.transport
         for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
             members = [t for t in tensors if (t.dtype, t.device) == kind]
             flat = torch.cat([t.reshape(-1) for t in members])
-            self.traffic += Traffic(payload=flat.nbytes, sent=2 * (n - 1) * flat.nbytes // n)
-            self.transport.allreduce_(flat, f"statistics.{kind[0]}").wait()
-            for t, mean in zip(members, torch.split(flat.div_(n), [t.numel() for t in members]), strict=True):
+            self.state.traffic += Traffic(payload=flat.nbytes, sent=2 * (transport.size - 1) * flat.nbytes // transport.size)
+            transport.allreduce_(flat, f"statistics.{kind[0]}").wait()
+            for t, mean in zip(members, torch.split(flat.div_(transport.size), [t.numel() for t in members]), strict=True):
                 t.copy_(mean.view(t.shape))
-
-    def _recapture(self, bucket: Bucket, contents: bool = False) -> None:
-        """Read x at the first step. Later, what somebody else wrote to shifted parameters cannot be told from the shift: an error.
-
-        `contents`: also what was written without raising a version counter, which takes one pass to see: whenever the parameters are about to be
-        overwritten, so that nothing is lost in silence.
-        """
-        feedback = bucket.method.feedback
-        if not feedback.shifts:
-            return
-        if bucket.versions:
-            name = bucket.written_to(contents)
-            if name is None:
-                return
-            raise CompressionError(
-                f"parameter '{name}' was written to while {feedback} held it at a shifted point that differs between ranks. Write to parameters "
-                "(clipping, averaging, broadcasting, loading a checkpoint) inside `with compression.at('averaged'):`, which keeps what is "
-                "written; when resuming, load the model before the compression's state and broadcast nothing after it."
-            )
-        assert bucket.state is not None
-        with torch.no_grad():
-            feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
-            bucket.note_written()
-
-    @property
-    def held(self) -> bool:
-        """Inside of `at`."""
-        return self._held
-
-    @property
-    def shifted(self) -> bool:
-        """The parameters hold a shifted point now, different on every rank."""
-        return not self._held and any(
-            b.method.feedback.shifts and b.state is not None and b.versions == [p._version for p in b.parameters] for b in self.buckets
-        )
-
-    @staticmethod
-    def check_point(point: str) -> None:
-        if point not in ("averaged", "virtual", "local"):
-            raise CompressionError(f"at(): expected 'averaged', 'virtual' or 'local', got {point!r}.")
-
-    @contextmanager
-    def at(self, point: Literal["averaged", "virtual", "local"]) -> Iterator[None]:
-        """Hold the parameters at a point for evaluation or saving; training goes on from where it was. Not nested; no training step inside.
-
-        `averaged`: x, equal on all ranks; values written to the parameters inside are kept, so write the same on all ranks. `virtual`:
-        z = x − mean e − E (E: the servers' residual, of exchanges that have one), which needs one dense all-reduce (update-unit methods;
-        collective). `local`: where this worker evaluates its gradients. They are the same, and nothing is done, for methods that do not shift the
-        model, but for `virtual`, inside of which writes are lost.
-        """
-        self.check_point(point)
-        if self._held:
-            raise CompressionError("at(): the parameters are held at a point already; leave that block first.")
-        if point == "virtual" and self.method.feedback.unit != "update":
-            raise CompressionError(
-                f"at('virtual') is defined for update-unit methods (EF with local momentum, DEF, SAEF); this one is {self.method.feedback}. "
-                "Use at('averaged')."
-            )
-        if point == "virtual":
-            self.check_together("at('virtual')")
-        moved: list[tuple[Bucket, list[torch.Tensor], list[int]]] = []
-        self._held = True
-        try:
-            with torch.no_grad():
-                for bucket in self.buckets if point != "local" else ():
-                    self._move_to(point, bucket, moved)
-            self._moved = bool(moved)
-            yield
-        finally:
-            self._held = self._moved = False
-            with torch.no_grad():
-                for bucket, saved, versions in moved:
-                    feedback = bucket.method.feedback
-                    assert bucket.state is not None
-                    if point == "averaged" and (versions != [p._version for p in bucket.parameters] or not _hold(bucket, bucket.state["x"])):
-                        feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
-                        bucket.shift_()
-                    else:
-                        torch._foreach_copy_(list(bucket.parameters), saved)
-                        bucket.versions = [p._version for p in bucket.parameters]
-
-    def shared_state(self) -> list[torch.Tensor]:
-        """The slots that hold the same bits on all ranks and depend on the parameters, but for x."""
-        return [b.state[slot] for b in self.buckets if b.state is not None for slot in b.method.feedback.shared_slots]
-
-    def _move_to(self, point: str, bucket: Bucket, moved: list[tuple[Bucket, list[torch.Tensor], list[int]]]) -> None:
-        """Set the bucket's parameters to x or z; note what they held, and their versions afterwards."""
-        if bucket.state is None:
-            return
-        shifts = bucket.method.feedback.shifts
-        mean_error: torch.Tensor | None = None
-        if point == "virtual" and (shifts or not bucket.dense):
-            mean_error = bucket.state["residual"].clone()
-            if bucket.exchange_state is not None and "server_residual" in bucket.exchange_state:
-                self._return_to_worker(bucket, bucket.method.exchange, bucket.exchange_state["server_residual"], mean_error)
-            self.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
-            mean_error.div_(self.transport.size)
-        if shifts:
-            self._recapture(bucket, contents=True)
-        if mean_error is None and not shifts:
-            return
-        saved = [p.detach().clone() for p in bucket.parameters]
-        if shifts:
-            torch._foreach_copy_(list(bucket.parameters), bucket.segments.shaped_views(bucket.state["x"]))
-        if mean_error is not None:
-            torch._foreach_sub_(list(bucket.parameters), bucket.segments.shaped_views(mean_error))
-        moved.append((bucket, saved, [p._version for p in bucket.parameters]))
-
-    # -- another method ----------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def switch(self, new: Method) -> None:
-        """Go on with `new`'s compressor and exchange. Residuals stay as they are, in their units; a server's residual whose pieces the new exchange
-        does not have, or does not use yet (warm-up), goes back to the workers, n-fold to the one that held it, as the mean divides by n. Other
-        state of the exchange is kept if it fits.
-
-        Collective after the first step. Nothing is changed when `CompressionError`, or on every rank `DisagreementError`, is raised.
-        """
-        self.check_between_steps("the method was switched")
-        if self._held:
-            raise CompressionError("switch(): leave `with compression.at(…):` first.")
-        for bucket in self.buckets:
-            if bucket.state is not None:
-                self._recapture(bucket, contents=True)
-        old, n = self.method, self.size
-        method = old.switched(new)
-        allocated = [b for b in self.buckets if not b.dense and b.state is not None]
-        ranks = range(n)
-        compresses = self.step >= method.warmup_steps  # else nobody would ask the servers, nor carry their residuals from one η to the next
-        kept = {
-            b.name: compresses
-            and [old.exchange.state_segments(b.segments, r, n) for r in ranks] == [method.exchange.state_segments(b.segments, r, n) for r in ranks]
-            for b in allocated
-        }
-        served = "server_residual" in old.exchange.init(Segments(()), 0, 1)
-        serves = "server_residual" in method.exchange.init(Segments(()), 0, 1)
-        if served and not method.feedback.keeps_residual and not (serves and all(kept.values())):
-            raise CompressionError(
-                f"switch(): the servers' residuals have no place in {method.exchange} with {method.feedback}; switch to a method with feedback."
-            )
-        if not self._first_step_pending:  # else this is a setting like others, compared at the first step
-            self.check_together("switch")
-        self._set_method(method)
-        if not self._first_step_pending:
-            try:
-                raise_on_other_texts(self.transport.allgather(self._packed_text(), "switch").wait())
-            except BaseException:
-                self._set_method(old)
-                raise
-        for bucket in self.buckets:
-            bucket.method = method.dense() if bucket.dense else method
-        for bucket in allocated:
-            self._carry_over(bucket, old, kept[bucket.name])
-
-    def _carry_over(self, bucket: Bucket, old: Method, same_pieces: bool) -> None:
-        """State of the bucket's method, from that of `old`, which it was left by."""
-        before, method, feedback = bucket.exchange_state, bucket.method, bucket.method.feedback
-        assert before is not None and bucket.state is not None
-        if feedback != old.feedback:
-            bucket.state = feedback.init(bucket.segments)
-        after = method.exchange.init(bucket.segments, self.rank, self.size)
-        for slot, value in before.items():
-            if same_pieces and slot in after and after[slot].shape == value.shape:
-                after[slot] = value
-            elif slot == "server_residual":
-                bucket.clean = False
-                self._return_to_worker(bucket, old.exchange, value, bucket.state["residual"])
-        bucket.exchange_state = after
-        bucket.shift_()
-
-    def _return_to_worker(self, bucket: Bucket, exchange: Exchange, server_residual: torch.Tensor, residual: torch.Tensor) -> None:
-        """Add what this rank holds as a server to what it holds as a worker, n-fold, as the mean over workers divides by n."""
-        pieces = exchange.state_segments(bucket.segments, self.rank, self.size)
-        for segment, piece in zip(bucket.segments, pieces, strict=True):
-            start = segment.start + piece.offset - segment.offset
-            residual[start : start + piece.numel].add_(server_residual[piece.start : piece.stop], alpha=self.size)
-
-    # -- agreement ---------------------------------------------------------------------------------------------------------------
-
-    def also_agree_on(self, **settings: Any) -> None:
-        """Further things that must be equal on all ranks, from the next step on."""
-        self._also.update(settings)
-        self._static_digest = None
-
-    def _description(self) -> dict[str, Any]:
-        """Everything but the step that must be equal on all ranks."""
-        groups = {name: bucket.group for bucket in self.buckets for name in bucket.segments.names}
-        return {
-            "compressor": repr(self.method.compressor),
-            "feedback": repr(self.method.feedback),
-            "exchange": repr(self.method.exchange),
-            "dense_below": self.method.dense_below,
-            "dense_1d": self.method.dense_1d,
-            "seed": self.method.seed,
-            "verify_every": self.method.verify_every,
-            "warmup_steps": self.method.warmup_steps,
-            "ratio_schedule": repr(self.method.ratio_schedule),
-            "clip_norm": self.method.clip_norm,
-            "clip_value": self.method.clip_value,
-            **self._also,
-            **{f"parameter '{name}'": f"{tuple(p.shape)} {p.dtype} in param group {groups[name]}" for name, p in self.named},
-            "parameters per bucket (bucket_bytes)": [len(bucket.parameters) for bucket in self.buckets],
-        }
-
-    def _now(self) -> dict[str, Any]:
-        """What changes from step to step and must be equal on all ranks."""
-        now = {"step": self.step, "hyper-parameters": sorted({repr(self._compared(bucket)) for bucket in self.buckets})}
-        return {**now, "frozen since the compression was bound (requires_grad=False)": self._frozen}
-
-    def _compared(self, bucket: Bucket) -> GroupSettings:
-        """The settings that must be equal on all ranks. Updates are in true units, and after an overflow in a local step scalers differ."""
-        settings = self.settings(bucket)
-        return replace(settings, loss_scale=1.0) if bucket.method.feedback.applies_update else settings
-
-    def _digest(self) -> bytes:
-        if self._static_digest is None:
-            text = json.dumps(list(self._description().items()))  # order matters too: it fixes the buckets, and places in the model
-            self._static_digest = blake2b(text.encode(), digest_size=_DIGEST).digest()
-        return blake2b(self._static_digest + json.dumps(self._now()).encode(), digest_size=_DIGEST).digest()
-
-    def raise_on_difference(self, transport: Transport, heads: Sequence[tuple[bytes, int]]) -> None:
-        """`heads`: by rank. Where those of ranks that have not joined differ, all ranks raise. One that refuses the step is heard of."""
-        digests, silent = [digest for digest, _ in heads], (_JOINED, _REFUSED)
-        self._refused = self._refused or _REFUSED in digests
-        if len({d for d in digests if d not in silent}) < 2:
-            return
-        rests = {r: resting for r, (digest, resting) in enumerate(heads) if digest not in silent}
-        first = next(iter(rests))
-        if other := next((r for r in rests if rests[r] != rests[first]), 0):
-            differ = rests[first] ^ rests[other]
-            group = (differ & -differ).bit_length() - 1
-            zero, moving = (first, other) if rests[first] >> group & 1 else (other, first)
-            raise DisagreementError(  # without a further collective: what they have started for this group differs
-                f"ranks do not agree on hyper-parameters: the learning rate of param group {group} is 0 on rank {zero}, and not on rank {moving}. "
-                "Every rank must follow the same schedule."
-            )
-        # Seen by every rank, so all of them send their texts now.
-        text = torch.empty(0, dtype=torch.uint8, device="cpu") if digests[transport.rank] in silent else self._packed_text()
-        raise_on_other_texts(transport.allgather(text, "disagreement").wait())
-        raise DisagreementError("ranks do not agree on their settings or step; use the same Compression arguments and state on every rank.")
-
-    def _packed_text(self) -> torch.Tensor:
-        return packed_text({**self._description(), **self._now()})
-
-    def settings_hash(self, bucket: Bucket) -> int:
-        """4 bits that change with settings, hyper-parameters and step; compared across ranks in every payload."""
-        text = f"{self._method_text}|{self.step}|{self._compared(bucket)}|{bucket.frozen()}"
-        return blake2b(text.encode(), digest_size=1).digest()[0] % 16
-
-    # -- state -------------------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of all state, by parameter name; plain dictionaries, numbers and tensors. Differs between ranks: save one per rank."""
-        rank, size = self.rank, self.size
-        parameters: dict[str, dict[str, Any]] = {}
-        for bucket in self.buckets:
-            if bucket.state is None:
-                continue
-            for segment in bucket.segments:
-                entry: dict[str, Any] = {slot: t[segment.start : segment.stop].view(segment.shape).clone() for slot, t in bucket.state.items()}
-                entry["previous_lr"] = bucket.unit  # its name since residuals have units
-                parameters[segment.name] = entry
-            if bucket.exchange_state:
-                for i, segment in enumerate(bucket.method.exchange.state_segments(bucket.segments, rank, size)):
-                    for slot, t in bucket.exchange_state.items():
-                        parameters[segment.name][slot] = part_of(t, i, segment).clone()
-        return {
-            "format": 1,
-            "method": repr(self.method),
-            "rank": rank,
-            "size": size,
-            "step": self.step,
-            "undone": self.undone,
-            "parameters": parameters,
-            "with_state": list(parameters),  # so that it shows when one is lost
-        }
-
-    def begin_step(self) -> None:
-        """A gradient has come: state may change from now on, perhaps in a thread that has not begun yet, and gradients are no part of it."""
-        self._in_step = True
-
-    def check_between_steps(self, what: str, begun: bool = False) -> None:
-        """Raise `CompressionError` when a step is under way: residuals then hold half a step, or gradients of it would be lost. `begun`: it is."""
-        if self._in_step or begun:
-            raise CompressionError(f"{what} between a backward pass and its optimizer.step(): the step is under way; do it after step().")
-
-    def check_together(self, what: str, ends_step: bool = False) -> None:
-        """All ranks call this before they do `what` together outside of a step, also before the first one; `ends_step`: or at the end of one.
-
-        Raises `DisagreementError`, on every rank, where ranks do different things, `CompressionError` where some have joined and will not come.
-        """
-        if not ends_step:
-            self.check_between_steps(f"{what} was called")
-        self.called = what
-        try:
-            self.outside(what)
-        finally:
-            self.called = ""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over state saved by `state_dict` on the same rank of a group of the same size. Nothing is changed when an error is raised."""
-        self.prepare_load(state)()
-
-    def prepare_load(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        """Check `state` and build everything aside; calling the result takes it over and cannot fail. Raises as `load_state_dict`."""
-        self.check_between_steps("state was loaded")
-        if self._held:
-            raise CompressionError("load_state_dict(): leave `with compression.at(…):` first; on leaving, x would be read from shifted parameters.")
-        check_head(state, repr(self.method))
-        check_all_there(state)
-        rank, size = self.rank, self.size
-        if (state["rank"], state["size"]) != (rank, size) and state["parameters"]:
-            raise CompressionError(
-                f"the state was saved by rank {state['rank']} of {state['size']}, and this is rank {rank} of {size}. Residuals belong to "
-                "their rank: save one file per rank and load one's own."
-            )
-        staged: list[tuple[Bucket, State, State, float | None]] = []
-        saved = state["parameters"]
-        unknown = sorted(set(saved) - {name for name, _ in self.named})
-        if unknown:
-            raise CompressionError(f"the state holds parameter '{unknown[0]}', which is not bound here.")
-        for bucket in self.buckets:
-            present = [n for n in bucket.segments.names if n in saved]
-            if not present:
-                continue  # nothing was sent for these parameters yet
-            feedback_state = bucket.method.feedback.init(bucket.segments)
-            exchange_state = bucket.method.exchange.init(bucket.segments, rank, size)
-            tables = [(feedback_state, bucket.segments), (exchange_state, bucket.method.exchange.state_segments(bucket.segments, rank, size))]
-            for name in present:
-                check_entry(name, saved[name], {**feedback_state, **exchange_state})
-            for slots, table in tables:
-                for slot, target in slots.items():
-                    for i, segment in enumerate(table):
-                        if segment.name not in saved:
-                            continue  # likewise: its state is still zero
-                        value, part = saved[segment.name].get(slot), part_of(target, i, segment)
-                        check_tensor(segment.name, slot, value, part)
-                        part.copy_(value.reshape(-1))
-            staged.append((bucket, feedback_state, exchange_state, self._in_common_units_(bucket, tables, saved)))
-
-        def take_over() -> None:
-            points = {bucket.name: self._at_x(bucket) for bucket, *_ in staged}
-            for bucket in self.buckets:  # what the saved training had not allocated yet begins anew
-                bucket.state = bucket.exchange_state = bucket.unit = None
-                bucket.clean, bucket.versions = True, []
-            for bucket, feedback_state, exchange_state, unit in staged:
-                if "x" in feedback_state:
-                    xs = bucket.segments.shaped_views(feedback_state["x"])
-                    for name, x, current in zip(bucket.segments.names, xs, points[bucket.name], strict=True):
-                        if name not in saved:  # it stays where it is
-                            x.copy_(current)
-                bucket.state, bucket.exchange_state = feedback_state, exchange_state
-                bucket.unit = unit
-                bucket.clean = "residual" not in feedback_state or not bool(feedback_state["residual"].any())
-                with torch.no_grad():
-                    bucket.shift_()
-            self.step, self.undone = state["step"], state["undone"]
-
-        return take_over
-
-    def _at_x(self, bucket: Bucket) -> list[torch.Tensor]:
-        """Where the parameters are, or would be if they were not shifted."""
-        if bucket.state is not None and "x" in bucket.state and bucket.versions and bucket.written_to(contents=True) is None:
-            return bucket.segments.shaped_views(bucket.state["x"])
-        return [p.detach() for p in bucket.parameters]
-
-    @staticmethod
-    def _in_common_units_(bucket: Bucket, tables: Sequence[tuple[State, Segments]], saved: Mapping[str, Any]) -> float | None:
-        """One learning rate for the whole bucket, returned, that its residuals are in units of: saved ones may have been of several param groups."""
-        rates = {name: saved[name].get("previous_lr") for name in bucket.segments.names if name in saved}
-        common: float | None = next((rate for rate in rates.values() if rate is not None), None)
-        if bucket.method.feedback.unit == "gradient" and common is not None:
-            for slots, table in tables:
-                for slot in {"residual", "server_residual"} & set(slots):
-                    for i, segment in enumerate(table):
-                        rate = rates.get(segment.name)
-                        if rate is not None and rate != common:
-                            part_of(slots[slot], i, segment).mul_(rate / common)
-        return common
-
-
-def _hold(bucket: Bucket, x: torch.Tensor) -> bool:
-    """The bucket's parameters hold these values."""
-    return all(torch.equal(p, v.to(p.dtype)) for p, v in zip(bucket.parameters, bucket.segments.shaped_views(x), strict=True))

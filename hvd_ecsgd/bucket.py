@@ -11,13 +11,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from .errors import CompressionError
-from .kernels import all_finite, column_sums
+from .kernels import column_sums
 from .method import GroupSettings, Method
-from .protocols import State, Steps, Task
+from .protocols import Exchange, State, Steps, Task
 from .segments import Segment, Segments
 from .transport.base import Handle
 
-__all__ = ["Bucket", "Reduction", "Resting", "clipped_", "drive", "part_of", "stay", "unscaled_", "wire_dtype"]
+__all__ = ["Bucket", "Reduction", "Resting", "add_servers_", "drive", "part_of", "stay", "wire_dtype"]
 
 
 @dataclass
@@ -51,8 +51,16 @@ class Bucket:
     def __post_init__(self) -> None:
         self.kinds = [(p.dtype, p.device) for p in self.parameters]
 
-    def check_kinds(self) -> None:
-        """Raise `CompressionError` that names the parameter when one was converted since: state and payloads are in the type it had."""
+    def check_takes(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Raise `CompressionError` that names the parameter when a gradient has another shape than it was bound with, or the parameter was converted
+        since: state and payloads are in the shape and type it had."""
+        for segment, gradient in zip(self.segments, gradients, strict=True):
+            if tuple(gradient.shape) != segment.shape:
+                raise CompressionError(
+                    f"the gradient of parameter '{segment.name}' has shape {tuple(gradient.shape)}, but it was bound with shape "
+                    f"{segment.shape}; its residual cannot be carried over. "
+                    "Bind again after changing a parameter's shape."
+                )
         for name, p, (dtype, device) in zip(self.segments.names, self.parameters, self.kinds, strict=True):
             if p.dtype != dtype or p.device != device:
                 raise CompressionError(
@@ -163,25 +171,16 @@ def part_of(slot: torch.Tensor, i: int, segment: Segment) -> torch.Tensor:
     return slot[i] if slot.dim() == 2 else slot[segment.start : segment.stop]
 
 
+def add_servers_(residual: torch.Tensor, server_residual: torch.Tensor, exchange: Exchange, segments: Segments, rank: int, size: int) -> None:
+    """Add what this rank holds as a server to what it holds as a worker, n-fold, as the mean over workers divides by n."""
+    for segment, piece in zip(segments, exchange.state_segments(segments, rank, size), strict=True):
+        start = segment.start + piece.offset - segment.offset
+        residual[start : start + piece.numel].add_(server_residual[piece.start : piece.stop], alpha=size)
+
+
 def wire_dtype(parameter: torch.Tensor) -> torch.dtype:
     """Residuals and sums are kept in float32 for 16-bit parameters."""
     return torch.float32 if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.dtype
-
-
-def clipped_(gradients: Sequence[torch.Tensor], value: float | None, factor: float) -> None:
-    """In place: multiplied by `factor`, or clamped to ±`value`. What is not finite stays as it is, since clamping would hide it."""
-    if factor != 1.0:
-        torch._foreach_mul_(list(gradients), factor)
-    if value is not None and all(all_finite(g) for g in gradients):
-        torch._foreach_clamp_min_(list(gradients), -value)
-        torch._foreach_clamp_max_(list(gradients), value)
-
-
-def unscaled_(gradients: Sequence[torch.Tensor], scale: float, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Gradients of an unscaled loss, so that all state is in true units whatever the scale does: in place, but for types too narrow for them."""
-    if wide := [g for g in gradients if g.dtype == dtype]:
-        torch._foreach_mul_(wide, 1 / scale)
-    return [g if g.dtype == dtype else g.to(dtype).mul_(1 / scale) for g in gradients]
 
 
 class Resting:
@@ -277,6 +276,27 @@ class Reduction:
         method.feedback.undo_(state, None if gradients_gone else self.gradients, self.bucket.parameters, self.bucket.segments, self.task.ctx)
         if self.task.flushes and method.feedback.keeps_residual:
             state["residual"].zero_()  # such a payload is not kept for adding back
+
+    def apply_(self) -> None:
+        """Of a rule that applies the update itself: move x by the mean, and shift; where nothing came back, only the error to shift by has changed.
+
+        Parameters that were frozen since they were bound stand still (at x, where they are shifted).
+        """
+        bucket, feedback = self.bucket, self.bucket.method.feedback
+        assert self.out is not None and bucket.state is not None
+        frozen = [(i, bucket.parameters[i], bucket.parameters[i].clone()) for i in bucket.frozen()]
+        for i, _, _ in frozen:
+            bucket.segments.views(self.out)[i].zero_()  # what is left of it in the residual must not move x
+        if self.task.skipped:
+            feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
+        else:
+            feedback.finish_(bucket.state, self.out, bucket.parameters, bucket.segments, self.task.ctx)
+        for i, p, before in frozen:
+            p.copy_(bucket.segments.shaped_views(bucket.state["x"])[i] if feedback.shifts else before)
+        if self.resting is not None:
+            self.resting.put_back_()
+        if feedback.shifts:
+            bucket.note_written()
 
     def commit(self) -> None:
         """The step stands: remember the learning rate that the residual is measured by, and let the payloads go."""

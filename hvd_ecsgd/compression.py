@@ -28,6 +28,7 @@ from .exchange import (
 from .exchange.skip import SkipPolicy
 from .feedback import CSER, PEF, DistEFSGD, ErrorFeedback, GradientSquares, HessianAided, LocalMomentum, MemSGD, NoFeedback
 from .feedback.curvature import Curvature
+from .horovod.driver import HorovodDriver
 from .horovod.transport import horovod_is_running
 from .method import Method
 from .protocols import Compressor, Exchange, Feedback
@@ -95,7 +96,7 @@ class Compression:
         Bind once per model and optimizer. `process_set`: Horovod's, when the optimizer has one. Raises `CompressionError` for duplicate
         names, a parameter under two names, and complex parameters.
         """
-        return BoundCompression(self.method, model, process_set)
+        return BoundCompression(self.method, model, lambda bound: HorovodDriver(bound, process_set))
 
     if not TYPE_CHECKING:  # where it would hide misspelt names
 

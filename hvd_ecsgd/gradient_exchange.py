@@ -13,10 +13,12 @@ from .bound import Named
 from .bucket import Bucket
 from .compression import AnyCompression, Compression, bind
 from .errors import CompressionError
+from .gradients import clip_factor, take_
 from .method import GroupSettings
 from .optimizer.distributed import BUCKET_BYTES
 from .optimizer.executor import Executor, Inline
 from .optimizer.step import Outcome, StepExchange
+from .state import MethodState
 from .transport import SelfTransport, Transport
 
 __all__ = ["GradientExchange"]
@@ -36,6 +38,9 @@ class GradientExchange:
     the exchange in the optimizer's place.
     Raises `CompressionError` as `bind` does, and when a method that needs a learning rate is given none.
     """
+
+    optimizer = None
+    """There is none; see `Driver`."""
 
     def __init__(
         self,
@@ -58,7 +63,7 @@ class GradientExchange:
         feedback.check_group(group, "GradientExchange()")
         self.param_groups: list[dict[str, Any]] = [{**group, "params": [p for _, p in self.compression.named]}]
         executor = Inline() if executor is None else executor
-        aggregator = Aggregator(
+        state = MethodState(
             self.compression.method,
             in_common_order(self.compression.named, transport),
             rank=transport.rank,
@@ -66,9 +71,10 @@ class GradientExchange:
             bucket_bytes=bucket_bytes,
             settings=self._settings,
             transport=transport,
-            also={"optimizer": type(self).__name__, "exchange in a thread": executor.concurrent},
         )
-        self.compression.adopt(aggregator)
+        also = {"optimizer": type(self).__name__, "exchange in a thread": executor.concurrent}
+        aggregator = Aggregator(state, also=also, statistics=self.compression.statistics)
+        self.compression.adopt(aggregator, self)
         self._step = StepExchange(aggregator, transport, executor, None, bytes)
 
     @property
@@ -76,11 +82,23 @@ class GradientExchange:
         """What came of the last `reduce`, the same on all ranks."""
         return self._step.outcome
 
+    @property
+    def begun(self) -> bool:
+        """A step is under way; see `Driver`."""
+        return self._step.begun
+
+    def meet(self, what: str) -> None:
+        """See `Driver`."""
+        self._step.meet(what)
+
+    def discard(self) -> None:
+        """`reduce` leaves no step open, so there is nothing to throw away."""
+
     def _settings(self, bucket: Bucket) -> GroupSettings:
         group, feedback = self.param_groups[0], self.compression.method.feedback
         feedback.check_group(group, "GradientExchange()")
         needs = feedback.applies_update or feedback.needs_learning_rate
-        return GroupSettings.of(group, self.compression.loss_scale, "param group 0 of GradientExchange", needs)
+        return GroupSettings.of(group, self.compression.attached.loss_scale, "param group 0 of GradientExchange", needs)
 
     @torch.no_grad()
     def reduce(self, gradients: Mapping[str, torch.Tensor | None] | Iterable[torch.Tensor | None]) -> dict[str, torch.Tensor]:
@@ -92,25 +110,25 @@ class GradientExchange:
         all stayed silent (`Outcome.SILENT`); a parameter for which nothing came is left out. Raises `CompressionError` for an unknown name and
         another shape, and whatever an optimizer's step raises.
         """
-        aggregator, step = self._step.aggregator, self._step
+        step, state = self._step, self._step.aggregator.state
         given = dict(gradients) if isinstance(gradients, Mapping) else self._by_place(gradients)
-        if unknown := [name for name in given if name not in dict(aggregator.named)]:
-            raise CompressionError(f"reduce(): '{unknown[0]}' is no bound parameter; bound are {', '.join(n for n, _ in aggregator.named[:5])}, ….")
-        for name, p in aggregator.named:  # before anything of the step has begun
+        if unknown := [name for name in given if name not in dict(state.named)]:
+            raise CompressionError(f"reduce(): '{unknown[0]}' is no bound parameter; bound are {', '.join(n for n, _ in state.named[:5])}, ….")
+        for name, p in state.named:  # before anything of the step has begun
             if (g := given.get(name)) is not None and g.shape != p.shape:
                 raise CompressionError(f"reduce(): the gradient of parameter '{name}' has shape {tuple(g.shape)}, expected {tuple(p.shape)}.")
         step.begin()
-        factor, clips = aggregator.clip_factor([g for g in given.values() if g is not None]), self.compression.method.clips
+        factor, clips = clip_factor(state, [g for g in given.values() if g is not None]), self.compression.method.clips
         while (bucket := step.next_bucket) is not None:
             parts = [given.get(name) for name in bucket.segments.names]
             taken = [torch.zeros_like(p) if g is None else g.clone() if clips else g.detach() for g, p in zip(parts, bucket.parameters, strict=True)]
-            step.submit(aggregator.take_(bucket, taken, factor))
+            step.submit(take_(state, bucket, taken, factor))
         step.drain()
         outcome, means = step.complete(), {}
         if outcome is not Outcome.UNDONE and self.compression.method.feedback.applies_update:
-            aggregator.apply_updates(step.reductions)
+            step.aggregator.apply_updates(step.reductions)
         elif outcome is Outcome.STANDS:
-            for bucket, reduction in zip(aggregator.buckets, step.results, strict=True):
+            for bucket, reduction in zip(state.buckets, step.results, strict=True):
                 if reduction is None:  # learning rate 0
                     means.update({name: torch.zeros_like(p) for name, p in zip(bucket.segments.names, bucket.parameters, strict=True)})
                 elif reduction.out is not None and not reduction.task.skipped:

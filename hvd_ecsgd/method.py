@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,6 +87,11 @@ class Method:
     def __repr__(self) -> str:
         return f"Method({', '.join(f'{name}={value}' for name, value in self.settings().items())})"
 
+    @cached_property
+    def text(self) -> str:
+        """Its repr, which is asked for in every step."""
+        return repr(self)
+
     @property
     def clips(self) -> bool:
         return self.clip_norm is not None or self.clip_value is not None
@@ -98,7 +104,7 @@ class Method:
         """Workers' residuals are zero after every exchange, of rules whose buffer is the residual."""
         return self.compressor.lossless and not self.exchange.approximates
 
-    @property
+    @cached_property
     def stateful(self) -> bool:
         """Something is carried from step to step: residuals, momentum, or what the exchange keeps."""
         nothing = Segments(())

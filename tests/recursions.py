@@ -24,7 +24,7 @@ Records = list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 
 def residuals(compression: Any, slot: str) -> torch.Tensor:
     """A slot of all parameters in one vector; a server's pieces in their places."""
-    saved, transport = compression.state_dict(), compression.aggregator.transport
+    saved, transport = compression.state_dict(), compression.aggregator.state.transport
     parts = []
     for name, p in compression.named:
         value = saved["parameters"][name].get(slot, torch.zeros(0, dtype=p.dtype))

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..aggregator import Aggregator
 from ..errors import CheckpointError
+from ..state import MethodState
 from ..talk import everyone, text_of, together
 from ..transport import Transport
 from ..trees import decode, encode
@@ -264,10 +264,10 @@ class Parts:
             )
         return self._lazy[r]
 
-    def resized(self, template: Aggregator) -> tuple[Any, Done]:
-        """What `template`'s rank goes on from when another number of workers saved, and what was done."""
+    def resized(self, layout: MethodState) -> tuple[Any, Done]:
+        """What `layout`'s rank goes on from when another number of workers saved, and what was done."""
         saved_size = self.manifest["size"]
-        weights = shares(template.rank, template.size, saved_size)
+        weights = shares(layout.rank, layout.size, saved_size)
         saved = merge([{k: v for k, v in self.lazily(r).items() if k in ("model", "optimizer")} for r in weights], list(weights.values()))
-        state, done = resized_state(template, lambda r: self.lazily(r)["compression"], saved_size)
+        state, done = resized_state(layout, lambda r: self.lazily(r)["compression"], saved_size)
         return {**saved, "compression": state, "extras": self.everything(next(iter(weights)))["extras"]}, done

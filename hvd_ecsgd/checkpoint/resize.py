@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ..aggregator import Aggregator
 from ..bucket import Bucket, part_of
 from ..protocols import State
+from ..state import MethodState
 
 __all__ = ["Done", "Leaf", "in_words", "merge", "recut", "resized_state", "shares"]
 
@@ -72,19 +72,19 @@ def merge(trees: Sequence[Any], weights: Sequence[int]) -> Any:
     return first
 
 
-def resized_state(template: Aggregator, saved: Callable[[int], Mapping[str, Any]], saved_size: int) -> tuple[dict[str, Any], Done]:
-    """The compression state of `template`'s rank made from those of `saved_size` old ranks, and what was done.
+def resized_state(layout: MethodState, saved: Callable[[int], Mapping[str, Any]], saved_size: int) -> tuple[dict[str, Any], Done]:
+    """The compression state of `layout`'s rank made from those of `saved_size` old ranks, and what was done.
 
     `saved(r)`: what `state_dict` returned on old rank r, with `Leaf`s for tensors; only those that are needed are asked for.
     """
-    rank, size = template.rank, template.size
+    rank, size = layout.rank, layout.size
     weights = shares(rank, size, saved_size)
     olds = [saved(r) for r in weights]
     if not isinstance(olds[0].get("parameters"), Mapping):
         return dict(olds[0]), {}  # prepare_load will say what is wrong with it
     done: dict[str, set[str]] = {"cut anew": set(), "put together and cut in new pieces": set(), "started again": set(), "copied": set()}
     parameters: dict[str, dict[str, Any]] = {}
-    for bucket in template.buckets:
+    for bucket in layout.buckets:
         cut = _Pieces(bucket, rank, size, saved_size)
         for i, segment in enumerate(bucket.segments):
             entries = [old["parameters"][segment.name] for old in olds if segment.name in old["parameters"]]

@@ -136,7 +136,7 @@ def load_checkpoint(
             if saved_size == size:
                 saved = parts.everything(rank)
             else:
-                saved, done = parts.resized(compression.template())
+                saved, done = parts.resized(compression.layout())
             weights = _checked_model(model, saved["model"])
             _check_optimizer(optimizer, saved["optimizer"])
             take_over = compression.prepare_load(saved["compression"])

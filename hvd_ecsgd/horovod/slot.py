@@ -25,6 +25,7 @@ import torch
 from ..aggregator import Aggregator
 from ..bucket import Bucket, Reduction, drive
 from ..errors import CompressionError, DisagreementError, SequenceError, UnboundParameterError
+from ..gradients import take_
 from ..guard import Guard, Noted
 from ..talk import STEP, raise_if_apart, raise_if_joined
 from ..transport import SelfTransport
@@ -75,9 +76,9 @@ class HorovodSlot:
         self._introduction = introduction
         self._frozen = list(frozen)
         self._check_skip = check_skip
-        self._buckets: dict[str, Bucket] = {bucket.segments.names[0]: bucket for bucket in aggregator.buckets}
+        self._buckets: dict[str, Bucket] = {bucket.segments.names[0]: bucket for bucket in aggregator.state.buckets}
         self._by_shape: dict[torch.Size, list[tuple[str, torch.nn.Parameter]]] = {}
-        for name, parameter in aggregator.named:
+        for name, parameter in aggregator.state.named:
             self._by_shape.setdefault(parameter.shape, []).append((name, parameter))
         self._pending: dict[str, _Pending] = {}
         self._draining = False
@@ -85,13 +86,12 @@ class HorovodSlot:
         self._decompressed = 0
         self._accumulated = False
         self._undone = False
-        self._applies = aggregator.method.feedback.applies_update
-        self._guard = Guard(aggregator.method.feedback)
+        self._applies = aggregator.state.method.feedback.applies_update
+        self._guard = Guard(aggregator.state.method.feedback)
         self._ready: list[_Pending] | None = None
         """Of a rule that applies the update itself: what was exchanged and waits for the optimizer's step."""
         self._opening: Opening | None = None
         self._patient = True
-        aggregator.outside = self.meet
         _slots.add(self)
         this = weakref.ref(self)
 
@@ -100,7 +100,7 @@ class HorovodSlot:
             if slot is not None:
                 slot._accumulated = True
 
-        for _, parameter in aggregator.named:
+        for _, parameter in aggregator.state.named:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
 
@@ -129,13 +129,13 @@ class HorovodSlot:
         in_place = gradient.is_contiguous() and gradient.dtype == bucket.segments.dtype
         # An update is applied later, and is not what belongs in the gradient.
         out = gradient.view(-1) if in_place and not self._applies else None
-        taken = self.aggregator.take_(bucket, [gradient])
+        taken = take_(self.aggregator.state, bucket, [gradient])
         noted = self._guard.note([(name, bucket.parameters[0])]) if bucket.parameters[0].grad is gradient else None  # else a copy of Horovod's
         reduction = self.aggregator.start(bucket, taken, self.transport, out)
         pending = self._pending[name] = _Pending(name, gradient, reduction, noted)
-        c = self.aggregator.settings_hash(bucket)
+        c = self.aggregator.agreement.settings_hash(bucket)
         # Who cannot take the step says so, and is heard by every rank.
-        tail = [float("nan") if self.aggregator.refuses else float(c >> i & 1) for i in range(_BITS)] + [1.0]
+        tail = [float("nan") if self.aggregator.agreement.refusal.wrong else float(c >> i & 1) for i in range(_BITS)] + [1.0]
         handle = None if reduction is None else reduction.pending
         if not isinstance(handle, SlotHandle):
             return torch.tensor(tail, dtype=torch.float32, device=gradient.device), pending
@@ -145,7 +145,7 @@ class HorovodSlot:
     def _begin_step(self, name: str, gradient: torch.Tensor) -> None:
         self._raise_refusal()  # a GradScaler has left the optimizer's step out, where it would have been raised
         together = self._introduce(STEP) if self._introduction is not None else self._begun_all
-        self.aggregator.note_frozen()
+        self.aggregator.agreement.note_frozen()
         self._open(together)
         written = self._written.get(name)
         if self._ready is not None and not self._undone:
@@ -156,7 +156,7 @@ class HorovodSlot:
             )
         computed = _inside_backward() or self._accumulated
         if not self._applies and self.aggregator.step_is_open:
-            if self.aggregator.settings(self._buckets[name]).loss_scale == 1.0:
+            if self.aggregator.state.settings(self._buckets[name]).loss_scale == 1.0:
                 raise SequenceError(
                     f"the gradient of parameter '{name}' was averaged already, and {'a backward pass' if computed else 'another exchange'} began "
                     "before step(): what the method keeps of it would come back in later steps. After optimizer.synchronize(), call optimizer.step() "
@@ -174,7 +174,7 @@ class HorovodSlot:
     # -- together with the other ranks -------------------------------------------------------------------------------------------
 
     def meet(self, what: str) -> None:
-        """All ranks call this before they do `what` together outside of a step. See `Aggregator.check_together`."""
+        """All ranks call this before they do `what` together outside of a step. See `Driver.meet`."""
         if self.transport.size == 1:
             return
         if self._introduction is not None:
@@ -207,7 +207,7 @@ class HorovodSlot:
         self._check_same()  # of a step that an error has ended
         if self.transport.size > 1:
             self._opening = Opening(direct, STEP)
-        self.aggregator.use(direct, together=together, check_same=self._check_same)
+        self.aggregator.agreement.begin_step_together(direct, together=together, check_same=self._check_same)
         if self._opening is None:
             return
         if _inside_backward():
@@ -276,14 +276,14 @@ class HorovodSlot:
             self._check_same()
             self._guard.check_in_flight()
             self._draining = True
-            self.aggregator.settle()
+            self.aggregator.agreement.finish_comparisons()
             drive(p.reduction for p in self._pending.values() if p.reduction is not None and not isinstance(p.reduction.pending, SlotHandle))
         factor = self._check(reduced, pending.name)
         gradient, reduction = pending.gradient, pending.reduction
-        if abs(factor - 1.0) > 1e-5 and (self._applies or self.aggregator.method.feedback.needs_learning_rate):
+        if abs(factor - 1.0) > 1e-5 and (self._applies or self.aggregator.state.method.feedback.needs_learning_rate):
             raise CompressionError(
-                f"parameter '{pending.name}': {self.aggregator.method.feedback} averages updates; summing gradients (op=hvd.Sum) is not defined "
-                "for it. Use op=hvd.Average."
+                f"parameter '{pending.name}': {self.aggregator.state.method.feedback} averages updates; summing gradients (op=hvd.Sum) is not "
+                "defined for it. Use op=hvd.Average."
             )
         if reduction is None:
             if not self._applies:
@@ -361,7 +361,7 @@ class HorovodSlot:
         ready, self._ready = self._ready, None
         if not self._undone:
             # A GradScaler's unscale_ may have come in between.
-            self._guard.check_exchanged([1.0, 1 / self.aggregator.settings(self.aggregator.buckets[0]).loss_scale] if scaled else [1.0])
+            self._guard.check_exchanged([1.0, 1 / self.aggregator.state.settings(self.aggregator.state.buckets[0]).loss_scale] if scaled else [1.0])
             self.aggregator.apply_updates([p.reduction for p in ready if p.reduction is not None])
         self._undone = False
         self._let_go()
@@ -377,28 +377,28 @@ class HorovodSlot:
     def _let_go(self) -> None:
         """Nothing is left of the step's gradients."""
         self._guard.forget()
-        for _, parameter in self.aggregator.named:
+        for _, parameter in self.aggregator.state.named:
             parameter.grad = None
 
     def _raise_refusal(self) -> None:
         """Where Horovod's own bookkeeping of the step is over, so that training can go on."""
-        if refusal := self.aggregator.take_refusal():
+        if refusal := self.aggregator.agreement.refusal.take():
             self._ready, self._undone = None, False  # there is nothing to apply
             raise CompressionError(refusal)
 
     def _exchange_alone(self) -> None:
         """With one process Horovod never calls compress."""
-        if all(p.grad is None for _, p in self.aggregator.named):
+        if all(p.grad is None for _, p in self.aggregator.state.named):
             return  # the optimizer's step inside Horovod's: done already
         alone = SelfTransport()
-        self.aggregator.use(alone)
+        self.aggregator.agreement.begin_step_together(alone)
         self._ready, self._accumulated = [], False
         reductions = []
         for name, bucket in self._buckets.items():
             gradient = bucket.parameters[0].grad
             if gradient is None:
                 gradient = torch.zeros_like(bucket.parameters[0])
-            taken = self.aggregator.take_(bucket, [gradient.to_dense() if gradient.is_sparse else gradient])
+            taken = take_(self.aggregator.state, bucket, [gradient.to_dense() if gradient.is_sparse else gradient])
             reduction = self.aggregator.start(bucket, taken, alone)
             self._ready.append(_Pending(name, gradient, reduction))
             if reduction is not None:
@@ -409,7 +409,7 @@ class HorovodSlot:
     def _drop_what_stands_still(self) -> None:
         """Take away the gradients of an undone step, and of parameters frozen since, so that the optimizer's momentum does not move them either."""
         undone, self._undone = self._undone, False
-        for name, parameter in self.aggregator.named:
+        for name, parameter in self.aggregator.state.named:
             if not undone and parameter.requires_grad:
                 continue
             written = self._written.get(name)
@@ -420,7 +420,7 @@ class HorovodSlot:
         """Raise on every rank when a bit differed anywhere; return the factor that Horovod applied to a sum of ones, over n."""
         *bits, factor = reduced[-_TAIL:].tolist()
         if all(math.isnan(bit) for bit in bits):
-            self.aggregator.hear_refusal()
+            self.aggregator.agreement.refusal.hear()
             return float(factor)
         # n ranks, one of which differs: a bit's share is 1/n or 1 - 1/n. Sums of zeros and ones are exact, also in half precision.
         if not factor or not all(min(abs(bit / factor), abs(bit / factor - 1)) <= 0.4 / self.transport.size for bit in bits):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from types import FrameType
 
 import torch
 
-__all__ = ["BackwardPass", "BackwardPasses"]
+from .executor import Observer
+
+__all__ = ["BackwardTimer", "BackwardPass", "BackwardPasses"]
 
 _RUN = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
 """Of the function in which a script's thread waits while torch's engine runs a backward pass."""
@@ -110,3 +113,28 @@ def _calls(frame: FrameType | None) -> list[FrameType]:
             found.append(frame)
         frame = frame.f_back
     return found
+
+
+class BackwardTimer:
+    """Tells `observer`, if there is one, of each backward pass, from its first complete gradient to its end."""
+
+    def __init__(self, observer: Observer | None) -> None:
+        self._observer = observer
+        self._running = False
+
+    def start(self) -> None:
+        """A gradient is complete. Called within a backward pass."""
+        observer = self._observer
+        if observer is None or self._running:
+            return
+        self._running, begin = True, time.perf_counter()
+
+        def ended() -> None:
+            self._running = False
+            observer("backward", "BACKWARD", begin, time.perf_counter())
+
+        torch.autograd.Variable._execution_engine.queue_callback(ended)  # as torch's own DDP does
+
+    def reset(self) -> None:
+        """The step is over, also where its backward pass never came to its end."""
+        self._running = False

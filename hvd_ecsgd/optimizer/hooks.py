@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +27,23 @@ def check_passes(passes: int) -> None:
         raise CompressionError(f"backward_passes_per_step must be an integer ≥ 1, got {passes!r}.")
 
 
+@dataclass
+class _Came:
+    """What has come of the gradients of one step; parameters and buckets by id."""
+
+    left: dict[int, int] = field(default_factory=dict)
+    """Of a parameter: backward passes whose gradients are still to come."""
+    missing: dict[int, int] = field(default_factory=dict)
+    """Of a bucket: parameters whose gradients are not complete."""
+    last_pass: dict[int, object] = field(default_factory=dict)
+    """The backward pass that a parameter's last gradient came from."""
+    released: set[int] = field(default_factory=set)
+    """Buckets whose exchange may have started."""
+    reentrant_passes: bool = False
+    excess: bool = False
+    """A gradient came too many."""
+
+
 class GradientHooks:
     """Listens to the gradients of `named` parameters and counts them: a bucket is complete when each of its parameters has had its gradients of
     `passes` backward passes.
@@ -45,8 +63,9 @@ class GradientHooks:
         self.taken_over = ""
         """The name of a parameter that a newer object listens to."""
         self._backward = BackwardPasses()
-        self._reentrant_passes = self._knows_reentrant_passes = False
+        self._knows_reentrant_passes = False
         self._late: set[int] = set()  # buckets with parameters that get several gradients in one pass
+        self._came = _Came()
         self.reset()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles).atexit = False
@@ -74,51 +93,47 @@ class GradientHooks:
 
     def reset(self) -> None:
         """A new step: no gradient has come."""
-        self._left = {id(p): self.passes for _, p in self._named}
-        self._waiting_for = {id(b): len(b.parameters) for b in self._buckets}
-        self._from: dict[int, object] = {}  # the backward pass that a parameter's last gradient came from
-        self._released: set[int] = set()
-        self._knows_reentrant_passes = self._knows_reentrant_passes or self._reentrant_passes
-        self._reentrant_passes = self._excess = False
+        self._knows_reentrant_passes = self._knows_reentrant_passes or self._came.reentrant_passes
+        self._came = _Came({id(p): self.passes for _, p in self._named}, {id(b): len(b.parameters) for b in self._buckets})
         self._backward.forget()
 
     @property
     def begun(self) -> bool:
         """A gradient of this step has come."""
-        return any(left < self.passes for left in self._left.values())
+        return any(left < self.passes for left in self._came.left.values())
 
     def count(self, parameter: torch.nn.Parameter) -> bool:
         """A gradient has come; whether it was the parameter's last of this step. Raises `SequenceError` when there is one too many.
 
         Not counted any more once the step is `lost`.
         """
-        current, key = self._backward.current(), id(parameter)
+        current, key, came = self._backward.current(), id(parameter), self._came
         if self._backward.interrupted:
             return False
         bucket = id(self._bucket_of[key])
-        self._reentrant_passes = self._reentrant_passes or current.reentrant
-        if self._from.get(key) is current.whole:
+        came.reentrant_passes = came.reentrant_passes or current.reentrant
+        if came.last_pass.get(key) is current.whole:
             self._late.add(bucket)
-            if bucket in self._released:
-                self._excess = True
+            if bucket in came.released:
+                came.excess = True
                 raise SequenceError(
                     f"parameter '{self._name(parameter)}' got a second gradient within one backward pass, after its exchange had started: it is used "
                     "in a reentrant checkpoint and elsewhere. Use torch.utils.checkpoint.checkpoint(…, use_reentrant=False), or overlap=False "
                     "(MPI_BACKEND_OVERLAP=0)."
                 )
             return False
-        self._from[key] = current.whole
-        left = self._left[key] = self._left[key] - 1
+        came.last_pass[key] = current.whole
+        left = came.left[key] = came.left[key] - 1
         if left < 0:
-            self._excess = True
-            within = " (or one with reentrant checkpoints: use use_reentrant=False)" if self._reentrant_passes else ""
+            came.excess = True
+            within = " (or one with reentrant checkpoints: use use_reentrant=False)" if came.reentrant_passes else ""
             raise SequenceError(
                 f"parameter '{self._name(parameter)}' got gradients from more than backward_passes_per_step={self.passes} backward passes{within} "
                 "before step(); raise backward_passes_per_step to accumulate locally. If another loss went backward through this model (a GAN's "
                 "generator), freeze it (requires_grad_(False)) during that pass, or call optimizer.discard() after it."
             )
         if left == 0:
-            self._waiting_for[bucket] -= 1
+            came.missing[bucket] -= 1
         return left == 0
 
     def _name(self, parameter: torch.nn.Parameter) -> str:
@@ -126,15 +141,15 @@ class GradientHooks:
 
     def release(self, bucket: Bucket) -> bool:
         """Whether the exchange of the bucket may start now: all of its gradients have come, and no more will."""
-        if self._waiting_for[id(bucket)] or id(bucket) in self._late or (self._reentrant_passes and not self._knows_reentrant_passes):
+        if self._came.missing[id(bucket)] or id(bucket) in self._late or (self._came.reentrant_passes and not self._knows_reentrant_passes):
             return False
-        self._released.add(id(bucket))
+        self._came.released.add(id(bucket))
         return True
 
     def lost(self) -> bool:
         """Outside of a backward pass: half of a step's gradients are here, as an exception has ended a backward pass."""
         self._backward.check_ended()
-        return self._excess or (self._backward.interrupted and any(self._waiting_for.values()))
+        return self._came.excess or (self._backward.interrupted and any(self._came.missing.values()))
 
 
 def _remove(hooks: list[Any]) -> None:

@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import CheckpointError, CompressionError
 from ..talk import STEP
 from ..trees import decode, encode
+from .driver import OptimizerDriver
 from .executor import never, wait_patiently
+from .gradients import multiply_gradients_
+from .note import Note
 from .own_class import inner_optimizers
 from .step import Outcome
 
-if TYPE_CHECKING:
-    from .driver import OptimizerDriver
-
 __all__ = ["Note", "join"]
-
-_TRAINS = 2**62
-
-
-@dataclass(frozen=True)
-class Note:
-    """What a worker tells the others when a step begins: those that have joined need it to take part."""
-
-    joined_at: int = _TRAINS
-    """The step at which it joined; a later one than any of a worker that trains."""
-    scale: float = 0.0
-    """Of its GradScaler; 0 without one."""
-    growth_tracker: float = 0.0
-    hyper_parameters: tuple[float, ...] = ()
-
-    @property
-    def trains(self) -> bool:
-        return self.joined_at >= _TRAINS
-
-    def pack(self) -> bytes:
-        return struct.pack(f"<q{len(self.hyper_parameters) + 2}d", self.joined_at, self.scale, self.growth_tracker, *self.hyper_parameters)
-
-    @staticmethod
-    def unpack(packed: bytes) -> Note:
-        joined_at, scale, growth_tracker, *hyper_parameters = struct.unpack(f"<q{len(packed) // 8 - 1}d", packed)
-        return Note(joined_at, scale, growth_tracker, tuple(hyper_parameters))
 
 
 def join(driver: OptimizerDriver, give_up: Callable[[], bool] = never) -> int:
@@ -54,10 +26,10 @@ def join(driver: OptimizerDriver, give_up: Callable[[], bool] = never) -> int:
     driver.check_join()
     step = driver.step
     step.forget()
-    joined_at, steps = step.aggregator.step, 0
+    joined_at, steps = step.aggregator.state.step, 0
     while True:
-        while step.aggregator.local:
-            _step_without_data(driver, driver.compression.loss_scale)
+        while step.aggregator.state.local:
+            _step_without_data(driver, driver.compression.attached.loss_scale)
             steps += 1
         opening = step.open(driver.note(joined_at).pack(), joined=True)
         if not wait_patiently(opening, give_up):
@@ -96,7 +68,7 @@ def _step_without_data(driver: OptimizerDriver, scale: float) -> None:
         p.grad = None
     driver.synchronize()
     if driver.step.outcome is not Outcome.UNDONE and not driver.applies_update and scale != 1.0:  # there is no GradScaler.step to do it
-        driver.multiply_gradients(1 / scale)
+        multiply_gradients_(driver.parameters, 1 / scale)
     with driver.skip_synchronize():
         driver.optimizer.step()
 
@@ -104,10 +76,10 @@ def _step_without_data(driver: OptimizerDriver, scale: float) -> None:
 def receive_state(driver: OptimizerDriver, root: int) -> None:
     """Parameters (at x), what the method keeps alike on all workers, and the optimizer's state, from worker `root`. Collective."""
     # By name: an optimizer's own order of its parameters need not be that of the others.
-    optimizer, transport, aggregator = driver.optimizer, driver.step.transport, driver.step.aggregator
+    optimizer, transport = driver.optimizer, driver.step.transport
     mine, params = transport.rank == root, {driver.names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-    with aggregator.at("averaged"), torch.no_grad():
-        _broadcast(driver, [*driver.parameters, *aggregator.shared_state()], root)
+    with driver.compression.at("averaged"), torch.no_grad():
+        _broadcast(driver, [*driver.parameters, *driver.state.shared()], root)
     states = list({id(o.state): o.state for o in (optimizer, *inner_optimizers(optimizer))}.values())  # some share theirs
     kept = [(which, name) for which, state in enumerate(states) for name, p in params.items() if p in state]
     held: dict[str, torch.Tensor] = {}

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
 
 import torch
 
 from ..errors import CompressionError
-
-if TYPE_CHECKING:
-    from .driver import OptimizerDriver
+from .hooks import GradientHooks
+from .step import StepExchange
 
 __all__ = ["check_all_bound", "check_in_use", "raise_if_lost"]
 
 
-def check_in_use(driver: OptimizerDriver) -> None:
+def check_in_use(hooks: GradientHooks) -> None:
     """Raise `CompressionError` when a newer optimizer has taken over the parameters."""
-    if not driver.listens:
+    if not hooks.listens:
         raise CompressionError(
             "step() of an optimizer that is not in use any more: a newer DistributedOptimizer was made for its parameters "
-            f"('{driver.hooks.taken_over}', …), and exchanges their gradients. Step that one, and drop this one."
+            f"('{hooks.taken_over}', …), and exchanges their gradients. Step that one, and drop this one."
         )
 
 
-def check_all_bound(driver: OptimizerDriver) -> None:
-    """Raise `CompressionError` when the optimizer trains a parameter that is not exchanged."""
-    bound = driver.compression.ids
-    for group in driver.optimizer.param_groups:
+def check_all_bound(optimizer: torch.optim.Optimizer, bound: Collection[int]) -> None:
+    """Raise `CompressionError` when the optimizer trains a parameter that is not exchanged; `bound`: the ids of those that are."""
+    for group in optimizer.param_groups:
         for p in group["params"]:
             if p.requires_grad and id(p) not in bound:
                 raise CompressionError(
@@ -36,18 +34,18 @@ def check_all_bound(driver: OptimizerDriver) -> None:
                 )
 
 
-def raise_if_lost(driver: OptimizerDriver, lost: bool, local: bool) -> None:
+def raise_if_lost(step: StepExchange, parameters: Sequence[torch.nn.Parameter], lost: bool, local: bool) -> None:
     """After a step that was undone: raise `CompressionError`, on all ranks, where the reason was an exception in a backward pass, not an inf or NaN.
 
     `lost`: so it was on this rank. Collective, but after a `local` step.
     """
-    said, transport = torch.tensor([lost], dtype=torch.uint8, device="cpu"), driver.step.transport
+    said, transport = torch.tensor([lost], dtype=torch.uint8, device="cpu"), step.transport
     everyones = [said] if local else transport.allgather(said, "undone", [1] * transport.size).wait()
     ranks = [r for r, t in enumerate(everyones) if bool(t)]
     if not ranks:
         return
-    driver.step.forget()
-    for p in driver.parameters:
+    step.forget()
+    for p in parameters:
         p.grad = None
     where = "this rank" if local else f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
     raise CompressionError(

@@ -26,7 +26,7 @@ class ScalerLink:
         if scaler is None:
             return {}
         tell = getattr(scaler, "state_dict", None)
-        return tell() if tell is not None else {"scale": self._compression.loss_scale}
+        return tell() if tell is not None else {"scale": self._compression.attached.loss_scale}
 
     def adopt(self, scale: float, growth_tracker: float) -> None:
         """Take over what another worker's `state` said. `scale` 0: it has no scaler."""
@@ -40,7 +40,7 @@ class ScalerLink:
         compression = self._compression
         attached, caller = compression.scaler, _calling_scaler()
         known = attached is not None and (caller is None or caller is attached or not hasattr(attached, "_check_inf_per_device"))
-        if not known or (scale is not None and float(scale) != compression.loss_scale):
+        if not known or (scale is not None and float(scale) != compression.attached.loss_scale):
             if caller is None or compression.method.stateful or compression.method.clips:
                 raise CompressionError(
                     "scaler.step(optimizer): this GradScaler is not attached, so what the method keeps would be in units of its scale; call "

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..aggregator import Aggregator, Comparison
+from ..aggregator import Aggregator
+from ..agreement import Comparison
 from ..bucket import Bucket, Reduction, drive
 from ..errors import CompressionError, DisagreementError
 from ..talk import raise_if_joined
@@ -62,7 +63,8 @@ class StepExchange:
         self._started: list[Reduction | None] = []  # the executor's, until it is drained
         self._opening: Comparison | None = None  # the comparison that begins a step, from its start until its end
         self._sent_at: dict[int, float] = {}
-        aggregator.outside = self.meet
+        self.called = ""
+        """The function outside of a step in which this rank waits for the others to call it, too."""
 
     @property
     def reductions(self) -> list[Reduction]:
@@ -93,15 +95,15 @@ class StepExchange:
     @property
     def next_bucket(self) -> Bucket | None:
         """The bucket that is to be submitted next; None when all have been."""
-        buckets = self.aggregator.buckets
+        buckets = self.aggregator.state.buckets
         return buckets[self._submitted] if self._submitted < len(buckets) else None
 
     def submit(self, gradients: list[torch.Tensor]) -> None:
-        """Hand over the gradients of `next_bucket`, in the order of its parameters, as `Aggregator.take_` returned them."""
+        """Hand over the gradients of `next_bucket`, in the order of its parameters, as `gradients.take_` returned them."""
         bucket = self.next_bucket
         assert bucket is not None
         if self._submitted == 0:
-            self.aggregator.note_frozen()
+            self.aggregator.agreement.note_frozen()
         self._submitted += 1
         self.executor.submit(partial(self._start, bucket, gradients, _events(gradients) if self.executor.concurrent else []))
 
@@ -122,7 +124,7 @@ class StepExchange:
         stands = self.aggregator.finish_step(reductions)
         silent = stands and bool(reductions) and all(r.task.skipped for r in reductions)
         self.phase, self.outcome = Phase.EXCHANGED, Outcome.SILENT if silent else Outcome.STANDS if stands else Outcome.UNDONE
-        if refusal := self.aggregator.take_refusal():
+        if refusal := self.aggregator.agreement.refusal.take():
             self.forget()
             raise CompressionError(refusal)
         return self.outcome
@@ -130,12 +132,12 @@ class StepExchange:
     # -- together with the other ranks -------------------------------------------------------------------------------------------
 
     def open(self, note: bytes | None = None, joined: bool = False, outside: str = "") -> Comparison:
-        """Tell the other ranks that this one begins a step, or what else. `joined`, `outside`: as in `Aggregator.compare`.
+        """Tell the other ranks that this one begins a step, or what else. `joined`, `outside`: as in `Agreement.compare`.
 
         The same small collective begins all that ranks do together, so that they see when they do not do the same. What follows differs: who has
         joined learns from it whether the others begin a step, and `attend`s it then.
         """
-        self._opening = self.aggregator.compare(self.transport, self._note() if note is None else note, joined, outside)
+        self._opening = self.aggregator.agreement.compare(self.transport, self._note() if note is None else note, joined, outside)
         if not joined and not outside:
             self.attend()
         return self._opening
@@ -143,10 +145,10 @@ class StepExchange:
     def attend(self, joined: bool = False) -> None:
         """The rest of the beginning of a step."""
         assert self._opening is not None
-        self.aggregator.use(self.transport, joined, check_same=partial(self._check_same, self._opening))
+        self.aggregator.agreement.begin_step_together(self.transport, joined, check_same=partial(self._check_same, self._opening))
 
     def meet(self, what: str) -> None:
-        """All ranks call this before they do `what` together outside of a step. See `Aggregator.check_together`."""
+        """All ranks call this before they do `what` together outside of a step, or at the end of one. See `Driver.meet`."""
         opened: list[Comparison] = []
 
         def open_and_wait() -> None:
@@ -154,8 +156,12 @@ class StepExchange:
             wait_patiently(opened[0])
             self.agree()
 
-        self.executor.submit(open_and_wait)  # which tells the other ranks when this takes long
-        self.executor.drain()
+        self.called = what
+        try:
+            self.executor.submit(open_and_wait)  # which tells the other ranks when this takes long
+            self.executor.drain()
+        finally:
+            self.called = ""
         raise_if_joined(what, opened[0].doing())
 
     def _check_same(self, opening: Comparison) -> None:
@@ -172,8 +178,8 @@ class StepExchange:
         opening, self._opening = self._opening, None
         if opening is not None:
             self._check_same(opening)
-            self.aggregator.settle()
-            opening.settle()
+            self.aggregator.agreement.finish_comparisons()
+            opening.raise_if_different()
 
     # -- the executor's ----------------------------------------------------------------------------------------------------------
 

@@ -280,7 +280,7 @@ class Watchdog:
         if rank not in members or turn is None or (what := link.operations.started_beyond(turn)) is None:
             return None
         optimizer = link.user()
-        if optimizer is not None and (called := driver_of(optimizer).step.aggregator.called):
+        if optimizer is not None and (called := driver_of(optimizer).step.called):
             return f"{called} was called on rank {self.rank}, and rank {rank} ended without it; call it on every rank"
         if not joined:
             return f"rank {rank} left (by the end of the script, or sys.exit) without a collective that rank {self.rank} has started: {what}"

@@ -102,12 +102,12 @@ def DistributedOptimizer(
 
 
 def _step_announced(optimizer: Callable[[], Any], number: int, process_set: ProcessSet) -> AbstractContextManager[Callable[[], None]]:
-    aggregator = driver_of(optimizer()).step.aggregator
-    if called := aggregator.called:
+    step = driver_of(optimizer()).step
+    if called := step.called:
         return announced(f"{called} of DistributedOptimizer {number}", f"{called} (call it on every rank)", process_set)
-    names = [name for name, _ in aggregator.named]
+    names = [name for name, _ in step.aggregator.state.named]
     shown = ", ".join(f"'{name}'" for name in names[:3]) + (f", … ({len(names)} parameters)" if len(names) > 3 else "")
-    name = f"step {aggregator.step} of DistributedOptimizer {number}"
+    name = f"step {step.aggregator.state.step} of DistributedOptimizer {number}"
     return announced(name, f"{name}, the gradients of {shown}", process_set)
 
 
@@ -123,7 +123,7 @@ def _trace(engine: Engine, traced: _Traced, row: str, what: str, begin: float, e
     if (timeline := engine.timeline) is None:  # the engine's it was made with: while that shuts down, buckets are still completed
         return
     optimizer = traced.optimizer()
-    bucket = None if optimizer is None else next((b for b in driver_of(optimizer).step.aggregator.buckets if b.name == row), None)
+    bucket = None if optimizer is None else next((b for b in driver_of(optimizer).state.buckets if b.name == row), None)
     about = {} if bucket is None else {"parameters": bucket.segments.names, "gradient bytes": bucket.segments.numel * bucket.segments.dtype.itemsize}
     timeline.span(f"optimizer {traced.number} {row}", what, begin, end, **about)
 

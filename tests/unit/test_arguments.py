@@ -16,6 +16,7 @@ from hvd_ecsgd.exchange import AllGather, AllReduce
 from hvd_ecsgd.feedback import Hutchinson, LocalMomentum, Matrix, Product
 from hvd_ecsgd.horovod.slot import HorovodSlot
 from hvd_ecsgd.horovod.transport import SlotHandle
+from hvd_ecsgd.state import MethodState
 from hvd_ecsgd.transport import SelfTransport
 from tests.cases import ALL, CASES, Case, ids
 from tests.problems import batch, mlp
@@ -333,7 +334,7 @@ class OneSlot(SelfTransport):
 
 def slot(model: torch.nn.Module, compression: Any) -> HorovodSlot:
     bound = compression.bind(model)
-    return HorovodSlot(Aggregator(bound.method, bound.named), OneSlot(), bound._frozen)  # type: ignore[arg-type]
+    return HorovodSlot(Aggregator(MethodState(bound.method, bound.named)), OneSlot(), bound.frozen)  # type: ignore[arg-type]
 
 
 def test_a_gradient_is_known_by_identity() -> None:

@@ -19,6 +19,7 @@ from hvd_ecsgd.horovod.transport import SlotHandle
 from hvd_ecsgd.protocols import Feedback, StepContext
 from hvd_ecsgd.reproduce.lockstep import Quadratics, descend
 from hvd_ecsgd.segments import Key, Segments
+from hvd_ecsgd.state import MethodState
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import ALL
 from tests.problems import batch, flat, mlp, slot, weights
@@ -489,7 +490,8 @@ def test_what_it_needs_of_an_unmodified_horovod() -> None:
     assert weight is not None
 
     def slot() -> HorovodSlot:
-        return HorovodSlot(Aggregator(bound.method, bound.named, settings=bound._settings), OneSlot(), [])  # type: ignore[arg-type]
+        state = MethodState(bound.method, bound.named, settings=lambda bucket: bound.attached.settings(bound.method, bucket))
+        return HorovodSlot(Aggregator(state), OneSlot(), [])  # type: ignore[arg-type]
 
     with pytest.raises(CompressionError, match=r"needs the learning rate itself .*: call compression.attach"):
         slot().compress(weight)

@@ -63,8 +63,8 @@ def test_a_new_optimizer_takes_the_parameters_over() -> None:
     train(model, optimizer, 0, range(2))
     _, second = wrapped(Compression.random_block(8), model=model)
     train(model, second, 0, range(3))
-    assert second.compression.aggregator.step == 3
-    assert optimizer.compression.aggregator.step == 2
+    assert second.compression.aggregator.state.step == 3
+    assert optimizer.compression.aggregator.state.step == 2
 
 
 def test_uncompressed_training_is_torchs_own_with_learning_rate_zero_too() -> None:

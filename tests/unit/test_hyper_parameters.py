@@ -52,7 +52,7 @@ def test_a_step_that_is_refused_is_none(case: Case) -> None:
             here = i % 3 in (2, rank)  # rank 0 alone, rank 1 alone, both
             before, x, good = compression.state_dict(), weights(model, compression), group[option]
             group[option] = value if here else good
-            local = compression.aggregator.local
+            local = compression.aggregator.state.local
             if here or not local:
                 with pytest.raises(CompressionError, match=rf"param group 0 of SGD has {option}={value}.*this rank \(a local" if local else option):
                     train(model, optimizer, rank, [3 + i])

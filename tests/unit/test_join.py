@@ -48,7 +48,7 @@ def run(case: Case, finish: Callable[[Any, Callable[[int, bool], None], int], No
         finish(optimizer, step, transport.rank)
         after = everything(model, optimizer)
         group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-        first = optimizer.compression.aggregator.step
+        first = optimizer.compression.aggregator.state.step
         for t in range(first, first + 3):
             step(t, True)
         return after, everything(model, optimizer), group, optimizer.compression.state_dict()["step"]
@@ -62,8 +62,8 @@ def join(optimizer: Any, step: Callable[[int, bool], None], rank: int) -> None:
 
 def feed_zeros(optimizer: Any, step: Callable[[int, bool], None], rank: int) -> None:
     aggregator = optimizer.compression.aggregator
-    while aggregator.step < max(STEPS) or aggregator.local:
-        step(aggregator.step, False)
+    while aggregator.state.step < max(STEPS) or aggregator.state.local:
+        step(aggregator.state.step, False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
@@ -256,7 +256,7 @@ def around(what: str) -> list[torch.Tensor]:
             for p in model.parameters():
                 p.requires_grad_()
         held = [v for p in model.parameters() for _, v in sorted(optimizer.state.get(p, {}).items())]
-        held += [b.state["momentum"] for b in optimizer.compression.aggregator.buckets if what == "clamp, pef"]
+        held += [b.state["momentum"] for b in optimizer.compression.aggregator.state.buckets if what == "clamp, pef"]
         return torch.cat([weights(model, optimizer.compression), *(v.flatten() for v in held)])
 
     return run_simulated(2, worker)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer
-from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.feedback import LocalMomentum
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL
@@ -99,7 +98,7 @@ def test_an_overflow_in_a_local_step_lowers_the_scale_of_its_rank_alone(bad_step
     with_scaler, without = run(True), run(False)
     assert [(scale, undone) for _, scale, undone in with_scaler] == [(64.0, 0), (32.0, 1), (64.0, 0)]
     assert same_bits([x for x, *_ in with_scaler] + [x for x, *_ in without])
-    monkeypatch.setattr(Aggregator, "_compared", lambda self, bucket: self.settings(bucket))
+    monkeypatch.setattr("hvd_ecsgd.agreement.compared", lambda state, bucket: state.settings(bucket))
     with pytest.raises(DisagreementError, match="loss_scale"):
         run(True)
 

@@ -83,7 +83,7 @@ def test_buckets_group_what_may_travel_together() -> None:
         model = torch.nn.Sequential(mlp(), mlp(torch.float64))
         groups = [{"params": list(model[0].parameters())}, {"params": list(model[1].parameters()), "lr": 0.2}]
         optimizer = DistributedOptimizer(torch.optim.SGD(groups, lr=0.1), model.named_parameters(), Compression.top_k(), **options)
-        return len(optimizer.compression.aggregator.buckets)
+        return len(optimizer.compression.aggregator.state.buckets)
 
     assert count(bucket_bytes=0) == 8
     assert count() == 4  # two groups × (compressed, dense)

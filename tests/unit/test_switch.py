@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer, TransportError
-from hvd_ecsgd.aggregator import Aggregator
+from hvd_ecsgd import switch as switching_module
 from hvd_ecsgd.compressors import Identity, Sign, TopK
 from hvd_ecsgd.exchange import AllReduce, Central, TwoPass
 from hvd_ecsgd.feedback import ErrorFeedback, HessianAided, LocalMomentum, Matrix, NoFeedback
@@ -57,8 +57,8 @@ def test_what_servers_hold_goes_back_to_workers_when_a_warm_up_begins(monkeypatc
     plan: Plan = {0: lambda: Compression.double_squeeze(TopK(5), Sign(), **ALL), 2: warm}
     records = trajectory(plan[0], LRS, change=switching(plan))
     assert largest_violation(records, LRS) < 1e-13
-    carry_over = Aggregator._carry_over
-    monkeypatch.setattr(Aggregator, "_carry_over", lambda self, bucket, old, same_pieces: carry_over(self, bucket, old, True))
+    carry_over = switching_module.carry_over
+    monkeypatch.setattr(switching_module, "carry_over", lambda state, bucket, old, same_pieces: carry_over(state, bucket, old, True))
     assert largest_violation(trajectory(plan[0], LRS, change=switching(plan)), LRS) > 1e-3
 
 
@@ -71,17 +71,17 @@ def test_nothing_is_lost_in_update_units() -> None:
 
 def test_without_folding_the_servers_residuals_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: an exchange that starts anew, or a fold that forgets that the mean divides by n."""
-    carry_over = Aggregator._carry_over
+    carry_over = switching_module.carry_over
 
-    def anew(self: Any, bucket: Any, old: Any, same_pieces: bool) -> None:
-        bucket.exchange_state = bucket.method.exchange.init(bucket.segments, self.rank, self.size)
+    def anew(state: Any, bucket: Any, old: Any, same_pieces: bool) -> None:
+        bucket.exchange_state = bucket.method.exchange.init(bucket.segments, state.rank, state.size)
 
-    def undivided(self: Any, bucket: Any, old: Any, same_pieces: bool) -> None:
-        bucket.exchange_state["server_residual"] = bucket.exchange_state.get("server_residual", torch.zeros(0)) / self.size
-        carry_over(self, bucket, old, same_pieces)
+    def undivided(state: Any, bucket: Any, old: Any, same_pieces: bool) -> None:
+        bucket.exchange_state["server_residual"] = bucket.exchange_state.get("server_residual", torch.zeros(0)) / state.size
+        carry_over(state, bucket, old, same_pieces)
 
     for wrong in (anew, undivided):
-        monkeypatch.setattr(Aggregator, "_carry_over", wrong)
+        monkeypatch.setattr(switching_module, "carry_over", wrong)
         some = {0: SWITCHES[0], 2: SWITCHES[2]}
         assert largest_violation(trajectory(SWITCHES[0], CONSTANT, change=switching(some)), CONSTANT) > 1e-3
 

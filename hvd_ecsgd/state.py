@@ -1,0 +1,102 @@
+"""The record of a bound method: its parameters in buckets, and what is carried from step to step. It is passive, and knows nobody who runs a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .bucket import Bucket, wire_dtype
+from .errors import CompressionError
+from .method import GroupSettings, Method
+from .protocols import Traffic
+from .segments import Segments
+from .transport.base import Transport
+
+__all__ = ["MethodState", "NamedParameters"]
+
+NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
+
+
+class MethodState:
+    """Residuals by parameter name (in `buckets`), the step counter, and the counters of traffic, of one bound method on one worker.
+
+    `named`: (name, parameter) pairs that require gradients. `group_of` gives a parameter's group index and `settings` the hyper-parameters of a
+    bucket's group now. `bucket_bytes` = 0 makes one bucket of each parameter (Horovod calls us so); results do not depend on it. `transport`: to the
+    other workers, if it is known already.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        named: NamedParameters,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        bucket_bytes: int = 0,
+        group_of: Callable[[torch.nn.Parameter], int] | None = None,
+        settings: Callable[[Bucket], GroupSettings] | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        self.method = method
+        self.named = list(named)
+        self.rank, self.size = rank, size
+        self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
+        self.buckets = _planned(method, self.named, bucket_bytes, group_of or (lambda parameter: 0))
+        self.step = 0
+        self.undone = 0
+        self.traffic = Traffic()
+        self._transport = transport
+
+    @property
+    def transport(self) -> Transport:
+        """To the workers of the last step; raises `CompressionError` where there was none and none was given."""
+        if self._transport is None:
+            raise CompressionError("this compression object has not taken part in a step yet, so it has no transport.")
+        return self._transport
+
+    @transport.setter
+    def transport(self, transport: Transport) -> None:
+        self._transport = transport
+
+    @property
+    def local(self) -> bool:
+        """Nothing is sent in this step."""
+        return not self.method.feedback.exchanges(self.step)
+
+    def shared(self) -> list[torch.Tensor]:
+        """The slots that hold the same bits on all ranks and depend on the parameters, but for x."""
+        return [b.state[slot] for b in self.buckets if b.state is not None for slot in b.method.feedback.shared_slots]
+
+
+def _planned(method: Method, named: NamedParameters, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> list[Bucket]:
+    """Buckets of one param group, type and device each. They close once they hold `bucket_bytes`."""
+    buckets: list[Bucket] = []
+    open_buckets: dict[Any, list[tuple[str, torch.nn.Parameter]]] = {}
+    dense_method = method.dense()
+    offsets: dict[str, int] = {}
+    model_numel = 0
+    for name, parameter in named:  # in the order bound, whatever the buckets
+        offsets[name] = model_numel
+        if not method.is_dense(parameter):
+            model_numel += parameter.numel()
+
+    def close(kind: Any) -> None:
+        members = open_buckets.pop(kind)
+        group, dense, dtype, _ = kind
+        segments = replace(Segments.of([(n, p.detach()) for n, p in members], offsets, model_numel), dtype=dtype)
+        name = members[0][0] if bucket_bytes == 0 else f"bucket{len(buckets)}"
+        buckets.append(Bucket(name, dense_method if dense else method, segments, [p for _, p in members], group, dense=dense))
+
+    # Gradients become ready from the last layer to the first.
+    for name, parameter in reversed(named):
+        kind = (group_of(parameter), method.is_dense(parameter), wire_dtype(parameter), parameter.device)
+        members = open_buckets.setdefault(kind, [])
+        members.append((name, parameter))
+        if sum(p.numel() for _, p in members) * kind[2].itemsize >= bucket_bytes:
+            close(kind)
+    for kind in list(open_buckets):
+        close(kind)
+    return buckets
