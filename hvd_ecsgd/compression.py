@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import torch
 
+from .arguments import check_flag
 from .bound import BoundCompression, Named
 from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from .compressors.base import check_unbiased
@@ -215,8 +216,7 @@ class Compression:
         """DoubleSqueeze (Tang et al. 2019): compressed in both directions, feedback on both sides. 1-bit signs by default.
 
         Every rank is the server of a piece of each parameter; with `central`, rank 0 of everything."""
-        if not isinstance(central, bool):
-            raise CompressionError(f"double_squeeze: central must be True or False, got {central!r:.100}.")
+        check_flag(central, "double_squeeze: central")
         exchange = Central(server_compressor) if central else TwoPass(server_compressor)
         return Compression(Sign() if compressor is None else compressor, ErrorFeedback(), exchange, **options)
 
@@ -311,8 +311,7 @@ class Compression:
 
 
 def _feedback(wanted: bool) -> Feedback:
-    if not isinstance(wanted, bool):
-        raise CompressionError(f"error_feedback must be True or False, got {wanted!r:.100}.")
+    check_flag(wanted, "error_feedback")
     return ErrorFeedback() if wanted else NoFeedback()
 
 

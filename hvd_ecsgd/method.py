@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .arguments import check_flag, check_integer, check_number
 from .compressors import Identity
 from .errors import CompressionError
 from .exchange import AllReduce
@@ -60,22 +61,15 @@ class Method:
             )
         if self.feedback.keeps_residual:
             self.compressor.check_feedback()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
-        if not isinstance(self.dense_1d, bool):
-            raise CompressionError(f"dense_1d must be True or False, got {self.dense_1d!r}.")
-        if isinstance(self.verify_every, bool) or not isinstance(self.verify_every, int) or self.verify_every < 0:
-            raise CompressionError(f"verify_every must be a number of steps, or 0 for never, got {self.verify_every!r}.")
-        if not isinstance(self.exact, bool):
-            raise CompressionError(f"exact must be True or False, got {self.exact!r}.")
-        if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
-            raise CompressionError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}.")
-        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
-            raise CompressionError(f"warmup_steps must be a number of steps ≥ 0, got {self.warmup_steps!r}.")
+        check_integer(self.seed, "seed", "an integer (the same on every rank)")
+        check_flag(self.dense_1d, "dense_1d")
+        check_integer(self.verify_every, "verify_every", "a number of steps, or 0 for never", least=0)
+        check_flag(self.exact, "exact")
+        check_integer(self.dense_below, "dense_below", "a number of elements ≥ 0", least=0)
+        check_integer(self.warmup_steps, "warmup_steps", "a number of steps ≥ 0", least=0)
         for option, clip in (("clip_norm", self.clip_norm), ("clip_value", self.clip_value)):
-            wrong = isinstance(clip, bool) or not isinstance(clip, (int, float)) or not (math.isfinite(clip) and clip > 0)
-            if clip is not None and wrong:
-                raise CompressionError(f"{option} must be a finite number > 0, or None for no clipping, got {clip!r}.")
+            if clip is not None:
+                check_number(clip, option, "a finite number > 0, or None for no clipping", lambda clip: clip > 0)
         object.__setattr__(self, "ratio_schedule", check_ratios(self.compressor, self.ratio_schedule, self.warmup_steps))
 
     def settings(self) -> dict[str, str]:

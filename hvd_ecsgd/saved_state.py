@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .arguments import is_integer, is_number
 from .bucket import Bucket, part_of
 from .errors import CompressionError
 from .protocols import State
@@ -148,7 +148,7 @@ def check_head(state: Any, method: str) -> None:
     if not isinstance(state, Mapping) or state.get("format") != 1 or not {"method", "rank", "size", "step", "undone", "parameters"} <= set(state):
         raise CompressionError(f"this is not a state of format 1 that compression.state_dict() returned: {state!r:.80}")
     for key in ("rank", "size", "step", "undone"):
-        if isinstance(state[key], bool) or not isinstance(state[key], int) or state[key] < 0:
+        if not is_integer(state[key], 0):
             raise CompressionError(f"'{key}' of the state: expected an integer ≥ 0, the state holds {state[key]!r:.80}. {_REMEDY}")
     entries = state["parameters"]
     if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
@@ -175,7 +175,7 @@ def _check_entry(name: str, entry: Mapping[str, Any], slots: Iterable[str]) -> N
     """`entry` of the parameter `name` has numbers that are numbers, and nothing but those and `slots`."""
     for number in _NUMBERS:
         value = entry.get(number)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
+        if value is not None and not is_number(value, lambda number: number > 0):
             raise CompressionError(f"'{number}' of parameter '{name}': expected a positive number or None, the state holds {value!r:.80}. {_REMEDY}")
     unknown = [slot for slot in entry if slot not in _NUMBERS and slot not in {*slots}]
     if unknown:

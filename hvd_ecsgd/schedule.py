@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from .compressors.base import check_count, check_ratio
+from .arguments import check_integer, check_ratio, is_integer
 from .errors import CompressionError
 from .protocols import Compressor
 
@@ -25,7 +25,7 @@ def check_ratios(compressor: Compressor, schedule: Sequence[tuple[int, float]], 
         raise CompressionError(f"ratio_schedule: expected a list of (step, ratio) pairs such as [(0, 4), (500, 64)], got {entries!r}.")
     for step, ratio in entries:
         before = pairs[-1][0] if pairs else -1
-        if isinstance(step, bool) or not isinstance(step, int) or step <= before:
+        if not is_integer(step, before + 1):
             raise CompressionError(f"ratio_schedule: steps must be integers ≥ 0 that ascend, got {step!r} after {[s for s, _ in pairs]}.")
         check_ratio(ratio, "ratio_schedule")
         pairs.append((step, float(ratio)))
@@ -58,10 +58,9 @@ def exponential_ratios(ratio: float, stage_steps: int, stages: int = 5, first: f
     """
     check_ratio(ratio, "exponential_ratios")
     check_ratio(first, "exponential_ratios")
-    check_count(stage_steps, "exponential_ratios", "stage_steps", 2**62)
-    check_count(stages, "exponential_ratios", "stages", 10_000)
-    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-        raise CompressionError(f"exponential_ratios: start must be a step, an integer ≥ 0, got {start!r}.")
+    check_integer(stage_steps, "exponential_ratios: stage_steps", least=1, most=2**62)
+    check_integer(stages, "exponential_ratios: stages", least=1, most=10_000)
+    check_integer(start, "exponential_ratios: start", "a step, an integer ≥ 0", least=0)
     if stages == 1:
         return ((start, float(ratio)),)
     growth = (ratio / first) ** (1 / (stages - 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 
 import numpy as np
@@ -18,8 +17,6 @@ __all__ = [
     "BytePayload",
     "FloatPayload",
     "Operator",
-    "check_count",
-    "check_ratio",
     "check_unbiased",
     "below",
     "contraction",
@@ -32,20 +29,6 @@ __all__ = [
 
 _ZERO_KEY = Key(0, 0)
 _warned: set[str] = set()
-
-
-def check_ratio(ratio: float, who: str) -> None:
-    """Raise unless `ratio` (elements in ÷ elements sent) is a finite number ≥ 1."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio < 1:
-        raise CompressionError(
-            f"{who}: ratio must be a finite number ≥ 1 (elements in ÷ elements sent), got {ratio!r}. To send 1 % of the elements write ratio=100."
-        )
-
-
-def check_count(count: int, who: str, what: str, most: int) -> None:
-    """Raise unless `count` is an integer from 1 to `most`."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-        raise CompressionError(f"{who}: {what} must be an integer from 1 to {most}, got {count!r}.")
 
 
 def check_unbiased(compressor: Compressor, who: str) -> None:

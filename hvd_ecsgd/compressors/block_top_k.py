@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import check_integer, check_ratio
 from ..kernels import all_finite, top_k_rows
 from ..segments import Key, Segments, aligned
-from .base import BytePayload, check_count, check_ratio, kept, rows
+from .base import BytePayload, kept, rows
 
 __all__ = ["BlockTopK"]
 
@@ -28,7 +29,7 @@ class BlockTopK(BytePayload):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "top_k")
-        check_count(self.block, "top_k", "block", 2**15)
+        check_integer(self.block, "top_k: block", least=1, most=2**15)
 
     def payload_size(self, segments: Segments) -> int:
         return aligned(sum(self._total(s.numel) for s in segments) * (segments.dtype.itemsize + 2))

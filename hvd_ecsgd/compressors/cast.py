@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import CompressionError
+from ..arguments import check_choice, check_flag
 from ..kernels import all_finite
 from ..segments import Key, Segments
 from .base import Operator
@@ -32,10 +32,8 @@ class Cast(Operator):
     saturate: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in (torch.float16, torch.bfloat16):
-            raise CompressionError(f"cast: dtype must be torch.float16 or torch.bfloat16, got {self.dtype!r}.")
-        if not isinstance(self.saturate, bool):
-            raise CompressionError(f"cast: saturate must be True or False, got {self.saturate!r}.")
+        check_choice(self.dtype, "cast: dtype", (torch.float16, torch.bfloat16))
+        check_flag(self.saturate, "cast: saturate")
 
     @property
     def summable(self) -> bool:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..arguments import check_integer, check_ratio
 from ..errors import CompressionError
 from ..segments import Key, Segment, Segments
-from .base import FloatPayload, check_count, check_ratio, distinct_below
+from .base import FloatPayload, distinct_below
 
 __all__ = ["GlobalRandomBlock"]
 
@@ -35,7 +36,7 @@ class GlobalRandomBlock(FloatPayload):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "global_random_block")
-        check_count(self.blocks, "global_random_block", "blocks", 2**31 - 1)
+        check_integer(self.blocks, "global_random_block: blocks", least=1, most=2**31 - 1)
         if self.blocks < self.ratio:
             raise CompressionError(
                 f"global_random_block: one of {self.blocks} blocks is more than a share of 1/{self.ratio:g}; expected blocks ≥ ratio, and "

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from ..errors import CompressionError
+from ..arguments import check_choice, check_integer
 from ..kernels import all_finite, pack_codes, unpack_codes
 from ..segments import Key, Segments, aligned
-from .base import BytePayload, check_count, contraction, n_rows, rows, warn_once
+from .base import BytePayload, contraction, n_rows, rows, warn_once
 
 __all__ = ["QSGD"]
 
@@ -34,10 +34,9 @@ class QSGD(BytePayload):
     norm: Literal["l2", "max"] = "l2"
 
     def __post_init__(self) -> None:
-        check_count(self.levels, "qsgd", "levels", 127)
-        check_count(self.bucket, "qsgd", "bucket", 2**31 - 1)
-        if self.norm not in ("l2", "max"):
-            raise CompressionError(f"qsgd: norm must be 'l2' or 'max', got {self.norm!r}.")
+        check_integer(self.levels, "qsgd: levels", least=1, most=127)
+        check_integer(self.bucket, "qsgd: bucket", least=1, most=2**31 - 1)
+        check_choice(self.norm, "qsgd: norm", ("l2", "max"))
 
     @property
     def unbiased(self) -> bool:

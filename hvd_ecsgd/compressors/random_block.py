@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import check_ratio
 from ..segments import Key, Segment, Segments
-from .base import FloatPayload, check_ratio, kept
+from .base import FloatPayload, kept
 
 __all__ = ["RandomBlock"]
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import check_flag, check_ratio
 from ..errors import CompressionError
 from ..segments import Key, Segment, Segments
-from .base import FloatPayload, check_ratio, distinct_below, kept
+from .base import FloatPayload, distinct_below, kept
 
 __all__ = ["RandomK"]
 
@@ -30,8 +31,7 @@ class RandomK(FloatPayload):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "random_k")
-        if not isinstance(self.unbiased, bool):
-            raise CompressionError(f"random_k: unbiased must be True or False, got {self.unbiased!r}.")
+        check_flag(self.unbiased, "random_k: unbiased")
 
     @property
     def summable(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import CompressionError
+from ..arguments import check_choice, check_number
 from ..segments import Key, Segments, aligned
 from .base import BytePayload
 
@@ -29,10 +29,8 @@ class Rounding(BytePayload):
     bits: int = 16
 
     def __post_init__(self) -> None:
-        if isinstance(self.step, bool) or not isinstance(self.step, (int, float)) or not (math.isfinite(self.step) and self.step > 0):
-            raise CompressionError(f"Rounding: step must be a positive number, got {self.step!r}.")
-        if isinstance(self.bits, bool) or self.bits not in _TYPES:
-            raise CompressionError(f"Rounding: bits must be one of {sorted(_TYPES)}, got {self.bits!r}.")
+        check_number(self.step, "Rounding: step", "a positive number", lambda step: step > 0)
+        check_choice(self.bits, "Rounding: bits", _TYPES)
 
     def payload_size(self, segments: Segments) -> int:
         return aligned(segments.numel * self.bits // 8)

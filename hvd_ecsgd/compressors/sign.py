@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from ..errors import CompressionError
+from ..arguments import check_choice, check_integer
 from ..kernels import all_finite, negative, pack_bits, signs, unpack_bits
 from ..segments import Key, Segments, aligned
-from .base import BytePayload, check_count, n_rows, rows, warn_once
+from .base import BytePayload, n_rows, rows, warn_once
 
 __all__ = ["Sign"]
 
@@ -31,10 +31,9 @@ class Sign(BytePayload):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.scale not in ("l1", "l2"):
-            raise CompressionError(f"one_bit: scale must be 'l1' or 'l2', got {self.scale!r}.")
+        check_choice(self.scale, "one_bit: scale", ("l1", "l2"))
         if self.block is not None:
-            check_count(self.block, "one_bit", "block", 2**31 - 1)
+            check_integer(self.block, "one_bit: block", least=1, most=2**31 - 1)
 
     def check_feedback(self) -> None:
         if self.scale == "l2":

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..errors import CompressionError
+from ..arguments import check_choice
 from ..kernels import all_finite, negative, pack_codes, unpack_codes
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, warn_once
@@ -29,8 +29,7 @@ class Ternary(BytePayload):
     scale: Literal["l1", "l2"] = "l2"
 
     def __post_init__(self) -> None:
-        if self.scale not in ("l1", "l2"):
-            raise CompressionError(f"ternary: scale must be 'l1' or 'l2', got {self.scale!r}.")
+        check_choice(self.scale, "ternary: scale", ("l1", "l2"))
 
     def check_feedback(self) -> None:
         if self.scale == "l2":

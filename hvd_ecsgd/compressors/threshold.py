@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..arguments import check_flag, check_number, check_ratio
 from ..errors import CompressionError
 from ..kernels import all_finite, pack_codes, unpack_codes
 from ..segments import Key, Segment, Segments, aligned
-from .base import BytePayload, below, check_ratio, kept
+from .base import BytePayload, below, kept
 
 __all__ = ["Threshold"]
 
@@ -42,10 +43,8 @@ class Threshold(BytePayload):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "threshold")
-        if isinstance(self.sample, bool) or not isinstance(self.sample, (int, float)) or not 0 < self.sample <= 1:
-            raise CompressionError(f"threshold: sample must be a share of the entries in (0, 1], such as 0.01, got {self.sample!r}.")
-        if not isinstance(self.two_bits, bool):
-            raise CompressionError(f"threshold: two_bits must be True or False, got {self.two_bits!r}.")
+        check_number(self.sample, "threshold: sample", "a share of the entries in (0, 1], such as 0.01", lambda share: 0 < share <= 1)
+        check_flag(self.two_bits, "threshold: two_bits")
 
     def payload_size(self, segments: Segments) -> None:
         """It depends on the values."""

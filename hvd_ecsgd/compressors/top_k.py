@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import check_integer, check_ratio
 from ..errors import CompressionError
 from ..kernels import all_finite, top_k_indices
 from ..segments import Key, Segments, aligned
-from .base import BytePayload, check_ratio, kept
+from .base import BytePayload, kept
 
 __all__ = ["TopK"]
 
@@ -29,8 +30,8 @@ class TopK(BytePayload):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "top_k")
-        if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
-            raise CompressionError(f"top_k: k must be an integer ≥ 1, got {self.k!r}.")
+        if self.k is not None:
+            check_integer(self.k, "top_k: k", "an integer ≥ 1", least=1)
 
     def _k(self, numel: int) -> int:
         """A `k` larger than a segment keeps all of it: small parameters must not make a setting for large ones an error."""

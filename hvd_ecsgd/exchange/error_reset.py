@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from ..arguments import check_integer
 from ..compressors import RandomBlock
 from ..errors import CompressionError
 from ..protocols import Compressor, Steps, Task, Traffic
@@ -37,8 +38,7 @@ class ErrorReset(Stateless):
     def __post_init__(self) -> None:
         if isinstance(self.reset_compressor, type) or not isinstance(self.reset_compressor, Compressor):
             raise CompressionError(f"reset_compressor: expected an instance from hvd_ecsgd.compressors, got {self.reset_compressor!r}.")
-        if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
-            raise CompressionError(f"period must be a number of steps from reset to reset, an integer ≥ 1, got {self.period!r}.")
+        check_integer(self.period, "period", "a number of steps from reset to reset, an integer ≥ 1", least=1)
 
     @property
     def settles(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ..arguments import check_choice, check_integer
 from ..errors import CompressionError
 from ..kernels import all_finite
 from ..protocols import Compressor, State, Steps, Task, Traffic
@@ -41,11 +42,8 @@ class PowerSGD(Faithful):
     residual: Literal["mean", "own"] = "mean"
 
     def __post_init__(self) -> None:
-        a = self.approximation_rank
-        if isinstance(a, bool) or not isinstance(a, int) or a < 1:
-            raise CompressionError(f"approximation_rank must be an integer ≥ 1, got {a!r}.")
-        if self.residual not in ("mean", "own"):
-            raise CompressionError(f"residual must be 'mean' or 'own', got {self.residual!r}.")
+        check_integer(self.approximation_rank, "approximation_rank", "an integer ≥ 1", least=1)
+        check_choice(self.residual, "residual", ("mean", "own"))
 
     @property
     def approximates(self) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from ..errors import CompressionError
+from ..arguments import check_integer, check_number
 from ..segments import Key, Segment
 
 __all__ = ["Bernoulli", "Every", "NormBased", "SkipPolicy"]
@@ -36,8 +35,8 @@ class SkipPolicy(Protocol):
 
 
 def _check_cap(cap: int | None, who: str) -> None:
-    if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 0):
-        raise CompressionError(f"{who}: cap must be None or an integer ≥ 0 (skips in a row), got {cap!r}.")
+    if cap is not None:
+        check_integer(cap, f"{who}: cap", "None or an integer ≥ 0 (skips in a row)", least=0)
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,9 @@ class Every:
     cap: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise CompressionError(f"Every: k must be an integer ≥ 1 (send in every k-th step), got {self.k!r}.")
-        if self.offset is not None and (isinstance(self.offset, bool) or not isinstance(self.offset, int)):
-            raise CompressionError(f"Every: offset must be an integer, or None for the rank, got {self.offset!r}.")
+        check_integer(self.k, "Every: k", "an integer ≥ 1 (send in every k-th step)", least=1)
+        if self.offset is not None:
+            check_integer(self.offset, "Every: offset", "an integer, or None for the rank")
         _check_cap(self.cap, "Every")
 
     @property
@@ -77,10 +75,8 @@ class Bernoulli:
     cap: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.q, bool) or not isinstance(self.q, (int, float)) or not 0 < self.q <= 1:
-            raise CompressionError(f"Bernoulli: q must be a probability of sending in (0, 1], got {self.q!r}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise CompressionError(f"Bernoulli: seed must be an integer (the same on every rank), got {self.seed!r}.")
+        check_number(self.q, "Bernoulli: q", "a probability of sending in (0, 1]", lambda q: 0 < q <= 1)
+        check_integer(self.seed, "Bernoulli: seed", "an integer (the same on every rank)")
         _check_cap(self.cap, "Bernoulli")
 
     @property
@@ -105,9 +101,7 @@ class NormBased:
     cap: int | None = 16
 
     def __post_init__(self) -> None:
-        t = self.threshold
-        if isinstance(t, bool) or not isinstance(t, (int, float)) or not (math.isfinite(t) and t >= 0):
-            raise CompressionError(f"NormBased: threshold must be a finite number ≥ 0 (0 never skips), got {t!r}.")
+        check_number(self.threshold, "NormBased: threshold", "a finite number ≥ 0 (0 never skips)", lambda threshold: threshold >= 0)
         _check_cap(self.cap, "NormBased")
 
     @property

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from ..arguments import check_flag
 from ..errors import CompressionError
 from ..protocols import Compressor, State, Steps, Task, Traffic, poison
 from ..segments import Segments
@@ -85,8 +86,7 @@ class TwoPass(Faithful):
 
     def __post_init__(self) -> None:
         check_server_compressor(self.server_compressor)
-        if not isinstance(self.server_feedback, bool):
-            raise CompressionError(f"server_feedback must be True or False, got {self.server_feedback!r}.")
+        check_flag(self.server_feedback, "server_feedback")
 
     def check(self, compressor: Compressor) -> None:
         """Any compressor can travel this way, on either side; the server's must bear feedback when the server has it."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from ..arguments import check_flag, check_integer, check_number
 from ..errors import CompressionError
 from ..protocols import Part, State, StepContext
 from ..segments import Key, Segment, Segments
@@ -206,8 +206,7 @@ class Hutchinson(_Diagonal):
     def __post_init__(self) -> None:
         _check_product(self.function, "Hutchinson")
         _check_decay(self.decay, "Hutchinson")
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise CompressionError(f"Hutchinson: every must be an integer ≥ 1, got {self.every!r}.")
+        check_integer(self.every, "Hutchinson: every", "an integer ≥ 1", least=1)
 
     def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         if key.step % self.every:
@@ -240,8 +239,7 @@ class GradientSquares(_Diagonal):
 
     def __post_init__(self) -> None:
         _check_decay(self.decay, "GradientSquares")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not (math.isfinite(self.scale) and self.scale > 0):
-            raise CompressionError(f"GradientSquares: scale must be a positive number, got {self.scale!r}.")
+        check_number(self.scale, "GradientSquares: scale", "a positive number", lambda scale: scale > 0)
 
     def _weight(self, ctx: StepContext) -> float:
         return (1 - self.decay) * self.scale
@@ -267,10 +265,8 @@ def _check_product(function: Callable[[Vectors], Vectors], who: str) -> None:
 
 
 def _check_local(local: bool, who: str) -> None:
-    if not isinstance(local, bool):
-        raise CompressionError(f"{who}: local must be True (this worker's own Hessian) or False (that of the mean), got {local!r:.100}.")
+    check_flag(local, f"{who}: local", "True (this worker's own Hessian) or False (that of the mean)")
 
 
 def _check_decay(decay: float, who: str) -> None:
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 < decay < 1:
-        raise CompressionError(f"{who}: decay must be between 0 and 1, got {decay!r}.")
+    check_number(decay, f"{who}: decay", "between 0 and 1", lambda decay: 0 < decay < 1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..arguments import check_number
 from ..errors import CompressionError
 from ..protocols import Feedback, State, StepContext
 from ..segments import Segments
@@ -38,9 +38,8 @@ class DistEFSGD(GradientUnit):
 
     def __post_init__(self) -> None:
         for name, value in (("momentum", self.momentum), ("weight_decay", self.weight_decay)):
-            wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0)
-            if value is not None and wrong:
-                raise CompressionError(f"dist_ef_sgd: {name} must be a finite number ≥ 0, or None to read the optimizer's, got {value!r}.")
+            if value is not None:
+                check_number(value, f"dist_ef_sgd: {name}", "a finite number ≥ 0, or None to read the optimizer's", lambda v: v >= 0)
         if not isinstance(self.nesterov, bool) or (self.nesterov and not self.momentum):
             raise CompressionError(
                 f"dist_ef_sgd: nesterov={self.nesterov!r} needs momentum > 0 beside it, got momentum={self.momentum!r}; without arguments the "

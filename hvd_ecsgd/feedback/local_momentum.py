@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..arguments import check_integer, check_number, is_integer
 from ..errors import CompressionError
 from ..protocols import Feedback, Part, State, StepContext
 from ..segments import Key, Segments
@@ -42,16 +42,10 @@ class LocalMomentum(Shifted):
     """For segments that travel uncompressed: nothing to shift by. Set by `for_dense`."""
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.lambda_, bool)
-            or not isinstance(self.lambda_, (int, float))
-            or not (math.isfinite(self.lambda_) and 0 <= self.lambda_ <= 1)
-        ):
-            raise CompressionError(f"lambda_ must be in [0, 1] (0: EF, 1: SAEF, between: DEF), got {self.lambda_!r}.")
-        if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
-            raise CompressionError(f"period must be a number of local steps between exchanges, an integer ≥ 1, got {self.period!r}.")
+        check_number(self.lambda_, "lambda_", "in [0, 1] (0: EF, 1: SAEF, between: DEF)", lambda share: 0 <= share <= 1)
+        check_integer(self.period, "period", "a number of local steps between exchanges, an integer ≥ 1", least=1)
         h2 = self.average_errors
-        if h2 is not None and (isinstance(h2, bool) or not isinstance(h2, int) or h2 < 1 or h2 % self.period):
+        if h2 is not None and not (is_integer(h2, 1) and h2 % self.period == 0):
             raise CompressionError(
                 f"average_errors must be None or a number of steps, an integer ≥ 1 and a multiple of period={self.period}, got {h2!r}."
             )

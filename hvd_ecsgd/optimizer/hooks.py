@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..arguments import check_integer
 from ..bucket import Bucket
-from ..errors import CompressionError, SequenceError
+from ..errors import SequenceError
 from .backward import BackwardPasses
 
 __all__ = ["GradientHooks", "check_passes"]
@@ -23,8 +24,7 @@ _lock = threading.Lock()
 
 
 def check_passes(passes: int) -> None:
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-        raise CompressionError(f"backward_passes_per_step must be an integer ≥ 1, got {passes!r}.")
+    check_integer(passes, "backward_passes_per_step", "an integer ≥ 1", least=1)
 
 
 @dataclass

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from hvd_ecsgd.arguments import as_integer
 from hvd_ecsgd.transport.base import Handle
 
 from .. import runtime
@@ -104,8 +104,10 @@ def _splits(splits: object, what: str) -> list[int]:
     """One-dimensional, and integers: others would be rounded without a word."""
     try:
         given = splits.tolist() if hasattr(splits, "tolist") else list(cast(Any, splits))
-        if any(isinstance(s, bool) for s in given):
-            raise TypeError
-        return [operator.index(s) for s in given]
+        numbers = [as_integer(s) for s in given]
     except (TypeError, ValueError, RuntimeError):  # a sparse tensor has no list
-        raise ValueError(f"{what}: splits must be a list, or 1-D array or tensor, of integers, rows for each rank; got {splits!r:.100}.") from None
+        numbers = [None]
+    whole = [number for number in numbers if number is not None]
+    if len(whole) < len(numbers):
+        raise ValueError(f"{what}: splits must be a list, or 1-D array or tensor, of integers, rows for each rank; got {splits!r:.100}.")
+    return whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 
 from hvd_ecsgd import BoundCompression
+from hvd_ecsgd.arguments import as_integer
 from hvd_ecsgd.exchange import HorovodCompressor, is_horovod_compressor
 
 from .. import runtime
@@ -48,11 +48,8 @@ def describe(t: torch.Tensor, rows: bool = False) -> str:
 def check_root(root_rank: int, process_set: ProcessSet, what: str) -> int:
     """The rank of `root_rank` within the process set."""
     ranks = runtime.members(process_set).ranks
-    try:
-        root = -1 if isinstance(root_rank, bool) else operator.index(root_rank)
-    except TypeError:
-        root = -1
-    if root not in ranks:
+    root = as_integer(root_rank)
+    if root is None or root not in ranks:
         expected = f"0 to {len(ranks) - 1}" if ranks == tuple(range(len(ranks))) else f"one of {', '.join(map(str, ranks))}"
         raise ValueError(f"{what}: root_rank is {root_rank!r}; there are {len(ranks)} ranks, expected {expected}.")
     return ranks.index(root)

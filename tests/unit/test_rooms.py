@@ -15,7 +15,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 
-BOTTOM = {"segments", "errors", "version", "protocols", "transport"}
+BOTTOM = {"arguments", "segments", "errors", "version", "protocols", "transport"}
 BELOW_METHOD = {"schedule", "exchange", "feedback", "compressors", "kernels", *BOTTOM}
 BELOW_STATE = {"bucket", "method", *BELOW_METHOD}
 BELOW_AGGREGATOR = {"state", "points", "agreement", "refusal", "switch", "saved_state", "gradients", "talk", *BELOW_STATE}
@@ -23,6 +23,7 @@ BELOW_DRIVERS = {"bound", "attached", "guard", "trees", "aggregator", *BELOW_AGG
 # room (a module or a folder of hvd_ecsgd) → the other rooms of hvd_ecsgd that it may import
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "arguments": {"errors"},
     "version": set(),
     "segments": {"errors"},
     "transport": {"segments", "errors", "version"},
@@ -32,10 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "refusal": {"transport"},
     "protocols": {"segments", "errors", "version", "transport"},
     "kernels": {"segments", "errors", "version", "protocols"},
-    "compressors": {"kernels", "protocols", "segments", "errors"},
+    "compressors": {"kernels", "protocols", "segments", "arguments", "errors"},
     "feedback": {"compressors", "kernels", *BOTTOM},
     "exchange": {"compressors", "kernels", *BOTTOM},
-    "schedule": {"compressors", "protocols", "errors"},
+    "schedule": {"compressors", "protocols", "arguments", "errors"},
     "method": BELOW_METHOD,
     "bucket": {"method", *BELOW_METHOD},
     "state": BELOW_STATE,
