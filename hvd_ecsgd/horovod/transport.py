@@ -115,21 +115,10 @@ class HorovodTransport:
         handle = self._hvd.alltoall_async(wire, splits=rows, name=f"{self._prefix}.{name}", **self._options)
         return _HorovodHandle(self._hvd, handle, lambda result: _parts(result[0], result[1].tolist(), t))
 
-    def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:
-        # Horovod has no point-to-point call; an all-to-all with one non-empty split moves the same bytes.
-        flat = t.reshape(-1)
-        splits = [flat.numel() if r == peer else 0 for r in range(self.size)]
-        rows = torch.tensor(splits, dtype=torch.int32, device="cpu")
-        handle = self._hvd.alltoall_async(flat, splits=rows, name=f"{self._prefix}.{name}", **self._options)
-        return _HorovodHandle(self._hvd, handle, lambda result: result[0].view(t.shape))
-
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         ranks = getattr(self._set, "ranks", None)  # Horovod wants the global rank, also in a process set
         handle = self._hvd.broadcast_async_(t, ranks[root] if ranks else root, name=f"{self._prefix}.{name}", **self._options)
         return _HorovodHandle(self._hvd, handle, lambda result: t)
-
-    def barrier(self) -> None:
-        self._hvd.barrier(**self._options)
 
 
 class SlotHandle(Ready[torch.Tensor]):

@@ -71,16 +71,8 @@ class Transport(Protocol):
         """Rows `splits[r]` of `t` go to rank r; the result is what came, by rank. Give `received` (rows by rank) when known, to save a round."""
         ...
 
-    def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:
-        """Exchange tensors of one shape and dtype with `peer` (which names this rank as its peer)."""
-        ...
-
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         """Root's values, in place; the result is `t`."""
-        ...
-
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
         ...
 
 

@@ -30,15 +30,7 @@ class SelfTransport:
             raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be 1 number that adds up to {t.shape[0]} rows.")
         return Ready([t])
 
-    def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:
-        if peer != 0:
-            raise TransportError(f"sendrecv '{name}': there is no rank {peer} in a group of one.")
-        return Ready(t.clone())
-
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         if root != 0:
             raise TransportError(f"broadcast '{name}': there is no rank {root} in a group of one.")
         return Ready(t)
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""

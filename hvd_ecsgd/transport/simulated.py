@@ -165,19 +165,8 @@ class SimulatedTransport:
             raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be {self.size} numbers that add up to {t.shape[0]} rows.")
         return self._start(name, list(torch.split(t.clone(), list(splits))), lambda parts: [sent[self.rank] for sent in parts])
 
-    def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:
-        def finish(parts: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-            if parts[peer][0] != self.rank:
-                raise TransportError(f"sendrecv '{name}': rank {self.rank} names {peer} as its peer, which names {parts[peer][0]}.")
-            return parts[peer][1]
-
-        return self._start(name, (peer, t.clone()), finish)
-
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         return self._start(name, t.clone() if self.rank == root else None, lambda parts: t.copy_(parts[root]))
-
-    def barrier(self) -> None:
-        self._start("barrier", None, lambda parts: None).wait()
 
 
 def run_simulated(size: int, worker: Callable[[SimulatedTransport], T], timeout: float = 120.0) -> list[T]:

@@ -173,39 +173,12 @@ class MPITransport:
         request = self._first.Ialltoall([memory_of(announced), 2, MPI.INT64_T], [memory_of(replies), 2, MPI.INT64_T])
         return self._operations.start(what, [request], finish, lambda: exchange(self._second, self._agreed(replies, announced, tag, t, what)))
 
-    def sendrecv(self, t: torch.Tensor, peer: int, name: str) -> Handle[torch.Tensor]:
-        """Exchange tensors of one shape and dtype with `peer` (which names this rank as its peer); the result is a new tensor.
-
-        Exchanges between two ranks match in the order in which both start them. If the peer's tensor has another size, `wait` raises.
-        """
-        what = f"sendrecv {name!r} with rank {peer}"
-        flat = self._flat(t, what)
-        self._check_rank(peer, "peer", what)
-        if peer == self.rank:
-            return Ready(t.detach().clone())
-        work = self._staged(flat)
-        out = self._incoming(t, None)
-        unit = unit_of(t)
-        pieces = torch.split(out.view(-1), memory.LARGEST)
-        requests = [self._first.Irecv([memory_of(piece), piece.numel(), unit], peer) for piece in pieces]
-        requests += [self._first.Isend([memory_of(piece), piece.numel(), unit], peer) for piece in torch.split(work, memory.LARGEST)]
-        statuses = [MPI.Status() for _ in requests]
-
-        def finish(keep: torch.Tensor = work) -> torch.Tensor:
-            came = sum(status.Get_count(unit) for status, _ in zip(statuses, pieces, strict=False))
-            if came != out.numel():
-                raise TransportError(
-                    f"{what}: expected {out.numel()} elements of {out.dtype}, as sent, but {came} came; both must pass one shape and dtype."
-                )
-            return out.to(t.device)
-
-        return self._operations.start(what, requests, finish, statuses=statuses, collective=False)
-
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         """Root's values, in place; the result is `t`. Shape and dtype must be equal on every rank."""
         what = f"broadcast_ {name!r} from rank {root}"
         flat = self._flat(t, what)
-        self._check_rank(root, "root", what)
+        if not 0 <= root < self.size:
+            raise TransportError(f"{what}: there are {self.size} ranks; expected a root from 0 to {self.size - 1}.")
         if self.size == 1 or flat.numel() == 0:
             return Ready(t)
         work = self._staged(flat)
@@ -218,10 +191,6 @@ class MPITransport:
             return t
 
         return self._operations.start(what, requests, finish)
-
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
-        self._operations.start("barrier", [self._first.Ibarrier()], lambda: None).wait()
 
     def abandon(self) -> None:
         """Something in flight will never be complete: `close` does not wait for it."""
@@ -310,10 +279,6 @@ class MPITransport:
                 f"{what}: the tensor of shape {tuple(t.shape)} is not dense and contiguous; pass t.contiguous(), or t.to_dense() if sparse."
             )
         return t.detach().view(-1)
-
-    def _check_rank(self, rank: int, role: str, what: str) -> None:
-        if not 0 <= rank < self.size:
-            raise TransportError(f"{what}: there are {self.size} ranks; expected a {role} from 0 to {self.size - 1}.")
 
     def _stages(self, t: torch.Tensor) -> bool:
         return t.device.type != "cpu" and not (self._cuda_aware and t.is_cuda)

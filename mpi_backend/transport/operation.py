@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -27,21 +26,17 @@ class Operation(Generic[T]):
         self,
         operations: Operations,
         number: int,
-        turn: int | None,
         what: str,
         requests: list[MPI.Request],
         finish: Callable[[], T],
         second: Callable[[], list[MPI.Request]] | None,
-        statuses: list[MPI.Status] | None,
     ) -> None:
-        self.number = number
-        self.turn = turn  # among the collectives, equal on all ranks; None: between two ranks
+        self.number = number  # equal on all ranks
         self.what = what
         self._operations = operations
         self._requests = requests
         self._finish: Callable[[], T] | None = finish
         self._second = second
-        self._statuses = statuses
         self._result: T | None = None
         self._error: TransportError | None = None
 
@@ -92,7 +87,7 @@ class Operation(Generic[T]):
         if not self._requests:
             return True
         try:
-            complete = MPI.Request.Waitall(self._requests, self._statuses) if block else MPI.Request.Testall(self._requests, self._statuses)
+            complete = MPI.Request.Waitall(self._requests) if block else MPI.Request.Testall(self._requests)
         except MPI.Exception as error:
             self._fail(error)
             complete = True
@@ -119,8 +114,7 @@ class Operations:
     def __init__(self) -> None:
         self.blocked: Operation[Any] | None = None
         """What a caller waits for at this moment; others may look."""
-        self._numbers = itertools.count()
-        self._turns = 0
+        self._started = 0
         self._in_flight: deque[Operation[Any]] = deque()  # in start order; keeps the buffers of handles that were dropped
         self._unlaunched: deque[Operation[Any]] = deque()  # those with a second stage to come, in start order
 
@@ -130,13 +124,10 @@ class Operations:
         requests: list[MPI.Request],
         finish: Callable[[], T],
         second: Callable[[], list[MPI.Request]] | None = None,
-        statuses: list[MPI.Status] | None = None,
-        collective: bool = True,
     ) -> Operation[T]:
         """Note what was started: `requests` are its first stage; `finish` and `second` as for `Operation`."""
-        turn = self._turns if collective else None
-        self._turns += collective
-        operation = Operation(self, next(self._numbers), turn, what, requests, finish, second, statuses)
+        operation = Operation(self, self._started, what, requests, finish, second)
+        self._started += 1
         self._in_flight.append(operation)
         if second is not None:
             self._unlaunched.append(operation)
@@ -146,17 +137,17 @@ class Operations:
 
     def submitted(self) -> int:
         """How many collectives, in the order that is equal on all ranks, need no further call of this rank."""
-        return next((o.turn for o in list(self._unlaunched) if o.turn is not None), self._turns)
+        return next((o.number for o in list(self._unlaunched)), self._started)
 
-    def started_beyond(self, turn: int) -> str | None:
-        """If this rank has started its collective number `turn`, what it is. Another thread may ask."""
-        if turn >= self._turns:
+    def started_beyond(self, number: int) -> str | None:
+        """If this rank has started its collective of this number, what it is. Another thread may ask."""
+        if number >= self._started:
             return None
         with contextlib.suppress(RuntimeError):  # the queue changed meanwhile
             for operation in self._in_flight:
-                if operation.turn == turn:
+                if operation.number == number:
                     return operation.what
-        return f"collective number {turn}"
+        return f"collective number {number}"
 
     def progress(self, through: int = -1) -> None:
         """Launch second stages in start order: those whose turn has come, and, blocking, those of operations numbered up to `through`."""
@@ -174,6 +165,6 @@ class Operations:
 
     def complete_all(self) -> None:
         """Block until MPI is done with everything."""
-        self.progress(through=next(self._numbers))
+        self.progress(through=self._started)
         while self._in_flight:
             self._in_flight.popleft().complete(block=True)

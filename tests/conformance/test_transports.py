@@ -94,7 +94,7 @@ def test_a_failing_worker_is_what_is_raised() -> None:
     def worker(t: Transport) -> None:
         if t.rank == 1:
             raise ZeroDivisionError("on purpose")
-        t.barrier()
+        t.allreduce_(torch.ones(2), "sum").wait()
 
     with pytest.raises((ZeroDivisionError, TransportError), match="on purpose"):
         run_simulated(3, worker, timeout=60)

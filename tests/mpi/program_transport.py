@@ -96,18 +96,13 @@ def check_reduce_scatter(t: MPITransport, label: str) -> None:
             verdict.equal(out, total.to(dtype).split(counts)[t.rank], f"{label} reduce_scatter {dtype} {counts}")
 
 
-def check_sendrecv_and_broadcast(t: MPITransport, label: str) -> None:
+def check_broadcast(t: MPITransport, label: str) -> None:
     for dtype in (*DTYPES, torch.bool):
         for shape in ((), (0,), (1,), (6, 3)):
-            # Everybody with everybody, oneself included: k pairs ranks a and k - a.
-            handles = [((k - t.rank) % t.size, t.sendrecv(sample(shape, dtype, t.rank + 5 * k), (k - t.rank) % t.size, "x")) for k in range(t.size)]
-            for k, (peer, handle) in enumerate(handles):
-                verdict.equal(handle.wait(), sample(shape, dtype, peer + 5 * k), f"{label} sendrecv {dtype} {shape} with {peer}")
             for root in range(t.size):
                 x = sample(shape, dtype, t.rank)
                 verdict.expect(finished(t.broadcast_(x, root, "x")) is x, f"{label} broadcast_: the result is the argument")
                 verdict.equal(x, sample(shape, dtype, root), f"{label} broadcast_ {dtype} {shape} from {root}")
-    t.barrier()
 
 
 def check_errors(t: MPITransport) -> None:
@@ -121,7 +116,6 @@ def check_errors(t: MPITransport) -> None:
     refuse(lambda: t.alltoall(torch.ones(n), [1] * (n + 1), "x"), "too many splits", f"{n} ranks")
     refuse(lambda: t.alltoall(torch.ones(n + 1), [1] * n, "x"), "splits that do not add up", "adding up")
     refuse(lambda: t.alltoall(torch.ones(n), [1] * n, "x", [2] * n), "received", "pass None")
-    refuse(lambda: t.sendrecv(torch.ones(1), n, "x"), "no such peer", f"expected a peer from 0 to {n - 1}")
     refuse(lambda: t.broadcast_(torch.ones(1), -1, "x"), "no such root", f"expected a root from 0 to {n - 1}")
     if n > 1:
         last = t.rank == n - 1
@@ -129,17 +123,13 @@ def check_errors(t: MPITransport) -> None:
         refuse(lambda: t.allgather(torch.ones(2, dtype=torch.int32 if last else torch.float32), "x").wait(), "dtypes", "another dtype")
         refuse(lambda: t.allgather(torch.ones(2), "b" if last else "a").wait(), "names", "equal names")
         refuse(lambda: t.alltoall(torch.ones(n, 4 if last else 3), [1] * n, "x").wait(), "trailing shapes", "alltoall 'x'", "another shape")
-    if n > 1 and t.rank < 2:
-        peer = 1 - t.rank
-        refuse(lambda: t.sendrecv(torch.ones(2 + t.rank), peer, "x").wait(), "another size at the peer", f"sendrecv 'x' with rank {peer}")
-    t.barrier()
     verdict.equal(t.allreduce_(torch.ones(3), "x").wait(), torch.full((3,), float(n)), "after errors")
 
 
 plain, staged = MPITransport(), Staged()
 verdict.expect(isinstance(plain, Transport), "MPITransport is a Transport")
 for transport, label in ((plain, "plain"), (staged, "staged")):
-    for check in (check_allreduce, check_allgather, check_alltoall, check_reduce_scatter, check_sendrecv_and_broadcast):
+    for check in (check_allreduce, check_allgather, check_alltoall, check_reduce_scatter, check_broadcast):
         check(transport, label)
 check_errors(plain)
 
@@ -147,7 +137,7 @@ check_errors(plain)
 n = plain.size
 for largest in (4, 16):
     memory.LARGEST = largest
-    for check in (check_allreduce, check_allgather, check_alltoall, check_reduce_scatter, check_sendrecv_and_broadcast):
+    for check in (check_allreduce, check_allgather, check_alltoall, check_reduce_scatter, check_broadcast):
         check(plain, f"cut into {largest}")
 for rows in ([17] * n, [1 + 40 * (r == 0) for r in range(n)], [3, 0, 50][:n], [13 * r for r in range(n)]):
     mine = [sample((r, 2), torch.float16, r) for r in rows]
