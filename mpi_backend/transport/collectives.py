@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -113,11 +114,11 @@ class MPITransport:
         received = [counts[self.rank]] * self.size
         requests, deliver = start_alltoall(self._first, work, counts, copies, received)
 
-        def finish(keep: torch.Tensor = work) -> torch.Tensor:
+        def finish() -> torch.Tensor:
             deliver()
             return _combined(copies, op).to(t.dtype).to(t.device)
 
-        return self._operations.start(what, requests, finish)
+        return self._operations.start(what, requests, finish, keep=[work])
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         """Everybody's tensor, by rank. First dimensions may differ; give `sizes` (first dimension by rank) when they are known, to save a round.
@@ -160,18 +161,19 @@ class MPITransport:
             result.append((out, rows, deliver))
             return requests
 
-        def finish(keep: torch.Tensor = work) -> list[torch.Tensor]:
+        def finish() -> list[torch.Tensor]:
             out, rows, deliver = result[0]
             deliver()
             return list(torch.split(out.to(t.device), rows))
 
         if received is not None:
-            return self._operations.start(what, exchange(self._first, list(received)), finish)
+            return self._operations.start(what, exchange(self._first, list(received)), finish, keep=[work])
         tag = _signature(what, t)
         announced = torch.tensor([[s, tag] for s in splits], dtype=torch.int64, device="cpu")
         replies = torch.empty_like(announced)
         request = self._first.Ialltoall([memory_of(announced), 2, MPI.INT64_T], [memory_of(replies), 2, MPI.INT64_T])
-        return self._operations.start(what, [request], finish, lambda: exchange(self._second, self._agreed(replies, announced, tag, t, what)))
+        second = partial(self._after_agreeing, exchange, replies, tag, t, what)
+        return self._operations.start(what, [request], finish, second, keep=[work, announced, replies])
 
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         """Root's values, in place; the result is `t`. Shape and dtype must be equal on every rank."""
@@ -222,7 +224,7 @@ class MPITransport:
                 requests += start_allgather(self._second, piece, chunks)
             return requests
 
-        return self._operations.start(what, requests, finish, second)
+        return self._operations.start(what, requests, finish, second, keep=[work])
 
     def _allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None, shaped: Callable[[torch.Tensor, list[int]], T]) -> Handle[T]:
         what = f"allgather {name!r}"
@@ -255,13 +257,14 @@ class MPITransport:
         announced = torch.tensor([[t.shape[0], tag]], dtype=torch.int64, device="cpu")
         replies = torch.empty((self.size, 2), dtype=torch.int64, device="cpu")
         request = self._first.Iallgather([memory_of(announced), 2, MPI.INT64_T], [memory_of(replies), 2, MPI.INT64_T])
-        return self._operations.start(what, [request], finish, lambda: gather(self._second, self._agreed(replies, announced, tag, t, what)))
+        second = partial(self._after_agreeing, gather, replies, tag, t, what)
+        return self._operations.start(what, [request], finish, second, keep=[announced, replies])
 
-    def _agreed(self, replies: torch.Tensor, announced: torch.Tensor, tag: int, t: torch.Tensor, what: str) -> list[int]:
-        """The rows of the (rows, signature) pairs that came. Everybody's signature went to everybody, so all ranks raise or none.
-
-        Being an argument keeps `announced` alive in the closure that calls this.
-        """
+    def _after_agreeing(
+        self, start: Callable[[MPI.Comm, list[int]], list[MPI.Request]], replies: torch.Tensor, tag: int, t: torch.Tensor, what: str
+    ) -> list[MPI.Request]:
+        """Start the second stage with the rows of the (rows, signature) pairs that came. Everybody's signature went to everybody, so all ranks raise
+        or none."""
         rows, tags = replies.t().tolist()
         others = [r for r in range(self.size) if tags[r] != tag]
         if others:
@@ -269,7 +272,7 @@ class MPITransport:
                 f"{what}: rank {self.rank} passed {t.dtype}, shape {tuple(t.shape)}; ranks {others} passed another dtype or another shape beyond the "
                 "first dimension, or started another collective here. All ranks must start the same collectives in the same order, with equal names."
             )
-        return rows  # type: ignore[no-any-return]
+        return start(self._second, rows)
 
     # ---- memory
 

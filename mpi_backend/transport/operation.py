@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+import torch
 from mpi4py import MPI
 
 from hvd_ecsgd.errors import TransportError
@@ -19,7 +20,8 @@ T = TypeVar("T")
 class Operation(Generic[T]):
     """A started collective: the requests of its first stage, and perhaps a second stage still to be launched.
 
-    `finish` makes the result once all requests are complete; it and `second` hold every buffer that MPI reads or writes.
+    `finish` makes the result once all requests are complete. `keep`: the buffers that MPI reads or writes until then, beside those
+    that `finish`, and in the first stage `second`, refer to.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Operation(Generic[T]):
         requests: list[MPI.Request],
         finish: Callable[[], T],
         second: Callable[[], list[MPI.Request]] | None,
+        keep: Sequence[torch.Tensor],
     ) -> None:
         self.number = number  # equal on all ranks
         self.what = what
@@ -37,6 +40,7 @@ class Operation(Generic[T]):
         self._requests = requests
         self._finish: Callable[[], T] | None = finish
         self._second = second
+        self._keep = keep
         self._result: T | None = None
         self._error: TransportError | None = None
 
@@ -58,7 +62,7 @@ class Operation(Generic[T]):
                 self._result = self._finish()
             except TransportError as error:
                 self._error = error
-            self._finish = None
+            self._finish, self._keep = None, ()
             self._operations.sweep()
         if self._error is not None:
             raise self._error
@@ -124,9 +128,10 @@ class Operations:
         requests: list[MPI.Request],
         finish: Callable[[], T],
         second: Callable[[], list[MPI.Request]] | None = None,
+        keep: Sequence[torch.Tensor] = (),
     ) -> Operation[T]:
-        """Note what was started: `requests` are its first stage; `finish` and `second` as for `Operation`."""
-        operation = Operation(self, self._started, what, requests, finish, second)
+        """Note what was started: `requests` are its first stage; `finish`, `second` and `keep` as for `Operation`."""
+        operation = Operation(self, self._started, what, requests, finish, second, keep)
         self._started += 1
         self._in_flight.append(operation)
         if second is not None:
