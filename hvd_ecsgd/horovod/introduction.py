@@ -20,11 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import DisagreementError
 from ..talk import STEP, packed_text, raise_on_other_texts
 from ..transport import Handle, Transport
-from .opening import SILENCE, await_others
+from . import opening
 
 __all__ = ["Introduction", "Register"]
-
-_SILENCE = SILENCE
 
 
 class Register:
@@ -119,7 +117,7 @@ class Introduction:
             if doing == STEP:
                 self._wait(handle, transport.rank)
             else:
-                await_others(handle, doing, transport.rank)
+                opening.await_others(handle, doing, transport.rank)
             said = [json.loads(bytes(part.tolist())) for part in handle.wait()]
             names = register.names(said)
             if names is None:  # on every rank, as all have heard the same from the beginning
@@ -133,14 +131,14 @@ class Introduction:
             return f"hvd_ecsgd.{names[transport.rank]}", len(set(names)) == 1
 
     def _wait(self, handle: Handle[list[torch.Tensor]], rank: int) -> None:
-        explain_at = time.monotonic() + _SILENCE
+        explain_at = time.monotonic() + opening.SILENCE
         while not handle.done():
             time.sleep(0.001)
             if time.monotonic() > explain_at:
                 explain_at = float("inf")
                 warnings.warn(
-                    f"rank {rank} has waited {_SILENCE:g} s for other ranks to compress their first gradient. If they are not merely late, they were "
-                    "given another kind of compression= (Compression.none and .fp16 as they stand compress without asking).",
+                    f"rank {rank} has waited {opening.SILENCE:g} s for other ranks to compress their first gradient. If they are not merely late, "
+                    "they were given another kind of compression= (Compression.none and .fp16 as they stand compress without asking).",
                     UserWarning,
                     stacklevel=2,
                 )

@@ -13,7 +13,7 @@ import torch
 import hvd_ecsgd.agreement
 import hvd_ecsgd.horovod.slot
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, UnboundParameterError
-from hvd_ecsgd.horovod import introduction
+from hvd_ecsgd.horovod import opening
 from tests.cases import ALL
 from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
 from tests.problems import batch, mlp
@@ -175,7 +175,7 @@ def collected() -> None:
 
 def waited_for() -> None:
     """A rank that compresses nothing, or late: the others say what they wait for."""
-    silence, introduction._SILENCE = introduction._SILENCE, 0.2
+    silence, opening.SILENCE = opening.SILENCE, 0.2
     try:
         model = mlp()
         bound = bound_to(model, "waited", Compression.one_bit(**ALL))
@@ -187,7 +187,7 @@ def waited_for() -> None:
         waited = [str(w.message) for w in caught if "has waited 0.2 s" in str(w.message)]
         assert len(waited) == int(not odd()), waited
     finally:
-        introduction._SILENCE = silence
+        opening.SILENCE = silence
 
 
 def another_step() -> None:
