@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bound": {"trees", "attached", "aggregator", *BELOW_AGGREGATOR},
     "horovod": BELOW_DRIVERS,
     "compression": {"horovod", *BELOW_DRIVERS},
+    "presets": {"compression", "feedback", "method"},
     "optimizer": {"compression", *BELOW_DRIVERS},
     "gradient_exchange": {"optimizer", "compression", *BELOW_DRIVERS},
     "checkpoint": BELOW_DRIVERS,

@@ -1,0 +1,176 @@
+"""What the documentation says of each preset: the one source of the tables in README.md, docs/methods.md and docs/algorithms.md.
+
+`python docs/presets.py` writes them. What the code knows itself (rule, unit, whether it must be attached) is asked of the preset.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .compression import Compression
+from .feedback import NoFeedback
+from .method import Method
+
+__all__ = ["PRESETS", "RULES", "Preset", "needs_attach"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row: a preset, or a form of it."""
+
+    call: str
+    """How it is written, with the names of its arguments."""
+    sent: str
+    """What one worker sends, in a few words."""
+    detail: str
+    """The same, exactly."""
+    exchange: str
+    section: str
+    """Of docs/algorithms.md."""
+    paper: str = ""
+    exchange_note: str = ""
+    unit_note: str = ""
+    horovod_note: str = ""
+
+    @property
+    def name(self) -> str:
+        return re.split(r"\W", self.call)[0]
+
+    @property
+    def method(self) -> Method:
+        """With the default arguments."""
+        method: Method = getattr(Compression, self.name)().method
+        return method
+
+    @property
+    def rule(self) -> str:
+        return type(self.method.feedback).__name__
+
+    @property
+    def unit(self) -> str:
+        """What the residual measures."""
+        return "–" if isinstance(self.method.feedback, NoFeedback) else self.method.feedback.unit
+
+
+def needs_attach(method: Method) -> bool:
+    """Whether it must know the optimizer, so that on an unmodified Horovod `compression.attach(optimizer)` comes first."""
+    return method.feedback.owns_momentum or method.feedback.needs_learning_rate
+
+
+RULES = {
+    "ErrorFeedback": ("the optimizer's, after", "x"),
+    "LocalMomentum": ("worker, before C", "x − λe_i"),
+    "CSER": ("worker, before C", "x − e_i"),
+    "PEF": ("after the exchange", "x"),
+    "DistEFSGD": ("worker, before C", "x"),
+    "HessianAided": ("the optimizer's, after", "x"),
+    "MemSGD": ("none; wd before C", "x"),
+    "NoFeedback": ("the optimizer's, after", "x"),
+}
+"""Feedback rule → whose momentum and weight decay, and when; where gradients are taken."""
+
+_SERVER = ", on worker and server"
+
+PRESETS = (
+    Preset("none", "all", "all of it", "all-reduce", "9", horovod_note=", bare or called"),
+    Preset(
+        "fp16", "half", "half of it", "all-reduce", "9",
+        unit_note=" (`fp16(error_feedback=True)`: gradient)", horovod_note=", bare or called",
+    ),
+    Preset(
+        "bf16", "half", "half of it, summed in float32", "two-pass", "9",
+        unit_note=" (`bf16(error_feedback=True)`: gradient)", horovod_note=", bound",
+    ),
+    Preset(
+        "random_block(ratio)", "one random block, the same place everywhere", "d/ratio consecutive entries, the same place on all workers",
+        "all-reduce", "2", "Xu, Huang 2021 (block); Stich et al. 2018 (EF)",
+    ),
+    Preset(
+        "global_random_block(ratio, blocks)", "random blocks of the whole model",
+        "a share 1/ratio of the model's `blocks` equal blocks, the same on all workers",
+        "all-reduce", "2", "Xie et al. 2020 (GRBS)", horovod_note="; payload sizes change by step",
+    ),
+    Preset(
+        "random_k(ratio)", "random entries, the same everywhere",
+        "d/ratio random entries, the same on all workers; `unbiased=True`: times d/k",
+        "all-reduce", "2", "Stich et al. 2018; Wangni et al. 2018", unit_note="; none if unbiased",
+    ),
+    Preset(
+        "top_k(ratio)", "the largest entries of each parameter", "the largest d/ratio entries, or `k=…` of them, and their positions",
+        "all-gather", "2", "Aji, Heafield 2017; Stich et al. 2018",
+    ),
+    Preset(
+        "top_k(ratio, block=512)", "the largest entries of each block", "the largest entries of each block of 512, positions in 2 bytes",
+        "all-gather", "2", "Alistarh et al. 2018",
+    ),
+    Preset(
+        "threshold(ratio)", "entries above a sampled quantile (gradient dropping)",
+        "entries above the quantile of a sample, about d/ratio, variable size; `two_bits=True`: sign and one of two magnitudes",
+        "all-gather", "2", "Aji, Heafield 2017",
+    ),
+    Preset("one_bit()", "signs and a scale", "signs and a scale per parameter", "all-gather", "2", "Seide et al. 2014; Karimireddy et al. 2019"),
+    Preset("one_bit(block=…)", "signs and scales", "signs and a scale per block", "all-gather", "2", "Zheng, Huang, Kwok 2019"),
+    Preset(
+        "ternary()", "2 bits an entry", "signs, zeros stay zero, 2 bits an entry; ℓ1 scale (`Ternary()` itself has its authors' ℓ2)",
+        "all-gather", "2", "Tang et al. 2019",
+    ),
+    Preset(
+        "qsgd(levels, bucket, norm)", "2, 4 or 8 bits an entry", "8, 4 or 2 bits an entry, rounded at random, and a norm per bucket",
+        "all-gather", "9", "Alistarh et al. 2017", unit_note=" (unbiased)",
+    ),
+    Preset(
+        "natural()", "9 bits an entry", "powers of two, 9 bits an entry, rounded at random",
+        "all-gather", "9", "Horváth et al. 2019", unit_note=" (unbiased)",
+    ),
+    Preset(
+        "unbiased(compressor)", "any unbiased compressor's payload", "any unbiased compressor's payload",
+        "all-reduce or all-gather", "9", "Alistarh et al. 2017; Wangni et al. 2018", unit_note=" (unbiased)",
+    ),
+    Preset(
+        "power_sgd(approximation_rank)", "two thin factors of each matrix", "matrices as the product of two thin ones",
+        "two all-reduces", "1", "Vogels et al. 2019",
+    ),
+    Preset(
+        "double_squeeze(compressor, server_compressor)", "1 bit, or any compressor, both ways", "any compressor both ways; default 1 bit",
+        "two-pass", "2", "Tang et al. 2019, algorithm 1", exchange_note="; `central=True`: through rank 0", unit_note=_SERVER,
+    ),
+    Preset(
+        "dist_ef_sgd(momentum, weight_decay)", "signs of momentum + error, both ways", "signs both ways of worker momentum + error; Nesterov too",
+        "two-pass", "5", "Zheng, Huang, Kwok 2019", unit_note=_SERVER,
+    ),
+    Preset(
+        "comp_skip(worker, server, compressor)", "as before, in steps that are not skipped",
+        "as `dist_ef_sgd`, in steps that are not skipped (`Every`, `Bernoulli`, `NormBased`; each side its own)",
+        "two-pass", "4", "CompSkipDSGD, a reconstruction", exchange_note="; or `exchange.SkipAllReduce`, all workers together", unit_note=_SERVER,
+    ),
+    Preset(
+        "hessian_aided(curvature, compressor, exchange)", "any compressor; the residual is carried by I − ηH",
+        "any compressor; the residual is carried by I − ηH, H a matrix, your Hessian-vector product, Hutchinson's diagonal, or squared gradients",
+        "all-gather or all-reduce", "6", "Khirirat et al. 2019",
+        exchange_note=", and for most a dense all-reduce beside it, with which more is sent than without compression",
+    ),
+    Preset(
+        "local_momentum(ratio)", "random block of η·momentum", "random block of η·momentum",
+        "all-reduce", "3", "Xu, Huo, Huang 2020 (EF baseline)",
+    ),
+    Preset(
+        "detached(ratio, lambda_)", "the same; gradients are taken at x − λe (DEF; λ = 1: SAEF)",
+        "the same, gradients at x − λe (DEF; λ = 1: SAEF); `period`: local steps; `average_errors`",
+        "all-reduce", "3", "Xu, Huang 2021, authors' code",
+    ),
+    Preset(
+        "cser(compressor, reset_compressor, period)", "compressed η·momentum; errors are reset now and then",
+        "compressed η·momentum; every worker moves by all of its own at once, and every `period` steps errors are reset, compressed",
+        "all-reduce or all-gather", "3", "Xie et al. 2020",
+    ),
+    Preset(
+        "pef(ratio)", "random block of η·gradient; momentum after the exchange", "random block of η·gradient + error; momentum after the exchange",
+        "all-reduce", "3", "Xu, Huang 2021 (PEF baseline)",
+    ),
+    Preset(
+        "topk_sgd(ratio, block)", "the largest entries of η·gradient + error",
+        "the largest d/ratio entries of η·gradient + error, per parameter or block; no momentum",
+        "all-gather", "7", "Alistarh et al. 2018; Stich et al. 2018",
+    ),
+)  # fmt: skip
