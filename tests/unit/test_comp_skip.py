@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
+from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.compressors import Identity, RandomBlock, Sign, TopK
 from hvd_ecsgd.exchange import Bernoulli, CompSkip, Every, NormBased, SkipAllReduce
-from hvd_ecsgd.feedback import PEF, DistEFSGD, ErrorFeedback, LocalMomentum, NoFeedback
+from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, LocalMomentum
 from hvd_ecsgd.protocols import StepContext
 from hvd_ecsgd.segments import Key
 from hvd_ecsgd.transport import Transport, run_simulated
-from tests.problems import batch, flat, mlp, same_bits, weights
+from tests.problems import batch, flat, mlp, same_bits
 from tests.recursions import ALL, CONSTANT, LRS, N, trajectory, violation
 
 NAN = float("nan")
+
 
 METHODS: dict[str, Callable[[], Any]] = {
     "in turns": lambda: Compression.comp_skip(**ALL),
@@ -269,6 +269,7 @@ def test_caps_bound_the_skips_in_a_row() -> None:
 
 NEVER = 1e-9
 
+
 CAPPED: dict[str, tuple[Any, list[int], list[int]]] = {  # the skips in a row after each step: of a worker, and of the server
     "drawn": (CompSkip(Bernoulli(NEVER, cap=1), Bernoulli(NEVER, cap=3)), [1, 0, 1, 0, 1, 0, 1, 0], [1, 2, 3, 0, 1, 2, 3, 0]),
     "in turns": (CompSkip(Every(10**6, offset=-1, cap=3), Every(10**6, offset=-1, cap=0)), [1, 2, 3, 0, 1, 2, 3, 0], [0] * 8),
@@ -324,66 +325,7 @@ def test_these_methods_do_skip(name: str) -> None:
     assert all(traffic.payload > 100 for traffic in results)
 
 
-# -- x stays in a skipped step ----------------------------------------------------------------------------------------------------
-
-
-RULES: dict[str, Any] = {"ErrorFeedback": ErrorFeedback(), "DistEFSGD": DistEFSGD(), "PEF": PEF(), "LocalMomentum": LocalMomentum(0.3)}
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("all_reduce", [False, True])
-def test_a_skipped_step_does_not_move_the_model(rule: str, all_reduce: bool) -> None:
-    """Also not by the optimizer's own momentum and weight decay; x moves in the steps that are not skipped (control)."""
-    exchange: Any = SkipAllReduce(Every(2)) if all_reduce else CompSkip(Every(1), Every(2))
-
-    def worker(transport: Transport) -> Any:
-        model = mlp(torch.float64)
-        compression = Compression(RandomBlock(8), RULES[rule], exchange, **ALL)
-        optimizer = trained(model, compression, transport, [], momentum=0.9, weight_decay=0.1)
-        seen = [weights(model)]
-        for t in range(6):
-            trained(model, None, transport, [t], optimizer)
-            seen.append(weights(model, optimizer.compression))
-        return seen
-
-    results = run_simulated(N, worker)
-    for seen in results:
-        assert [torch.equal(a, b) for a, b in itertools.pairwise(seen)] == [False, True] * 3
-    assert same_bits(seen[-1] for seen in results)
-
-
-@pytest.mark.parametrize(("threshold", "moves"), [(1e30, [True, False, False]), (0.0, [True, True, True])])
-def test_where_all_servers_are_silent_by_norm_nothing_moves(threshold: float, moves: list[bool]) -> None:
-    """Neither do the optimizer's momentum and weight decay; a threshold at which they answer is the control."""
-
-    def worker(transport: Transport) -> list[bool]:
-        model = mlp(torch.float64)
-        compression = Compression(Identity(), ErrorFeedback(), CompSkip(Every(1), NormBased(threshold)), dense_below=0, dense_1d=False)
-        optimizer, seen = trained(model, compression, transport, [], momentum=0.9, weight_decay=0.1), [weights(model)]
-        for t in range(3):
-            trained(model, None, transport, [t], optimizer)
-            seen.append(weights(model))
-        return [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
-
-    assert run_simulated(2, worker) == [moves] * 2
-
-
-def test_only_what_was_skipped_is_left_alone() -> None:
-    """Dense parameters go on; a skipped parameter has no gradient, so the optimizer's momentum does not move it."""
-
-    def worker(transport: Transport) -> Any:
-        model = mlp(torch.float64)
-        compression = Compression(TopK(8), ErrorFeedback(), CompSkip(Every(1), Every(2)))
-        optimizer = trained(model, compression, transport, [0], momentum=0.9, weight_decay=0.1)
-        before = [p.detach().clone() for p in model.parameters()]
-        trained(model, None, transport, [1], optimizer)
-        return [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)], [p.grad is None for p in model.parameters()]
-
-    for still, without in run_simulated(N, worker):
-        assert still == without == [True, False, False, False]
-
-
-# -- undoing and saving -----------------------------------------------------------------------------------------------------------
+# -- undoing and saving --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf or NaN:RuntimeWarning")
@@ -440,65 +382,3 @@ def test_counters_are_part_of_the_state() -> None:
         return finals
 
     assert run_simulated(N, worker) == [[True, False]] * N
-
-
-# -- policies ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_every() -> None:
-    sends = [[Every(3).sends(Key(0, t, r), NAN, NAN) for t in range(6)] for r in range(3)]
-    assert sends == [[(t - r) % 3 == 0 for t in range(6)] for r in range(3)]
-    assert Every(2).sends(Key(0, 4, None), NAN, NAN)
-    assert [t for t in range(6) if Every(3, offset=1).sends(Key(0, t, 2), NAN, NAN)] == [1, 4]
-    assert not Every(2, offset=1).sends(Key(0, 4, 0), NAN, NAN)
-
-
-def test_bernoulli_is_drawn_from_its_key() -> None:
-    """Mean q; independent of rank and seeds; the same for the same key."""
-    draws = {
-        what: torch.tensor([policy.sends(Key(seed, t, rank, "worker"), NAN, NAN) for t in range(4000)])
-        for what, (policy, seed, rank) in {
-            "a": (Bernoulli(0.3), 0, 0),
-            "again": (Bernoulli(0.3), 0, 0),
-            "rank": (Bernoulli(0.3), 0, 1),
-            "seed": (Bernoulli(0.3), 1, 0),
-            "own seed": (Bernoulli(0.3, seed=1), 0, 0),
-        }.items()
-    }
-    assert torch.equal(draws["a"], draws["again"])
-    for what, drawn in draws.items():
-        assert abs(drawn.double().mean() - 0.3) < 0.04, what  # 5 sd
-        if what not in ("a", "again"):
-            assert abs((drawn & draws["a"]).double().mean() - 0.09) < 0.03
-
-
-WRONG: dict[str, tuple[Callable[[], Any], str]] = {
-    "k 0": (lambda: Every(0), "k must be"),
-    "offset": (lambda: Every(2, 0.5), "offset"),  # type: ignore[arg-type]
-    "q 0": (lambda: Bernoulli(0.0), "q must be"),
-    "q 2": (lambda: Bernoulli(2), "q must be"),
-    "seed": (lambda: Bernoulli(0.5, "1"), "seed"),  # type: ignore[arg-type]
-    "threshold": (lambda: NormBased(-1.0), "threshold"),
-    "cap": (lambda: Every(2, cap=-1), "cap"),
-    "policy": (lambda: Compression.comp_skip(0.5), "worker must be a policy"),  # type: ignore[arg-type]
-    "a class": (lambda: Compression.comp_skip(server=Every), "server must be a policy"),  # type: ignore[arg-type]
-    "norm in an all-reduce": (lambda: SkipAllReduce(NormBased()), "one decision"),
-    "signs in an all-reduce": (lambda: Compression(TopK(), exchange=SkipAllReduce()), "all-reduce"),
-    "momentum": (lambda: Compression.comp_skip(momentum=-1), "momentum"),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_wrong_settings(what: str) -> None:
-    make, message = WRONG[what]
-    with pytest.raises(CompressionError, match=message):
-        make()
-
-
-def test_skipping_without_feedback_is_refused() -> None:
-    p = torch.nn.Parameter(torch.ones(4))
-    compression = Compression(TopK(), NoFeedback(), CompSkip(), **ALL)
-    optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=0.1), [("p", p)], compression)
-    with pytest.raises(CompressionError, match="feedback rule that keeps"):
-        p.sum().backward()
-    assert optimizer is not None
