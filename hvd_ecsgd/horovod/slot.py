@@ -15,45 +15,30 @@ step: x is moved by exactly the code that our own optimizer runs, and the inner 
 from __future__ import annotations
 
 import math
-import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 
 from ..aggregator import Aggregator
 from ..bucket import Bucket, Reduction, drive
-from ..errors import CompressionError, DisagreementError, SequenceError, UnboundParameterError
+from ..errors import CompressionError, DisagreementError, SequenceError
 from ..gradients import take_
-from ..guard import Guard, Noted
-from ..talk import STEP, raise_if_apart, raise_if_joined
+from ..guard import Guard
 from ..transport import SelfTransport
 from .introduction import Introduction
-from .opening import Opening, await_others
-from .transport import SlotHandle, SlotTransport
+from .meeting import Meeting, inside_backward
+from .names import GradientNames
+from .step import Pending, Phase, SlotStep
+from .transport import SlotTransport
 
 __all__ = ["HorovodSlot"]
 
 _BITS = 4
 _TAIL = _BITS + 1
-_PATIENCE = 5.0
-"""Seconds that the end of a backward pass waits for the other ranks to begin the step, while another slot is in none."""
 
 _slots: weakref.WeakSet[HorovodSlot] = weakref.WeakSet()
 """Of this process. They tell when it is safe to wait, and nothing that is sent depends on them."""
-
-
-@dataclass
-class _Pending:
-    """What travels from `compress` to `decompress` of one parameter."""
-
-    name: str
-    gradient: torch.Tensor
-    reduction: Reduction | None
-    """None while the learning rate is 0."""
-    noted: Noted | None = None
-    """The gradient as it was when it was compressed."""
 
 
 class HorovodSlot:
@@ -73,56 +58,54 @@ class HorovodSlot:
     ) -> None:
         self.aggregator = aggregator
         self.transport = transport
-        self._introduction = introduction
-        self._frozen = list(frozen)
+        self._meeting = Meeting(transport, introduction, self._nobody_waits)
+        self._names = GradientNames(aggregator.state.named, frozen)
         self._check_skip = check_skip
         self._buckets: dict[str, Bucket] = {bucket.segments.names[0]: bucket for bucket in aggregator.state.buckets}
-        self._by_shape: dict[torch.Size, list[tuple[str, torch.nn.Parameter]]] = {}
-        for name, parameter in aggregator.state.named:
-            self._by_shape.setdefault(parameter.shape, []).append((name, parameter))
-        self._pending: dict[str, _Pending] = {}
-        self._draining = False
-        self._written: dict[str, weakref.ref[torch.Tensor]] = {}
-        self._decompressed = 0
-        self._accumulated = False
-        self._undone = False
         self._applies = aggregator.state.method.feedback.applies_update
         self._guard = Guard(aggregator.state.method.feedback)
-        self._ready: list[_Pending] | None = None
-        """Of a rule that applies the update itself: what was exchanged and waits for the optimizer's step."""
-        self._opening: Opening | None = None
-        self._patient = True
+        self._step: SlotStep | None = None
+        """The step that is being exchanged, or was, and that the optimizer's step has not ended yet."""
+        self._results: dict[str, weakref.ref[torch.Tensor]] = {}
+        self.accumulates = False
+        """A backward pass has left gradients that Horovod has not taken yet (backward_passes_per_step)."""
         _slots.add(self)
         this = weakref.ref(self)
 
         def accumulated(parameter: torch.Tensor) -> None:
             slot = this()
             if slot is not None:
-                slot._accumulated = True
+                slot.accumulates = True
 
         for _, parameter in aggregator.state.named:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
 
     @property
-    def accumulates(self) -> bool:
-        """A backward pass has left gradients that Horovod has not taken yet (backward_passes_per_step)."""
-        return self._accumulated
+    def _exchanging(self) -> SlotStep | None:
+        """The step that is being exchanged."""
+        return self._step if self._step is not None and self._step.phase is not Phase.EXCHANGED else None
+
+    @property
+    def _exchanged(self) -> SlotStep | None:
+        """The step that was exchanged, and that the optimizer's step has not ended."""
+        return self._step if self._step is not None and self._step.phase is Phase.EXCHANGED else None
+
+    def _nobody_waits(self) -> bool:
+        """Steps of all slots of this process have begun, or are beginning, so that no rank waits for this one to begin one."""
+        return all(slot is self or slot._exchanging for slot in list(_slots))
+
+    def meet(self, what: str) -> None:
+        """See `Driver`."""
+        self._meeting.before(what)
 
     # -- compress ----------------------------------------------------------------------------------------------------------------
 
-    def compress(self, gradient: torch.Tensor) -> tuple[torch.Tensor, _Pending]:
-        name = self._name_of(gradient)
-        if self._draining:
-            raise CompressionError(
-                f"parameter '{name}' is compressed before the results of the step before were all taken; call optimizer.step() from one thread only."
-            )
-        if name in self._pending:
-            raise CompressionError(
-                f"parameter '{name}' was compressed twice in one step. Give each Horovod optimizer a compression object of its own: "
-                "Compression.….bind(model)."
-            )
-        if not self._pending:
+    def compress(self, gradient: torch.Tensor) -> tuple[torch.Tensor, Pending]:
+        step = self._exchanging or SlotStep()
+        name = self._names.of(gradient, step.parts)
+        step.check_takes(name)
+        if self._exchanging is None:
             self._begin_step(name, gradient)
 
         bucket = self._buckets[name]
@@ -132,29 +115,31 @@ class HorovodSlot:
         taken = take_(self.aggregator.state, bucket, [gradient])
         noted = self._guard.note([(name, bucket.parameters[0])]) if bucket.parameters[0].grad is gradient else None  # else a copy of Horovod's
         reduction = self.aggregator.start(bucket, taken, self.transport, out)
-        pending = self._pending[name] = _Pending(name, gradient, reduction, noted)
+        pending = step.parts[name] = Pending(name, gradient, reduction, noted)
+        self._step = step
         c = self.aggregator.agreement.settings_hash(bucket)
         # Who cannot take the step says so, and is heard by every rank.
         tail = [float("nan") if self.aggregator.agreement.refusal.wrong else float(c >> i & 1) for i in range(_BITS)] + [1.0]
-        handle = None if reduction is None else reduction.pending
-        if not isinstance(handle, SlotHandle):
+        if pending.handle is None:
             return torch.tensor(tail, dtype=torch.float32, device=gradient.device), pending
-        payload = handle.payload
+        payload = pending.handle.payload
         return torch.cat([payload, torch.tensor(tail, dtype=payload.dtype, device=payload.device)]), pending
 
     def _begin_step(self, name: str, gradient: torch.Tensor) -> None:
         self._raise_refusal()  # a GradScaler has left the optimizer's step out, where it would have been raised
-        together = self._introduce(STEP) if self._introduction is not None else self._begun_all
+        together = self._meeting.find()
         self.aggregator.agreement.note_frozen()
-        self._open(together)
-        written = self._written.get(name)
-        if self._ready is not None and not self._undone:
+        self._meeting.open_step()
+        self.aggregator.agreement.begin_step_together(self.transport.direct, together=together, check_same=self._meeting.check_same)
+        self._meeting.check_same_when_due()
+        written = self._results.get(name)
+        if self._applies and self._exchanged is not None and not self._exchanged.undone:
             raise SequenceError(
                 f"the update that was exchanged for parameter '{name}' was never applied, and nothing is exchanged a second time: call "
                 "optimizer.step() (inside `with optimizer.skip_synchronize():` after synchronize()) before the next backward pass, or throw the step "
                 "away by compression.discard(), on every rank."
             )
-        computed = _inside_backward() or self._accumulated
+        computed = inside_backward() or self.accumulates
         if not self._applies and self.aggregator.step_is_open:
             if self.aggregator.state.settings(self._buckets[name]).loss_scale == 1.0:
                 raise SequenceError(
@@ -163,7 +148,7 @@ class HorovodSlot:
                     "inside `with optimizer.skip_synchronize():`, or throw the step away by compression.discard(), on every rank."
                 )
             self.aggregator.keep_step()  # its GradScaler has skipped it
-        self._undone = False
+        self._forget_exchanged()
         self._guard.forget()  # a GradScaler does not call step() after an overflow
         if not computed and written is not None and written() is gradient and bool(gradient.any()):
             raise CompressionError(
@@ -171,113 +156,23 @@ class HorovodSlot:
                 "call optimizer.step() inside `with optimizer.skip_synchronize():`. (Writing gradients by hand? Call zero_grad() first.)"
             )
 
-    # -- together with the other ranks -------------------------------------------------------------------------------------------
-
-    def meet(self, what: str) -> None:
-        """All ranks call this before they do `what` together outside of a step. See `Driver.meet`."""
-        if self.transport.size == 1:
-            return
-        if self._introduction is not None:
-            self._introduce(what)
-        opening = Opening(self.transport.direct, what)
-        await_others(opening.said, what, self.transport.rank)
-        doing = opening.doing()
-        raise_if_apart(doing)
-        raise_if_joined(what, doing)
-
-    def _introduce(self, doing: str) -> bool:
-        """Find the other ranks; returns whether all have come with this method."""
-        assert self._introduction is not None
-        prefix, together = self._introduction.meet(self.transport.direct, doing)
-        self.transport.rename(prefix)
-        self._introduction = None
-        return together
-
-    @property
-    def _begun_all(self) -> bool:
-        """Steps of all slots of this process have begun, or are beginning, so that no rank waits for this one to begin one."""
-        return all(slot is self or slot._pending for slot in list(_slots))
-
-    def _open(self, together: bool) -> None:
-        """Tell the other ranks that a step begins here, and find out whether one does there, before Horovod waits for what they would never send.
-
-        That is as late as possible: at the end of the backward pass, or in `step()` before Horovod's. `together`: as in `Aggregator.use`.
-        """
-        direct = self.transport.direct
-        self._check_same()  # of a step that an error has ended
-        if self.transport.size > 1:
-            self._opening = Opening(direct, STEP)
-        self.aggregator.agreement.begin_step_together(direct, together=together, check_same=self._check_same)
-        if self._opening is None:
-            return
-        if _inside_backward():
-            torch.autograd.Variable._execution_engine.queue_callback(self._check_same_if_safe)
-        else:
-            self._check_same_if_safe()
-
-    def _check_same_if_safe(self) -> None:
-        """`_check_same`, unless other ranks may be waiting for this one to begin a step of another slot: then it is looked for until patience ends,
-        once, as models that each rank uses in turn would take that long in every step."""
-        if not self._begun_all:
-            give_up = time.monotonic() + (_PATIENCE if self._patient else 0.0)
-            while self._opening is not None and not self._opening.said.done():
-                if time.monotonic() > give_up:
-                    self._patient = False
-                    return
-                time.sleep(0.001)
-        self._check_same()
-
-    def _check_same(self) -> None:
-        """Raise `DisagreementError`, on every rank, where some do something else than a step. Waits for the other ranks to begin."""
-        opening, self._opening = self._opening, None
-        if opening is not None:
-            raise_if_apart(opening.doing())
-
-    # -- names -------------------------------------------------------------------------------------------------------------------
-
-    def _name_of(self, gradient: torch.Tensor) -> str:
-        candidates = self._by_shape.get(gradient.shape, [])
-        for name, parameter in candidates:
-            if parameter.grad is gradient:
-                return name
-            if parameter is gradient:
-                raise CompressionError(
-                    f"parameter '{name}': Adasum combines parameters non-linearly and cannot carry error feedback; use op=hvd.Average."
-                )
-        dense_copies = [n for n, p in candidates if p.grad is not None and p.grad.is_sparse and n not in self._pending]
-        if len(dense_copies) == 1:
-            return dense_copies[0]
-        if dense_copies:
-            raise UnboundParameterError(
-                f"sparse_as_dense: parameters {dense_copies} have the same shape {tuple(gradient.shape)} and cannot be told apart; use "
-                "sparse=False in the embeddings."
-            )
-        for name, parameter in self._frozen:
-            if parameter.grad is gradient:
-                raise UnboundParameterError(
-                    f"parameter '{name}' was frozen when the compression was bound; bind again after unfreezing it (and make a new optimizer)."
-                )
-        raise UnboundParameterError(
-            f"a gradient of shape {tuple(gradient.shape)} belongs to no bound parameter. Bind the model that Horovod's optimizer trains: "
-            f"compression = Compression.….bind(model). Bound: {[n for n, _ in candidates] or 'no parameter of this shape'}."
-        )
-
     # -- decompress --------------------------------------------------------------------------------------------------------------
 
-    def decompress(self, reduced: torch.Tensor, pending: _Pending | None) -> torch.Tensor:
+    def decompress(self, reduced: torch.Tensor, pending: Pending | None) -> torch.Tensor:
         if pending is None:  # what Horovod gathered without calling compress()
             raise CompressionError(
                 f"Horovod gathered a sparse gradient of shape {tuple(reduced.shape)} without compressing it; pass sparse_as_dense=True to "
                 "hvd.DistributedOptimizer, or use sparse=False in the embedding."
             )
-        if self._pending.get(pending.name) is not pending:
+        step = self._exchanging
+        if step is None or step.parts.get(pending.name) is not pending:
             raise CompressionError(f"parameter '{pending.name}': decompress() was called with a context of another step.")
-        if not self._draining:
-            self._check_same()
+        if step.phase is Phase.COMPRESSING:
+            self._meeting.check_same()
             self._guard.check_in_flight()
-            self._draining = True
+            step.phase = Phase.DECOMPRESSING
             self.aggregator.agreement.finish_comparisons()
-            drive(p.reduction for p in self._pending.values() if p.reduction is not None and not isinstance(p.reduction.pending, SlotHandle))
+            step.finish_what_rides_along()
         factor = self._check(reduced, pending.name)
         gradient, reduction = pending.gradient, pending.reduction
         if abs(factor - 1.0) > 1e-5 and (self._applies or self.aggregator.state.method.feedback.needs_learning_rate):
@@ -289,9 +184,8 @@ class HorovodSlot:
             if not self._applies:
                 gradient.zero_()
         else:
-            handle = reduction.pending
-            if isinstance(handle, SlotHandle):
-                handle.arrive(reduced[:-_TAIL])
+            if pending.handle is not None:
+                pending.handle.arrive(reduced[:-_TAIL])
                 drive([reduction])
             elif factor != 1.0:
                 assert reduction.out is not None
@@ -300,13 +194,12 @@ class HorovodSlot:
                 self._write(reduction, pending)
         if pending.noted is not None:
             pending.noted.versions = [gradient._version + 1]  # Horovod puts what we return into it: p.grad.set_(p.grad)
-        self._written[pending.name] = weakref.ref(gradient)
-        self._decompressed += 1
-        if self._decompressed == len(self._pending):
-            self._end_step()
+        self._results[pending.name] = weakref.ref(gradient)
+        if step.take():
+            self._end_step(step)
         return gradient
 
-    def _write(self, reduction: Reduction, pending: _Pending) -> None:
+    def _write(self, reduction: Reduction, pending: Pending) -> None:
         """The mean becomes the gradient."""
         assert reduction.out is not None
         gradient = pending.gradient
@@ -317,21 +210,15 @@ class HorovodSlot:
         if not reduction.bucket.parameters[0].requires_grad:
             gradient.zero_()  # frozen since: what is left of it in the residual must not move it
 
-    def _end_step(self) -> None:
-        exchanged = list(self._pending.values())
-        reductions = [p.reduction for p in exchanged if p.reduction is not None]
-        self._pending = {}
-        self._decompressed = 0
-        self._draining = False
-        self._accumulated = False
-        self._undone = not self.aggregator.finish_step(reductions, gradients_gone=not self._applies, transport=self.transport.direct)
+    def _end_step(self, step: SlotStep) -> None:
+        self._step, self.accumulates = None, False
+        step.end(undone=not self.aggregator.finish_step(step.reductions, gradients_gone=not self._applies, transport=self.transport.direct))
+        self._step = step
         if not self._applies:
             self._guard.forget()
-        else:
-            self._ready = exchanged
-            if self._undone:
-                for pending in exchanged:
-                    pending.gradient.fill_(float("nan"))  # what a GradScaler on any rank must see
+        elif step.undone:
+            for pending in step.parts.values():
+                pending.gradient.fill_(float("nan"))  # what a GradScaler on any rank must see
 
     # -- the step ----------------------------------------------------------------------------------------------------------------
 
@@ -340,8 +227,8 @@ class HorovodSlot:
 
         `scaled`: a GradScaler may have unscaled the gradients since they were exchanged.
         """
-        self._check_same()  # Horovod's step would wait; it waits for no rank that this does not wait for
-        if scaled and self._pending:
+        self._meeting.check_same()  # Horovod's step would wait; it waits for no rank that this does not wait for
+        if scaled and self._exchanging:
             self._guard.check_in_flight()
             raise CompressionError(
                 "optimizer.step() with a GradScaler attached needs optimizer.synchronize() and scaler.unscale_(optimizer) before it: "
@@ -349,30 +236,34 @@ class HorovodSlot:
             )
         if not self._applies:
             self._raise_refusal()
-            if not self._pending:
+            if not self._exchanging:
                 self.aggregator.keep_step()
             self._drop_what_stands_still()
             return
-        if self._ready is None and self.transport.size == 1:
+        if self._step is None and self.transport.size == 1:
             self._exchange_alone()
         self._raise_refusal()
-        if self._ready is None:
+        if (step := self._exchanged) is None:
             return
-        ready, self._ready = self._ready, None
-        if not self._undone:
+        self._forget_exchanged()
+        if not step.undone:
             # A GradScaler's unscale_ may have come in between.
             self._guard.check_exchanged([1.0, 1 / self.aggregator.state.settings(self.aggregator.state.buckets[0]).loss_scale] if scaled else [1.0])
-            self.aggregator.apply_updates([p.reduction for p in ready if p.reduction is not None])
-        self._undone = False
+            self.aggregator.apply_updates(step.reductions)
         self._let_go()
 
     def discard(self) -> None:
         """Undo the step that was exchanged and not applied. Raises `CompressionError` while it is being exchanged."""
-        if self._pending or self._accumulated:
+        if self._exchanging or self.accumulates:
             raise CompressionError("discard(): gradients are on their way; call optimizer.synchronize() first, on every rank.")
         self.aggregator.discard_step()
-        self._ready, self._undone = None, False
+        self._forget_exchanged()
         self._let_go()
+
+    def _forget_exchanged(self) -> None:
+        """The optimizer's step has come, or will not."""
+        if self._exchanged is not None:
+            self._step = None
 
     def _let_go(self) -> None:
         """Nothing is left of the step's gradients."""
@@ -383,7 +274,7 @@ class HorovodSlot:
     def _raise_refusal(self) -> None:
         """Where Horovod's own bookkeeping of the step is over, so that training can go on."""
         if refusal := self.aggregator.agreement.refusal.take():
-            self._ready, self._undone = None, False  # there is nothing to apply
+            self._forget_exchanged()  # there is nothing to apply
             raise CompressionError(refusal)
 
     def _exchange_alone(self) -> None:
@@ -392,27 +283,25 @@ class HorovodSlot:
             return  # the optimizer's step inside Horovod's: done already
         alone = SelfTransport()
         self.aggregator.agreement.begin_step_together(alone)
-        self._ready, self._accumulated = [], False
-        reductions = []
+        step, self.accumulates = SlotStep(), False
         for name, bucket in self._buckets.items():
             gradient = bucket.parameters[0].grad
             if gradient is None:
                 gradient = torch.zeros_like(bucket.parameters[0])
             taken = take_(self.aggregator.state, bucket, [gradient.to_dense() if gradient.is_sparse else gradient])
-            reduction = self.aggregator.start(bucket, taken, alone)
-            self._ready.append(_Pending(name, gradient, reduction))
-            if reduction is not None:
-                reductions.append(reduction)
-        drive(reductions)
-        self._undone = not self.aggregator.finish_step(reductions)
+            step.parts[name] = Pending(name, gradient, self.aggregator.start(bucket, taken, alone))
+        drive(step.reductions)
+        step.end(undone=not self.aggregator.finish_step(step.reductions))
+        self._step = step
 
     def _drop_what_stands_still(self) -> None:
         """Take away the gradients of an undone step, and of parameters frozen since, so that the optimizer's momentum does not move them either."""
-        undone, self._undone = self._undone, False
+        undone = self._exchanged is not None and self._exchanged.undone
+        self._forget_exchanged()
         for name, parameter in self.aggregator.state.named:
             if not undone and parameter.requires_grad:
                 continue
-            written = self._written.get(name)
+            written = self._results.get(name)
             if parameter.grad is not None and written is not None and written() is parameter.grad:
                 parameter.grad = None
 
@@ -429,8 +318,3 @@ class HorovodSlot:
                 "rank). Use the same Compression arguments everywhere, load the same step's state, and freeze the same parameters on every rank."
             )
         return float(factor)
-
-
-def _inside_backward() -> bool:
-    """True in a hook of a running backward pass."""
-    return int(torch._C._current_graph_task_id()) != -1
