@@ -9,19 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, UnboundParameterError, exponential_ratios
-from hvd_ecsgd.aggregator import Aggregator
+from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, exponential_ratios
 from hvd_ecsgd.compressors import Cast, RandomBlock, Sign, TopK
 from hvd_ecsgd.exchange import AllGather, AllReduce
 from hvd_ecsgd.feedback import Hutchinson, LocalMomentum, Matrix, Product
-from hvd_ecsgd.horovod.slot import HorovodSlot
-from hvd_ecsgd.horovod.transport import SlotHandle
-from hvd_ecsgd.state import MethodState
-from hvd_ecsgd.transport import SelfTransport
 from tests.cases import ALL, CASES, Case, ids
 from tests.problems import batch, mlp
 
 NAN, INF = float("nan"), float("inf")
+
 
 SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "ratio below 1": (lambda: Compression.random_block(0.5), "ratio"),
@@ -317,69 +313,6 @@ def test_unfreezing_and_adding_parameters_is_refused() -> None:
     model(torch.ones(2, 20)).sum().backward()
     with pytest.raises(CompressionError, match="frozen"):
         optimizer.step()
-
-
-# -- the slot behind compress(), without Horovod ---------------------------------------------------------------------------------
-
-
-class OneSlot(SelfTransport):
-    """A group of one whose all-reduce waits to be handed in by the caller, as on Horovod."""
-
-    divisor = 1
-    direct = SelfTransport()
-
-    def allreduce_(self, t: torch.Tensor, name: str) -> Any:
-        return SlotHandle(t)
-
-
-def slot(model: torch.nn.Module, compression: Any) -> HorovodSlot:
-    bound = compression.bind(model)
-    return HorovodSlot(Aggregator(MethodState(bound.method, bound.named)), OneSlot(), bound.frozen)  # type: ignore[arg-type]
-
-
-def test_a_gradient_is_known_by_identity() -> None:
-    """An equal tensor, another model's gradient, or a wrong shape belong to nobody; the parameter itself means Adasum."""
-    model = mlp()
-    model(torch.ones(2, 20)).sum().backward()
-    s = slot(model, Compression.none())
-    weight = model[0].weight
-    assert weight.grad is not None
-    for foreign in (weight.grad.clone(), torch.ones(3), weight.grad.view(weight.shape)):
-        with pytest.raises(UnboundParameterError, match="no bound parameter"):
-            s.compress(foreign)
-    with pytest.raises(CompressionError, match=r"'0\.weight'.*Adasum"):
-        s.compress(weight)  # type: ignore[arg-type]
-    payload, context = s.compress(weight.grad)
-    with pytest.raises(CompressionError, match=r"'0\.weight' was compressed twice"):
-        s.compress(weight.grad)
-    assert s.decompress(payload, context) is weight.grad
-    with pytest.raises(CompressionError, match="another step"):
-        s.decompress(payload, context)
-
-
-def test_a_frozen_parameters_gradient_is_named() -> None:
-    model = mlp()
-    model[2].bias.requires_grad_(False)
-    s = slot(model, Compression.none())
-    model[2].bias.requires_grad_(True)
-    model(torch.ones(2, 20)).sum().backward()
-    with pytest.raises(UnboundParameterError, match=r"'2\.bias' was frozen"):
-        s.compress(model[2].bias.grad)
-
-
-def test_gradients_of_one_shape_are_told_apart() -> None:
-    """Two parameters of one shape, in either order of calls: each residual stays with its own."""
-    a, b = parameter(64), parameter(64)
-    s = slot(torch.nn.ParameterList([a, b]), Compression.top_k(k=1, **ALL))
-    for order in ((a, b), (b, a)):
-        a.grad, b.grad = torch.full((64,), 1.0), torch.full((64,), 10.0)
-        for p, (sent, context) in [(p, s.compress(p.grad)) for p in order]:  # type: ignore[arg-type]
-            s.decompress(sent, context)
-            assert p.grad is not None
-        s.before_step(scaled=False)
-    saved = s.aggregator.state_dict()["parameters"]
-    assert saved["0"]["residual"].sum() == 2 * 64 - (1 + 2)
-    assert saved["1"]["residual"].sum() == 20 * 64 - (10 + 20)
 
 
 def test_lbfgs_is_refused() -> None:
