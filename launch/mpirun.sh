@@ -22,6 +22,7 @@
 #   -h, --help                               this text
 #
 # Also: MPI_FLAVOUR=openmpi4|openmpi5|mpich, whose options mpirun takes (what it says of itself); VENV and MPI as in launch/common.sh.
+# OMPI_MCA_btl is ^ofi unless set, or btl in a file of Open MPI: looking for libfabric takes a second in MPI_Init (launch/common.sh).
 # Ranks read nothing from standard input.
 # PATH, LD_LIBRARY_PATH, PYTHONPATH and variables named MPI_BACKEND_*, HVD_ECSGD_*, HOROVOD_*, NCCL_* and GLOO_* reach all ranks.
 set -euo pipefail

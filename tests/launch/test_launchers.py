@@ -27,7 +27,8 @@ MACHINE = "host-a"  # what the pretended uname says
 def machine(tmp_path: Path) -> dict[str, str]:
     """The environment of a pretended machine: host-a, 8 cores, a route to host-b through ib0, mpirun and horovodrun that print their arguments."""
     bin_ = tmp_path / "bin"
-    show = 'printf "%s\\n" "$@"; echo "threads $OMP_NUM_THREADS, interface ${MPI_BACKEND_INTERFACE:-none}"; exit "${STATUS:-0}"\n'
+    told = 'echo "threads $OMP_NUM_THREADS, interface ${MPI_BACKEND_INTERFACE:-none}"; echo "btls ${OMPI_MCA_btl-not chosen}"'
+    show = f'printf "%s\\n" "$@"; {told}; exit "${{STATUS:-0}}"\n'
     stub(bin_ / "mpirun", f'if [ "${{1:-}}" = --version ]; then cat {tmp_path}/version; exit; fi\n{show}')
     stub(bin_ / "horovodrun", f"{show}")
     stub(bin_ / "uname", f"echo {MACHINE}.cluster\n")
@@ -111,6 +112,24 @@ def test_it_says_versions_ranks_interface_and_threads_and_passes_on_status(machi
         "\nthreads 2, interface ib0\n",  # what mpirun was given
     ):
         assert text in done.stdout, text
+
+
+def test_open_mpi_does_not_look_for_libfabric_unless_somebody_has_chosen(machine: dict[str, str], tmp_path: Path) -> None:
+    """Which takes a second in each MPI_Init. Who has chosen, in a variable (empty: all) or in a file of Open MPI, keeps that."""
+
+    def btls(**env: str) -> str:
+        said = run(["launch/mpirun.sh", "train"], {**machine, "HOME": str(tmp_path), **env}).stdout
+        return next(line.removeprefix("btls ") for line in said.splitlines() if line.startswith("btls "))
+
+    own = tmp_path / ".openmpi" / "mca-params.conf"
+    assert btls() == "^ofi"
+    assert [btls(OMPI_MCA_btl=value) for value in ("self,tcp", "")] == ["self,tcp", ""]
+    own.parent.mkdir()
+    own.write_text("# btl = none\npml = ob1\nbtl_tcp_if_include = lo\n")
+    assert btls() == "^ofi"
+    own.write_text("pml = ob1\n btl=self,sm,tcp\n")
+    assert btls() == "not chosen"
+    assert btls(OMPI_MCA_mca_base_param_files=str(tmp_path / "none")) == "^ofi"
 
 
 def test_in_a_slurm_job_mpirun_takes_its_tasks_and_nodes(machine: dict[str, str]) -> None:
@@ -222,7 +241,7 @@ def test_the_shim_writes_open_mpi_5s_options_and_leaves_the_program_alone(machin
     done = run(["mpirun", *given.split()], env)
     expected = """--allow-run-as-root --output tag -np 2 -H localhost:2 --bind-to none --map-by slot --mca pml ob1 --mca btl ^openib
         --mca btl_tcp_if_include lo -x NCCL_SOCKET_IFNAME=lo -x PATH --timeout 5 python -map-by -mca x"""
-    assert done.stdout.splitlines()[:-1] == expected.split(), done.stdout
+    assert done.stdout.splitlines()[:-2] == expected.split(), done.stdout
     assert run(["mpirun", "--version"], env).stdout.startswith("mpirun (Open MPI) 5.0.11")
 
 
