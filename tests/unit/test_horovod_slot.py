@@ -12,6 +12,7 @@ from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.horovod.slot import HorovodSlot
 from hvd_ecsgd.horovod.transport import SlotHandle
 from hvd_ecsgd.method import GroupSettings
+from hvd_ecsgd.state import MethodState
 from hvd_ecsgd.transport import SelfTransport
 from tests.cases import ALL
 from tests.problems import mlp
@@ -29,8 +30,8 @@ class OneSlot(SelfTransport):
 
 def slot(model: torch.nn.Module, compression: Any, settings: GroupSettings | None = None) -> HorovodSlot:
     bound = compression.bind(model)
-    given = {} if settings is None else {"settings": lambda bucket: settings}
-    return HorovodSlot(Aggregator(bound.method, bound.named, **given), OneSlot(), bound._frozen)  # type: ignore[arg-type]
+    state = MethodState(bound.method, bound.named, settings=None if settings is None else lambda bucket: settings)
+    return HorovodSlot(Aggregator(state), OneSlot(), bound.frozen)  # type: ignore[arg-type]
 
 
 def parameter(n: int) -> torch.nn.Parameter:
