@@ -14,7 +14,7 @@ from ..engine.negotiation import Request
 from ..process_sets import ProcessSet, global_process_set
 from ..tracing import untraced
 from .allreduce import allreduce_differentiably
-from .arguments import Average, check_tensor, check_tensors, describe, is_differentiated, work_of
+from .arguments import Average, Reduction, check_tensor, check_tensors, describe, is_differentiated, work_of
 from .handles import Together
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class _Allgather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        means = allreduce_differentiably(gradients, f"{ctx.name}.gradient", Average, 1.0, 1.0, ctx.process_set)
+        means = allreduce_differentiably(gradients, f"{ctx.name}.gradient", Reduction(Average), ctx.process_set)
         return None, None, *(mean.narrow(0, first, rows) for mean, (first, rows) in zip(means, ctx.mine, strict=True))
 
 
@@ -84,6 +84,7 @@ def start_allgather(
     shaped: Callable[[list[torch.Tensor], Sequence[list[int]]], T],
     what: str = "allgather",
 ) -> Pending[T]:
+    """`shaped`: the result, from the gathered tensors and, by rank, the rows of each. `what`: the call, as ranks compare it."""
     channel = runtime.channel(process_set)
     label = channel.named(name, "allgather")
     if any(t.dim() == 0 for t in tensors):

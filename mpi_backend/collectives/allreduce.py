@@ -15,12 +15,9 @@ from ..engine.negotiation import Reduce, Request
 from ..process_sets import ProcessSet, global_process_set
 from ..tracing import untraced
 from .arguments import (
-    OP_NAMES,
-    REDUCIBLE,
     REDUCTIONS,
     Average,
-    Sum,
-    check_factors,
+    Reduction,
     check_op,
     check_tensor,
     check_tensors,
@@ -67,9 +64,9 @@ def allreduce_async_(
 
     Raises ValueError for a wrong `op`, and for a dtype that has no sum (bool, complex); NotImplementedError for Adasum.
     """
-    reduction = check_op(op, average)
+    reduction = Reduction(check_op(op, average), prescale_factor, postscale_factor)
     given = check_tensor(tensor, "allreduce_", written=True)
-    return _start_allreduce([given], [work_of(given)], name, reduction, prescale_factor, postscale_factor, process_set, only)
+    return _start_allreduce([given], [work_of(given)], name, reduction, process_set, only)
 
 
 @untraced
@@ -83,9 +80,9 @@ def allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> Pending[torch.Tensor]:
     """As `allreduce_async_`, into a new tensor."""
-    reduction = check_op(op, average)
+    reduction = Reduction(check_op(op, average), prescale_factor, postscale_factor)
     fresh = fresh_copy(check_tensor(tensor, "allreduce"))
-    return _start_allreduce([fresh], [fresh], name, reduction, prescale_factor, postscale_factor, process_set, only)
+    return _start_allreduce([fresh], [fresh], name, reduction, process_set, only)
 
 
 @untraced
@@ -132,9 +129,9 @@ def grouped_allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> Pending[tuple[torch.Tensor, ...]]:
     """As `allreduce_async_`, for several tensors, perhaps of different types, that run when all of them were submitted on all ranks."""
-    reduction = check_op(op, average)
+    reduction = Reduction(check_op(op, average), prescale_factor, postscale_factor)
     given = check_tensors(tensors, "grouped_allreduce_", written=True)
-    return _start_allreduce(given, [work_of(t) for t in given], name, reduction, prescale_factor, postscale_factor, process_set, tuple)
+    return _start_allreduce(given, [work_of(t) for t in given], name, reduction, process_set, tuple)
 
 
 @untraced
@@ -148,9 +145,9 @@ def grouped_allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> Pending[tuple[torch.Tensor, ...]]:
     """As `grouped_allreduce_async_`, into new tensors."""
-    reduction = check_op(op, average)
+    reduction = Reduction(check_op(op, average), prescale_factor, postscale_factor)
     fresh = [fresh_copy(t) for t in check_tensors(tensors, "grouped_allreduce")]
-    return _start_allreduce(fresh, fresh, name, reduction, prescale_factor, postscale_factor, process_set, tuple)
+    return _start_allreduce(fresh, fresh, name, reduction, process_set, tuple)
 
 
 @untraced
@@ -179,63 +176,51 @@ def grouped_allreduce(
     process_set: ProcessSet = global_process_set,
 ) -> list[torch.Tensor]:
     """As `allreduce`, for several tensors; see `grouped_allreduce_async_`."""
-    reduction = check_op(op, average)
+    reduction = Reduction(check_op(op, average), prescale_factor, postscale_factor)
     compressed, extras = compress_all(check_tensors(tensors, "allreduce"), compression, "allreduce")
-    options = reduction, prescale_factor, postscale_factor, process_set
-    results = allreduce_differentiably(compressed, name, *options)
+    results = allreduce_differentiably(compressed, name, reduction, process_set)
     return [compression.decompress(t, extra) for t, extra in zip(results, extras, strict=True)]
 
 
-def _allreduce_fresh(tensors: Sequence[torch.Tensor], name: str | None, op: int, pre: float, post: float, of: ProcessSet) -> tuple[torch.Tensor, ...]:
+def _allreduce_fresh(tensors: Sequence[torch.Tensor], name: str | None, reduction: Reduction, of: ProcessSet) -> tuple[torch.Tensor, ...]:
     fresh = [fresh_copy(t) for t in tensors]
-    return _start_allreduce(fresh, fresh, name, op, pre, post, of, tuple).wait()
+    return _start_allreduce(fresh, fresh, name, reduction, of, tuple).wait()
 
 
-def allreduce_differentiably(
-    tensors: Sequence[torch.Tensor], name: str | None, op: int, pre: float, post: float, of: ProcessSet
-) -> tuple[torch.Tensor, ...]:
+def allreduce_differentiably(tensors: Sequence[torch.Tensor], name: str | None, reduction: Reduction, of: ProcessSet) -> tuple[torch.Tensor, ...]:
     """In a backward pass too, for gradients of gradients."""
     if not is_differentiated(tensors):
-        return _allreduce_fresh(tensors, name, op, pre, post, of)
+        return _allreduce_fresh(tensors, name, reduction, of)
     name = runtime.channel(of).named(name, "allreduce")
-    return cast("tuple[torch.Tensor, ...]", _Allreduce.apply(name, (op, pre, post, of), *tensors))  # type: ignore[no-untyped-call]
+    return cast("tuple[torch.Tensor, ...]", _Allreduce.apply(name, reduction, of, *tensors))  # type: ignore[no-untyped-call]
 
 
 class _Allreduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, options: tuple[int, float, float, ProcessSet], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.name, ctx.options = name, options
-        return _allreduce_fresh(tensors, name, *options)
+    def forward(ctx: Any, name: str, reduction: Reduction, of: ProcessSet, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.name, ctx.reduction, ctx.of = name, reduction, of
+        return _allreduce_fresh(tensors, name, reduction, of)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        op = ctx.options[0]
-        if op not in (Average, Sum):
-            raise ValueError(f"allreduce: {OP_NAMES[op]} has no gradient here; use Average or Sum, or detach the tensor.")
-        return None, None, *allreduce_differentiably(gradients, f"{ctx.name}.gradient", *ctx.options)
+        ctx.reduction.check_gradient("allreduce")
+        return None, None, None, *allreduce_differentiably(gradients, f"{ctx.name}.gradient", ctx.reduction, ctx.of)
 
 
 def _start_allreduce(
     outs: Sequence[torch.Tensor],
     works: Sequence[torch.Tensor],
     name: str | None,
-    op: int,
-    prescale: float,
-    postscale: float,
+    reduction: Reduction,
     process_set: ProcessSet,
     shaped: Callable[[list[torch.Tensor]], T],
 ) -> Pending[T]:
     """Reduce `works` in place and write them to `outs`, of which they may be views, or copies."""
     channel = runtime.channel(process_set)
     name = channel.named(name, "allreduce")
-    for t in works:
-        if t.dtype not in REDUCIBLE:
-            known = ", ".join(str(d).removeprefix("torch.") for d in REDUCIBLE)
-            raise ValueError(f"allreduce {name!r}: Tensor type {t.dtype} is not supported. Expected one of {known}; convert it first.")
-    prescale, postscale = check_factors(prescale, postscale, f"allreduce {name!r}")
-    reduce = Reduce(REDUCTIONS[op], op == Average, prescale, postscale, tuple((t.dtype, t.numel()) for t in works))
-    options = OP_NAMES[op] + (f", scaled by {prescale!r} and {postscale!r}" if (prescale, postscale) != (1.0, 1.0) else "")
-    text = f"allreduce ({options}) of {', '.join(map(describe, works))}, named {name!r}"
+    by = reduction.of(works, f"allreduce {name!r}")
+    reduce = Reduce(REDUCTIONS[by.op], by.op == Average, by.prescale, by.postscale, tuple((t.dtype, t.numel()) for t in works))
+    text = f"allreduce ({by}) of {', '.join(map(describe, works))}, named {name!r}"
 
     def finish(nothing: None) -> T:
         return shaped([write(work, out) for work, out in zip(works, outs, strict=True)])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     Array: TypeAlias = torch.Tensor | np.ndarray[Any, Any]
 
 __all__ = [
-    "Adasum", "Average", "Max", "Min", "OP_NAMES", "Product", "REDUCIBLE", "REDUCTIONS", "Sum",
-    "check_factors", "check_op", "check_root", "check_tensor", "check_tensors", "compress_all", "describe", "fresh_copy", "is_differentiated", "only",
+    "Adasum", "Average", "Max", "Min", "OP_NAMES", "Product", "REDUCTIONS", "Reduction", "Sum",
+    "check_op", "check_root", "check_tensor", "check_tensors", "compress_all", "describe", "fresh_copy", "is_differentiated", "only",
     "work_of", "write",
 ]  # fmt: skip
 
@@ -36,7 +37,7 @@ Max = 4
 Product = 5
 OP_NAMES = {Average: "Average", Sum: "Sum", Min: "Min", Max: "Max", Product: "Product"}
 REDUCTIONS: Any = {Average: "sum", Sum: "sum", Min: "min", Max: "max", Product: "product"}
-REDUCIBLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_REDUCIBLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def describe(t: torch.Tensor, rows: bool = False) -> str:
@@ -56,6 +57,7 @@ def check_root(root_rank: int, process_set: ProcessSet, what: str) -> int:
 
 
 def check_op(op: int | None, average: bool | None) -> int:
+    """The operation meant by `op` and its deprecated form. Raises ValueError for what is none, NotImplementedError for Adasum."""
     if average is not None:
         if op is not None:
             raise ValueError("allreduce: op supersedes average; give op only.")
@@ -72,13 +74,36 @@ def check_op(op: int | None, average: bool | None) -> int:
     return op
 
 
-def check_factors(prescale: object, postscale: object, what: str) -> tuple[float, float]:
-    if not all(isinstance(f, numbers.Real) for f in (prescale, postscale)):
-        raise ValueError(f"{what}: prescale_factor and postscale_factor must be numbers, got {prescale!r} and {postscale!r}.")
-    return float(cast(float, prescale)), float(cast(float, postscale))
+@dataclass(frozen=True)
+class Reduction:
+    """What a reduction does to numbers: the operation, as `check_op` returns it, and the factors before and after. Ranks compare its text."""
+
+    op: int
+    prescale: float = 1.0
+    postscale: float = 1.0
+
+    def __str__(self) -> str:
+        factors = (self.prescale, self.postscale)
+        return OP_NAMES[self.op] + (f", scaled by {self.prescale!r} and {self.postscale!r}" if factors != (1.0, 1.0) else "")
+
+    def of(self, tensors: Iterable[torch.Tensor], what: str) -> Reduction:
+        """The same with factors that are floats. Raises ValueError for types that have no sum, and for factors that are no numbers."""
+        for t in tensors:
+            if t.dtype not in _REDUCIBLE:
+                known = ", ".join(str(d).removeprefix("torch.") for d in _REDUCIBLE)
+                raise ValueError(f"{what}: Tensor type {t.dtype} is not supported. Expected one of {known}; convert it first.")
+        if not all(isinstance(f, numbers.Real) for f in (self.prescale, self.postscale)):
+            raise ValueError(f"{what}: prescale_factor and postscale_factor must be numbers, got {self.prescale!r} and {self.postscale!r}.")
+        return replace(self, prescale=float(self.prescale), postscale=float(self.postscale))
+
+    def check_gradient(self, what: str) -> None:
+        """Raise ValueError for operations that cannot be differentiated."""
+        if self.op not in (Average, Sum):
+            raise ValueError(f"{what}: {OP_NAMES[self.op]} has no gradient here; use Average or Sum, or detach the tensor.")
 
 
 def check_tensor(array: Array, what: str, written: bool = False) -> torch.Tensor:
+    """The array as a tensor over the same memory. Raises ValueError for what cannot travel, and, if it is to be `written`, for what cannot be."""
     if isinstance(array, torch.Tensor):
         if array.is_nested:
             raise ValueError(f"{what}: a nested tensor is not supported; pass its parts, or one of torch.nested.to_padded_tensor.")
@@ -102,12 +127,14 @@ def check_tensor(array: Array, what: str, written: bool = False) -> torch.Tensor
 
 
 def check_tensors(arrays: Iterable[Array], what: str, written: bool = False) -> list[torch.Tensor]:
+    """`check_tensor` of each. Raises ValueError for one tensor in place of a list."""
     if isinstance(arrays, torch.Tensor | str | Mapping) or hasattr(arrays, "__array__") or not isinstance(arrays, Iterable):
         raise ValueError(f"{what}: expected a list of tensors, got one {type(arrays).__name__}; pass [tensor].")
     return [check_tensor(array, what, written) for array in arrays]
 
 
 def compress_all(tensors: Sequence[torch.Tensor], compression: HorovodCompressor, what: str) -> tuple[list[torch.Tensor], list[Any]]:
+    """What `compression` makes of each, and what it wants back to decompress. Raises ValueError for what is no such compression."""
     if isinstance(compression, BoundCompression):
         raise ValueError(f"{what}: {compression!r} belongs to the gradients of a DistributedOptimizer; pass Compression.none or .fp16 here.")
     if not is_horovod_compressor(compression):
@@ -117,6 +144,7 @@ def compress_all(tensors: Sequence[torch.Tensor], compression: HorovodCompressor
 
 
 def is_differentiated(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether autograd is to know of the collective."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -127,6 +155,7 @@ def work_of(t: torch.Tensor) -> torch.Tensor:
 
 
 def fresh_copy(t: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy that any thread may write to."""
     with torch.inference_mode(False):  # an inference tensor can only be written to in a thread that is in inference mode
         return t.detach().clone(memory_format=torch.contiguous_format)
 
@@ -142,4 +171,5 @@ def write(work: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def only(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The tensor of a group of one."""
     return tensors[0]

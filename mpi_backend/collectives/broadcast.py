@@ -14,7 +14,7 @@ from ..engine.negotiation import Request
 from ..process_sets import ProcessSet, global_process_set
 from ..tracing import untraced
 from .allreduce import allreduce_differentiably
-from .arguments import Average, check_root, check_tensor, describe, fresh_copy, is_differentiated, work_of, write
+from .arguments import Average, Reduction, check_root, check_tensor, describe, fresh_copy, is_differentiated, work_of, write
 
 if TYPE_CHECKING:
     from ..engine.pending import Pending
@@ -67,7 +67,7 @@ class _Broadcast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (mean,) = allreduce_differentiably(gradients, f"{ctx.name}.gradient", Average, 1.0, 1.0, ctx.process_set)
+        (mean,) = allreduce_differentiably(gradients, f"{ctx.name}.gradient", Reduction(Average), ctx.process_set)
         if runtime.context().rank != ctx.root_rank:  # still a function of it: all ranks go through its own backward pass
             mean = mean.masked_fill(torch.ones((), dtype=torch.bool, device=mean.device), 0.0)
         return mean, None, None, None

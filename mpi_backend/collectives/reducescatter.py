@@ -19,12 +19,10 @@ from ..process_sets import ProcessSet, global_process_set
 from ..tracing import untraced
 from .allgather import grouped_allgather
 from .arguments import (
-    OP_NAMES,
-    REDUCIBLE,
     REDUCTIONS,
     Average,
+    Reduction,
     Sum,
-    check_factors,
     check_op,
     check_tensor,
     check_tensors,
@@ -60,7 +58,8 @@ def reducescatter_async(
     The first dimension is divided; the first ranks have a row more where it does not come out even. `op`, factors and precision as for
     `allreduce_async_`; the additions are done in rank order. Raises ValueError for a 0-D tensor.
     """
-    return _start_reducescatter([check_tensor(tensor, "reducescatter")], name, op, process_set, prescale_factor, postscale_factor, only)
+    reduction = Reduction(check_op(op, None), prescale_factor, postscale_factor)
+    return _start_reducescatter([check_tensor(tensor, "reducescatter")], name, reduction, process_set, only)
 
 
 @untraced
@@ -91,8 +90,8 @@ def grouped_reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> Pending[tuple[torch.Tensor, ...]]:
     """As `reducescatter_async`, for several tensors, which run when all of them were submitted on all ranks."""
-    given = check_tensors(tensors, "grouped_reducescatter")
-    return _start_reducescatter(given, name, op, process_set, prescale_factor, postscale_factor, tuple)
+    reduction = Reduction(check_op(op, None), prescale_factor, postscale_factor)
+    return _start_reducescatter(check_tensors(tensors, "grouped_reducescatter"), name, reduction, process_set, tuple)
 
 
 @untraced
@@ -106,66 +105,56 @@ def grouped_reducescatter(
     postscale_factor: float = 1.0,
 ) -> list[torch.Tensor]:
     """As `reducescatter`, for several tensors."""
+    reduction = Reduction(check_op(op, None), prescale_factor, postscale_factor)
     compressed, extras = compress_all(check_tensors(tensors, "reducescatter"), compression, "reducescatter")
-    options = op, process_set, prescale_factor, postscale_factor
     if is_differentiated(compressed):
         name = runtime.channel(process_set).named(name, "reducescatter")
-        results = cast("tuple[torch.Tensor, ...]", _Reducescatter.apply(name, options, *compressed))  # type: ignore[no-untyped-call]
+        results = cast("tuple[torch.Tensor, ...]", _Reducescatter.apply(name, reduction, process_set, *compressed))  # type: ignore[no-untyped-call]
     else:
-        results = _start_reducescatter(compressed, name, *options, tuple).wait()
+        results = _start_reducescatter(compressed, name, reduction, process_set, tuple).wait()
     return [compression.decompress(t, extra) for t, extra in zip(results, extras, strict=True)]
 
 
 class _Reducescatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, options: tuple[int, ProcessSet, float, float], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.name, ctx.options = name, options
-        return _start_reducescatter(tensors, name, *options, tuple).wait()
+    def forward(ctx: Any, name: str, reduction: Reduction, process_set: ProcessSet, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.name, ctx.reduction, ctx.process_set = name, reduction, process_set
+        return _start_reducescatter(tensors, name, reduction, process_set, tuple).wait()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        op, process_set, prescale, postscale = ctx.options
-        if op not in (Average, Sum):
-            raise ValueError(f"reducescatter: {OP_NAMES[op]} has no gradient here; use Average or Sum, or detach the tensor.")
-        factor = prescale * postscale * (runtime.channel(process_set).size if op == Sum else 1)
-        return None, None, *grouped_allgather([g * factor for g in gradients], f"{ctx.name}.gradient", process_set)
+        by: Reduction = ctx.reduction
+        by.check_gradient("reducescatter")
+        factor = by.prescale * by.postscale * (runtime.channel(ctx.process_set).size if by.op == Sum else 1)
+        return None, None, None, *grouped_allgather([g * factor for g in gradients], f"{ctx.name}.gradient", ctx.process_set)
 
 
 def _start_reducescatter(
-    tensors: Sequence[torch.Tensor],
-    name: str | None,
-    op: int,
-    process_set: ProcessSet,
-    prescale: float,
-    postscale: float,
-    shaped: Callable[[list[torch.Tensor]], T],
+    tensors: Sequence[torch.Tensor], name: str | None, reduction: Reduction, process_set: ProcessSet, shaped: Callable[[list[torch.Tensor]], T]
 ) -> Pending[T]:
     channel = runtime.channel(process_set)
-    label, n, op = channel.named(name, "reducescatter"), channel.size, check_op(op, None)
+    label, n = channel.named(name, "reducescatter"), channel.size
     if any(t.dim() == 0 for t in tensors):
         raise ValueError(f"reducescatter {label!r}: a 0-D tensor has no rows; pass tensor.reshape(1).")
-    if wrong := [t.dtype for t in tensors if t.dtype not in REDUCIBLE]:
-        raise ValueError(f"reducescatter {label!r}: Tensor type {wrong[0]} is not supported.")
-    prescale, postscale = check_factors(prescale, postscale, f"reducescatter {label!r}")
-    works = [work_of(t) if prescale == 1.0 else fresh_copy(t) for t in tensors]
+    by = reduction.of(tensors, f"reducescatter {label!r}")
+    works = [work_of(t) if by.prescale == 1.0 else fresh_copy(t) for t in tensors]
 
     def start(extras: Sequence[Any]) -> Handle[list[torch.Tensor]]:
         handles: list[Handle[torch.Tensor]] = []
         for t in works:
-            scale_(t, prescale)
+            scale_(t, by.prescale)
             each, more = divmod(t.shape[0], n)
             row = math.prod(t.shape[1:])
             counts = [(each + (r < more)) * row for r in range(n)]
-            handles.append(channel.transport.reduce_scatter(t, counts, label, REDUCTIONS[op]))
+            handles.append(channel.transport.reduce_scatter(t, counts, label, REDUCTIONS[by.op]))
         return Together(handles)
 
     def finish(parts: list[torch.Tensor]) -> T:
         for part in parts:
-            finish_(part, n if op == Average else 1, postscale)
+            finish_(part, n if by.op == Average else 1, by.postscale)
         rows = [t.shape[0] // n + (channel.rank < t.shape[0] % n) for t in works]
         return shaped([part.view(r, *t.shape[1:]) for part, r, t in zip(parts, rows, works, strict=True)])
 
-    options = OP_NAMES[op] + (f", scaled by {prescale!r} and {postscale!r}" if (prescale, postscale) != (1.0, 1.0) else "")
-    text = f"reducescatter ({options}) of {', '.join(map(describe, works))}, named {label!r}"
+    text = f"reducescatter ({by}) of {', '.join(map(describe, works))}, named {label!r}"
     kind = "reducescatter" if len(works) == 1 else "grouped_reducescatter"
     return channel.submit(Request(label, text), finish, tensors=works, start=start, kind=kind)
