@@ -5,16 +5,12 @@ calls `decompress` for each. A summable payload is returned from `compress` and 
 named collectives are started in `compress`, and finished at the first `decompress` of the step, all of them together, since waiting
 parameter by parameter would deadlock.
 
-Every payload ends in four bits of a hash of settings and step, as zeros and ones, and a one. After the reduction a bit that is neither 0 nor that of
-the one differed somewhere, which every rank sees; the one tells what Horovod multiplied by (1 for Average, n for Sum).
-
 Rules that apply the update themselves (worker momentum, DEF) do so in `before_step`, which the caller arranges to run before the inner optimizer's
 step: x is moved by exactly the code that our own optimizer runs, and the inner optimizer is left without gradients, so it applies nothing.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -22,7 +18,7 @@ import torch
 
 from ..aggregator import Aggregator
 from ..bucket import Bucket, Reduction, drive
-from ..errors import CompressionError, DisagreementError, SequenceError
+from ..errors import CompressionError, SequenceError
 from ..gradients import take_
 from ..guard import Guard
 from ..transport import SelfTransport
@@ -30,12 +26,11 @@ from .introduction import Introduction
 from .meeting import Meeting, inside_backward
 from .names import GradientNames
 from .step import Pending, Phase, SlotStep
+from .tail import with_tail, without_tail
 from .transport import SlotTransport
 
 __all__ = ["HorovodSlot"]
 
-_BITS = 4
-_TAIL = _BITS + 1
 
 _slots: weakref.WeakSet[HorovodSlot] = weakref.WeakSet()
 """Of this process. They tell when it is safe to wait, and nothing that is sent depends on them."""
@@ -117,13 +112,8 @@ class HorovodSlot:
         reduction = self.aggregator.start(bucket, taken, self.transport, out)
         pending = step.parts[name] = Pending(name, gradient, reduction, noted)
         self._step = step
-        c = self.aggregator.agreement.settings_hash(bucket)
-        # Who cannot take the step says so, and is heard by every rank.
-        tail = [float("nan") if self.aggregator.agreement.refusal.wrong else float(c >> i & 1) for i in range(_BITS)] + [1.0]
-        if pending.handle is None:
-            return torch.tensor(tail, dtype=torch.float32, device=gradient.device), pending
-        payload = pending.handle.payload
-        return torch.cat([payload, torch.tensor(tail, dtype=payload.dtype, device=payload.device)]), pending
+        payload = torch.empty(0, dtype=torch.float32, device=gradient.device) if pending.handle is None else pending.handle.payload
+        return with_tail(payload, self.aggregator.agreement.settings_hash(bucket), bool(self.aggregator.agreement.refusal.wrong)), pending
 
     def _begin_step(self, name: str, gradient: torch.Tensor) -> None:
         self._raise_refusal()  # a GradScaler has left the optimizer's step out, where it would have been raised
@@ -173,7 +163,9 @@ class HorovodSlot:
             step.phase = Phase.DECOMPRESSING
             self.aggregator.agreement.finish_comparisons()
             step.finish_what_rides_along()
-        factor = self._check(reduced, pending.name)
+        payload, factor, refused = without_tail(reduced, pending.name, self.transport.size)
+        if refused:
+            self.aggregator.agreement.refusal.hear()
         gradient, reduction = pending.gradient, pending.reduction
         if abs(factor - 1.0) > 1e-5 and (self._applies or self.aggregator.state.method.feedback.needs_learning_rate):
             raise CompressionError(
@@ -185,7 +177,7 @@ class HorovodSlot:
                 gradient.zero_()
         else:
             if pending.handle is not None:
-                pending.handle.arrive(reduced[:-_TAIL])
+                pending.handle.arrive(payload)
                 drive([reduction])
             elif factor != 1.0:
                 assert reduction.out is not None
@@ -304,17 +296,3 @@ class HorovodSlot:
             written = self._results.get(name)
             if parameter.grad is not None and written is not None and written() is parameter.grad:
                 parameter.grad = None
-
-    def _check(self, reduced: torch.Tensor, name: str) -> float:
-        """Raise on every rank when a bit differed anywhere; return the factor that Horovod applied to a sum of ones, over n."""
-        *bits, factor = reduced[-_TAIL:].tolist()
-        if all(math.isnan(bit) for bit in bits):
-            self.aggregator.agreement.refusal.hear()
-            return float(factor)
-        # n ranks, one of which differs: a bit's share is 1/n or 1 - 1/n. Sums of zeros and ones are exact, also in half precision.
-        if not factor or not all(min(abs(bit / factor), abs(bit / factor - 1)) <= 0.4 / self.transport.size for bit in bits):
-            raise DisagreementError(
-                f"parameter '{name}': ranks compressed with different settings or at different steps, or froze it on some ranks only (seen by every "
-                "rank). Use the same Compression arguments everywhere, load the same step's state, and freeze the same parameters on every rank."
-            )
-        return float(factor)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_ecsgd import Compression, CompressionError, SequenceError, UnboundParameterError
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, SequenceError, UnboundParameterError
 from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.horovod.slot import HorovodSlot
+from hvd_ecsgd.horovod.tail import with_tail, without_tail
 from hvd_ecsgd.horovod.transport import SlotHandle
 from hvd_ecsgd.method import GroupSettings
 from hvd_ecsgd.state import MethodState
@@ -125,3 +126,23 @@ def test_calls_out_of_turn_are_named() -> None:
     s.decompress(*second)
     with pytest.raises(CompressionError, match="another step"):
         s.decompress(*second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("n", [2, 3, 64])
+def test_a_rank_with_other_settings_is_seen_in_the_sum_and_in_the_mean(n: int, dtype: torch.dtype) -> None:
+    """One rank's bit in n, whatever the others' is; one that refuses is heard; and ranks that agree are left alone (control)."""
+    payload = torch.arange(3, dtype=dtype)
+
+    def reduced(settings: list[int], refuses: int | None = None) -> torch.Tensor:
+        return torch.stack([with_tail(payload, s, rank == refuses) for rank, s in enumerate(settings)]).sum(0)
+
+    for others in (0b0000, 0b1111, 0b1010):
+        agreed = reduced([others] * n)
+        for scale in (1, 1 / n):
+            left, factor, refused = without_tail(agreed * scale, "w", n)
+            assert torch.equal(left, payload * n * scale) and abs(factor - n * scale) < 1e-2 and not refused
+            for odd in (others ^ 0b0001, others ^ 0b1000):
+                with pytest.raises(DisagreementError, match="'w': ranks compressed with different settings"):
+                    without_tail(reduced([odd] + [others] * (n - 1)) * scale, "w", n)
+        assert without_tail(reduced([others] * n, refuses=n - 1), "w", n)[2]
