@@ -22,6 +22,8 @@ _NODE = torch.autograd.function.BackwardCFunction.apply.__code__
 
 @dataclass(frozen=True, eq=False)
 class BackwardPass:
+    """One that a gradient has come from. Compared by identity."""
+
     whole: object
     """The same object for all passes within one that a script has started."""
     reentrant: bool

@@ -48,6 +48,7 @@ class _Waited(Protocol):
 
 
 def never() -> bool:
+    """Do not give up."""
     return False
 
 

@@ -24,6 +24,7 @@ _lock = threading.Lock()
 
 
 def check_passes(passes: int) -> None:
+    """Raise `CompressionError` unless `passes` is an integer ≥ 1."""
     check_integer(passes, "backward_passes_per_step", "an integer ≥ 1", least=1)
 
 

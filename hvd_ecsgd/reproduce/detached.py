@@ -64,6 +64,7 @@ def claims(accuracy: dict[str, dict[str, Spread]]) -> list[Claim]:
 
 
 def run(size: Size) -> Report:
+    """Search learning rates, then train the teacher–student problem with dense SGD, EF and DEF."""
     steps = {"clean, ratio 64": size.pick(8, 768, 2048), "noisy labels, ratio 16": size.pick(8, 1280, 1280)}
     samples = {"clean, ratio 64": size.pick(512, 16384, 16384), "noisy labels, ratio 16": size.pick(512, 4096, 4096)}
     pairs = [(task, method) for task, (_, methods) in TASKS.items() for method in methods]

@@ -32,6 +32,7 @@ Figures = dict[str, dict[str, dict[str, Spread]]]
 
 
 def claims(figures: Figures) -> list[Claim]:
+    """What the paper says of its methods, compressor by compressor, and whether these figures agree."""
     result = []
     for compressor, by_method in figures.items():
         loss = {m: by_method[m]["loss"].mean for m in METHODS}
@@ -65,6 +66,7 @@ def claims(figures: Figures) -> list[Claim]:
 
 
 def run(size: Size) -> Report:
+    """Train with the five methods of the paper, for each compressor."""
     steps, width = size.pick(12, 400, 1500), size.pick(64, 256, 512)
     keys = [(c, m, seed) for c in COMPRESSORS for m in METHODS for seed in range(size.seeds)]
     jobs = [(*key, steps, width) for key in keys]

@@ -101,6 +101,7 @@ def claims(z: dict[str, dict[str, Spread]]) -> list[Claim]:
 
 
 def run(size: Size) -> Report:
+    """Descend on quadratics with each rule, and measure the distance that remains."""
     steps = size.pick(20, 2000, 4000)
     pairs = [(p, r) for p in TABLE for r in ROWS] + [(p, r) for p in DIAGONAL for r in DIAGONAL_ROWS]
     keys = [(p, r, seed) for p, r in pairs for seed in range(size.seeds)]

@@ -54,6 +54,8 @@ _INTERRUPT = 2.0  # seconds after SIGINT in which the main thread must have come
 
 @dataclass(frozen=True)
 class Settings:
+    """What users choose of the watchdog: whether it runs, and after how many seconds of silence a rank counts as dead."""
+
     enabled: bool
     timeout: float
 
