@@ -31,7 +31,7 @@ class OneSlot(SelfTransport):
 
 def slot(model: torch.nn.Module, compression: Any, settings: GroupSettings | None = None) -> HorovodSlot:
     bound = compression.bind(model)
-    state = MethodState(bound.method, bound.named, settings=None if settings is None else lambda bucket: settings)
+    state = MethodState(bound.method, bound.named, settings=lambda bucket: settings or GroupSettings())
     return HorovodSlot(Aggregator(state), OneSlot(), bound.frozen)  # type: ignore[arg-type]
 
 
