@@ -1,0 +1,45 @@
+"""The messages by which the ranks of a channel negotiate, on a communicator of their own."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+from mpi4py import MPI
+
+__all__ = ["Mail"]
+
+
+class Mail:
+    """Nothing here waits. `comm` is freed by `close`."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm = comm
+        self._sends: list[tuple[MPI.Request, bytes]] = []
+
+    @property
+    def sending(self) -> bool:
+        """Something is on its way."""
+        return bool(self._sends)
+
+    def send(self, content: object, *ranks: int) -> None:
+        data = pickle.dumps(content)
+        self._sends += [(self._comm.Isend([data, MPI.BYTE], rank), data) for rank in ranks]
+
+    def received(self) -> tuple[int, Any] | None:
+        """The next message and who sent it; None when none has come."""
+        status = MPI.Status()
+        message = self._comm.Improbe(status=status)
+        if message is None:
+            return None
+        data = bytearray(status.Get_count(MPI.BYTE))
+        message.Recv([data, MPI.BYTE])
+        return status.Get_source(), pickle.loads(data)
+
+    def sweep(self) -> None:
+        """Let go of what has arrived."""
+        if self._sends:
+            self._sends = [(request, data) for request, data in self._sends if not request.Test()]
+
+    def close(self) -> None:
+        self._comm.Free()
