@@ -1,4 +1,4 @@
-"""Checks of program_lifecycle.py: how the model computes, mixed precision, bits."""
+"""Checks of program_lifecycle.py: memory formats, mixed precision, bits."""
 
 from __future__ import annotations
 
@@ -10,24 +10,7 @@ from hvd_ecsgd import CompressionError, DisagreementError
 from tests.conformance.lifecycle import BACKEND, METHODS, backward, check_run, everywhere, hvd, real, told
 from tests.problems import batch, mlp, weights
 
-# -- how the model computes ------------------------------------------------------------------------------------------------------
-
-
-def compiled() -> None:
-    """The gradients of a compiled model (traced by torch.compile; no code generation, which takes long) are exchanged as any."""
-
-    def run(model: torch.nn.Module, optimizer: Any, rank: int) -> None:
-        forward = torch.compile(model, backend="aot_eager") if is_real(optimizer) else model
-        for step in range(4):
-            optimizer.zero_grad()
-            backward(forward, rank, step)
-            optimizer.step()
-
-    check_run("compiled", run)
-
-
-def is_real(optimizer: Any) -> bool:
-    return type(optimizer.bound.transport).__name__ != "SimulatedTransport"
+# -- memory formats ----------------------------------------------------------------------------------------------------------------
 
 
 class Images(torch.nn.Module):

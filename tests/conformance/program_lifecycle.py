@@ -16,7 +16,7 @@ import torch
 from hvd_ecsgd import CompressionError, DistributedOptimizer
 from hvd_ecsgd.transport import run_simulated
 from tests.conformance.lifecycle import METHODS, Build, backward, check_run, compression_of, everywhere, hvd, prefixed, real, told
-from tests.conformance.lifecycle_arithmetic import autocast, channels_last, compiled, drift, exact, scaler, unattached_scaler
+from tests.conformance.lifecycle_arithmetic import autocast, channels_last, drift, exact, scaler, unattached_scaler
 from tests.problems import batch, mlp, weights
 
 # -- learning rates --------------------------------------------------------------------------------------------------------------
@@ -294,6 +294,26 @@ def loading() -> None:
     backward(model, hvd.rank(), 1)
     told(CompressionError, lambda: optimizer.bound.load_state_dict(state), "between a backward pass and its optimizer.step()")
     optimizer.step()
+
+
+# -- compiled models, in this file as tests/rank_main.py looks for torch.compile in it ---------------------------------------------
+
+
+def compiled() -> None:
+    """The gradients of a compiled model (traced by torch.compile; no code generation, which takes long) are exchanged as any."""
+
+    def run(model: torch.nn.Module, optimizer: Any, rank: int) -> None:
+        forward = torch.compile(model, backend="aot_eager") if is_real(optimizer) else model
+        for step in range(4):
+            optimizer.zero_grad()
+            backward(forward, rank, step)
+            optimizer.step()
+
+    check_run("compiled", run)
+
+
+def is_real(optimizer: Any) -> bool:
+    return type(optimizer.bound.transport).__name__ != "SimulatedTransport"
 
 
 def run_checks(checks: Iterable[Callable[[], None]]) -> None:
