@@ -63,6 +63,7 @@ def _given(mean: torch.Tensor, sparse: bool) -> torch.Tensor:
 
 
 def multiply_gradients_(parameters: Sequence[torch.nn.Parameter], factor: float) -> None:
+    """Multiply those that are there, in place."""
     if gradients := [p.grad for p in parameters if p.grad is not None]:
         torch._foreach_mul_(gradients, factor)
 
