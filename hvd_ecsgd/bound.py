@@ -172,13 +172,17 @@ class BoundCompression:
 
     def adopt(self, aggregator: Aggregator, driver: Driver) -> None:
         """`aggregator`, of `driver`, holds this object's state from now on. State loaded before is handed over."""
-        if self._used:
-            raise CompressionError("this compression object belongs to another optimizer already; bind one for each.")
+        self.check_free()
         self._aggregator, self._driver, self._used = aggregator, driver, True
         aggregator.agreement.expect_first_step()
         if self._loaded_state is not None:
             state, self._loaded_state = self._loaded_state, None
             aggregator.prepare_load(state)()
+
+    def check_free(self) -> None:
+        """Raise `CompressionError` when a driver has brought its aggregator already."""
+        if self._used:
+            raise CompressionError("this compression object belongs to another optimizer already; bind one for each.")
 
     def driven_by(self, driver: Driver) -> bool:
         """`driver` is the one that feeds this object its gradients, or would."""

@@ -68,6 +68,7 @@ class HorovodDriver:
         optimizer's."""
         if self._slot is None:
             compression = self._compression
+            compression.check_free()
             self._check_clip()
             transport = SlotTransport(self._process_set)
             state = MethodState(

@@ -58,7 +58,7 @@ class OptimizerDriver:
         self.optimizer, self.inner, self.own_class, self.compression, self.names = optimizer, inner, own_class, compression, names
         self.hyper_parameters = HyperParameters(optimizer)
         self.scaler = ScalerLink(optimizer, compression)
-        self.groups = ParamGroups(optimizer, inner, compression, transport.size if sum_gradients else 1)
+        self.groups = ParamGroups(optimizer, inner, compression, transport.size, summed=sum_gradients)
         self._overlap = overlap
         self.groups.check()
         trained = in_common_order(trained, transport)
