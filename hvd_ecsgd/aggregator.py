@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from .bucket import Bucket, Reduction, Resting, clipped_, part_of, stay, unscaled_, wire_dtype
+from .bucket import Bucket, BucketStep, FrozenState, clipped_, local_step, part_of, unscaled_, wire_dtype
 from .errors import CompressionError, DisagreementError
 from .kernels import all_finite, fingerprint
 from .method import GroupSettings, Method
@@ -120,7 +120,7 @@ class Aggregator:
         self._held = False
         self._moved = False
         self._in_step = False
-        self._open: tuple[Sequence[Reduction], bool, Transport] | None = None
+        self._open: tuple[Sequence[BucketStep], bool, Transport] | None = None
         """The last step, which stands and may still be discarded: its reductions, whether its gradients were overwritten, and the transport."""
         self._wrong = ""  # what this worker cannot take the step with
         self._refused = False  # some worker cannot, as all have heard
@@ -313,7 +313,7 @@ class Aggregator:
         return group.loss_scale if self._stateful or self.method.clips else 1.0
 
     @torch.no_grad()
-    def start(self, bucket: Bucket, gradients: list[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> Reduction | None:
+    def start(self, bucket: Bucket, gradients: list[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> BucketStep | None:
         """Accumulate `gradients`, as `take_` returned them, extract and start to send; the mean goes to the flat `out`, or to a buffer that the
         bucket keeps.
 
@@ -356,7 +356,7 @@ class Aggregator:
         poisoned = bool(self._wrong) or not all(all_finite(g) for g in gradients)
         if bucket.method.exact:
             bucket.remember()
-        resting = Resting(bucket, transport.rank, transport.size) if bucket.frozen() else None
+        frozen_state = FrozenState(bucket, transport.rank, transport.size) if bucket.frozen() else None
         # A poisoned step leaves the buffer alone; there is nothing to extract from.
         buffer = bucket.segments.empty()[:0] if poisoned else feedback.accumulate_(bucket.state, gradients, bucket.parameters, bucket.segments, ctx)
         compressor, exchange = bucket.method.at(self.step)
@@ -376,8 +376,8 @@ class Aggregator:
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
-        steps, rescale = stay(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else self._scale_of(group)
-        return Reduction(bucket, task, steps, gradients, group, rescale, resting)
+        steps, rescale = local_step(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else self._scale_of(group)
+        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state)
 
     def _others_lr(self, bucket: Bucket) -> float:
         """0 if the others send nothing for this bucket, as their learning rate is 0, else 1: who cannot take a step sends what they do."""
@@ -386,11 +386,11 @@ class Aggregator:
         return 0.0 if resting >> min(bucket.group, 62) & 1 else 1.0
 
     @torch.no_grad()
-    def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
+    def finish_step(self, reductions: Sequence[BucketStep], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
         """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands: then
         `keep_step` or `discard_step` follows.
 
-        `gradients_gone`: as in `Reduction.undo_`. `transport`: for what the rule then does together with the other ranks; the step's by default.
+        `gradients_gone`: as in `BucketStep.undo_`. `transport`: for what the rule then does together with the other ranks; the step's by default.
         """
         finite = all(r.task.finite for r in reductions)
         where = "this rank (a local step)" if self.local and not self._refused else "all ranks"
@@ -486,7 +486,7 @@ class Aggregator:
         self._refused = True
 
     @torch.no_grad()
-    def _prepare(self, reductions: Sequence[Reduction], transport: Transport) -> None:
+    def _prepare(self, reductions: Sequence[BucketStep], transport: Transport) -> None:
         """What the feedback rule does together with the other ranks between steps. Nothing after a step in which nothing was sent (η = 0)."""
         if not reductions:
             return
@@ -504,7 +504,7 @@ class Aggregator:
 
     # -- parameters that are shifted (DEF) ----------------------------------------------------------------------------------------
 
-    def apply_updates(self, reductions: Sequence[Reduction]) -> None:
+    def apply_updates(self, reductions: Sequence[BucketStep]) -> None:
         """Methods that apply the update themselves: move x, and shift; the step is kept. Where nothing came back, x stays; the error to shift by has
         changed.
 
@@ -529,8 +529,8 @@ class Aggregator:
                     feedback.finish_(bucket.state, reduction.out, bucket.parameters, bucket.segments, reduction.task.ctx)
                 for i, p, before in frozen:
                     p.copy_(bucket.segments.shaped_views(bucket.state["x"])[i] if feedback.shifts else before)
-                if reduction.resting is not None:
-                    reduction.resting.put_back_()
+                if reduction.frozen_state is not None:
+                    reduction.frozen_state.put_back_()
                 if feedback.shifts:
                     bucket.note_written()
 

@@ -17,7 +17,7 @@ from .protocols import State, Steps, Task
 from .segments import Segment, Segments
 from .transport.base import Handle
 
-__all__ = ["Bucket", "Reduction", "Resting", "clipped_", "drive", "part_of", "stay", "unscaled_", "wire_dtype"]
+__all__ = ["Bucket", "BucketStep", "FrozenState", "clipped_", "drive", "local_step", "part_of", "unscaled_", "wire_dtype"]
 
 
 @dataclass
@@ -184,7 +184,7 @@ def unscaled_(gradients: Sequence[torch.Tensor], scale: float, dtype: torch.dtyp
     return [g if g.dtype == dtype else g.to(dtype).mul_(1 / scale) for g in gradients]
 
 
-class Resting:
+class FrozenState:
     """The state of a bucket's frozen parameters as it was before the step: it waits until they are unfrozen.
 
     They take part in the exchange with what is left of them, as all tables are alike on all ranks, and what comes of it is put away.
@@ -215,7 +215,7 @@ class Resting:
             self._bucket.clean = self._bucket.clean and not (slot == "residual" and bool(value.any()))
 
 
-class Reduction:
+class BucketStep:
     """One bucket's step in progress."""
 
     def __init__(
@@ -226,10 +226,10 @@ class Reduction:
         gradients: list[torch.Tensor],
         settings: GroupSettings,
         rescale: float = 1.0,
-        resting: Resting | None = None,
+        frozen_state: FrozenState | None = None,
     ) -> None:
         self.bucket = bucket
-        self.resting = resting
+        self.frozen_state = frozen_state
         self._rescale = rescale
         self.task = task
         self.gradients = gradients
@@ -260,8 +260,8 @@ class Reduction:
         `gradients_gone`: the gradients were overwritten by the result; finite ones of this worker then stay in its residual, as if delayed.
         """
         self._undo_(gradients_gone)
-        if self.resting is not None:
-            self.resting.put_back_()
+        if self.frozen_state is not None:
+            self.frozen_state.put_back_()
         self.bucket.shift_()
 
     def _undo_(self, gradients_gone: bool) -> None:
@@ -285,19 +285,19 @@ class Reduction:
         took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
         self.bucket.clean = took_all and (self.bucket.clean or not self.bucket.method.feedback.scratches)  # whose buffer is not the residual
         self.task.forget_undo()
-        if self.resting is not None:
-            self.resting.rescale_(self.task.ctx.carry if self.bucket.method.feedback.unit == "gradient" else 1.0, self.task.server_carry)
-            self.resting.put_back_()
+        if self.frozen_state is not None:
+            self.frozen_state.rescale_(self.task.ctx.carry if self.bucket.method.feedback.unit == "gradient" else 1.0, self.task.server_carry)
+            self.frozen_state.put_back_()
 
 
-def stay(task: Task) -> Steps:
+def local_step(task: Task) -> Steps:
     """A local step: nothing is sent, and nothing learned from others. An inf or NaN concerns this rank alone."""
     task.finite, task.skipped = not task.poisoned, True
     yield from ()
     return task.out
 
 
-def drive(reductions: Iterable[Reduction]) -> None:
+def drive(reductions: Iterable[BucketStep]) -> None:
     """Finish all, one phase of each after the other: second passes of all buckets travel at once, in the same order on every rank."""
     open_ones = [r for r in reductions if not r.finished]
     while open_ones:

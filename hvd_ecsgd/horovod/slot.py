@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from ..aggregator import Aggregator
-from ..bucket import Bucket, Reduction, drive
+from ..bucket import Bucket, BucketStep, drive
 from ..errors import CompressionError, DisagreementError, SequenceError, UnboundParameterError
 from ..guard import Guard, Noted
 from ..talk import STEP, raise_if_apart, raise_if_joined
@@ -49,7 +49,7 @@ class _Pending:
 
     name: str
     gradient: torch.Tensor
-    reduction: Reduction | None
+    reduction: BucketStep | None
     """None while the learning rate is 0."""
     noted: Noted | None = None
     """The gradient as it was when it was compressed."""
@@ -306,7 +306,7 @@ class HorovodSlot:
             self._end_step()
         return gradient
 
-    def _write(self, reduction: Reduction, pending: _Pending) -> None:
+    def _write(self, reduction: BucketStep, pending: _Pending) -> None:
         """The mean becomes the gradient."""
         assert reduction.out is not None
         gradient = pending.gradient

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..aggregator import Aggregator, Comparison
-from ..bucket import Bucket, Reduction, drive
+from ..bucket import Bucket, BucketStep, drive
 from ..errors import CompressionError, DisagreementError
 from ..talk import raise_if_joined
 from ..transport import Transport
@@ -55,17 +55,17 @@ class StepExchange:
     ) -> None:
         self.aggregator, self.transport, self.executor, self.observer = aggregator, transport, executor, observer
         self.phase, self.outcome = Phase.IDLE, Outcome.STANDS
-        self.results: list[Reduction | None] = []
+        self.results: list[BucketStep | None] = []
         """By bucket, of a step that is EXCHANGED; None where the learning rate was 0."""
         self._note = note
         self._submitted = 0
-        self._started: list[Reduction | None] = []  # the executor's, until it is drained
+        self._started: list[BucketStep | None] = []  # the executor's, until it is drained
         self._opening: Comparison | None = None  # the comparison that begins a step, from its start until its end
         self._sent_at: dict[int, float] = {}
         aggregator.outside = self.meet
 
     @property
-    def reductions(self) -> list[Reduction]:
+    def reductions(self) -> list[BucketStep]:
         return [r for r in self.results if r is not None]
 
     @property
@@ -193,7 +193,7 @@ class StepExchange:
             self.agree()
             self._finish([self._started[-2]])
 
-    def _finish(self, started: Sequence[Reduction | None]) -> None:
+    def _finish(self, started: Sequence[BucketStep | None]) -> None:
         reductions = [r for r in started if r is not None]
         if self.executor.concurrent:
             for reduction in reductions:
