@@ -371,7 +371,7 @@ class Aggregator:
             poisoned=poisoned,
             reversible=feedback.keeps_residual,
             residual=bucket.state.get("residual", buffer),
-            flushes=compressor.lossless and bucket.clean,
+            residual_was_zero=compressor.lossless and bucket.residual_is_zero,
             server_carry=ctx.carry if feedback.unit == "gradient" else 1.0,
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
@@ -496,7 +496,7 @@ class Aggregator:
         key = Key(self.method.seed, self.step - 1, transport.rank, "prepare", transport.size)
         for round_, tensors in enumerate(self.method.feedback.prepare(parts, key) if parts else ()):
             for bucket, part in zip(buckets, parts, strict=True):  # a residual that takes up others' is zero no more
-                bucket.clean = bucket.clean and not any(t is part.state["residual"] for t in tensors)
+                bucket.residual_is_zero = bucket.residual_is_zero and not any(t is part.state["residual"] for t in tensors)
             handles = [transport.allreduce_(t, f"prepare.{round_}.{i}") for i, t in enumerate(tensors)]
             for t, handle in zip(tensors, handles, strict=True):
                 handle.wait().div_(transport.divisor)
@@ -709,7 +709,7 @@ class Aggregator:
             if same_pieces and slot in after and after[slot].shape == value.shape:
                 after[slot] = value
             elif slot == "server_residual":
-                bucket.clean = False
+                bucket.residual_is_zero = False
                 self._return_to_worker(bucket, old.exchange, value, bucket.state["residual"])
         bucket.exchange_state = after
         bucket.shift_()
@@ -888,7 +888,7 @@ class Aggregator:
             points = {bucket.name: self._at_x(bucket) for bucket, *_ in staged}
             for bucket in self.buckets:  # what the saved training had not allocated yet begins anew
                 bucket.state = bucket.exchange_state = bucket.unit = None
-                bucket.clean, bucket.versions = True, []
+                bucket.residual_is_zero, bucket.versions = True, []
             for bucket, feedback_state, exchange_state, unit in staged:
                 if "x" in feedback_state:
                     xs = bucket.segments.shaped_views(feedback_state["x"])
@@ -897,7 +897,7 @@ class Aggregator:
                             x.copy_(current)
                 bucket.state, bucket.exchange_state = feedback_state, exchange_state
                 bucket.unit = unit
-                bucket.clean = "residual" not in feedback_state or not bool(feedback_state["residual"].any())
+                bucket.residual_is_zero = "residual" not in feedback_state or not bool(feedback_state["residual"].any())
                 with torch.no_grad():
                     bucket.shift_()
             self.step, self.undone = state["step"], state["undone"]

@@ -35,7 +35,7 @@ class Bucket:
     """The learning rate that the residual is measured by: η̃ of the last step in which η was not 0."""
     dense: bool = False
     """Never compressed: small or one-dimensional parameters."""
-    clean: bool = True
+    residual_is_zero: bool = True
     """This rank's residual is known to be zero: the last exchange took everything, or there was none."""
     versions: list[int] = field(default_factory=list)
     """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
@@ -212,7 +212,7 @@ class FrozenState:
         for i, slot, value in self._kept:
             if (i, slot) in now:
                 now[i, slot].copy_(value)
-            self._bucket.clean = self._bucket.clean and not (slot == "residual" and bool(value.any()))
+            self._bucket.residual_is_zero = self._bucket.residual_is_zero and not (slot == "residual" and bool(value.any()))
 
 
 class BucketStep:
@@ -275,7 +275,7 @@ class BucketStep:
         if self.task.poisoned:
             return
         method.feedback.undo_(state, None if gradients_gone else self.gradients, self.bucket.parameters, self.bucket.segments, self.task.ctx)
-        if self.task.flushes and method.feedback.keeps_residual:
+        if self.task.residual_was_zero and method.feedback.keeps_residual:
             state["residual"].zero_()  # such a payload is not kept for adding back
 
     def commit(self) -> None:
@@ -283,7 +283,8 @@ class BucketStep:
         if self.settings.lr:
             self.bucket.unit = self.task.ctx.unit
         took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
-        self.bucket.clean = took_all and (self.bucket.clean or not self.bucket.method.feedback.scratches)  # whose buffer is not the residual
+        apart = self.bucket.method.feedback.scratches  # the buffer is not the residual
+        self.bucket.residual_is_zero = took_all and (self.bucket.residual_is_zero or not apart)
         self.task.forget_undo()
         if self.frozen_state is not None:
             self.frozen_state.rescale_(self.task.ctx.carry if self.bucket.method.feedback.unit == "gradient" else 1.0, self.task.server_carry)

@@ -247,14 +247,14 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One bucket between steps, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero. `rests`: the learning
-    rate was 0 in this step, in which its parameters and state stay as they are."""
+    """One bucket between steps, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero.
+    `zero_learning_rate`: it was 0 in this step, in which its parameters and state stay as they are."""
 
     state: State
     parameters: Sequence[torch.Tensor]
     segments: Segments
     lossless: bool
-    rests: bool = False
+    zero_learning_rate: bool = False
 
 
 @dataclass
@@ -300,7 +300,7 @@ class Task:
     reversible: bool = True
     residual: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
     """What the feedback rule keeps; usually the buffer itself."""
-    flushes: bool = False
+    residual_was_zero: bool = False
     """The residual was zero before, and will be: undoing the extraction is setting it to zero."""
     finite: bool = True
     server_carry: float = 1.0
@@ -324,7 +324,7 @@ class Task:
             return self.buffer  # a scratch copy of the gradients that nobody reads again: it can travel as it is
         self.extracted += segments.numel
         payload = self.compressor.extract_(self.buffer, segments, key)
-        if self.reversible and not self.flushes:
+        if self.reversible and not self.residual_was_zero:
             self.undo_by_adding(self.buffer, self.compressor, payload.clone() if travels_in_place else payload, segments, key, 1.0)
         return payload
 

@@ -107,7 +107,7 @@ class Matrix(Curvature):
         for part, mean in zip(parts, means, strict=True):
             if not part.lossless:
                 part.state["correction"].copy_(self._times(mean, part.segments))
-            elif not part.rests:
+            elif not part.zero_learning_rate:
                 part.state["correction"].zero_()  # there may be one from before the method was switched
 
     def correction(self, state: State, segments: Segments, lr: float) -> torch.Tensor:
@@ -167,7 +167,7 @@ class Product(Curvature):
     def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         vectors = [part.state["residual"].clone() for part in parts]
         if self.local:
-            yield [v for v, part in zip(vectors, parts, strict=True) if not part.lossless or part.rests]
+            yield [v for v, part in zip(vectors, parts, strict=True) if not part.lossless or part.zero_learning_rate]
         with torch.enable_grad():
             products = _call(self.function, _by_name(parts, vectors), "Product")
         finite = True

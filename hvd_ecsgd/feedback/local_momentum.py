@@ -62,7 +62,7 @@ class LocalMomentum(Shifted):
     def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         """e ← mean e, in the steps that `average_errors` says."""
         if self.average_errors is not None and (key.step + 1) % self.average_errors == 0:
-            yield [part.state["residual"] for part in parts if not part.lossless and not part.rests]
+            yield [part.state["residual"] for part in parts if not part.lossless and not part.zero_learning_rate]
 
     @property
     def shifts(self) -> bool:

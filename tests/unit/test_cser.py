@@ -141,7 +141,7 @@ def test_undoing_an_uncompressed_step_keeps_the_errors(monkeypatch: pytest.Monke
 
     def forgetful(self: BucketStep) -> None:
         commit(self)
-        self.bucket.clean = self.task.compressor.lossless
+        self.bucket.residual_is_zero = self.task.compressor.lossless
 
     monkeypatch.setattr(BucketStep, "commit", forgetful)
     assert errors_lost() > 1e-3
