@@ -111,7 +111,7 @@ class Compression:
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         return self._stateless().decompress(tensor, ctx)
 
-    def _stateless(self) -> _Bare:
+    def _stateless(self) -> HorovodStylePreset:
         if isinstance(self.method.feedback, NoFeedback) and not self.method.exchange.approximates and not self.method.clips:
             if isinstance(self.method.compressor, Identity):
                 return Compression.none
@@ -121,13 +121,13 @@ class Compression:
 
     # -- presets -----------------------------------------------------------------------------------------------------------------
 
-    none: ClassVar[_Bare]
+    none: ClassVar[HorovodStylePreset]
     """No compression; as Horovod's, bare or called."""
 
-    fp16: ClassVar[_Bare]
+    fp16: ClassVar[HorovodStylePreset]
     """Gradients rounded to float16; bare or called. `Compression.fp16(error_feedback=True).bind(model)` keeps the rounding errors."""
 
-    bf16: ClassVar[_Bare]
+    bf16: ClassVar[HorovodStylePreset]
     """Gradients rounded to bfloat16, summed in float32 by the servers of the pieces, and rounded once more: the bytes of a 16-bit all-reduce.
 
     Bound (`Compression.bf16.bind(model)`) it works everywhere; bare it does with our own optimizers, but not on Horovod, which cannot reduce
@@ -315,7 +315,7 @@ def _feedback(wanted: bool) -> Feedback:
     return ErrorFeedback() if wanted else NoFeedback()
 
 
-class _Bare:
+class HorovodStylePreset:
     """`Compression.none`, `.fp16` and `.bf16`: compressors in Horovod's sense as they stand, and callable like every other preset."""
 
     def __init__(self, name: str, compressor: Compressor, dtype: torch.dtype | None) -> None:
@@ -354,9 +354,9 @@ class _Bare:
         return tensor.to(ctx)
 
 
-Compression.none = _Bare("none", Identity(), None)
-Compression.fp16 = _Bare("fp16", Cast(), torch.float16)
-Compression.bf16 = _Bare("bf16", Cast(torch.bfloat16), torch.bfloat16)
+Compression.none = HorovodStylePreset("none", Identity(), None)
+Compression.fp16 = HorovodStylePreset("fp16", Cast(), torch.float16)
+Compression.bf16 = HorovodStylePreset("bf16", Cast(torch.bfloat16), torch.bfloat16)
 
 
 def double_squeeze_comparison(
@@ -386,14 +386,14 @@ def _unbound(name: str, what: object) -> AttributeError:
     return AttributeError(f"{type(what).__name__!r} object has no attribute {name!r}")
 
 
-AnyCompression = _Bare | Compression | BoundCompression | HorovodCompressor
+AnyCompression = HorovodStylePreset | Compression | BoundCompression | HorovodCompressor
 
 
 def bind(compression: AnyCompression, named: Named) -> BoundCompression:
     """`compression`, bound to `named` unless it is bound already. A user's own `compress` and `decompress` do what they do on Horovod."""
     if isinstance(compression, BoundCompression):
         return compression
-    if isinstance(compression, (Compression, _Bare)):
+    if isinstance(compression, (Compression, HorovodStylePreset)):
         return compression.bind(named)
     if is_horovod_compressor(compression):
         return Compression(Identity(), NoFeedback(), CompressedAllReduce(compression), dense_below=0, dense_1d=False).bind(named)
