@@ -376,7 +376,7 @@ class Aggregator:
             step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
-        steps, rescale = local_step(task) if self.local else exchange.run(task, transport), 1.0 if feedback.applies_update else self._scale_of(group)
+        steps, rescale = local_step(task) if self.local else exchange.run(task, transport), 1.0 if feedback.takes.update else self._scale_of(group)
         return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state)
 
     def _others_lr(self, bucket: Bucket) -> float:
@@ -756,7 +756,7 @@ class Aggregator:
     def _compared(self, bucket: Bucket) -> GroupSettings:
         """The settings that must be equal on all ranks. Updates are in true units, and after an overflow in a local step scalers differ."""
         settings = self.settings(bucket)
-        return replace(settings, loss_scale=1.0) if bucket.method.feedback.applies_update else settings
+        return replace(settings, loss_scale=1.0) if bucket.method.feedback.takes.update else settings
 
     def _digest(self) -> bytes:
         if self._static_digest is None:

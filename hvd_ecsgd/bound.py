@@ -70,7 +70,7 @@ class BoundCompression:
         self._own: Callable[[], torch.optim.Optimizer | None] | None = None
         """The optimizer of ours, if it is one that holds this object's state."""
         self._warned = False
-        if method.feedback.owns_momentum:
+        if method.feedback.takes.momentum:
             claim(self)
         if method.feedback.shifts and isinstance(model, torch.nn.Module):
             with suppress(Exception):  # a convenience, which scripted modules and some wrappers do not offer
@@ -135,11 +135,11 @@ class BoundCompression:
         """Before a step of an optimizer that is not ours: apply the update where the method does that itself, and raise when it cannot."""
         if self._slot is not None:
             self._slot.before_step(scaled=self.scaler is not None and self.loss_scale != 1.0)
-        if self._aggregator is None and self.method.feedback.owns_momentum:
+        if self._aggregator is None and self.method.feedback.takes.momentum:
             raise CompressionError(self._refusal())
 
     def _refusal(self) -> str:
-        if self.method.feedback.applies_update:
+        if self.method.feedback.takes.update:
             return (
                 f"{self.method.feedback} applies momentum, weight decay and the update itself, and has not seen a gradient of parameter "
                 f"'{self.named[0][0]}': {_ATTACH} Without Horovod, use hvd_ecsgd.DistributedOptimizer or `import mpi_backend as hvd`."
@@ -182,20 +182,20 @@ class BoundCompression:
         for g, group in enumerate(optimizer.param_groups):
             if any(id(p) in bound for p in group["params"]):
                 feedback.check_group(group, _group_of(optimizer, g))
-        if feedback.applies_update:
+        if feedback.takes.update:
             self._check_applied_to(optimizer)
         self._optimizer = optimizer
         on_horovod = getattr(optimizer, "_compression", None) is self and horovod_is_running()
         if on_horovod:
             self._check_clip()
-        if on_horovod and not feedback.applies_update and HorovodTransport(self._process_set).size == 1:
+        if on_horovod and not feedback.takes.update and HorovodTransport(self._process_set).size == 1:
             warnings.warn(
                 f"{self.method.compressor}: Horovod does not compress with one process, so this trains without it. "
                 "hvd_ecsgd.DistributedOptimizer, and mpi_backend's, compress with one process too.",
                 UserWarning,
                 stacklevel=2,
             )
-        if feedback.applies_update:
+        if feedback.takes.update:
             self._slotted()  # now, so that state that is loaded shifts the parameters before the next forward pass
         return self
 
@@ -217,12 +217,12 @@ class BoundCompression:
     def _settings(self, bucket: Bucket) -> GroupSettings:
         feedback = self.method.feedback
         if self._optimizer is None:
-            if feedback.owns_momentum:
+            if feedback.takes.momentum:
                 raise CompressionError(
                     f"{feedback} applies momentum and weight decay itself and must see the optimizer's param groups (parameter "
                     f"'{bucket.segments.names[0]}'): {_ATTACH}"
                 )
-            if feedback.needs_learning_rate:
+            if feedback.takes.learning_rate:
                 raise CompressionError(
                     f"{feedback} needs the learning rate itself (parameter '{bucket.segments.names[0]}'): call compression.attach(optimizer) "
                     "before the first backward pass."
@@ -245,7 +245,7 @@ class BoundCompression:
         """Of the optimizer's param group `g` now. Warns once where methods in gradient units must take its learning rate to be constant."""
         feedback = self.method.feedback
         group, where = optimizer.param_groups[g], _group_of(optimizer, g)
-        needs = feedback.applies_update or feedback.needs_learning_rate
+        needs = feedback.takes.learning_rate
         if not self._warned and group.get("lr") is None and feedback.keeps_residual and not needs:
             self._warned = True
             warnings.warn(

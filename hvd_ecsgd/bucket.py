@@ -74,7 +74,7 @@ class Bucket:
         """
         feedback = self.method.feedback
         # A rule that applies the update remembers means where it has a state of them, which is equal on all ranks.
-        remembers = settings.remembers and (not feedback.applies_update or bool(feedback.shared_slots))
+        remembers = settings.remembers and (not feedback.takes.update or bool(feedback.shared_slots))
         return max(settings.lr, self.unit or 0.0) if remembers else settings.lr
 
     def frozen(self) -> list[int]:

@@ -32,7 +32,7 @@ def methods() -> int:
     for name, compression in presets().items():
         m = compression.method
         parts = [repr(part) for part in (m.compressor, m.feedback, m.exchange)]
-        rows.append((name, *parts, m.feedback.unit, "attached" if m.feedback.owns_momentum else "yes"))
+        rows.append((name, *parts, m.feedback.unit, "attached" if m.feedback.takes.momentum else "yes"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -113,7 +113,7 @@ class Method:
     def switched(self, new: Method) -> Method:
         """`new` as what this method goes on as: with this one's `dense_below`, `dense_1d` and `seed`. Raises unless its feedback can take over."""
         old, rule = self.feedback, new.feedback
-        begins = not old.init(Segments(())) and not (old.owns_momentum or rule.owns_momentum) and old.unit == rule.unit
+        begins = not old.init(Segments(())) and not (old.takes.momentum or rule.takes.momentum) and old.unit == rule.unit
         begins = begins and old.for_dense() == rule.for_dense()
         if rule != old and not begins:
             remedy = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from .segments import Key, Segments
 from .transport.base import Handle, Transport
 
-__all__ = ["Compressor", "Exchange", "Feedback", "Part", "State", "Steps", "StepContext", "Task", "Traffic", "UnbiasedCompressor"]
+__all__ = ["Compressor", "Exchange", "Feedback", "Part", "State", "Steps", "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor"]
 
 State = dict[str, torch.Tensor]
 """Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
@@ -93,6 +94,33 @@ class UnbiasedCompressor(Compressor, Protocol):
         ...
 
 
+class Takes(Enum):
+    """What a feedback rule takes over from the optimizer behind it."""
+
+    NOTHING = "nothing"
+    LEARNING_RATE = "learning rate"
+    """The rule uses η itself, and not only how it changes; the optimizer applies the mean."""
+    MOMENTUM = "momentum"
+    """The rule has momentum and weight decay of its own; the optimizer applies the mean, without any."""
+    UPDATE = "update"
+    """The rule moves the parameters itself, with the settings of SGD's param group."""
+
+    @property
+    def learning_rate(self) -> bool:
+        """η must be known: an optimizer that has one must be attached on an unmodified Horovod, and what is averaged must not be summed."""
+        return self in (Takes.LEARNING_RATE, Takes.UPDATE)
+
+    @property
+    def momentum(self) -> bool:
+        """Momentum and weight decay are the rule's, so an optimizer that went on to apply its own would do it twice."""
+        return self in (Takes.MOMENTUM, Takes.UPDATE)
+
+    @property
+    def update(self) -> bool:
+        """The parameters are moved by the rule, and the optimizer must not move them."""
+        return self is Takes.UPDATE
+
+
 @runtime_checkable
 class Feedback(Protocol):
     """How the error of earlier compressions is carried: the accumulate rule, and what follows an exchange."""
@@ -103,13 +131,8 @@ class Feedback(Protocol):
         ...
 
     @property
-    def applies_update(self) -> bool:
-        """`finish_` moves the parameters itself, in place of the optimizer, with the SGD param group's settings."""
-        ...
-
-    @property
-    def owns_momentum(self) -> bool:
-        """Momentum and weight decay are applied in here, so an optimizer that goes on to apply its own would do it twice."""
+    def takes(self) -> Takes:
+        """What is done in here in place of the optimizer."""
         ...
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
@@ -118,11 +141,6 @@ class Feedback(Protocol):
 
     @property
     def keeps_residual(self) -> bool: ...
-
-    @property
-    def needs_learning_rate(self) -> bool:
-        """The rule uses η itself in gradient units, so an optimizer must be attached on an unmodified Horovod."""
-        ...
 
     def for_dense(self) -> Feedback:
         """The rule for segments that travel uncompressed: the same mathematics with a residual that is always zero."""

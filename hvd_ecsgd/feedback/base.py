@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Part, State, StepContext
+from ..protocols import Part, State, StepContext, Takes
 from ..segments import Key, Segments
 
 __all__ = ["AppliesUpdate", "GradientUnit", "Rule", "Shifted", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_no_learning_rate",
@@ -71,10 +71,6 @@ class Rule:
     """Mixin: what most rules do without."""
 
     @property
-    def needs_learning_rate(self) -> bool:
-        return False
-
-    @property
     def scratches(self) -> bool:
         return False
 
@@ -112,16 +108,12 @@ class GradientUnit(Unshifted):
         return "gradient"
 
     @property
-    def applies_update(self) -> bool:
-        return False
-
-    @property
-    def owns_momentum(self) -> bool:
-        return False
+    def takes(self) -> Takes:
+        return Takes.NOTHING
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
         """Any optimizer can follow; one without a learning rate where the rule uses none."""
-        if self.needs_learning_rate:
+        if self.takes.learning_rate:
             refuse_no_learning_rate(self, options, where)
 
     def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
@@ -136,12 +128,8 @@ class AppliesUpdate(Rule):
         return "update"
 
     @property
-    def applies_update(self) -> bool:
-        return True
-
-    @property
-    def owns_momentum(self) -> bool:
-        return True
+    def takes(self) -> Takes:
+        return Takes.UPDATE
 
     @property
     def keeps_residual(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Feedback, State, StepContext
+from ..protocols import Feedback, State, StepContext, Takes
 from ..segments import Segments
 from .base import GradientUnit, add_to_momentum_, refuse_no_learning_rate, refuse_options, take_from_momentum_
 
@@ -48,20 +48,16 @@ class DistEFSGD(GradientUnit):
             )
 
     @property
-    def applies_update(self) -> bool:
-        """With the optimizer's momentum, read from its param group; the optimizer itself applies D when momentum is given here."""
-        return self.momentum is None and self.weight_decay is None
-
-    @property
-    def owns_momentum(self) -> bool:
-        return True
+    def takes(self) -> Takes:
+        """The update, with the optimizer's momentum read from its param group; the optimizer itself applies D when momentum is given here."""
+        return Takes.UPDATE if self.momentum is None and self.weight_decay is None else Takes.MOMENTUM
 
     @property
     def keeps_residual(self) -> bool:
         return True
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
-        if self.applies_update:
+        if self.takes.update:
             refuse_no_learning_rate(self, options, where)
             refuse_options(self, options, where, {"dampening": 0, "maximize": False})
             return
@@ -81,7 +77,7 @@ class DistEFSGD(GradientUnit):
 
     def _settings(self, ctx: StepContext) -> tuple[float, float, bool]:
         """(μ, wd, Nesterov) of this step."""
-        if self.applies_update:
+        if self.takes.update:
             return ctx.momentum, ctx.weight_decay, ctx.nesterov
         return self.momentum or 0.0, self.weight_decay or 0.0, self.nesterov
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Feedback, Part, State, StepContext
+from ..protocols import Feedback, Part, State, StepContext, Takes
 from ..segments import Key, Segments
 from .base import GradientUnit
 from .curvature import Curvature
@@ -48,9 +48,9 @@ class HessianAided(GradientUnit):
         return True
 
     @property
-    def needs_learning_rate(self) -> bool:
+    def takes(self) -> Takes:
         """H is multiplied by η itself, not by a ratio."""
-        return True
+        return Takes.LEARNING_RATE
 
     def for_dense(self) -> Feedback:
         """With a product over the whole model, what is held back elsewhere has a part in these gradients too."""

@@ -85,7 +85,7 @@ class HorovodSlot:
         self._decompressed = 0
         self._accumulated = False
         self._undone = False
-        self._applies = aggregator.method.feedback.applies_update
+        self._applies = aggregator.method.feedback.takes.update
         self._guard = Guard(aggregator.method.feedback)
         self._ready: list[_Pending] | None = None
         """Of a rule that applies the update itself: what was exchanged and waits for the optimizer's step."""
@@ -280,7 +280,7 @@ class HorovodSlot:
             drive(p.reduction for p in self._pending.values() if p.reduction is not None and not isinstance(p.reduction.pending, SlotHandle))
         factor = self._check(reduced, pending.name)
         gradient, reduction = pending.gradient, pending.reduction
-        if abs(factor - 1.0) > 1e-5 and (self._applies or self.aggregator.method.feedback.needs_learning_rate):
+        if abs(factor - 1.0) > 1e-5 and self.aggregator.method.feedback.takes.learning_rate:
             raise CompressionError(
                 f"parameter '{pending.name}': {self.aggregator.method.feedback} averages updates; summing gradients (op=hvd.Sum) is not defined "
                 "for it. Use op=hvd.Average."

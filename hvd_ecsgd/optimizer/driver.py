@@ -95,7 +95,7 @@ class OptimizerDriver:
     @property
     def applies_update(self) -> bool:
         """The method moves the parameters, in place of the optimizer."""
-        return self.compression.method.feedback.applies_update
+        return self.compression.method.feedback.takes.update
 
     @property
     def _clips_by_norm(self) -> bool:
@@ -115,7 +115,7 @@ class OptimizerDriver:
     def _check_optimizer(self) -> None:
         """What the optimizer would do beyond the method, or a second time, is an error, not silently different."""
         feedback = self.compression.method.feedback
-        if feedback.applies_update:
+        if feedback.takes.update:
             check_plain_sgd(self.compression.method, type(self.inner).step, type(self.inner).__name__)
             if self._sum:
                 raise CompressionError(f"{feedback} averages updates; summing gradients (op=Sum) is not defined for it.")

@@ -43,10 +43,10 @@ def check(case: Case) -> None:
     if feedback.keeps_residual or case.name not in ("none", "fp16"):
         compression = compression.bind(prefixed(model, case.name))
     optimizer = stock(model, compression, case.name, momentum=case.momentum)
-    if feedback.applies_update or feedback.needs_learning_rate:
+    if feedback.takes.learning_rate:
         compression.attach(optimizer)
     train_stock(model, optimizer, range(STEPS))
-    w = weights(model, compression if feedback.applies_update else None)
+    w = weights(model, compression if feedback.takes.update else None)
     assert same_on_all(w, case.name), "ranks hold different bits"
     difference = (w - expected(case, case.name)).abs().max().item()
     assert difference <= tolerance(case), f"{difference} from the simulation, allowed {tolerance(case)}"
