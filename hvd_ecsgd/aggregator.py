@@ -18,9 +18,9 @@ import torch
 
 from .bucket import Bucket, BucketStep, FrozenState, clipped_, local_step, part_of, unscaled_, wire_dtype
 from .errors import CompressionError, DisagreementError
-from .kernels import all_finite, fingerprint
-from .method import GroupSettings, Method
-from .protocols import Exchange, Part, State, StepContext, Task, Traffic
+from .kernels import fingerprint
+from .method import Method
+from .protocols import Accumulated, Exchange, GroupSettings, Part, State, Task, Traffic
 from .saved_state import check_all_there, check_entry, check_head, check_tensor
 from .segments import Key, Segments
 from .talk import STEP, code_of, doing_of, packed_text, raise_if_apart, raise_on_other_texts
@@ -338,42 +338,27 @@ class Aggregator:
         self._recapture(bucket)
         if self._stateful and (self._wrong or group.wrong):
             self._wrong, group = self._wrong or group.wrong, GroupSettings(self._others_lr(bucket), loss_scale=group.loss_scale)
-        unit = bucket.unit_for(group) or 1.0
-        ctx = StepContext(
-            seed=self.method.seed,
-            step=self.step,
-            rank=transport.rank,
-            size=transport.size,
-            lr=group.lr or 1.0,
-            unit=unit,
-            previous_unit=unit if bucket.unit is None else bucket.unit,
-            momentum=group.momentum,
-            weight_decay=group.weight_decay,
-            nesterov=group.nesterov,
-        )
+        ctx = bucket.context(group, self.method.seed, self.step, transport.rank, transport.size)
         if group.lr == 0 and self._stateful:
             return None
-        poisoned = bool(self._wrong) or not all(all_finite(g) for g in gradients)
         if bucket.method.exact:
             bucket.remember()
         frozen_state = FrozenState(bucket, transport.rank, transport.size) if bucket.frozen() else None
-        # A poisoned step leaves the buffer alone; there is nothing to extract from.
-        buffer = bucket.segments.empty()[:0] if poisoned else feedback.accumulate_(bucket.state, gradients, bucket.parameters, bucket.segments, ctx)
+        accumulated = Accumulated.nothing(bucket.segments) if self._wrong else feedback.accumulate_(bucket.part, gradients, ctx)
         compressor, exchange = bucket.method.at(self.step)
         task = Task(
             name=bucket.name,
             segments=bucket.segments,
-            buffer=buffer,
+            buffer=accumulated.buffer,
             out=bucket.result_buffer() if out is None else out,
             compressor=compressor,
             state=bucket.exchange_state,
             ctx=ctx,
-            poisoned=poisoned,
+            poisoned=not accumulated.finite,
             reversible=feedback.keeps_residual,
-            residual=bucket.state.get("residual", buffer),
+            residual=bucket.state.get("residual", accumulated.buffer),
             residual_was_zero=compressor.lossless and bucket.residual_is_zero,
-            server_carry=ctx.carry if feedback.unit == "gradient" else 1.0,
-            step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
+            step_size=group.lr if feedback.unit == "gradient" else 1.0,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
         steps, rescale = local_step(task) if self.local else exchange.run(task, transport), 1.0 if feedback.takes.update else self._scale_of(group)
@@ -526,7 +511,7 @@ class Aggregator:
                 if reduction.task.skipped:
                     feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
                 else:
-                    feedback.finish_(bucket.state, reduction.out, bucket.parameters, bucket.segments, reduction.task.ctx)
+                    feedback.finish_(bucket.part, reduction.out, reduction.task.ctx)
                 for i, p, before in frozen:
                     p.copy_(bucket.segments.shaped_views(bucket.state["x"])[i] if feedback.shifts else before)
                 if reduction.frozen_state is not None:

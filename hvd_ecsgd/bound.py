@@ -17,8 +17,8 @@ from .horovod.introduction import Introduction
 from .horovod.slot import HorovodSlot
 from .horovod.step_hooks import claim
 from .horovod.transport import HorovodTransport, SlotTransport, horovod_is_running
-from .method import GroupSettings, Method
-from .protocols import Traffic
+from .method import Method
+from .protocols import GroupSettings, Traffic
 from .saved_state import check_head
 from .transport import SelfTransport, Transport
 from .trees import is_unicode

@@ -12,8 +12,8 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from .errors import CompressionError
 from .kernels import all_finite, column_sums
-from .method import GroupSettings, Method
-from .protocols import State, Steps, Task
+from .method import Method
+from .protocols import GroupSettings, Part, State, StepContext, Steps, Task
 from .segments import Segment, Segments
 from .transport.base import Handle
 
@@ -76,6 +76,18 @@ class Bucket:
         # A rule that applies the update remembers means where it has a state of them, which is equal on all ranks.
         remembers = settings.remembers and (not feedback.takes.update or bool(feedback.shared_slots))
         return max(settings.lr, self.unit or 0.0) if remembers else settings.lr
+
+    def context(self, settings: GroupSettings, seed: int, step: int, rank: int, size: int) -> StepContext:
+        """What a step with these settings is done with."""
+        unit = self.unit_for(settings) or 1.0
+        before = unit if self.unit is None or self.method.feedback.unit == "update" else self.unit
+        return StepContext(seed, step, rank, size, settings, unit, before)
+
+    @property
+    def part(self) -> Part:
+        """As the feedback rule sees it. State must have been allocated."""
+        assert self.state is not None
+        return Part(self.state, self.parameters, self.segments, self.method.lossless)
 
     def frozen(self) -> list[int]:
         """Places of the parameters that have been frozen since they were bound."""
@@ -202,10 +214,10 @@ class FrozenState:
             yield from ((i, slot, t, bucket.segments.table[i]) for slot, t in bucket.state.items() if slot != "x")
             yield from ((i, slot, t, self._pieces[i]) for slot, t in bucket.exchange_state.items() if t.dim() == 1)
 
-    def rescale_(self, carry: float, server_carry: float) -> None:
+    def rescale_(self, carry: float) -> None:
         """From units of the learning rate before to those of the step's."""
         for _, slot, value in self._kept:
-            value.mul_({"residual": carry, "server_residual": server_carry}.get(slot, 1.0))
+            value.mul_({"residual": carry, "server_residual": carry}.get(slot, 1.0))
 
     def put_back_(self) -> None:
         now = {(i, slot): part_of(t, i, segment) for i, slot, t, segment in self._places()}
@@ -274,7 +286,7 @@ class BucketStep:
         self.task.undo_()
         if self.task.poisoned:
             return
-        method.feedback.undo_(state, None if gradients_gone else self.gradients, self.bucket.parameters, self.bucket.segments, self.task.ctx)
+        method.feedback.undo_(self.bucket.part, None if gradients_gone else self.gradients, self.task.ctx)
         if self.task.residual_was_zero and method.feedback.keeps_residual:
             state["residual"].zero_()  # such a payload is not kept for adding back
 
@@ -287,7 +299,7 @@ class BucketStep:
         self.bucket.residual_is_zero = took_all and (self.bucket.residual_is_zero or not apart)
         self.task.forget_undo()
         if self.frozen_state is not None:
-            self.frozen_state.rescale_(self.task.ctx.carry if self.bucket.method.feedback.unit == "gradient" else 1.0, self.task.server_carry)
+            self.frozen_state.rescale_(self.task.ctx.carry)
             self.frozen_state.put_back_()
 
 

@@ -13,10 +13,10 @@ from .bound import Named
 from .bucket import Bucket
 from .compression import AnyCompression, Compression, bind
 from .errors import CompressionError
-from .method import GroupSettings
 from .optimizer.distributed import BUCKET_BYTES
 from .optimizer.executor import Executor, Inline
 from .optimizer.step import Outcome, StepExchange
+from .protocols import GroupSettings
 from .transport import SelfTransport, Transport
 
 __all__ = ["GradientExchange"]

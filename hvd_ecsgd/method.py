@@ -1,11 +1,10 @@
-"""What is done: a compressor, a feedback rule and an exchange, and what is sent without compression; and an optimizer's settings of the day."""
+"""What is done: a compressor, a feedback rule and an exchange, and what is sent without compression."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from .protocols import Compressor, Exchange, Feedback
 from .schedule import at_step, check_ratios
 from .segments import Segments
 
-__all__ = ["GroupSettings", "Method"]
+__all__ = ["Method"]
 
 
 @dataclass(frozen=True)
@@ -124,49 +123,3 @@ class Method:
 
     def dense(self) -> Method:
         return Method(Identity(), self.feedback.for_dense(), AllReduce(), self.dense_below, self.dense_1d, self.seed, exact=self.exact)
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """A param group's hyper-parameters in this step."""
-
-    lr: float = 1.0
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
-    loss_scale: float = 1.0
-    remembers: bool = True
-    """What the optimizer is given enters a memory of its own. Only of SGD without momentum it is known that none does."""
-    wrong: str = field(default="", repr=False, compare=False)
-    """What no step can be taken with, such as "param group 0 of SGD has lr=nan"; empty when all is well."""
-
-    @staticmethod
-    def of(group: Mapping[str, Any], loss_scale: float = 1.0, where: str = "the param group", needs_learning_rate: bool = False) -> GroupSettings:
-        """Those of an optimizer's param group, named `where`. What it does not have, or what is not one number, is 0, and the learning rate is 1.
-
-        Nothing is raised for numbers that no step can be taken with, since other ranks may have other ones; see `wrong`.
-        """
-        numbers = {option: _number(group.get(option)) for option in ("lr", "momentum", "weight_decay")}
-        bad = [option for option, number in numbers.items() if number is not None and not math.isfinite(number)]
-        lr = numbers["lr"]
-        if needs_learning_rate if lr is None else lr < 0:
-            bad.append("lr")
-        return GroupSettings(
-            1.0 if lr is None else lr,
-            numbers["momentum"] or 0.0,
-            numbers["weight_decay"] or 0.0,
-            bool(group.get("nesterov", False)),
-            loss_scale,
-            numbers["momentum"] != 0 or "dampening" not in group,
-            f"{where} has {bad[0]}={group.get(bad[0])!r}" if bad else "",
-        )
-
-
-def _number(value: Any) -> float | None:
-    """A hyper-parameter that is one number, or a tensor of one; None of anything else."""
-    if value is None or isinstance(value, str):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None

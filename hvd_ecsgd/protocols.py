@@ -6,6 +6,7 @@ all state is plain dictionaries of flat tensors that the aggregator owns, so tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,7 +17,8 @@ import torch
 from .segments import Key, Segments
 from .transport.base import Handle, Transport
 
-__all__ = ["Compressor", "Exchange", "Feedback", "Part", "State", "Steps", "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor"]
+__all__ = ["Accumulated", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "State", "Steps", "StepContext", "Takes", "Task", "Traffic",
+           "UnbiasedCompressor", "poison"]  # fmt: skip
 
 State = dict[str, torch.Tensor]
 """Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
@@ -148,22 +150,19 @@ class Feedback(Protocol):
 
     def init(self, segments: Segments) -> State: ...
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        """Return the flat buffer to extract from: A·residual + what this step adds.
+    def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
+        """The buffer to extract from is A·residual + what this step adds. Where a gradient holds an inf or NaN, state stays as it was, to rounding.
 
-        `gradients` are in the order of the segments, of the parameters' shapes.
+        `gradients` are in the order of the segments, of the parameters' shapes. They are read here and nowhere else before they are sent.
         """
         ...
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        """Reverse `accumulate_`, to rounding; called after everything extracted was added back. Without `gradients`, all but what they added."""
+    def undo_(self, part: Part, gradients: Sequence[torch.Tensor] | None, ctx: StepContext) -> None:
+        """Reverse an `accumulate_` of finite gradients, to rounding; called after everything extracted was added back. Without `gradients`, all but
+        what they added."""
         ...
 
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """After the exchange: rules that apply the update themselves move the parameters by `out` here."""
         ...
 
@@ -234,28 +233,72 @@ class Exchange(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GroupSettings:
+    """A param group's hyper-parameters in this step."""
+
+    lr: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    loss_scale: float = 1.0
+    remembers: bool = True
+    """What the optimizer is given enters a memory of its own. Only of SGD without momentum it is known that none does."""
+    wrong: str = field(default="", repr=False, compare=False)
+    """What no step can be taken with, such as "param group 0 of SGD has lr=nan"; empty when all is well."""
+
+    @staticmethod
+    def of(group: Mapping[str, Any], loss_scale: float = 1.0, where: str = "the param group", needs_learning_rate: bool = False) -> GroupSettings:
+        """Those of an optimizer's param group, named `where`. What it does not have, or what is not one number, is 0, and the learning rate is 1.
+
+        Nothing is raised for numbers that no step can be taken with, since other ranks may have other ones; see `wrong`.
+        """
+        numbers = {option: _number(group.get(option)) for option in ("lr", "momentum", "weight_decay")}
+        bad = [option for option, number in numbers.items() if number is not None and not math.isfinite(number)]
+        lr = numbers["lr"]
+        if needs_learning_rate if lr is None else lr < 0:
+            bad.append("lr")
+        return GroupSettings(
+            1.0 if lr is None else lr,
+            numbers["momentum"] or 0.0,
+            numbers["weight_decay"] or 0.0,
+            bool(group.get("nesterov", False)),
+            loss_scale,
+            numbers["momentum"] != 0 or "dampening" not in group,
+            f"{where} has {bad[0]}={group.get(bad[0])!r}" if bad else "",
+        )
+
+
+def _number(value: Any) -> float | None:
+    """A hyper-parameter that is one number, or a tensor of one; None of anything else."""
+    if value is None or isinstance(value, str):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What a step is done with. `lr` is η of the bucket's param group.
+    """What a step of one bucket is done with. `settings`: its param group's, as they are now; where the method keeps state, η is not 0.
 
     `unit` is η̃, the learning rate that this step's residual is measured by: η itself, but that it never falls where the mean enters a memory
-    (`Bucket.unit_for`). `previous_unit` is that of the last step in which η was not 0.
+    (`Bucket.unit_for`). `previous_unit` is what residuals are measured by that are kept in gradients: η̃ of the last step in which η was not 0; `unit`
+    itself where they are kept in updates, which no η changes.
     """
 
     seed: int
     step: int
     rank: int = 0
     size: int = 1
-    lr: float = 1.0
+    settings: GroupSettings = GroupSettings()
     unit: float = 1.0
     previous_unit: float = 1.0
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
 
     @property
     def carry(self) -> float:
-        """η̃_{t-1}/η̃_t: what a residual in gradient units is multiplied by when it is added back."""
+        """What a residual, of worker or server, is multiplied by when it is added back: η̃_{t-1}/η̃_t in gradient units, 1 in update units."""
         return self.previous_unit / self.unit
 
     def key(self, compressor: Compressor, stage: str, rank: int | None = None) -> Key:
@@ -265,14 +308,28 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One bucket between steps, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero.
-    `zero_learning_rate`: it was 0 in this step, in which its parameters and state stay as they are."""
+    """One bucket, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero after an exchange.
+    `zero_learning_rate`: it was 0 in the step before, in which its parameters and state stayed as they are."""
 
     state: State
     parameters: Sequence[torch.Tensor]
     segments: Segments
-    lossless: bool
+    lossless: bool = False
     zero_learning_rate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulated:
+    """What reading the gradients once gives: the flat `buffer` to extract from, and whether all of them were `finite`; if not, nothing was
+    accumulated, and there is no buffer."""
+
+    buffer: torch.Tensor
+    finite: bool = True
+
+    @staticmethod
+    def nothing(segments: Segments) -> Accumulated:
+        """Of gradients that are not finite: a step that all ranks will undo."""
+        return Accumulated(torch.empty(0, dtype=segments.dtype, device=segments.device), finite=False)
 
 
 @dataclass
@@ -321,8 +378,6 @@ class Task:
     residual_was_zero: bool = False
     """The residual was zero before, and will be: undoing the extraction is setting it to zero."""
     finite: bool = True
-    server_carry: float = 1.0
-    """What a residual kept by the exchange is multiplied by when it is added back: η̃_{t-1}/η̃_t in gradient units, 1 in update units."""
     step_size: float = 1.0
     """What `out` is multiplied by when it is applied to the parameters: η in gradient units, 1 in update units."""
     skipped: bool = False

@@ -38,9 +38,9 @@ def add_mean_(total: torch.Tensor, task: Task, received: Sequence[torch.Tensor],
 def absorb_(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> None:
     """E ← (η̃_{t-1}/η̃_t)·E + (1/n) Σ C⁻¹(payloads), with how to undo it."""
     residual = task.state["server_residual"]
-    if task.server_carry != 1.0:
-        residual.mul_(task.server_carry)
-        task.undo_by(partial(residual.div_, task.server_carry))
+    if task.ctx.carry != 1.0:
+        residual.mul_(task.ctx.carry)
+        task.undo_by(partial(residual.div_, task.ctx.carry))
     total = mine.zeros()
     add_mean_(total, task, received, mine)
     residual.add_(total)

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Part, State, StepContext, Takes
+from ..kernels import all_finite
+from ..protocols import Accumulated, Part, State, StepContext, Takes
 from ..segments import Key, Segments
 
 __all__ = ["AppliesUpdate", "GradientUnit", "Rule", "Shifted", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_no_learning_rate",
@@ -32,43 +33,76 @@ def refuse_no_learning_rate(rule: object, options: Mapping[str, Any], where: str
         )
 
 
-def add_to_momentum_(
-    momentum: torch.Tensor, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, mu: float, wd: float
-) -> None:
-    """m ← μm + g + wd·x, coupled weight decay at the point where the gradient was taken."""
-    momentum.mul_(mu)
-    views = segments.shaped_views(momentum)
+def add_to_momentum_(part: Part, gradients: Sequence[torch.Tensor], mu: float, wd: float) -> torch.Tensor:
+    """m ← μm + g + wd·x, coupled weight decay at the point where the gradient was taken. Returns m."""
+    momentum = part.state["momentum"].mul_(mu)
+    views = part.segments.shaped_views(momentum)
     torch._foreach_add_(views, list(gradients))
     if wd:
-        torch._foreach_add_(views, list(parameters), alpha=wd)
+        torch._foreach_add_(views, list(part.parameters), alpha=wd)
+    return momentum
 
 
-def take_from_momentum_(
-    momentum: torch.Tensor, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, mu: float, wd: float
-) -> None:
+def take_from_momentum_(part: Part, gradients: Sequence[torch.Tensor], mu: float, wd: float) -> None:
     """Reverse `add_to_momentum_`, to rounding. With μ = 0 nothing is left of what was before, and nobody asks for it."""
+    momentum = part.state["momentum"]
     if mu == 0:
         momentum.zero_()
         return
-    views = segments.shaped_views(momentum)
+    views = part.segments.shaped_views(momentum)
     if wd:
-        torch._foreach_add_(views, list(parameters), alpha=-wd)
+        torch._foreach_add_(views, list(part.parameters), alpha=-wd)
     torch._foreach_sub_(views, list(gradients))
     momentum.div_(mu)
 
 
-def add_scaled_(
-    residual: torch.Tensor, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, eta: float, wd: float = 0.0
-) -> None:
-    """e ← e + η·(g + wd·x); with -η, its reverse, to rounding."""
-    views = segments.shaped_views(residual)
+def add_scaled_(part: Part, gradients: Sequence[torch.Tensor], eta: float, wd: float = 0.0) -> torch.Tensor:
+    """e ← e + η·(g + wd·x); with -η, its reverse, to rounding. Returns e."""
+    residual = part.state["residual"]
+    views = part.segments.shaped_views(residual)
     torch._foreach_add_(views, list(gradients), alpha=eta)
     if wd:
-        torch._foreach_add_(views, list(parameters), alpha=eta * wd)
+        torch._foreach_add_(views, list(part.parameters), alpha=eta * wd)
+    return residual
 
 
-class Rule:
-    """Mixin: what most rules do without."""
+class Rule(ABC):
+    """Mixin: a step's way into the state and out of it again, and what most rules do without.
+
+    A rule says in `_add_` what gradients add, and in `_take_` how that is taken back. One that reads them in a fused kernel has an `accumulate_` of
+    its own, to which the same reversal belongs.
+    """
+
+    def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
+        """A pass that looks for inf and NaN, before anything is changed, and one that adds."""
+        if not all(all_finite(g) for g in gradients):
+            return Accumulated.nothing(part.segments)
+        self._carry_(part, ctx)
+        return Accumulated(self._add_(part, gradients, ctx))
+
+    def undo_(self, part: Part, gradients: Sequence[torch.Tensor] | None, ctx: StepContext) -> None:
+        """Where gradients are gone, momentum and residual keep them: those of this worker, which are finite."""
+        if gradients is not None:
+            self._take_(part, gradients, ctx)
+        self._carry_back_(part, ctx)
+
+    def _carry_(self, part: Part, ctx: StepContext) -> None:
+        """The old residual, in this step's units."""
+        if ctx.carry != 1.0 and "residual" in part.state:
+            part.state["residual"].mul_(ctx.carry)
+
+    def _carry_back_(self, part: Part, ctx: StepContext) -> None:
+        """Reverse `_carry_`, to rounding."""
+        if ctx.carry != 1.0 and "residual" in part.state:
+            part.state["residual"].div_(ctx.carry)
+
+    @abstractmethod
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        """Add what finite gradients bring to the state, and return the buffer."""
+
+    @abstractmethod
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        """Reverse `_add_`, to rounding."""
 
     @property
     def scratches(self) -> bool:
@@ -116,7 +150,7 @@ class GradientUnit(Unshifted):
         if self.takes.learning_rate:
             refuse_no_learning_rate(self, options, where)
 
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """The optimizer applies the mean."""
 
 
@@ -155,10 +189,10 @@ class Shifted(AppliesUpdate, ABC):
         if self.shifts:
             torch._foreach_copy_(segments.shaped_views(state["x"]), list(parameters))
 
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """x ← x − out."""
         if self.shifts:
-            state["x"].sub_(out)
-            self.shift_(state, parameters, segments)
+            part.state["x"].sub_(out)
+            self.shift_(part.state, part.parameters, part.segments)
         else:
-            torch._foreach_sub_(list(parameters), segments.shaped_views(out))
+            torch._foreach_sub_(list(part.parameters), part.segments.shaped_views(out))

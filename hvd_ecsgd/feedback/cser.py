@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..protocols import Feedback, State, StepContext
+from ..protocols import Feedback, Part, State, StepContext
 from ..segments import Segments
 from .base import Shifted, add_to_momentum_, take_from_momentum_
 
@@ -46,17 +46,11 @@ class CSER(Shifted):
     def init(self, segments: Segments) -> State:
         return {slot: segments.zeros() for slot in ("residual", "momentum", *(("x",) if self.shifts else ()))}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        add_to_momentum_(state["momentum"], gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
-        return state["momentum"] * ctx.lr
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        return add_to_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay) * ctx.settings.lr
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        if gradients is not None:
-            take_from_momentum_(state["momentum"], gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        take_from_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)
 
     def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
         """parameters ← x − e."""

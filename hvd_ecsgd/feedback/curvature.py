@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Part, State, StepContext
+from ..protocols import Part, State
 from ..segments import Key, Segment, Segments
 
 __all__ = ["Curvature", "GradientSquares", "Hutchinson", "Matrix", "Product"]
@@ -40,14 +40,14 @@ class Curvature:
         """Between steps, on all ranks; see `Feedback.prepare`."""
         yield from ()
 
-    def correction(self, state: State, segments: Segments, lr: float) -> torch.Tensor:
+    def correction(self, part: Part, lr: float) -> torch.Tensor:
         """H·e at the start of the step with learning rate `lr`, where `prepare` has not written it."""
         raise NotImplementedError
 
-    def observe_(self, state: State, gradients: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def observe_(self, part: Part, gradients: Sequence[torch.Tensor]) -> None:
         """Learn from this worker's gradients."""
 
-    def forget_(self, state: State, gradients: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def forget_(self, part: Part, gradients: Sequence[torch.Tensor]) -> None:
         """Reverse `observe_`, to rounding."""
 
 
@@ -110,8 +110,8 @@ class Matrix(Curvature):
             elif not part.zero_learning_rate:
                 part.state["correction"].zero_()  # there may be one from before the method was switched
 
-    def correction(self, state: State, segments: Segments, lr: float) -> torch.Tensor:
-        return self._times(state["residual"], segments)
+    def correction(self, part: Part, lr: float) -> torch.Tensor:
+        return self._times(part.state["residual"], part.segments)
 
 
 def _call(function: Callable[[Vectors], Vectors], vectors: dict[str, torch.Tensor], who: str) -> Vectors:
@@ -186,8 +186,8 @@ class _Diagonal(Curvature):
     def init(self, segments: Segments) -> State:
         return {"diagonal": segments.zeros()}
 
-    def correction(self, state: State, segments: Segments, lr: float) -> torch.Tensor:
-        return state["diagonal"].clamp(0.0, 2.0 / lr).mul_(state["residual"])
+    def correction(self, part: Part, lr: float) -> torch.Tensor:
+        return part.state["diagonal"].clamp(0.0, 2.0 / lr).mul_(part.state["residual"])
 
 
 @dataclass(frozen=True)
@@ -243,19 +243,18 @@ class GradientSquares(_Diagonal):
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not (math.isfinite(self.scale) and self.scale > 0):
             raise CompressionError(f"GradientSquares: scale must be a positive number, got {self.scale!r}.")
 
-    def _weight(self, ctx: StepContext) -> float:
-        return (1 - self.decay) * self.scale
-
-    def observe_(self, state: State, gradients: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def observe_(self, part: Part, gradients: Sequence[torch.Tensor]) -> None:
         """Each worker adds its own; the mean that `prepare` takes makes it the same again."""
-        state["diagonal"].mul_(self.decay)
-        for h, g in zip(segments.shaped_views(state["diagonal"]), gradients, strict=True):
-            h.addcmul_(g.to(h.dtype), g.to(h.dtype), value=self._weight(ctx))
+        part.state["diagonal"].mul_(self.decay)
+        self._add_squares_(part, gradients, 1.0)
 
-    def forget_(self, state: State, gradients: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        for h, g in zip(segments.shaped_views(state["diagonal"]), gradients, strict=True):
-            h.addcmul_(g.to(h.dtype), g.to(h.dtype), value=-self._weight(ctx))
-        state["diagonal"].div_(self.decay)
+    def forget_(self, part: Part, gradients: Sequence[torch.Tensor]) -> None:
+        self._add_squares_(part, gradients, -1.0)
+        part.state["diagonal"].div_(self.decay)
+
+    def _add_squares_(self, part: Part, gradients: Sequence[torch.Tensor], sign: float) -> None:
+        for h, g in zip(part.segments.shaped_views(part.state["diagonal"]), gradients, strict=True):
+            h.addcmul_(g.to(h.dtype), g.to(h.dtype), value=sign * (1 - self.decay) * self.scale)
 
     def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         yield [part.state["diagonal"] for part in parts]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Feedback, State, StepContext, Takes
+from ..protocols import Feedback, Part, State, StepContext, Takes
 from ..segments import Segments
-from .base import GradientUnit, add_to_momentum_, refuse_no_learning_rate, refuse_options, take_from_momentum_
+from .base import GradientUnit, add_scaled_, add_to_momentum_, refuse_no_learning_rate, refuse_options, take_from_momentum_
 
 __all__ = ["DistEFSGD"]
 
@@ -78,50 +78,22 @@ class DistEFSGD(GradientUnit):
     def _settings(self, ctx: StepContext) -> tuple[float, float, bool]:
         """(μ, wd, Nesterov) of this step."""
         if self.takes.update:
-            return ctx.momentum, ctx.weight_decay, ctx.nesterov
+            return ctx.settings.momentum, ctx.settings.weight_decay, ctx.settings.nesterov
         return self.momentum or 0.0, self.weight_decay or 0.0, self.nesterov
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        momentum, residual = state["momentum"], state["residual"]
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
         mu, wd, nesterov = self._settings(ctx)
-        if ctx.carry != 1.0:
-            residual.mul_(ctx.carry)
-        add_to_momentum_(momentum, gradients, parameters, segments, mu, wd)
-        residual.add_(momentum, alpha=mu if nesterov else 1.0)
+        momentum = add_to_momentum_(part, gradients, mu, wd)
+        part.state["residual"].add_(momentum, alpha=mu if nesterov else 1.0)
+        return add_scaled_(part, gradients, 1.0, wd) if nesterov else part.state["residual"]
+
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        mu, wd, nesterov = self._settings(ctx)
         if nesterov:
-            self._add_gradients_(residual, gradients, parameters, segments, wd, 1.0)
-        return residual
+            add_scaled_(part, gradients, -1.0, wd)
+        part.state["residual"].sub_(part.state["momentum"], alpha=mu if nesterov else 1.0)
+        take_from_momentum_(part, gradients, mu, wd)
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        momentum, residual = state["momentum"], state["residual"]
-        mu, wd, nesterov = self._settings(ctx)
-        if gradients is not None:  # otherwise momentum and residual keep this worker's finite gradients
-            if nesterov:
-                self._add_gradients_(residual, gradients, parameters, segments, wd, -1.0)
-            residual.sub_(momentum, alpha=mu if nesterov else 1.0)
-            take_from_momentum_(momentum, gradients, parameters, segments, mu, wd)
-        if ctx.carry != 1.0:
-            residual.div_(ctx.carry)
-
-    @staticmethod
-    def _add_gradients_(
-        residual: torch.Tensor,
-        gradients: Sequence[torch.Tensor],
-        parameters: Sequence[torch.Tensor],
-        segments: Segments,
-        wd: float,
-        sign: float,
-    ) -> None:
-        """residual += sign·(∇F + wd·x)."""
-        views = segments.shaped_views(residual)
-        torch._foreach_add_(views, list(gradients), alpha=sign)
-        if wd:
-            torch._foreach_add_(views, list(parameters), alpha=sign * wd)
-
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """x ← x − η·D, when the optimizer does not."""
-        torch._foreach_add_(list(parameters), segments.shaped_views(out), alpha=-ctx.lr)
+        torch._foreach_add_(list(part.parameters), part.segments.shaped_views(out), alpha=-ctx.settings.lr)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..protocols import Feedback, State, StepContext
+from ..protocols import Feedback, Part, State, StepContext
 from ..segments import Segments
 from .base import GradientUnit
 from .none import NoFeedback
@@ -38,20 +38,10 @@ class ErrorFeedback(GradientUnit):
     def init(self, segments: Segments) -> State:
         return {"residual": segments.zeros()}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        residual = state["residual"]
-        if ctx.carry != 1.0:
-            residual.mul_(ctx.carry)
-        torch._foreach_add_(segments.shaped_views(residual), list(gradients))
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        residual = part.state["residual"]
+        torch._foreach_add_(part.segments.shaped_views(residual), list(gradients))
         return residual
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        residual = state["residual"]
-        if gradients is not None:
-            torch._foreach_sub_(segments.shaped_views(residual), list(gradients))
-        if ctx.carry != 1.0:
-            residual.div_(ctx.carry)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        torch._foreach_sub_(part.segments.shaped_views(part.state["residual"]), list(gradients))

@@ -10,15 +10,15 @@ import torch
 from ..errors import CompressionError
 from ..protocols import Feedback, Part, State, StepContext, Takes
 from ..segments import Key, Segments
-from .base import GradientUnit
 from .curvature import Curvature
+from .error_feedback import ErrorFeedback
 from .none import NoFeedback
 
 __all__ = ["HessianAided"]
 
 
 @dataclass(frozen=True)
-class HessianAided(GradientUnit):
+class HessianAided(ErrorFeedback):
     """u = g + (η̃_{t-1}/η̃_t)·(I − η_t·H)·e;  c = C(u);  e = u − c.  Unit: gradient; the optimizer acts after the exchange.
 
     η̃ is as in `ErrorFeedback`: η in front of SGD without momentum, else the largest η so far.
@@ -59,29 +59,26 @@ class HessianAided(GradientUnit):
     def init(self, segments: Segments) -> State:
         return {"residual": segments.zeros(), **self.curvature.init(segments)}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        residual = state["residual"]
+    def _carry_(self, part: Part, ctx: StepContext) -> None:
+        state = part.state
         if not self.curvature.prepares:
-            state["correction"] = self.curvature.correction(state, segments, ctx.lr)  # until the step stands or is undone
-        residual.sub_(state["correction"], alpha=ctx.lr)
-        if ctx.carry != 1.0:
-            residual.mul_(ctx.carry)
-        torch._foreach_add_(segments.shaped_views(residual), list(gradients))
-        self.curvature.observe_(state, gradients, segments, ctx)
+            state["correction"] = self.curvature.correction(part, ctx.settings.lr)  # until the step stands or is undone
+        state["residual"].sub_(state["correction"], alpha=ctx.settings.lr)
+        super()._carry_(part, ctx)
+
+    def _carry_back_(self, part: Part, ctx: StepContext) -> None:
+        super()._carry_back_(part, ctx)
+        state = part.state
+        state["residual"].add_(state["correction"] if self.curvature.prepares else state.pop("correction"), alpha=ctx.settings.lr)
+
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        residual = super()._add_(part, gradients, ctx)
+        self.curvature.observe_(part, gradients)
         return residual
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        residual = state["residual"]
-        if gradients is not None:
-            self.curvature.forget_(state, gradients, segments, ctx)
-            torch._foreach_sub_(segments.shaped_views(residual), list(gradients))
-        if ctx.carry != 1.0:
-            residual.div_(ctx.carry)
-        residual.add_(state["correction"] if self.curvature.prepares else state.pop("correction"), alpha=ctx.lr)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        self.curvature.forget_(part, gradients)
+        super()._take_(part, gradients, ctx)
 
     def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         if not self.curvature.prepares:

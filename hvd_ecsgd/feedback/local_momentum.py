@@ -76,31 +76,24 @@ class LocalMomentum(Shifted):
         slots = ["residual", "momentum"] + (["x"] if self.shifts else []) + (["displacement"] if self.period > 1 else [])
         return {slot: segments.zeros() for slot in slots}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        momentum, residual = state["momentum"], state["residual"]
-        add_to_momentum_(momentum, gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
-        residual.add_(momentum, alpha=ctx.lr)
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        state, eta = part.state, ctx.settings.lr
+        momentum = add_to_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)
         if self.period > 1:
-            state["displacement"].add_(momentum, alpha=ctx.lr)
-        return residual
+            state["displacement"].add_(momentum, alpha=eta)
+        return state["residual"].add_(momentum, alpha=eta)
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        momentum, residual = state["momentum"], state["residual"]
-        if gradients is None:
-            return  # momentum and residual keep this worker's finite gradients
-        residual.sub_(momentum, alpha=ctx.lr)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        state, eta = part.state, ctx.settings.lr
+        state["residual"].sub_(state["momentum"], alpha=eta)
         if self.period > 1:
-            state["displacement"].sub_(momentum, alpha=ctx.lr)
-        take_from_momentum_(momentum, gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
+            state["displacement"].sub_(state["momentum"], alpha=eta)
+        take_from_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)
 
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         if self.period > 1:  # the local steps are part of x now
-            torch.mul(state["residual"], 0.0 if self.dense else self.lambda_, out=state["displacement"])
-        super().finish_(state, out, parameters, segments, ctx)
+            torch.mul(part.state["residual"], 0.0 if self.dense else self.lambda_, out=part.state["displacement"])
+        super().finish_(part, out, ctx)
 
     def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
         """parameters ← x − λe, less the local steps."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..protocols import Feedback, State, StepContext
+from ..protocols import Feedback, Part, State, StepContext
 from ..segments import Segments
 from .base import AppliesUpdate, Unshifted, add_scaled_
 
@@ -35,22 +35,15 @@ class PEF(Unshifted, AppliesUpdate):
     def init(self, segments: Segments) -> State:
         return {"residual": segments.zeros(), "momentum": segments.zeros()}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        add_scaled_(state["residual"], gradients, parameters, segments, ctx.unit)
-        return state["residual"]
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        return add_scaled_(part, gradients, ctx.unit)
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        if gradients is not None:
-            add_scaled_(state["residual"], gradients, parameters, segments, -ctx.unit)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        add_scaled_(part, gradients, -ctx.unit)
 
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        momentum = state["momentum"]
-        momentum.mul_(ctx.momentum).add_(out, alpha=1 / ctx.unit)
-        views = segments.shaped_views(momentum)
-        if ctx.weight_decay:
-            torch._foreach_add_(views, list(parameters), alpha=ctx.weight_decay)
-        torch._foreach_add_(list(parameters), views, alpha=-ctx.lr)
+    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
+        sgd, parameters = ctx.settings, list(part.parameters)
+        views = part.segments.shaped_views(part.state["momentum"].mul_(sgd.momentum).add_(out, alpha=1 / ctx.unit))
+        if sgd.weight_decay:
+            torch._foreach_add_(views, parameters, alpha=sgd.weight_decay)
+        torch._foreach_add_(parameters, views, alpha=-sgd.lr)

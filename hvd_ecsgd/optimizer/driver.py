@@ -18,7 +18,7 @@ from ..bound import BoundCompression, check_plain_sgd
 from ..bucket import Bucket
 from ..errors import CompressionError, SequenceError
 from ..guard import Guard
-from ..method import GroupSettings
+from ..protocols import GroupSettings
 from ..transport import Transport
 from .executor import Executor, Observer
 from .hooks import GradientHooks

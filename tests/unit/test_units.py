@@ -12,7 +12,7 @@ import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.bucket import Bucket
-from hvd_ecsgd.method import GroupSettings
+from hvd_ecsgd.protocols import GroupSettings
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import CASES, Case, bound_method, by_name, ids
 from tests.problems import batch, flat, mlp
