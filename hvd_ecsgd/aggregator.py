@@ -20,7 +20,7 @@ from .bucket import Bucket, BucketStep, FrozenState, clipped_, local_step, part_
 from .errors import CompressionError, DisagreementError
 from .kernels import fingerprint
 from .method import Method
-from .protocols import Accumulated, Exchange, GroupSettings, Part, State, Task, Traffic
+from .protocols import NO_SEGMENTS, Accumulated, Exchange, GroupSettings, Part, Role, State, Task, Traffic, keeps, slot_of
 from .saved_state import check_all_there, check_entry, check_head, check_tensor
 from .segments import Key, Segments
 from .talk import STEP, code_of, doing_of, packed_text, raise_if_apart, raise_on_other_texts
@@ -231,8 +231,8 @@ class Aggregator:
         """Of every parameter at x, in the order bound: int64, on the CPU."""
         found: dict[str, torch.Tensor] = {}
         for bucket in self.buckets:
-            kept = bucket.state is not None and bucket.method.feedback.shifts
-            values = bucket.segments.views(bucket.state["x"]) if kept and bucket.state is not None else bucket.parameters
+            x = bucket.point
+            values = bucket.parameters if x is None else bucket.segments.views(x)
             found.update(zip(bucket.segments.names, map(fingerprint, values)))
         return torch.stack([found[name] for name, _ in self.named]).cpu()
 
@@ -355,8 +355,8 @@ class Aggregator:
             state=bucket.exchange_state,
             ctx=ctx,
             poisoned=not accumulated.finite,
-            reversible=feedback.keeps_residual,
-            residual=bucket.state.get("residual", accumulated.buffer),
+            reversible=bucket.residual is not None,
+            residual=accumulated.buffer if bucket.residual is None else bucket.residual,
             residual_was_zero=compressor.lossless and bucket.residual_is_zero,
             step_size=group.lr if feedback.unit == "gradient" else 1.0,
         )
@@ -476,12 +476,12 @@ class Aggregator:
         if not reductions:
             return
         moving = {id(r.bucket) for r in reductions}
-        buckets = [b for b in self.buckets if b.state is not None and b.method.feedback.keeps_residual]
+        buckets = [b for b in self.buckets if b.residual is not None]
         parts = [Part(b.state, b.parameters, b.segments, b.method.lossless, id(b) not in moving) for b in buckets if b.state is not None]
         key = Key(self.method.seed, self.step - 1, transport.rank, "prepare", transport.size)
         for round_, tensors in enumerate(self.method.feedback.prepare(parts, key) if parts else ()):
-            for bucket, part in zip(buckets, parts, strict=True):  # a residual that takes up others' is zero no more
-                bucket.residual_is_zero = bucket.residual_is_zero and not any(t is part.state["residual"] for t in tensors)
+            for bucket in buckets:  # a residual that takes up others' is zero no more
+                bucket.residual_is_zero = bucket.residual_is_zero and not any(t is bucket.residual for t in tensors)
             handles = [transport.allreduce_(t, f"prepare.{round_}.{i}") for i, t in enumerate(tensors)]
             for t, handle in zip(tensors, handles, strict=True):
                 handle.wait().div_(transport.divisor)
@@ -500,7 +500,7 @@ class Aggregator:
         with torch.no_grad():
             for reduction in reductions:
                 self._recapture(reduction.bucket, contents=True)
-            if self.method.feedback.shifts and not all(r.task.skipped for r in reductions):
+            if keeps(self.method.feedback, Role.POINT) and not all(r.task.skipped for r in reductions):
                 self._average_statistics()
             for reduction in reductions:
                 bucket, feedback = reduction.bucket, reduction.bucket.method.feedback
@@ -513,10 +513,10 @@ class Aggregator:
                 else:
                     feedback.finish_(bucket.part, reduction.out, reduction.task.ctx)
                 for i, p, before in frozen:
-                    p.copy_(bucket.segments.shaped_views(bucket.state["x"])[i] if feedback.shifts else before)
+                    p.copy_(before if bucket.point is None else bucket.segments.shaped_views(bucket.point)[i])
                 if reduction.frozen_state is not None:
                     reduction.frozen_state.put_back_()
-                if feedback.shifts:
+                if bucket.point is not None:
                     bucket.note_written()
 
     def _average_statistics(self) -> None:
@@ -537,7 +537,7 @@ class Aggregator:
         overwritten, so that nothing is lost in silence.
         """
         feedback = bucket.method.feedback
-        if not feedback.shifts:
+        if bucket.point is None:
             return
         if bucket.versions:
             name = bucket.written_to(contents)
@@ -561,9 +561,7 @@ class Aggregator:
     @property
     def shifted(self) -> bool:
         """The parameters hold a shifted point now, different on every rank."""
-        return not self._held and any(
-            b.method.feedback.shifts and b.state is not None and b.versions == [p._version for p in b.parameters] for b in self.buckets
-        )
+        return not self._held and any(b.point is not None and b.versions == [p._version for p in b.parameters] for b in self.buckets)
 
     @staticmethod
     def check_point(point: str) -> None:
@@ -603,7 +601,7 @@ class Aggregator:
                 for bucket, saved, versions in moved:
                     feedback = bucket.method.feedback
                     assert bucket.state is not None
-                    if point == "averaged" and (versions != [p._version for p in bucket.parameters] or not _hold(bucket, bucket.state["x"])):
+                    if point == "averaged" and (versions != [p._version for p in bucket.parameters] or not _at_point(bucket)):
                         feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
                         bucket.shift_()
                     else:
@@ -612,27 +610,27 @@ class Aggregator:
 
     def shared_state(self) -> list[torch.Tensor]:
         """The slots that hold the same bits on all ranks and depend on the parameters, but for x."""
-        return [b.state[slot] for b in self.buckets if b.state is not None for slot in b.method.feedback.shared_slots]
+        return [b.memory for b in self.buckets if b.memory is not None]
 
     def _move_to(self, point: str, bucket: Bucket, moved: list[tuple[Bucket, list[torch.Tensor], list[int]]]) -> None:
         """Set the bucket's parameters to x or z; note what they held, and their versions afterwards."""
         if bucket.state is None:
             return
-        shifts = bucket.method.feedback.shifts
+        x = bucket.point
         mean_error: torch.Tensor | None = None
-        if point == "virtual" and (shifts or not bucket.dense):
-            mean_error = bucket.state["residual"].clone()
-            if bucket.exchange_state is not None and "server_residual" in bucket.exchange_state:
-                self._return_to_worker(bucket, bucket.method.exchange, bucket.exchange_state["server_residual"], mean_error)
+        if point == "virtual" and bucket.residual is not None and (x is not None or not bucket.dense):
+            mean_error = bucket.residual.clone()
+            if bucket.server_residual is not None:
+                self._return_to_worker(bucket, bucket.method.exchange, bucket.server_residual, mean_error)
             self.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
             mean_error.div_(self.transport.size)
-        if shifts:
+        if x is not None:
             self._recapture(bucket, contents=True)
-        if mean_error is None and not shifts:
+        if mean_error is None and x is None:
             return
         saved = [p.detach().clone() for p in bucket.parameters]
-        if shifts:
-            torch._foreach_copy_(list(bucket.parameters), bucket.segments.shaped_views(bucket.state["x"]))
+        if x is not None:
+            torch._foreach_copy_(list(bucket.parameters), bucket.segments.shaped_views(x))
         if mean_error is not None:
             torch._foreach_sub_(list(bucket.parameters), bucket.segments.shaped_views(mean_error))
         moved.append((bucket, saved, [p._version for p in bucket.parameters]))
@@ -663,9 +661,8 @@ class Aggregator:
             and [old.exchange.state_segments(b.segments, r, n) for r in ranks] == [method.exchange.state_segments(b.segments, r, n) for r in ranks]
             for b in allocated
         }
-        served = "server_residual" in old.exchange.init(Segments(()), 0, 1)
-        serves = "server_residual" in method.exchange.init(Segments(()), 0, 1)
-        if served and not method.feedback.keeps_residual and not (serves and all(kept.values())):
+        served, serves = (slot_of(m.exchange.slots(n), Role.RESIDUAL) is not None for m in (old, method))
+        if served and not keeps(method.feedback, Role.RESIDUAL) and not (serves and all(kept.values())):
             raise CompressionError(
                 f"switch(): the servers' residuals have no place in {method.exchange} with {method.feedback}; switch to a method with feedback."
             )
@@ -685,17 +682,19 @@ class Aggregator:
 
     def _carry_over(self, bucket: Bucket, old: Method, same_pieces: bool) -> None:
         """State of the bucket's method, from that of `old`, which it was left by."""
-        before, method, feedback = bucket.exchange_state, bucket.method, bucket.method.feedback
+        before, feedback = bucket.exchange_state, bucket.method.feedback
         assert before is not None and bucket.state is not None
         if feedback != old.feedback:
-            bucket.state = feedback.init(bucket.segments)
-        after = method.exchange.init(bucket.segments, self.rank, self.size)
+            bucket.state = bucket.new_state()
+        after = bucket.new_exchange_state(self.rank, self.size)
+        served = slot_of(old.exchange.slots(self.size), Role.RESIDUAL)
         for slot, value in before.items():
             if same_pieces and slot in after and after[slot].shape == value.shape:
                 after[slot] = value
-            elif slot == "server_residual":
+            elif slot == served:
+                assert bucket.residual is not None
                 bucket.residual_is_zero = False
-                self._return_to_worker(bucket, old.exchange, value, bucket.state["residual"])
+                self._return_to_worker(bucket, old.exchange, value, bucket.residual)
         bucket.exchange_state = after
         bucket.shift_()
 
@@ -854,8 +853,7 @@ class Aggregator:
             present = [n for n in bucket.segments.names if n in saved]
             if not present:
                 continue  # nothing was sent for these parameters yet
-            feedback_state = bucket.method.feedback.init(bucket.segments)
-            exchange_state = bucket.method.exchange.init(bucket.segments, rank, size)
+            feedback_state, exchange_state = bucket.new_state(), bucket.new_exchange_state(rank, size)
             tables = [(feedback_state, bucket.segments), (exchange_state, bucket.method.exchange.state_segments(bucket.segments, rank, size))]
             for name in present:
                 check_entry(name, saved[name], {**feedback_state, **exchange_state})
@@ -875,14 +873,13 @@ class Aggregator:
                 bucket.state = bucket.exchange_state = bucket.unit = None
                 bucket.residual_is_zero, bucket.versions = True, []
             for bucket, feedback_state, exchange_state, unit in staged:
-                if "x" in feedback_state:
-                    xs = bucket.segments.shaped_views(feedback_state["x"])
+                bucket.state, bucket.exchange_state, bucket.unit = feedback_state, exchange_state, unit
+                if bucket.point is not None:
+                    xs = bucket.segments.shaped_views(bucket.point)
                     for name, x, current in zip(bucket.segments.names, xs, points[bucket.name], strict=True):
                         if name not in saved:  # it stays where it is
                             x.copy_(current)
-                bucket.state, bucket.exchange_state = feedback_state, exchange_state
-                bucket.unit = unit
-                bucket.residual_is_zero = "residual" not in feedback_state or not bool(feedback_state["residual"].any())
+                bucket.residual_is_zero = bucket.residual is None or not bool(bucket.residual.any())
                 with torch.no_grad():
                     bucket.shift_()
             self.step, self.undone = state["step"], state["undone"]
@@ -891,8 +888,8 @@ class Aggregator:
 
     def _at_x(self, bucket: Bucket) -> list[torch.Tensor]:
         """Where the parameters are, or would be if they were not shifted."""
-        if bucket.state is not None and "x" in bucket.state and bucket.versions and bucket.written_to(contents=True) is None:
-            return bucket.segments.shaped_views(bucket.state["x"])
+        if bucket.point is not None and bucket.versions and bucket.written_to(contents=True) is None:
+            return bucket.segments.shaped_views(bucket.point)
         return [p.detach() for p in bucket.parameters]
 
     @staticmethod
@@ -901,8 +898,9 @@ class Aggregator:
         rates = {name: saved[name].get("previous_lr") for name in bucket.segments.names if name in saved}
         common: float | None = next((rate for rate in rates.values() if rate is not None), None)
         if bucket.method.feedback.unit == "gradient" and common is not None:
+            kept = {**bucket.method.feedback.slots(NO_SEGMENTS), **bucket.method.exchange.slots(1)}
             for slots, table in tables:
-                for slot in {"residual", "server_residual"} & set(slots):
+                for slot in (s for s in slots if kept[s].role is Role.RESIDUAL):
                     for i, segment in enumerate(table):
                         rate = rates.get(segment.name)
                         if rate is not None and rate != common:
@@ -910,6 +908,7 @@ class Aggregator:
         return common
 
 
-def _hold(bucket: Bucket, x: torch.Tensor) -> bool:
-    """The bucket's parameters hold these values."""
-    return all(torch.equal(p, v.to(p.dtype)) for p, v in zip(bucket.parameters, bucket.segments.shaped_views(x), strict=True))
+def _at_point(bucket: Bucket) -> bool:
+    """The bucket's parameters hold x."""
+    x = bucket.point
+    return x is not None and all(torch.equal(p, v.to(p.dtype)) for p, v in zip(bucket.parameters, bucket.segments.shaped_views(x), strict=True))

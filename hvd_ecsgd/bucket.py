@@ -13,7 +13,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 from .errors import CompressionError
 from .kernels import all_finite, column_sums
 from .method import Method
-from .protocols import GroupSettings, Part, State, StepContext, Steps, Task
+from .protocols import NO_SEGMENTS, GroupSettings, Part, Role, State, StepContext, Steps, Task, keeps, settled, slot_of, zeros
 from .segments import Segment, Segments
 from .transport.base import Handle
 
@@ -63,8 +63,40 @@ class Bucket:
 
     def allocate(self, rank: int, size: int) -> None:
         if self.state is None:
-            self.state = self.method.feedback.init(self.segments)
-            self.exchange_state = self.method.exchange.init(self.segments, rank, size)
+            self.state, self.exchange_state = self.new_state(), self.new_exchange_state(rank, size)
+
+    def new_state(self) -> State:
+        """The feedback rule's, beginning with zeros."""
+        return zeros(self.method.feedback.slots(self.segments), self.segments)
+
+    def new_exchange_state(self, rank: int, size: int) -> State:
+        """Likewise the exchange's."""
+        return zeros(self.method.exchange.slots(size), self.method.exchange.state_segments(self.segments, rank, size))
+
+    def _held(self, role: Role) -> torch.Tensor | None:
+        name = None if self.state is None else slot_of(self.method.feedback.slots(NO_SEGMENTS), role)
+        return None if self.state is None or name is None else self.state[name]
+
+    @property
+    def residual(self) -> torch.Tensor | None:
+        """What this worker has not sent yet; None where nothing is kept, or not yet. Likewise those below."""
+        return self._held(Role.RESIDUAL)
+
+    @property
+    def point(self) -> torch.Tensor | None:
+        """x, of rules that take gradients at another point."""
+        return self._held(Role.POINT)
+
+    @property
+    def memory(self) -> torch.Tensor | None:
+        """Of means that came back, equal on all ranks."""
+        return self._held(Role.MEMORY)
+
+    @property
+    def server_residual(self) -> torch.Tensor | None:
+        """What this rank, as a server, has not sent yet."""
+        name = slot_of(self.method.exchange.slots(1), Role.RESIDUAL)
+        return None if self.exchange_state is None or name is None else self.exchange_state[name]
 
     def unit_for(self, settings: GroupSettings) -> float:
         """η̃ of a step with these settings: η; but where the mean enters a memory it never falls.
@@ -74,7 +106,7 @@ class Bucket:
         """
         feedback = self.method.feedback
         # A rule that applies the update remembers means where it has a state of them, which is equal on all ranks.
-        remembers = settings.remembers and (not feedback.takes.update or bool(feedback.shared_slots))
+        remembers = settings.remembers and (not feedback.takes.update or keeps(feedback, Role.MEMORY))
         return max(settings.lr, self.unit or 0.0) if remembers else settings.lr
 
     def context(self, settings: GroupSettings, seed: int, step: int, rank: int, size: int) -> StepContext:
@@ -96,11 +128,12 @@ class Bucket:
     def shift_(self) -> None:
         """Parameters ← the shifted point of rules that have one; those that are frozen stand still at x."""
         feedback = self.method.feedback
-        if self.state is None or not feedback.shifts:
+        x = self.point
+        if self.state is None or x is None:
             return
         feedback.shift_(self.state, self.parameters, self.segments)
         for i in self.frozen():
-            self.parameters[i].copy_(self.segments.shaped_views(self.state["x"])[i])
+            self.parameters[i].copy_(self.segments.shaped_views(x)[i])
         self.note_written()
 
     def note_written(self) -> None:
@@ -121,20 +154,22 @@ class Bucket:
     def remember(self) -> None:
         """Copy the state, but for x, which does not move before a step stands. The memory is kept."""
         assert self.state is not None and self.exchange_state is not None
+        point = slot_of(self.method.feedback.slots(NO_SEGMENTS), Role.POINT)
         if not self.before:
             self.before = [{}, {}]
         for copy, state in zip(self.before, (self.state, self.exchange_state)):
             for slot in [s for s in copy if s not in state]:
                 del copy[slot]
             for slot, t in state.items():
-                if slot != "x":
+                if slot != point:
                     copy[slot] = copy[slot].copy_(t) if slot in copy and copy[slot].shape == t.shape else t.clone()
 
     def restore(self) -> None:
         """Put back what `remember` copied."""
         assert self.state is not None and self.exchange_state is not None
+        point = slot_of(self.method.feedback.slots(NO_SEGMENTS), Role.POINT)
         for copy, state in zip(self.before, (self.state, self.exchange_state)):
-            for slot in [s for s in state if s not in copy and s != "x"]:
+            for slot in [s for s in state if s not in copy and s != point]:
                 del state[slot]
             for slot, t in copy.items():
                 state[slot] = state[slot].copy_(t) if slot in state else t.clone()
@@ -205,26 +240,33 @@ class FrozenState:
     def __init__(self, bucket: Bucket, rank: int, size: int) -> None:
         self._bucket = bucket
         self._pieces = bucket.method.exchange.state_segments(bucket.segments, rank, size).table
-        self._kept = [(i, slot, part_of(t, i, segment).clone()) for i, slot, t, segment in self._places()]
+        slots = {**bucket.method.feedback.slots(NO_SEGMENTS), **bucket.method.exchange.slots(size)}
+        self._residuals = {name for name, slot in slots.items() if slot.role is Role.RESIDUAL}
+        self._kept = {place: value.clone() for place, value in self._places()}
 
-    def _places(self) -> Iterator[tuple[int, str, torch.Tensor, Segment]]:
+    def _places(self) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
+        """(place in the bucket, slot), and what is there. Not x, which stays where it is, nor counters, which are of the bucket."""
         bucket = self._bucket
         assert bucket.state is not None and bucket.exchange_state is not None
+        x = bucket.point
         for i in bucket.frozen():
-            yield from ((i, slot, t, bucket.segments.table[i]) for slot, t in bucket.state.items() if slot != "x")
-            yield from ((i, slot, t, self._pieces[i]) for slot, t in bucket.exchange_state.items() if t.dim() == 1)
+            yield from (((i, slot), part_of(t, i, bucket.segments.table[i])) for slot, t in bucket.state.items() if t is not x)
+            yield from (((i, slot), part_of(t, i, self._pieces[i])) for slot, t in bucket.exchange_state.items() if t.dim() == 1)
 
     def rescale_(self, carry: float) -> None:
         """From units of the learning rate before to those of the step's."""
-        for _, slot, value in self._kept:
-            value.mul_({"residual": carry, "server_residual": carry}.get(slot, 1.0))
+        for (_, slot), value in self._kept.items():
+            if slot in self._residuals:
+                value.mul_(carry)
 
     def put_back_(self) -> None:
-        now = {(i, slot): part_of(t, i, segment) for i, slot, t, segment in self._places()}
-        for i, slot, value in self._kept:
+        now = dict(self._places())
+        residual = slot_of(self._bucket.method.feedback.slots(NO_SEGMENTS), Role.RESIDUAL)
+        for (i, slot), value in self._kept.items():
             if (i, slot) in now:
                 now[i, slot].copy_(value)
-            self._bucket.residual_is_zero = self._bucket.residual_is_zero and not (slot == "residual" and bool(value.any()))
+            if slot == residual and bool(value.any()):
+                self._bucket.residual_is_zero = False
 
 
 class BucketStep:
@@ -287,16 +329,16 @@ class BucketStep:
         if self.task.poisoned:
             return
         method.feedback.undo_(self.bucket.part, None if gradients_gone else self.gradients, self.task.ctx)
-        if self.task.residual_was_zero and method.feedback.keeps_residual:
-            state["residual"].zero_()  # such a payload is not kept for adding back
+        if self.task.residual_was_zero and self.bucket.residual is not None:
+            self.bucket.residual.zero_()  # such a payload is not kept for adding back
 
     def commit(self) -> None:
         """The step stands: remember the learning rate that the residual is measured by, and let the payloads go."""
         if self.settings.lr:
             self.bucket.unit = self.task.ctx.unit
         took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
-        apart = self.bucket.method.feedback.scratches  # the buffer is not the residual
-        self.bucket.residual_is_zero = took_all and (self.bucket.residual_is_zero or not apart)
+        # Taking all of a buffer that is not the residual leaves the residual as it was.
+        self.bucket.residual_is_zero = took_all and (self.bucket.residual_is_zero or not settled(self.bucket.method.feedback))
         self.task.forget_undo()
         if self.frozen_state is not None:
             self.frozen_state.rescale_(self.task.ctx.carry)

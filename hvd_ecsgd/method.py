@@ -11,9 +11,8 @@ import torch
 from .compressors import Identity
 from .errors import CompressionError
 from .exchange import AllReduce
-from .protocols import Compressor, Exchange, Feedback
+from .protocols import NO_SEGMENTS, Compressor, Exchange, Feedback, Role, keeps
 from .schedule import at_step, check_ratios
-from .segments import Segments
 
 __all__ = ["Method"]
 
@@ -51,12 +50,8 @@ class Method:
         ):
             if isinstance(part, type) or not isinstance(part, protocol):  # a class has the attributes too
                 raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
-        self.exchange.check(self.compressor)
-        if self.feedback.scratches != self.exchange.settles:
-            raise CompressionError(
-                f"{self.feedback} and {self.exchange} do not go together: CSER() needs ErrorReset(…) as its exchange, and only CSER does."
-            )
-        if self.feedback.keeps_residual:
+        self.exchange.check(self.compressor, self.feedback)
+        if keeps(self.feedback, Role.RESIDUAL):
             self.compressor.check_feedback()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
@@ -100,8 +95,7 @@ class Method:
     @property
     def stateful(self) -> bool:
         """Something is carried from step to step: residuals, momentum, or what the exchange keeps."""
-        nothing = Segments(())
-        return bool(self.feedback.init(nothing)) or bool(self.exchange.init(nothing, 0, 1))
+        return bool(self.feedback.slots(NO_SEGMENTS)) or bool(self.exchange.slots(1))
 
     def at(self, step: int) -> tuple[Compressor, Exchange]:
         """What compresses and exchanges in this step."""
@@ -112,12 +106,11 @@ class Method:
     def switched(self, new: Method) -> Method:
         """`new` as what this method goes on as: with this one's `dense_below`, `dense_1d` and `seed`. Raises unless its feedback can take over."""
         old, rule = self.feedback, new.feedback
-        begins = not old.init(Segments(())) and not (old.takes.momentum or rule.takes.momentum) and old.unit == rule.unit
+        begins = not old.slots(NO_SEGMENTS) and not (old.takes.momentum or rule.takes.momentum) and old.unit == rule.unit
         begins = begins and old.for_dense() == rule.for_dense()
         if rule != old and not begins:
-            remedy = (
-                "" if rule.keeps_residual else f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."
-            )
+            remedy = f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."
+            remedy = "" if keeps(rule, Role.RESIDUAL) else remedy
             raise CompressionError(f"switch(): expected the feedback rule that the residuals were made with, {old}, got {rule}.{remedy}")
         return replace(new, dense_below=self.dense_below, dense_1d=self.dense_1d, seed=self.seed, exact=self.exact, verify_every=self.verify_every)
 

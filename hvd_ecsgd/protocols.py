@@ -17,12 +17,15 @@ import torch
 from .segments import Key, Segments
 from .transport.base import Handle, Transport
 
-__all__ = ["Accumulated", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "State", "Steps", "StepContext", "Takes", "Task", "Traffic",
-           "UnbiasedCompressor", "poison"]  # fmt: skip
+__all__ = ["NO_SEGMENTS", "Accumulated", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Role", "Slot", "Slots", "State", "Steps",
+           "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor", "keeps", "poison", "settled", "slot_of", "zeros"]  # fmt: skip
 
 State = dict[str, torch.Tensor]
 """Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
 segment i (counters)."""
+
+NO_SEGMENTS = Segments(())
+"""For asking which slots there are."""
 
 Steps = Generator[Handle[Any], Any, torch.Tensor]
 """An exchange in progress: it yields each handle it waits for, is sent the handle's result, and returns the decoded mean."""
@@ -96,6 +99,55 @@ class UnbiasedCompressor(Compressor, Protocol):
         ...
 
 
+class Role(Enum):
+    """What those who save, undo, carry over and resize state must know of a slot, and who know no method."""
+
+    RESIDUAL = "residual"
+    """What was not sent yet, in the rule's unit: of a rule, this worker's; of an exchange, this server's. At most one of each."""
+    POINT = "point"
+    """x, equal on all ranks, of a rule that takes gradients at another point. Only a step that stands moves it. At most one."""
+    MEMORY = "memory"
+    """Of the means that came back, equal on all ranks. It is multiplied by every later learning rate. At most one."""
+    OWN = "own"
+    """What the rule or the exchange keeps for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What is kept under a name, beginning with zeros."""
+
+    role: Role = Role.OWN
+    settled: bool = False
+    """Of a rule's residual: the buffer is another tensor, and the exchange adds what is left in it."""
+    columns: int = 0
+    """0: one element for each of the table, of its type and device. Otherwise a matrix of `dtype` on the CPU, a row for each segment: counters."""
+    dtype: torch.dtype = torch.float64
+
+
+Slots = Mapping[str, Slot]
+
+
+def zeros(slots: Slots, table: Segments) -> State:
+    """State to begin with: all that is ever allocated for it."""
+    counters = {name: torch.zeros((len(table), s.columns), dtype=s.dtype, device="cpu") for name, s in slots.items() if s.columns}
+    return {name: counters[name] if name in counters else table.zeros() for name in slots}
+
+
+def slot_of(slots: Slots, role: Role) -> str | None:
+    """The name of the slot with this role, if there is one."""
+    return next((name for name, slot in slots.items() if slot.role is role), None)
+
+
+def keeps(feedback: Feedback, role: Role) -> bool:
+    """The rule has a slot with this role."""
+    return slot_of(feedback.slots(NO_SEGMENTS), role) is not None
+
+
+def settled(feedback: Feedback) -> bool:
+    """The rule's buffer is not its residual, which the exchange must settle."""
+    return any(slot.settled for slot in feedback.slots(NO_SEGMENTS).values())
+
+
 class Takes(Enum):
     """What a feedback rule takes over from the optimizer behind it."""
 
@@ -141,14 +193,16 @@ class Feedback(Protocol):
         """Raise `CompressionError` when the optimizer's param group (named `where`) says what this rule cannot do, or would do twice."""
         ...
 
-    @property
-    def keeps_residual(self) -> bool: ...
-
     def for_dense(self) -> Feedback:
         """The rule for segments that travel uncompressed: the same mathematics with a residual that is always zero."""
         ...
 
-    def init(self, segments: Segments) -> State: ...
+    def slots(self, segments: Segments) -> Slots:
+        """What is kept for these segments, by name, in the order in which it is saved; the same for all, so that `NO_SEGMENTS` tell.
+
+        Raises `CompressionError` when the rule cannot serve the segments.
+        """
+        ...
 
     def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
         """The buffer to extract from is A·residual + what this step adds. Where a gradient holds an inf or NaN, state stays as it was, to rounding.
@@ -174,23 +228,8 @@ class Feedback(Protocol):
         """
         ...
 
-    @property
-    def scratches(self) -> bool:
-        """The buffer is not the residual: an exchange that `settles` must add what is left in it."""
-        ...
-
-    @property
-    def shared_slots(self) -> tuple[str, ...]:
-        """Those of the state that hold the same bits on all ranks and depend on the parameters; `x` apart."""
-        ...
-
     def exchanges(self, step: int) -> bool:
         """Whether something is sent in this step. If not it is a local one: nothing is, and `shift_` follows `accumulate_`."""
-        ...
-
-    @property
-    def shifts(self) -> bool:
-        """Between steps the parameters hold a shifted point, and the state has a slot `x` for the one that is equal on all ranks."""
         ...
 
     def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
@@ -211,17 +250,12 @@ class Exchange(Protocol):
         """What arrives may be less than the buffer though the compressor is lossless: something may be left on the worker with any compressor."""
         ...
 
-    @property
-    def settles(self) -> bool:
-        """Adds what is left in a buffer of its own to the rule's residual: for rules with `scratches`."""
+    def check(self, compressor: Compressor, feedback: Feedback) -> None:
+        """Raise `CompressionError` when payloads of `compressor` cannot travel this way, or what is left of them is not where `feedback` keeps it."""
         ...
 
-    def check(self, compressor: Compressor) -> None:
-        """Raise `CompressionError` when payloads of `compressor` cannot travel this way."""
-        ...
-
-    def init(self, segments: Segments, rank: int, size: int) -> State:
-        """State of the exchange, over `state_segments`."""
+    def slots(self, size: int) -> Slots:
+        """What is kept, by name, over `state_segments`, with so many workers."""
         ...
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:

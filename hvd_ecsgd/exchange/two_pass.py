@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Compressor, State, Steps, Task, Traffic, poison
+from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, poison
 from ..segments import Segments
 from ..transport.base import Transport
 from .base import Faithful
@@ -88,13 +88,14 @@ class TwoPass(Faithful):
         if not isinstance(self.server_feedback, bool):
             raise CompressionError(f"server_feedback must be True or False, got {self.server_feedback!r}.")
 
-    def check(self, compressor: Compressor) -> None:
+    def check(self, compressor: Compressor, feedback: Feedback) -> None:
         """Any compressor can travel this way, on either side; the server's must bear feedback when the server has it."""
         if self.server_feedback:
             (compressor if self.server_compressor is None else self.server_compressor).check_feedback()
+        super().check(compressor, feedback)
 
-    def init(self, segments: Segments, rank: int, size: int) -> State:
-        return {"server_residual": self.state_segments(segments, rank, size).zeros()} if self.server_feedback else {}
+    def slots(self, size: int) -> Slots:
+        return {"server_residual": Slot(Role.RESIDUAL)} if self.server_feedback else {}
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
         return self.served(segments, rank, size).compact

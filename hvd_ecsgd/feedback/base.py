@@ -104,14 +104,6 @@ class Rule(ABC):
     def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
         """Reverse `_add_`, to rounding."""
 
-    @property
-    def scratches(self) -> bool:
-        return False
-
-    @property
-    def shared_slots(self) -> tuple[str, ...]:
-        return ()
-
     def exchanges(self, step: int) -> bool:
         return True
 
@@ -122,10 +114,6 @@ class Rule(ABC):
 
 class Unshifted(Rule):
     """Mixin: gradients are taken at x, where the parameters are."""
-
-    @property
-    def shifts(self) -> bool:
-        return False
 
     def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
         """There is no copy of x."""
@@ -164,10 +152,6 @@ class AppliesUpdate(Rule):
     @property
     def takes(self) -> Takes:
         return Takes.UPDATE
-
-    @property
-    def keeps_residual(self) -> bool:
-        return True
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
         refuse_no_learning_rate(self, options, where)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..protocols import Feedback, Part, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, State, StepContext
 from ..segments import Segments
 from .base import Shifted, add_to_momentum_, take_from_momentum_
 
@@ -33,18 +33,15 @@ class CSER(Shifted):
     """For segments that travel uncompressed: no errors. Set by `for_dense`."""
 
     @property
-    def scratches(self) -> bool:
-        return not self.dense
-
-    @property
     def shifts(self) -> bool:
         return not self.dense
 
     def for_dense(self) -> Feedback:
         return replace(self, dense=True)
 
-    def init(self, segments: Segments) -> State:
-        return {slot: segments.zeros() for slot in ("residual", "momentum", *(("x",) if self.shifts else ()))}
+    def slots(self, segments: Segments) -> Slots:
+        point = {"x": Slot(Role.POINT)} if self.shifts else {}
+        return {"residual": Slot(Role.RESIDUAL, settled=not self.dense), "momentum": Slot(), **point}
 
     def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
         return add_to_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay) * ctx.settings.lr

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Part, State
+from ..protocols import Part, Slot, Slots
 from ..segments import Key, Segment, Segments
 
 __all__ = ["Curvature", "GradientSquares", "Hutchinson", "Matrix", "Product"]
@@ -32,7 +32,7 @@ class Curvature:
         """H·e has entries in parameters that have no residual."""
         return False
 
-    def init(self, segments: Segments) -> State:
+    def slots(self, segments: Segments) -> Slots:
         """Slots beside `residual`. Raises `CompressionError` when H does not fit the segments."""
         return {}
 
@@ -90,11 +90,11 @@ class Matrix(Curvature):
     def prepares(self) -> bool:
         return self.local
 
-    def init(self, segments: Segments) -> State:
+    def slots(self, segments: Segments) -> Slots:
         for segment in segments:
             if not bool(torch.isfinite(self._of(segment)).all()):
                 raise CompressionError(f"Matrix: the Hessian of parameter '{segment.name}' holds an inf or NaN.")
-        return {"correction": segments.zeros()} if self.local else {}
+        return {"correction": Slot()} if self.local else {}
 
     def _times(self, e: torch.Tensor, segments: Segments) -> torch.Tensor:
         return torch.cat([torch.mv(self._of(s).to(e), v) for s, v in zip(segments, segments.views(e), strict=True)])
@@ -161,8 +161,8 @@ class Product(Curvature):
     def couples(self) -> bool:
         return True
 
-    def init(self, segments: Segments) -> State:
-        return {"correction": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"correction": Slot()}
 
     def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         vectors = [part.state["residual"].clone() for part in parts]
@@ -183,8 +183,8 @@ class Product(Curvature):
 class _Diagonal(Curvature):
     """H as a diagonal, in the slot `diagonal`, the same on all ranks. ηh is clamped to [0, 2]: outside, the residual would grow in that entry."""
 
-    def init(self, segments: Segments) -> State:
-        return {"diagonal": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"diagonal": Slot()}
 
     def correction(self, part: Part, lr: float) -> torch.Tensor:
         return part.state["diagonal"].clamp(0.0, 2.0 / lr).mul_(part.state["residual"])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Feedback, Part, State, StepContext, Takes
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext, Takes
 from ..segments import Segments
 from .base import GradientUnit, add_scaled_, add_to_momentum_, refuse_no_learning_rate, refuse_options, take_from_momentum_
 
@@ -52,10 +52,6 @@ class DistEFSGD(GradientUnit):
         """The update, with the optimizer's momentum read from its param group; the optimizer itself applies D when momentum is given here."""
         return Takes.UPDATE if self.momentum is None and self.weight_decay is None else Takes.MOMENTUM
 
-    @property
-    def keeps_residual(self) -> bool:
-        return True
-
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
         if self.takes.update:
             refuse_no_learning_rate(self, options, where)
@@ -72,8 +68,8 @@ class DistEFSGD(GradientUnit):
     def for_dense(self) -> Feedback:
         return self
 
-    def init(self, segments: Segments) -> State:
-        return {"residual": segments.zeros(), "momentum": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"residual": Slot(Role.RESIDUAL), "momentum": Slot()}
 
     def _settings(self, ctx: StepContext) -> tuple[float, float, bool]:
         """(μ, wd, Nesterov) of this step."""

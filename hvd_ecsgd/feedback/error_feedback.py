@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..protocols import Feedback, Part, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
 from .base import GradientUnit
 from .none import NoFeedback
@@ -28,15 +28,11 @@ class ErrorFeedback(GradientUnit):
     Slot: `residual` (float32, or float64 for float64 parameters).
     """
 
-    @property
-    def keeps_residual(self) -> bool:
-        return True
-
     def for_dense(self) -> Feedback:
         return NoFeedback()
 
-    def init(self, segments: Segments) -> State:
-        return {"residual": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"residual": Slot(Role.RESIDUAL)}
 
     def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
         residual = part.state["residual"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Feedback, Part, State, StepContext, Takes
+from ..protocols import Feedback, Part, Slots, StepContext, Takes
 from ..segments import Key, Segments
 from .curvature import Curvature
 from .error_feedback import ErrorFeedback
@@ -44,10 +44,6 @@ class HessianAided(ErrorFeedback):
             )
 
     @property
-    def keeps_residual(self) -> bool:
-        return True
-
-    @property
     def takes(self) -> Takes:
         """H is multiplied by η itself, not by a ratio."""
         return Takes.LEARNING_RATE
@@ -56,8 +52,8 @@ class HessianAided(ErrorFeedback):
         """With a product over the whole model, what is held back elsewhere has a part in these gradients too."""
         return self if self.curvature.couples else NoFeedback()
 
-    def init(self, segments: Segments) -> State:
-        return {"residual": segments.zeros(), **self.curvature.init(segments)}
+    def slots(self, segments: Segments) -> Slots:
+        return {**super().slots(segments), **self.curvature.slots(segments)}
 
     def _carry_(self, part: Part, ctx: StepContext) -> None:
         state = part.state

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Feedback, Part, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, State, StepContext
 from ..segments import Key, Segments
 from .base import Shifted, add_to_momentum_, take_from_momentum_
 
@@ -72,9 +72,9 @@ class LocalMomentum(Shifted):
     def for_dense(self) -> Feedback:
         return replace(self, dense=True)
 
-    def init(self, segments: Segments) -> State:
-        slots = ["residual", "momentum"] + (["x"] if self.shifts else []) + (["displacement"] if self.period > 1 else [])
-        return {slot: segments.zeros() for slot in slots}
+    def slots(self, segments: Segments) -> Slots:
+        point = {"x": Slot(Role.POINT)} if self.shifts else {}
+        return {"residual": Slot(Role.RESIDUAL), "momentum": Slot(), **point, **({"displacement": Slot()} if self.period > 1 else {})}
 
     def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
         state, eta = part.state, ctx.settings.lr

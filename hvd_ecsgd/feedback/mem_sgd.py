@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..protocols import Feedback, Part, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
 from .base import AppliesUpdate, Unshifted, add_scaled_, refuse_options
 
@@ -38,8 +38,8 @@ class MemSGD(Unshifted, AppliesUpdate):
     def for_dense(self) -> Feedback:
         return self
 
-    def init(self, segments: Segments) -> State:
-        return {"residual": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"residual": Slot(Role.RESIDUAL)}
 
     def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
         return add_scaled_(part, gradients, ctx.settings.lr, ctx.settings.weight_decay)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..protocols import Feedback, Part, State, StepContext
+from ..protocols import Feedback, Part, Slots, StepContext
 from ..segments import Segments
 from .base import GradientUnit
 
@@ -18,14 +18,10 @@ __all__ = ["NoFeedback"]
 class NoFeedback(GradientUnit):
     """buffer = g, a scratch copy. Unit: gradient."""
 
-    @property
-    def keeps_residual(self) -> bool:
-        return False
-
     def for_dense(self) -> Feedback:
         return self
 
-    def init(self, segments: Segments) -> State:
+    def slots(self, segments: Segments) -> Slots:
         return {}
 
     def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..protocols import Feedback, Part, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
 from .base import AppliesUpdate, Unshifted, add_scaled_
 
@@ -25,15 +25,11 @@ class PEF(Unshifted, AppliesUpdate):
     Slots: `residual`; `momentum`, which holds the same bits on all ranks. Memory beside parameters and gradients: 2 times the parameters.
     """
 
-    @property
-    def shared_slots(self) -> tuple[str, ...]:
-        return ("momentum",)
-
     def for_dense(self) -> Feedback:
         return self
 
-    def init(self, segments: Segments) -> State:
-        return {"residual": segments.zeros(), "momentum": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"residual": Slot(Role.RESIDUAL), "momentum": Slot(Role.MEMORY)}
 
     def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
         return add_scaled_(part, gradients, ctx.unit)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..compressors import Rounding
-from ..protocols import Compressor, Feedback, GroupSettings, Part, StepContext
+from ..protocols import Compressor, Feedback, GroupSettings, Part, StepContext, zeros
 from ..segments import Key, Segments
 
 __all__ = ["Convex", "Logistic", "Quadratics", "descend"]
@@ -107,7 +107,7 @@ def descend(
     problem.x = x = problem.start.clone()
     segments = Segments.of([("x", x)])
     rules = [rule(i) for i in range(n)]
-    parts = [Part(r.init(segments), [x], segments) for r in rules]
+    parts = [Part(zeros(r.slots(segments), segments), [x], segments) for r in rules]
     eta = before = problem.eta
     for t in range(steps):
         eta = problem.eta if rate is None else rate(t)

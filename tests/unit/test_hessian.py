@@ -16,7 +16,7 @@ from hvd_ecsgd.exchange import AllReduce, CompSkip, Every
 from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, LocalMomentum, Matrix, NoFeedback, Product
 from hvd_ecsgd.horovod.slot import HorovodSlot
 from hvd_ecsgd.horovod.transport import SlotHandle
-from hvd_ecsgd.protocols import Accumulated, Feedback, GroupSettings, Part, StepContext
+from hvd_ecsgd.protocols import Accumulated, Feedback, GroupSettings, Part, StepContext, zeros
 from hvd_ecsgd.reproduce.lockstep import Quadratics, descend
 from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
@@ -256,7 +256,7 @@ def test_a_diagonal_never_makes_a_residual_grow(curvature: Any, monkeypatch: pyt
     segments, rule = Segments.of([("x", x)]), HessianAided(curvature)
 
     def factors() -> list[float]:
-        state = rule.init(segments)
+        state = zeros(rule.slots(segments), segments)
         state["residual"].fill_(1.0)
         state["diagonal"].copy_(torch.tensor([-3.0, 0.0, 0.5, 2.0, 4.0, 10.0]))
         ctx = StepContext(0, 1, settings=GroupSettings(0.5), unit=0.5, previous_unit=0.25)

@@ -74,7 +74,7 @@ def test_without_folding_the_servers_residuals_it_is_lost(monkeypatch: pytest.Mo
     carry_over = Aggregator._carry_over
 
     def anew(self: Any, bucket: Any, old: Any, same_pieces: bool) -> None:
-        bucket.exchange_state = bucket.method.exchange.init(bucket.segments, self.rank, self.size)
+        bucket.exchange_state = bucket.new_exchange_state(self.rank, self.size)
 
     def undivided(self: Any, bucket: Any, old: Any, same_pieces: bool) -> None:
         bucket.exchange_state["server_residual"] = bucket.exchange_state.get("server_residual", torch.zeros(0)) / self.size
