@@ -421,7 +421,7 @@ class Aggregator:
             (reductions, _, transport), self._open, self._in_step = self._open, None, False
             for reduction in reductions:
                 reduction.commit()
-            self._prepare(reductions, transport)
+            self._between_steps(reductions, transport)
 
     @torch.no_grad()
     def discard_step(self) -> None:
@@ -471,7 +471,7 @@ class Aggregator:
         self._refused = True
 
     @torch.no_grad()
-    def _prepare(self, reductions: Sequence[BucketStep], transport: Transport) -> None:
+    def _between_steps(self, reductions: Sequence[BucketStep], transport: Transport) -> None:
         """What the feedback rule does together with the other ranks between steps. Nothing after a step in which nothing was sent (η = 0)."""
         if not reductions:
             return
@@ -479,7 +479,7 @@ class Aggregator:
         buckets = [b for b in self.buckets if b.residual is not None]
         parts = [Part(b.state, b.parameters, b.segments, b.method.lossless, id(b) not in moving) for b in buckets if b.state is not None]
         key = Key(self.method.seed, self.step - 1, transport.rank, "prepare", transport.size)
-        for round_, tensors in enumerate(self.method.feedback.prepare(parts, key) if parts else ()):
+        for round_, tensors in enumerate(self.method.feedback.between_steps(parts, key) if parts else ()):
             for bucket in buckets:  # a residual that takes up others' is zero no more
                 bucket.residual_is_zero = bucket.residual_is_zero and not any(t is bucket.residual for t in tensors)
             handles = [transport.allreduce_(t, f"prepare.{round_}.{i}") for i, t in enumerate(tensors)]
@@ -493,8 +493,8 @@ class Aggregator:
         """Methods that apply the update themselves: move x, and shift; the step is kept. Where nothing came back, x stays; the error to shift by has
         changed.
 
-        Parameters that were frozen since they were bound stand still (at x, where they are shifted). After an exchange, the running statistics of
-        a model that is evaluated at different points on different ranks are averaged. Collective when there was an exchange.
+        After an exchange, the running statistics of a model that is evaluated at different points on different ranks are averaged. Collective when
+        there was an exchange.
         """
         self.keep_step()
         with torch.no_grad():
@@ -503,21 +503,7 @@ class Aggregator:
             if keeps(self.method.feedback, Role.POINT) and not all(r.task.skipped for r in reductions):
                 self._average_statistics()
             for reduction in reductions:
-                bucket, feedback = reduction.bucket, reduction.bucket.method.feedback
-                assert reduction.out is not None and bucket.state is not None
-                frozen = [(i, bucket.parameters[i], bucket.parameters[i].clone()) for i in bucket.frozen()]
-                for i, _, _ in frozen:
-                    bucket.segments.views(reduction.out)[i].zero_()  # what is left of it in the residual must not move x
-                if reduction.task.skipped:
-                    feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
-                else:
-                    feedback.finish_(bucket.part, reduction.out, reduction.task.ctx)
-                for i, p, before in frozen:
-                    p.copy_(before if bucket.point is None else bucket.segments.shaped_views(bucket.point)[i])
-                if reduction.frozen_state is not None:
-                    reduction.frozen_state.put_back_()
-                if bucket.point is not None:
-                    bucket.note_written()
+                reduction.apply_()
 
     def _average_statistics(self) -> None:
         """One dense all-reduce per type and device."""
@@ -550,7 +536,7 @@ class Aggregator:
             )
         assert bucket.state is not None
         with torch.no_grad():
-            feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
+            bucket.capture_()
             bucket.note_written()
 
     @property
@@ -599,10 +585,8 @@ class Aggregator:
             self._held = self._moved = False
             with torch.no_grad():
                 for bucket, saved, versions in moved:
-                    feedback = bucket.method.feedback
-                    assert bucket.state is not None
                     if point == "averaged" and (versions != [p._version for p in bucket.parameters] or not _at_point(bucket)):
-                        feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
+                        bucket.capture_()
                         bucket.shift_()
                     else:
                         torch._foreach_copy_(list(bucket.parameters), saved)

@@ -127,14 +127,22 @@ class Bucket:
 
     def shift_(self) -> None:
         """Parameters ← the shifted point of rules that have one; those that are frozen stand still at x."""
-        feedback = self.method.feedback
         x = self.point
-        if self.state is None or x is None:
+        if x is None:
             return
-        feedback.shift_(self.state, self.parameters, self.segments)
+        shift = self.method.feedback.shift(self.part)
+        assert shift is not None, f"{self.method.feedback} keeps x, and does not say where the parameters are"
+        t, factor = shift
+        torch._foreach_copy_(list(self.parameters), self.segments.shaped_views(x))
+        torch._foreach_add_(list(self.parameters), self.segments.shaped_views(t), alpha=-factor)
         for i in self.frozen():
             self.parameters[i].copy_(self.segments.shaped_views(x)[i])
         self.note_written()
+
+    def capture_(self) -> None:
+        """x ← what the parameters hold now, of rules that shift them: at the first step, and after somebody else wrote to them."""
+        if self.point is not None:
+            torch._foreach_copy_(self.segments.shaped_views(self.point), list(self.parameters))
 
     def note_written(self) -> None:
         """Shifted parameters hold what we want them to hold."""
@@ -331,6 +339,24 @@ class BucketStep:
         method.feedback.undo_(self.bucket.part, None if gradients_gone else self.gradients, self.task.ctx)
         if self.task.residual_was_zero and self.bucket.residual is not None:
             self.bucket.residual.zero_()  # such a payload is not kept for adding back
+
+    def apply_(self) -> None:
+        """The step stands, of a method that applies the update itself: x moves by what came back, if anything did, and parameters are shifted anew.
+
+        Parameters that were frozen since they were bound stand still (at x, where they are shifted).
+        """
+        bucket, frozen = self.bucket, self.bucket.frozen()
+        assert self.out is not None
+        before = [bucket.parameters[i].clone() for i in frozen] if bucket.point is None else []
+        for i in frozen:
+            bucket.segments.views(self.out)[i].zero_()  # what is left of it in the residual must not move x
+        if not self.task.skipped:
+            bucket.method.feedback.apply_(bucket.part, self.out, self.task.ctx)
+        bucket.shift_()
+        for i, value in zip(frozen, before):
+            bucket.parameters[i].copy_(value)
+        if self.frozen_state is not None:
+            self.frozen_state.put_back_()
 
     def commit(self) -> None:
         """The step stands: remember the learning rate that the residual is measured by, and let the payloads go."""

@@ -216,12 +216,16 @@ class Feedback(Protocol):
         what they added."""
         ...
 
-    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
-        """After the exchange: rules that apply the update themselves move the parameters by `out` here."""
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
+        """After the exchange, of a rule that takes the update: move x by `out`, the slot where there is one, else the parameters."""
         ...
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
-        """Between steps, on all ranks, after an exchange that stands and before the update: what the ranks do together for the next one.
+    def shift(self, part: Part) -> tuple[torch.Tensor, float] | None:
+        """(t, factor) of a rule with a slot for x, the parameters being held at x − factor·t between steps; None of another."""
+        ...
+
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+        """On all ranks, after an exchange that stands and before the update: what the ranks do together for the next one.
 
         Each list of tensors yielded is replaced, in place, by its mean over ranks before the generator goes on; all ranks yield alike. `parts`: all
         buckets whose rule keeps a residual; `key` has the finished step and is private to the rank.
@@ -229,15 +233,7 @@ class Feedback(Protocol):
         ...
 
     def exchanges(self, step: int) -> bool:
-        """Whether something is sent in this step. If not it is a local one: nothing is, and `shift_` follows `accumulate_`."""
-        ...
-
-    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """x ← what the parameters hold now: at the first step, and after somebody else wrote to them."""
-        ...
-
-    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """Parameters ← the shifted point."""
+        """Whether something is sent in this step. If not it is a local one: nothing is, and the parameters are shifted anew."""
         ...
 
 

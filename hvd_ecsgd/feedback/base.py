@@ -10,10 +10,10 @@ import torch
 
 from ..errors import CompressionError
 from ..kernels import all_finite
-from ..protocols import Accumulated, Part, State, StepContext, Takes
-from ..segments import Key, Segments
+from ..protocols import Accumulated, Part, StepContext, Takes
+from ..segments import Key
 
-__all__ = ["AppliesUpdate", "GradientUnit", "Rule", "Shifted", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_no_learning_rate",
+__all__ = ["AppliesUpdate", "GradientUnit", "Rule", "LocalPoint", "add_scaled_", "add_to_momentum_", "refuse_no_learning_rate",
            "refuse_options", "take_from_momentum_"]  # fmt: skip
 
 
@@ -107,22 +107,16 @@ class Rule(ABC):
     def exchanges(self, step: int) -> bool:
         return True
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def shift(self, part: Part) -> tuple[torch.Tensor, float] | None:
+        """Gradients are taken at x, where the parameters are."""
+        return None
+
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         """Nothing is done together between steps."""
         yield from ()
 
 
-class Unshifted(Rule):
-    """Mixin: gradients are taken at x, where the parameters are."""
-
-    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """There is no copy of x."""
-
-    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """The parameters stay where they are."""
-
-
-class GradientUnit(Unshifted):
+class GradientUnit(Rule):
     """Mixin: the buffer holds gradients, and the optimizer acts after the exchange."""
 
     @property
@@ -138,7 +132,7 @@ class GradientUnit(Unshifted):
         if self.takes.learning_rate:
             refuse_no_learning_rate(self, options, where)
 
-    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """The optimizer applies the mean."""
 
 
@@ -158,25 +152,12 @@ class AppliesUpdate(Rule):
         refuse_options(self, options, where, {"dampening": 0, "nesterov": False, "maximize": False})
 
 
-class Shifted(AppliesUpdate, ABC):
-    """Mixin: while `shifts`, the parameters hold a shifted point, to which `shift_` moves them, and x is kept in a slot of its own."""
+class LocalPoint(AppliesUpdate):
+    """Mixin: x moves by the mean; with a slot `x` the parameters are elsewhere (`shift`), else they are x."""
 
-    @property
-    @abstractmethod
-    def shifts(self) -> bool: ...
-
-    @abstractmethod
-    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None: ...
-
-    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """x ← what the parameters hold now: at the first step, and after somebody else wrote to them."""
-        if self.shifts:
-            torch._foreach_copy_(segments.shaped_views(state["x"]), list(parameters))
-
-    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """x ← x − out."""
-        if self.shifts:
+        if "x" in part.state:
             part.state["x"].sub_(out)
-            self.shift_(part.state, part.parameters, part.segments)
         else:
             torch._foreach_sub_(list(part.parameters), part.segments.shaped_views(out))

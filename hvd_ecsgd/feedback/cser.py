@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..protocols import Feedback, Part, Role, Slot, Slots, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
-from .base import Shifted, add_to_momentum_, take_from_momentum_
+from .base import LocalPoint, add_to_momentum_, take_from_momentum_
 
 __all__ = ["CSER"]
 
 
 @dataclass(frozen=True)
-class CSER(Shifted):
+class CSER(LocalPoint):
     """p_i = x − e_i;  g = ∇F_i(p_i) + wd·p_i;  m = μm + g;  (c, r) = ηm split by C1;  x ← x − mean c;  e_i ← e_i + r;  and in every `period`-th step
     (c, r) = e_i split by C2;  x ← x − mean c;  e_i ← r.  Unit: update.
 
@@ -32,15 +32,11 @@ class CSER(Shifted):
     dense: bool = field(default=False, repr=False)
     """For segments that travel uncompressed: no errors. Set by `for_dense`."""
 
-    @property
-    def shifts(self) -> bool:
-        return not self.dense
-
     def for_dense(self) -> Feedback:
         return replace(self, dense=True)
 
     def slots(self, segments: Segments) -> Slots:
-        point = {"x": Slot(Role.POINT)} if self.shifts else {}
+        point = {} if self.dense else {"x": Slot(Role.POINT)}
         return {"residual": Slot(Role.RESIDUAL, settled=not self.dense), "momentum": Slot(), **point}
 
     def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
@@ -49,8 +45,6 @@ class CSER(Shifted):
     def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
         take_from_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)
 
-    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """parameters ← x − e."""
-        if self.shifts:
-            torch._foreach_copy_(list(parameters), segments.shaped_views(state["x"]))
-            torch._foreach_sub_(list(parameters), segments.shaped_views(state["residual"]))
+    def shift(self, part: Part) -> tuple[torch.Tensor, float] | None:
+        """The parameters hold x − e."""
+        return None if self.dense else (part.state["residual"], 1.0)

@@ -23,8 +23,8 @@ class Curvature:
     """What a source of H does; all but one or two of these do nothing."""
 
     @property
-    def prepares(self) -> bool:
-        """`prepare` writes H·e to the slot `correction`; otherwise `correction` computes it."""
+    def ahead(self) -> bool:
+        """`between_steps` writes H·e to the slot `correction`; otherwise `correction` computes it."""
         return False
 
     @property
@@ -36,12 +36,12 @@ class Curvature:
         """Slots beside `residual`. Raises `CompressionError` when H does not fit the segments."""
         return {}
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
-        """Between steps, on all ranks; see `Feedback.prepare`."""
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+        """Between steps, on all ranks; see `Feedback.between_steps`."""
         yield from ()
 
     def correction(self, part: Part, lr: float) -> torch.Tensor:
-        """H·e at the start of the step with learning rate `lr`, where `prepare` has not written it."""
+        """H·e at the start of the step with learning rate `lr`, where `between_steps` has not written it."""
         raise NotImplementedError
 
     def observe_(self, part: Part, gradients: Sequence[torch.Tensor]) -> None:
@@ -87,7 +87,7 @@ class Matrix(Curvature):
         return h
 
     @property
-    def prepares(self) -> bool:
+    def ahead(self) -> bool:
         return self.local
 
     def slots(self, segments: Segments) -> Slots:
@@ -99,7 +99,7 @@ class Matrix(Curvature):
     def _times(self, e: torch.Tensor, segments: Segments) -> torch.Tensor:
         return torch.cat([torch.mv(self._of(s).to(e), v) for s, v in zip(segments, segments.views(e), strict=True)])
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         if not self.local:
             return
         means = [part.state["residual"].clone() for part in parts]
@@ -154,7 +154,7 @@ class Product(Curvature):
         _check_local(self.local, "Product")
 
     @property
-    def prepares(self) -> bool:
+    def ahead(self) -> bool:
         return True
 
     @property
@@ -164,7 +164,7 @@ class Product(Curvature):
     def slots(self, segments: Segments) -> Slots:
         return {"correction": Slot()}
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         vectors = [part.state["residual"].clone() for part in parts]
         if self.local:
             yield [v for v, part in zip(vectors, parts, strict=True) if not part.lossless or part.zero_learning_rate]
@@ -209,7 +209,7 @@ class Hutchinson(_Diagonal):
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise CompressionError(f"Hutchinson: every must be an integer ≥ 1, got {self.every!r}.")
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         if key.step % self.every:
             return
         signs = [part.segments.empty() for part in parts]
@@ -244,7 +244,7 @@ class GradientSquares(_Diagonal):
             raise CompressionError(f"GradientSquares: scale must be a positive number, got {self.scale!r}.")
 
     def observe_(self, part: Part, gradients: Sequence[torch.Tensor]) -> None:
-        """Each worker adds its own; the mean that `prepare` takes makes it the same again."""
+        """Each worker adds its own; the mean that `between_steps` takes makes it the same again."""
         part.state["diagonal"].mul_(self.decay)
         self._add_squares_(part, gradients, 1.0)
 
@@ -256,7 +256,7 @@ class GradientSquares(_Diagonal):
         for h, g in zip(part.segments.shaped_views(part.state["diagonal"]), gradients, strict=True):
             h.addcmul_(g.to(h.dtype), g.to(h.dtype), value=sign * (1 - self.decay) * self.scale)
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         yield [part.state["diagonal"] for part in parts]
 
 

@@ -90,6 +90,6 @@ class DistEFSGD(GradientUnit):
         part.state["residual"].sub_(part.state["momentum"], alpha=mu if nesterov else 1.0)
         take_from_momentum_(part, gradients, mu, wd)
 
-    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """x ← x − η·D, when the optimizer does not."""
         torch._foreach_add_(list(part.parameters), part.segments.shaped_views(out), alpha=-ctx.settings.lr)

@@ -57,7 +57,7 @@ class HessianAided(ErrorFeedback):
 
     def _carry_(self, part: Part, ctx: StepContext) -> None:
         state = part.state
-        if not self.curvature.prepares:
+        if not self.curvature.ahead:
             state["correction"] = self.curvature.correction(part, ctx.settings.lr)  # until the step stands or is undone
         state["residual"].sub_(state["correction"], alpha=ctx.settings.lr)
         super()._carry_(part, ctx)
@@ -65,7 +65,7 @@ class HessianAided(ErrorFeedback):
     def _carry_back_(self, part: Part, ctx: StepContext) -> None:
         super()._carry_back_(part, ctx)
         state = part.state
-        state["residual"].add_(state["correction"] if self.curvature.prepares else state.pop("correction"), alpha=ctx.settings.lr)
+        state["residual"].add_(state["correction"] if self.curvature.ahead else state.pop("correction"), alpha=ctx.settings.lr)
 
     def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
         residual = super()._add_(part, gradients, ctx)
@@ -76,8 +76,8 @@ class HessianAided(ErrorFeedback):
         self.curvature.forget_(part, gradients)
         super()._take_(part, gradients, ctx)
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
-        if not self.curvature.prepares:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+        if not self.curvature.ahead:
             for part in parts:
                 part.state.pop("correction", None)
-        yield from self.curvature.prepare(parts, key)
+        yield from self.curvature.between_steps(parts, key)

@@ -10,13 +10,13 @@ import torch
 
 from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
-from .base import AppliesUpdate, Unshifted, add_scaled_, refuse_options
+from .base import AppliesUpdate, add_scaled_, refuse_options
 
 __all__ = ["MemSGD"]
 
 
 @dataclass(frozen=True)
-class MemSGD(Unshifted, AppliesUpdate):
+class MemSGD(AppliesUpdate):
     """u = e + η·(g + wd·x);  c = C(u);  e = u − c;  x = x − mean c.  Unit: update. x − mean e moves as uncompressed SGD, whatever η does.
 
     η and wd are read from the SGD optimizer's param group at every step; momentum is refused, as the method has none. Stich, Cordonnier, Jaggi
@@ -47,5 +47,5 @@ class MemSGD(Unshifted, AppliesUpdate):
     def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
         add_scaled_(part, gradients, -ctx.settings.lr, ctx.settings.weight_decay)
 
-    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         torch._foreach_sub_(list(part.parameters), part.segments.shaped_views(out))

@@ -9,13 +9,13 @@ import torch
 
 from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
-from .base import AppliesUpdate, Unshifted, add_scaled_
+from .base import AppliesUpdate, add_scaled_
 
 __all__ = ["PEF"]
 
 
 @dataclass(frozen=True)
-class PEF(Unshifted, AppliesUpdate):
+class PEF(AppliesUpdate):
     """u = e + η̃·g;  c = C(u);  e = u − c;  then on all ranks  d = mean c/η̃ + wd·x;  m = μm + d;  x = x − η·m.  Unit: update.
 
     η̃ is the largest η so far, since m remembers d; where μ = 0 it is η. η, μ and wd are read from the SGD optimizer's param group at every step; no
@@ -37,7 +37,7 @@ class PEF(Unshifted, AppliesUpdate):
     def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
         add_scaled_(part, gradients, -ctx.unit)
 
-    def finish_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         sgd, parameters = ctx.settings, list(part.parameters)
         views = part.segments.shaped_views(part.state["momentum"].mul_(sgd.momentum).add_(out, alpha=1 / ctx.unit))
         if sgd.weight_decay:

@@ -117,7 +117,7 @@ def descend(
             buffer = rules[i].accumulate_(parts[i], [problem.gradient(i, x)], ctx).buffer
             payload = compressor.extract_(buffer, segments, Key(0, t, i))
             compressor.add_(out, payload, segments, Key(0, t, i), 1 / n)
-        running = [rule.prepare([part], Key(0, t, i, "prepare", n)) for i, (rule, part) in enumerate(zip(rules, parts, strict=True))]
+        running = [rule.between_steps([part], Key(0, t, i, "prepare", n)) for i, (rule, part) in enumerate(zip(rules, parts, strict=True))]
         for lists in zip(*running, strict=True):
             for tensors in zip(*lists, strict=True):
                 mean = torch.stack(tensors).mean(0)
