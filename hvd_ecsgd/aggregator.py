@@ -20,7 +20,7 @@ from .bucket import Bucket, BucketStep, FrozenState, clipped_, local_step, part_
 from .errors import CompressionError, DisagreementError
 from .kernels import fingerprint
 from .method import Method
-from .protocols import NO_SEGMENTS, Accumulated, Exchange, GroupSettings, Part, Role, State, Task, Traffic, keeps, slot_of
+from .protocols import Accumulated, Exchange, GroupSettings, Part, Role, State, Task, Traffic
 from .saved_state import check_all_there, check_entry, check_head, check_tensor
 from .segments import Key, Segments
 from .talk import STEP, code_of, doing_of, packed_text, raise_if_apart, raise_on_other_texts
@@ -500,7 +500,7 @@ class Aggregator:
         with torch.no_grad():
             for reduction in reductions:
                 self._recapture(reduction.bucket, contents=True)
-            if keeps(self.method.feedback, Role.POINT) and not all(r.task.skipped for r in reductions):
+            if Role.POINT in self.method.slot_names and not all(r.task.skipped for r in reductions):
                 self._average_statistics()
             for reduction in reductions:
                 reduction.apply_()
@@ -645,8 +645,7 @@ class Aggregator:
             and [old.exchange.state_segments(b.segments, r, n) for r in ranks] == [method.exchange.state_segments(b.segments, r, n) for r in ranks]
             for b in allocated
         }
-        served, serves = (slot_of(m.exchange.slots(n), Role.RESIDUAL) is not None for m in (old, method))
-        if served and not keeps(method.feedback, Role.RESIDUAL) and not (serves and all(kept.values())):
+        if old.server_slot and Role.RESIDUAL not in method.slot_names and not (method.server_slot and all(kept.values())):
             raise CompressionError(
                 f"switch(): the servers' residuals have no place in {method.exchange} with {method.feedback}; switch to a method with feedback."
             )
@@ -671,11 +670,10 @@ class Aggregator:
         if feedback != old.feedback:
             bucket.state = bucket.new_state()
         after = bucket.new_exchange_state(self.rank, self.size)
-        served = slot_of(old.exchange.slots(self.size), Role.RESIDUAL)
         for slot, value in before.items():
             if same_pieces and slot in after and after[slot].shape == value.shape:
                 after[slot] = value
-            elif slot == served:
+            elif slot == old.server_slot:
                 assert bucket.residual is not None
                 bucket.residual_is_zero = False
                 self._return_to_worker(bucket, old.exchange, value, bucket.residual)
@@ -882,9 +880,9 @@ class Aggregator:
         rates = {name: saved[name].get("previous_lr") for name in bucket.segments.names if name in saved}
         common: float | None = next((rate for rate in rates.values() if rate is not None), None)
         if bucket.method.feedback.unit == "gradient" and common is not None:
-            kept = {**bucket.method.feedback.slots(NO_SEGMENTS), **bucket.method.exchange.slots(1)}
+            residuals = (bucket.method.slot_names.get(Role.RESIDUAL), bucket.method.server_slot)
             for slots, table in tables:
-                for slot in (s for s in slots if kept[s].role is Role.RESIDUAL):
+                for slot in (s for s in slots if s in residuals):
                     for i, segment in enumerate(table):
                         rate = rates.get(segment.name)
                         if rate is not None and rate != common:

@@ -18,7 +18,7 @@ from .horovod.slot import HorovodSlot
 from .horovod.step_hooks import claim
 from .horovod.transport import HorovodTransport, SlotTransport, horovod_is_running
 from .method import Method
-from .protocols import GroupSettings, Role, Traffic, keeps
+from .protocols import GroupSettings, Role, Traffic
 from .saved_state import check_head
 from .transport import SelfTransport, Transport
 from .trees import is_unicode
@@ -72,7 +72,7 @@ class BoundCompression:
         self._warned = False
         if method.feedback.takes.momentum:
             claim(self)
-        if keeps(method.feedback, Role.POINT) and isinstance(model, torch.nn.Module):
+        if Role.POINT in method.slot_names and isinstance(model, torch.nn.Module):
             with suppress(Exception):  # a convenience, which scripted modules and some wrappers do not offer
                 model.register_state_dict_pre_hook(_ShiftWarning(self))  # type: ignore[no-untyped-call]
 
@@ -227,7 +227,7 @@ class BoundCompression:
                     f"{feedback} needs the learning rate itself (parameter '{bucket.segments.names[0]}'): call compression.attach(optimizer) "
                     "before the first backward pass."
                 )
-            if not self._warned and keeps(feedback, Role.RESIDUAL):
+            if not self._warned and Role.RESIDUAL in self.method.slot_names:
                 self._warned = True
                 warnings.warn(
                     "the learning rate is taken to be constant; call compression.attach(optimizer) if it changes.", UserWarning, stacklevel=2
@@ -246,7 +246,7 @@ class BoundCompression:
         feedback = self.method.feedback
         group, where = optimizer.param_groups[g], _group_of(optimizer, g)
         needs = feedback.takes.learning_rate
-        if not self._warned and group.get("lr") is None and keeps(feedback, Role.RESIDUAL) and not needs:
+        if not self._warned and group.get("lr") is None and Role.RESIDUAL in self.method.slot_names and not needs:
             self._warned = True
             warnings.warn(
                 f"{where} has no learning rate; what the method holds back is taken to be worth the same in all steps. Give the optimizer a learning "
@@ -296,7 +296,7 @@ class BoundCompression:
         self._own = None if optimizer is None else weakref.ref(optimizer)
         aggregator.expect_first_step()
         aggregator.statistics = self._statistics
-        if keeps(self.method.feedback, Role.POINT):  # they are averaged together
+        if Role.POINT in self.method.slot_names:  # they are averaged together
             aggregator.also_agree_on(**{"batch-norm statistics (bind the module itself on every rank)": [tuple(t.shape) for t in self._statistics()]})
         if self._waiting is not None:
             state, self._waiting = self._waiting, None
@@ -406,7 +406,7 @@ class BoundCompression:
     @property
     def replicas(self) -> Literal["equal", "equal_at_x"]:
         """What is equal on all ranks between steps: the parameters, or (DEF, SAEF) only x, which `at("averaged")` shows."""
-        return "equal_at_x" if keeps(self.method.feedback, Role.POINT) else "equal"
+        return "equal_at_x" if Role.POINT in self.method.slot_names else "equal"
 
     @property
     def traffic(self) -> Traffic:

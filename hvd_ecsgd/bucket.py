@@ -13,7 +13,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 from .errors import CompressionError
 from .kernels import all_finite, column_sums
 from .method import Method
-from .protocols import NO_SEGMENTS, GroupSettings, Part, Role, State, StepContext, Steps, Task, keeps, settled, slot_of, zeros
+from .protocols import GroupSettings, Part, Role, State, StepContext, Steps, Task, settled, zeros
 from .segments import Segment, Segments
 from .transport.base import Handle
 
@@ -74,7 +74,7 @@ class Bucket:
         return zeros(self.method.exchange.slots(size), self.method.exchange.state_segments(self.segments, rank, size))
 
     def _held(self, role: Role) -> torch.Tensor | None:
-        name = None if self.state is None else slot_of(self.method.feedback.slots(NO_SEGMENTS), role)
+        name = self.method.slot_names.get(role)
         return None if self.state is None or name is None else self.state[name]
 
     @property
@@ -95,7 +95,7 @@ class Bucket:
     @property
     def server_residual(self) -> torch.Tensor | None:
         """What this rank, as a server, has not sent yet."""
-        name = slot_of(self.method.exchange.slots(1), Role.RESIDUAL)
+        name = self.method.server_slot
         return None if self.exchange_state is None or name is None else self.exchange_state[name]
 
     def unit_for(self, settings: GroupSettings) -> float:
@@ -106,7 +106,7 @@ class Bucket:
         """
         feedback = self.method.feedback
         # A rule that applies the update remembers means where it has a state of them, which is equal on all ranks.
-        remembers = settings.remembers and (not feedback.takes.update or keeps(feedback, Role.MEMORY))
+        remembers = settings.remembers and (not feedback.takes.update or Role.MEMORY in self.method.slot_names)
         return max(settings.lr, self.unit or 0.0) if remembers else settings.lr
 
     def context(self, settings: GroupSettings, seed: int, step: int, rank: int, size: int) -> StepContext:
@@ -162,7 +162,7 @@ class Bucket:
     def remember(self) -> None:
         """Copy the state, but for x, which does not move before a step stands. The memory is kept."""
         assert self.state is not None and self.exchange_state is not None
-        point = slot_of(self.method.feedback.slots(NO_SEGMENTS), Role.POINT)
+        point = self.method.slot_names.get(Role.POINT)
         if not self.before:
             self.before = [{}, {}]
         for copy, state in zip(self.before, (self.state, self.exchange_state)):
@@ -175,7 +175,7 @@ class Bucket:
     def restore(self) -> None:
         """Put back what `remember` copied."""
         assert self.state is not None and self.exchange_state is not None
-        point = slot_of(self.method.feedback.slots(NO_SEGMENTS), Role.POINT)
+        point = self.method.slot_names.get(Role.POINT)
         for copy, state in zip(self.before, (self.state, self.exchange_state)):
             for slot in [s for s in state if s not in copy and s != point]:
                 del state[slot]
@@ -248,8 +248,7 @@ class FrozenState:
     def __init__(self, bucket: Bucket, rank: int, size: int) -> None:
         self._bucket = bucket
         self._pieces = bucket.method.exchange.state_segments(bucket.segments, rank, size).table
-        slots = {**bucket.method.feedback.slots(NO_SEGMENTS), **bucket.method.exchange.slots(size)}
-        self._residuals = {name for name, slot in slots.items() if slot.role is Role.RESIDUAL}
+        self._residuals = {bucket.method.slot_names.get(Role.RESIDUAL), bucket.method.server_slot}
         self._kept = {place: value.clone() for place, value in self._places()}
 
     def _places(self) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
@@ -269,7 +268,7 @@ class FrozenState:
 
     def put_back_(self) -> None:
         now = dict(self._places())
-        residual = slot_of(self._bucket.method.feedback.slots(NO_SEGMENTS), Role.RESIDUAL)
+        residual = self._bucket.method.slot_names.get(Role.RESIDUAL)
         for (i, slot), value in self._kept.items():
             if (i, slot) in now:
                 now[i, slot].copy_(value)

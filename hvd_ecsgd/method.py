@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 
 from .compressors import Identity
 from .errors import CompressionError
 from .exchange import AllReduce
-from .protocols import NO_SEGMENTS, Compressor, Exchange, Feedback, Role, keeps
+from .protocols import NO_SEGMENTS, Compressor, Exchange, Feedback, Role, slot_of
 from .schedule import at_step, check_ratios
 
 __all__ = ["Method"]
@@ -51,7 +52,7 @@ class Method:
             if isinstance(part, type) or not isinstance(part, protocol):  # a class has the attributes too
                 raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
         self.exchange.check(self.compressor, self.feedback)
-        if keeps(self.feedback, Role.RESIDUAL):
+        if Role.RESIDUAL in self.slot_names:
             self.compressor.check_feedback()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise CompressionError(f"seed must be an integer (the same on every rank), got {self.seed!r}.")
@@ -87,6 +88,17 @@ class Method:
     def is_dense(self, parameter: torch.Tensor) -> bool:
         return parameter.numel() < self.dense_below or (self.dense_1d and parameter.dim() <= 1)
 
+    @cached_property
+    def slot_names(self) -> Mapping[Role, str]:
+        """What the feedback rule's slots are called, of those roles that are had once."""
+        slots = self.feedback.slots(NO_SEGMENTS)
+        return {role: name for role in (Role.RESIDUAL, Role.POINT, Role.MEMORY) if (name := slot_of(slots, role)) is not None}
+
+    @cached_property
+    def server_slot(self) -> str | None:
+        """What the exchange's residual is called, if it keeps one."""
+        return slot_of(self.exchange.slots(1), Role.RESIDUAL)
+
     @property
     def lossless(self) -> bool:
         """Workers' residuals are zero after every exchange, of rules whose buffer is the residual."""
@@ -110,7 +122,7 @@ class Method:
         begins = begins and old.for_dense() == rule.for_dense()
         if rule != old and not begins:
             remedy = f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."
-            remedy = "" if keeps(rule, Role.RESIDUAL) else remedy
+            remedy = "" if Role.RESIDUAL in new.slot_names else remedy
             raise CompressionError(f"switch(): expected the feedback rule that the residuals were made with, {old}, got {rule}.{remedy}")
         return replace(new, dense_below=self.dense_below, dense_1d=self.dense_1d, seed=self.seed, exact=self.exact, verify_every=self.verify_every)
 

@@ -18,7 +18,7 @@ from .segments import Key, Segments
 from .transport.base import Handle, Transport
 
 __all__ = ["NO_SEGMENTS", "Accumulated", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Role", "Slot", "Slots", "State", "Steps",
-           "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor", "keeps", "poison", "settled", "slot_of", "zeros"]  # fmt: skip
+           "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor", "poison", "settled", "slot_of", "zeros"]  # fmt: skip
 
 State = dict[str, torch.Tensor]
 """Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
@@ -136,11 +136,6 @@ def zeros(slots: Slots, table: Segments) -> State:
 def slot_of(slots: Slots, role: Role) -> str | None:
     """The name of the slot with this role, if there is one."""
     return next((name for name, slot in slots.items() if slot.role is role), None)
-
-
-def keeps(feedback: Feedback, role: Role) -> bool:
-    """The rule has a slot with this role."""
-    return slot_of(feedback.slots(NO_SEGMENTS), role) is not None
 
 
 def settled(feedback: Feedback) -> bool:

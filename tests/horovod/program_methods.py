@@ -7,7 +7,7 @@ import sys
 import torch
 
 from hvd_ecsgd import Compression
-from hvd_ecsgd.protocols import Role, keeps
+from hvd_ecsgd.protocols import Role
 from tests.cases import CASES, Case, bound_method, by_name
 from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
 from tests.problems import mlp, simulate, weights
@@ -41,7 +41,7 @@ def expected(case: Case, prefix: str) -> torch.Tensor:
 def check(case: Case) -> None:
     model = mlp()
     compression, feedback = case.make(), bound_method(case).feedback
-    if keeps(feedback, Role.RESIDUAL) or case.name not in ("none", "fp16"):
+    if Role.RESIDUAL in bound_method(case).slot_names or case.name not in ("none", "fp16"):
         compression = compression.bind(prefixed(model, case.name))
     optimizer = stock(model, compression, case.name, momentum=case.momentum)
     if feedback.takes.learning_rate:
