@@ -128,7 +128,7 @@ Slots = Mapping[str, Slot]
 
 
 def zeros(slots: Slots, table: Segments) -> State:
-    """State to begin with: all that is ever allocated for it."""
+    """State to begin with, from its declaration: the one place that allocates it."""
     counters = {name: torch.zeros((len(table), s.columns), dtype=s.dtype, device="cpu") for name, s in slots.items() if s.columns}
     return {name: counters[name] if name in counters else table.zeros() for name in slots}
 
