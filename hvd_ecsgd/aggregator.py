@@ -12,13 +12,12 @@ import torch
 
 from . import saved_state, switch
 from .agreement import Agreement
-from .bucket import Bucket, Reduction, Resting, stay
+from .bucket import Bucket, BucketStep, FrozenState, local_step
 from .errors import CompressionError
 from .gradients import scale_of
-from .kernels import all_finite
-from .method import GroupSettings, Method
+from .method import Method
 from .points import Point, Points
-from .protocols import Part, StepContext, Task, Traffic
+from .protocols import Accumulated, GroupSettings, Part, Role, Task, Traffic
 from .segments import Key
 from .state import MethodState
 from .transport.base import Transport
@@ -30,7 +29,7 @@ __all__ = ["Aggregator"]
 class _Exchanged:
     """A step that stands, and may still be discarded."""
 
-    reductions: Sequence[Reduction]
+    reductions: Sequence[BucketStep]
     gradients_gone: bool
     """They were overwritten by the results."""
     transport: Transport
@@ -50,7 +49,7 @@ class Aggregator:
         self._statistics = statistics
         self._in_step = False
         self._exchanged: _Exchanged | None = None
-        if state.method.feedback.shifts:  # they are averaged together
+        if Role.POINT in state.method.slot_names:  # they are averaged together
             self.agreement.also_agree_on(**{"batch-norm statistics (bind the module itself on every rank)": [tuple(t.shape) for t in statistics()]})
 
     # -- between steps -----------------------------------------------------------------------------------------------------------
@@ -88,7 +87,7 @@ class Aggregator:
         self._in_step = True
 
     @torch.no_grad()
-    def start(self, bucket: Bucket, gradients: list[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> Reduction | None:
+    def start(self, bucket: Bucket, gradients: list[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> BucketStep | None:
         """Accumulate `gradients`, as `gradients.take_` returned them, extract and start to send; the mean goes to the flat `out`, or to a buffer that
         the bucket keeps.
 
@@ -107,54 +106,39 @@ class Aggregator:
         if method.stateful and (refusal.wrong or group.wrong):
             refusal.wrong = refusal.wrong or group.wrong
             group = GroupSettings(refusal.learning_rate_of_others(bucket.group), loss_scale=group.loss_scale)
-        unit = bucket.unit_for(group) or 1.0
-        ctx = StepContext(
-            seed=method.seed,
-            step=self.state.step,
-            rank=transport.rank,
-            size=transport.size,
-            lr=group.lr or 1.0,
-            unit=unit,
-            previous_unit=unit if bucket.unit is None else bucket.unit,
-            momentum=group.momentum,
-            weight_decay=group.weight_decay,
-            nesterov=group.nesterov,
-        )
+        ctx = bucket.context(group, method.seed, self.state.step, transport.rank, transport.size)
         if group.lr == 0 and method.stateful:
             return None
-        poisoned = bool(refusal.wrong) or not all(all_finite(g) for g in gradients)
         if bucket.method.exact:
             bucket.remember()
-        resting = Resting(bucket, transport.rank, transport.size) if bucket.frozen() else None
-        # A poisoned step leaves the buffer alone; there is nothing to extract from.
-        buffer = bucket.segments.empty()[:0] if poisoned else feedback.accumulate_(bucket.state, gradients, bucket.parameters, bucket.segments, ctx)
+        frozen_state = FrozenState(bucket, transport.rank, transport.size) if bucket.frozen() else None
+        accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(bucket.part, gradients, ctx)
         compressor, exchange = bucket.method.at(self.state.step)
         task = Task(
             name=bucket.name,
             segments=bucket.segments,
-            buffer=buffer,
+            buffer=accumulated.buffer,
             out=bucket.result_buffer() if out is None else out,
             compressor=compressor,
             state=bucket.exchange_state,
             ctx=ctx,
-            poisoned=poisoned,
-            reversible=feedback.keeps_residual,
-            residual=bucket.state.get("residual", buffer),
-            flushes=compressor.lossless and bucket.clean,
-            server_carry=ctx.carry if feedback.unit == "gradient" else 1.0,
-            step_size=ctx.lr if feedback.unit == "gradient" else 1.0,
+            poisoned=not accumulated.finite,
+            reversible=bucket.residual is not None,
+            residual=accumulated.buffer if bucket.residual is None else bucket.residual,
+            residual_was_zero=compressor.lossless and bucket.residual_is_zero,
+            step_size=group.lr if feedback.unit == "gradient" else 1.0,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
-        rescale = 1.0 if feedback.applies_update else scale_of(self.state, group)
-        steps = stay(task) if self.state.local else exchange.run(task, transport)
-        return Reduction(bucket, task, steps, gradients, group, rescale, resting)
+        rescale = 1.0 if feedback.takes.update else scale_of(self.state, group)
+        steps = local_step(task) if self.state.local else exchange.run(task, transport)
+        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state)
 
     @torch.no_grad()
-    def finish_step(self, reductions: Sequence[Reduction], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
+    def finish_step(self, reductions: Sequence[BucketStep], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
         """After all reductions of a step are driven: count it, and undo it on every rank when any rank sent an inf or NaN. True when it stands: then
         `keep_step` or `discard_step` follows.
 
-        `gradients_gone`: as in `Reduction.undo_`. `transport`: for what the rule then does together with the other ranks; the step's by default.
+        `gradients_gone`: as in `BucketStep.undo_`. `transport`: for what the rule then does together with the other ranks; the step's by default.
         """
         state, refusal = self.state, self.agreement.refusal
         local, n = state.local and not refusal.heard, state.transport.size
@@ -207,7 +191,7 @@ class Aggregator:
             exchanged, self._exchanged, self._in_step = self._exchanged, None, False
             for reduction in exchanged.reductions:
                 reduction.commit()
-            self._prepare(exchanged)
+            self._between_steps(exchanged)
 
     @torch.no_grad()
     def discard_step(self) -> None:
@@ -228,18 +212,18 @@ class Aggregator:
         self.state.undone += 1
 
     @torch.no_grad()
-    def _prepare(self, exchanged: _Exchanged) -> None:
+    def _between_steps(self, exchanged: _Exchanged) -> None:
         """What the feedback rule does together with the other ranks between steps. Nothing after a step in which nothing was sent (η = 0)."""
         if not exchanged.reductions:
             return
         state, transport = self.state, exchanged.transport
         moving = {id(r.bucket) for r in exchanged.reductions}
-        buckets = [b for b in state.buckets if b.state is not None and b.method.feedback.keeps_residual]
+        buckets = [b for b in state.buckets if b.residual is not None]
         parts = [Part(b.state, b.parameters, b.segments, b.method.lossless, id(b) not in moving) for b in buckets if b.state is not None]
         key = Key(state.method.seed, state.step - 1, transport.rank, "prepare", transport.size)
-        for round_, tensors in enumerate(state.method.feedback.prepare(parts, key) if parts else ()):
-            for bucket, part in zip(buckets, parts, strict=True):  # a residual that takes up others' is zero no more
-                bucket.clean = bucket.clean and not any(t is part.state["residual"] for t in tensors)
+        for round_, tensors in enumerate(state.method.feedback.between_steps(parts, key) if parts else ()):
+            for bucket in buckets:  # a residual that takes up others' is zero no more
+                bucket.residual_is_zero = bucket.residual_is_zero and not any(t is bucket.residual for t in tensors)
             handles = [transport.allreduce_(t, f"prepare.{round_}.{i}") for i, t in enumerate(tensors)]
             for t, handle in zip(tensors, handles, strict=True):
                 handle.wait().div_(transport.divisor)
@@ -248,7 +232,7 @@ class Aggregator:
     # -- methods that apply the update themselves --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def apply_updates(self, reductions: Sequence[Reduction]) -> None:
+    def apply_updates(self, reductions: Sequence[BucketStep]) -> None:
         """Methods that apply the update themselves: move x, and shift; the step is kept.
 
         After an exchange, the running statistics of a model that is evaluated at different points on different ranks are averaged. Collective when
@@ -257,7 +241,7 @@ class Aggregator:
         self.keep_step()
         for reduction in reductions:
             self.points.recapture(reduction.bucket, contents=True)
-        if self.state.method.feedback.shifts and not all(r.task.skipped for r in reductions):
+        if Role.POINT in self.state.method.slot_names and not all(r.task.skipped for r in reductions):
             self._average_statistics()
         for reduction in reductions:
             reduction.apply_()

@@ -17,7 +17,7 @@ import torch
 from .bucket import Bucket
 from .errors import DisagreementError
 from .kernels import fingerprint
-from .method import GroupSettings
+from .protocols import GroupSettings
 from .refusal import Refusal
 from .state import MethodState
 from .talk import STEP, code_of, doing_of, packed_text, raise_if_apart, raise_on_other_texts, unpacked
@@ -273,7 +273,7 @@ class Agreement:
 def compared(state: MethodState, bucket: Bucket) -> GroupSettings:
     """The settings that must be equal on all ranks. Updates are in true units, and after an overflow in a local step scalers differ."""
     settings = state.settings(bucket)
-    return replace(settings, loss_scale=1.0) if bucket.method.feedback.applies_update else settings
+    return replace(settings, loss_scale=1.0) if bucket.method.feedback.takes.update else settings
 
 
 @torch.no_grad()
@@ -281,8 +281,8 @@ def _fingerprints(state: MethodState) -> torch.Tensor:
     """Of every parameter at x, in the order bound: int64, on the CPU."""
     found: dict[str, torch.Tensor] = {}
     for bucket in state.buckets:
-        kept = bucket.state is not None and bucket.method.feedback.shifts
-        values = bucket.segments.views(bucket.state["x"]) if kept and bucket.state is not None else bucket.parameters
+        x = bucket.point
+        values = bucket.parameters if x is None else bucket.segments.views(x)
         found.update(zip(bucket.segments.names, map(fingerprint, values)))
     return torch.stack([found[name] for name, _ in state.named]).cpu()
 

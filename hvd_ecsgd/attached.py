@@ -9,7 +9,8 @@ import torch
 
 from .bucket import Bucket
 from .errors import CompressionError
-from .method import GroupSettings, Method
+from .method import Method
+from .protocols import GroupSettings, Role
 from .state import NamedParameters
 
 __all__ = ["ATTACH", "Attached", "check_plain_sgd"]
@@ -50,17 +51,17 @@ class Attached:
         error that names the remedy."""
         feedback = method.feedback
         if self.optimizer is None:
-            if feedback.owns_momentum:
+            if feedback.takes.momentum:
                 raise CompressionError(
                     f"{feedback} applies momentum and weight decay itself and must see the optimizer's param groups (parameter "
                     f"'{bucket.segments.names[0]}'): {ATTACH}"
                 )
-            if feedback.needs_learning_rate:
+            if feedback.takes.learning_rate:
                 raise CompressionError(
                     f"{feedback} needs the learning rate itself (parameter '{bucket.segments.names[0]}'): call compression.attach(optimizer) "
                     "before the first backward pass."
                 )
-            if feedback.keeps_residual:
+            if Role.RESIDUAL in method.slot_names:
                 self._warn_once("the learning rate is taken to be constant; call compression.attach(optimizer) if it changes.")
             return GroupSettings(loss_scale=self.loss_scale)
         g = self._group_index(bucket.parameters[0], self.optimizer.param_groups)
@@ -75,8 +76,8 @@ class Attached:
         """Of the optimizer's param group `g` now. Warns once where methods in gradient units must take its learning rate to be constant."""
         feedback = method.feedback
         group, where = optimizer.param_groups[g], _group_of(optimizer, g)
-        needs = feedback.applies_update or feedback.needs_learning_rate
-        if group.get("lr") is None and feedback.keeps_residual and not needs:
+        needs = feedback.takes.learning_rate
+        if group.get("lr") is None and Role.RESIDUAL in method.slot_names and not needs:
             self._warn_once(
                 f"{where} has no learning rate; what the method holds back is taken to be worth the same in all steps. Give the optimizer a learning "
                 "rate (lr=) if it has one that changes."

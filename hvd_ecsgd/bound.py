@@ -15,7 +15,7 @@ from .attached import Attached
 from .errors import CompressionError
 from .method import Method
 from .points import Point, check_point
-from .protocols import Traffic
+from .protocols import Role, Traffic
 from .saved_state import check_head
 from .state import MethodState
 from .transport.base import Transport
@@ -102,7 +102,7 @@ class BoundCompression:
         self._driver: Driver = self._horovod
         self._used = False
         """A driver has brought its aggregator."""
-        if method.feedback.shifts and isinstance(model, torch.nn.Module):
+        if Role.POINT in method.slot_names and isinstance(model, torch.nn.Module):
             with suppress(Exception):  # a convenience, which scripted modules and some wrappers do not offer
                 model.register_state_dict_pre_hook(_ShiftWarning(self))  # type: ignore[no-untyped-call]
 
@@ -295,7 +295,7 @@ class BoundCompression:
     @property
     def replicas(self) -> Literal["equal", "equal_at_x"]:
         """What is equal on all ranks between steps: the parameters, or (DEF, SAEF) only x, which `at("averaged")` shows."""
-        return "equal_at_x" if self.method.feedback.shifts else "equal"
+        return "equal_at_x" if Role.POINT in self.method.slot_names else "equal"
 
     @property
     def traffic(self) -> Traffic:

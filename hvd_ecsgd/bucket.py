@@ -12,12 +12,12 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from .errors import CompressionError
 from .kernels import column_sums
-from .method import GroupSettings, Method
-from .protocols import Exchange, State, Steps, Task
+from .method import Method
+from .protocols import Exchange, GroupSettings, Part, Role, State, StepContext, Steps, Task, settled, zeros
 from .segments import Segment, Segments
 from .transport.base import Handle
 
-__all__ = ["Bucket", "Reduction", "Resting", "add_servers_", "drive", "part_of", "stay", "wire_dtype"]
+__all__ = ["Bucket", "BucketStep", "FrozenState", "add_servers_", "drive", "local_step", "part_of", "wire_dtype"]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Bucket:
     """The learning rate that the residual is measured by: η̃ of the last step in which η was not 0."""
     dense: bool = False
     """Never compressed: small or one-dimensional parameters."""
-    clean: bool = True
+    residual_is_zero: bool = True
     """This rank's residual is known to be zero: the last exchange took everything, or there was none."""
     versions: list[int] = field(default_factory=list)
     """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
@@ -71,8 +71,40 @@ class Bucket:
 
     def allocate(self, rank: int, size: int) -> None:
         if self.state is None:
-            self.state = self.method.feedback.init(self.segments)
-            self.exchange_state = self.method.exchange.init(self.segments, rank, size)
+            self.state, self.exchange_state = self.new_state(), self.new_exchange_state(rank, size)
+
+    def new_state(self) -> State:
+        """The feedback rule's, beginning with zeros."""
+        return zeros(self.method.feedback.slots(self.segments), self.segments)
+
+    def new_exchange_state(self, rank: int, size: int) -> State:
+        """Likewise the exchange's."""
+        return zeros(self.method.exchange.slots(size), self.method.exchange.state_segments(self.segments, rank, size))
+
+    def _held(self, role: Role) -> torch.Tensor | None:
+        name = self.method.slot_names.get(role)
+        return None if self.state is None or name is None else self.state[name]
+
+    @property
+    def residual(self) -> torch.Tensor | None:
+        """What this worker has not sent yet; None where nothing is kept, or not yet. Likewise those below."""
+        return self._held(Role.RESIDUAL)
+
+    @property
+    def point(self) -> torch.Tensor | None:
+        """x, of rules that take gradients at another point."""
+        return self._held(Role.POINT)
+
+    @property
+    def memory(self) -> torch.Tensor | None:
+        """Of means that came back, equal on all ranks."""
+        return self._held(Role.MEMORY)
+
+    @property
+    def server_residual(self) -> torch.Tensor | None:
+        """What this rank, as a server, has not sent yet."""
+        name = self.method.server_slot
+        return None if self.exchange_state is None or name is None else self.exchange_state[name]
 
     def unit_for(self, settings: GroupSettings) -> float:
         """η̃ of a step with these settings: η; but where the mean enters a memory it never falls.
@@ -82,8 +114,20 @@ class Bucket:
         """
         feedback = self.method.feedback
         # A rule that applies the update remembers means where it has a state of them, which is equal on all ranks.
-        remembers = settings.remembers and (not feedback.applies_update or bool(feedback.shared_slots))
+        remembers = settings.remembers and (not feedback.takes.update or Role.MEMORY in self.method.slot_names)
         return max(settings.lr, self.unit or 0.0) if remembers else settings.lr
+
+    def context(self, settings: GroupSettings, seed: int, step: int, rank: int, size: int) -> StepContext:
+        """What a step with these settings is done with."""
+        unit = self.unit_for(settings) or 1.0
+        before = unit if self.unit is None or self.method.feedback.unit == "update" else self.unit
+        return StepContext(seed, step, rank, size, settings, unit, before)
+
+    @property
+    def part(self) -> Part:
+        """As the feedback rule sees it. State must have been allocated."""
+        assert self.state is not None
+        return Part(self.state, self.parameters, self.segments, self.method.lossless)
 
     def frozen(self) -> list[int]:
         """Places of the parameters that have been frozen since they were bound."""
@@ -91,13 +135,22 @@ class Bucket:
 
     def shift_(self) -> None:
         """Parameters ← the shifted point of rules that have one; those that are frozen stand still at x."""
-        feedback = self.method.feedback
-        if self.state is None or not feedback.shifts:
+        x = self.point
+        if x is None:
             return
-        feedback.shift_(self.state, self.parameters, self.segments)
+        shift = self.method.feedback.shift(self.part)
+        assert shift is not None, f"{self.method.feedback} keeps x, and does not say where the parameters are"
+        t, factor = shift
+        torch._foreach_copy_(list(self.parameters), self.segments.shaped_views(x))
+        torch._foreach_add_(list(self.parameters), self.segments.shaped_views(t), alpha=-factor)
         for i in self.frozen():
-            self.parameters[i].copy_(self.segments.shaped_views(self.state["x"])[i])
+            self.parameters[i].copy_(self.segments.shaped_views(x)[i])
         self.note_written()
+
+    def capture_(self) -> None:
+        """x ← what the parameters hold now, of rules that shift them: at the first step, and after somebody else wrote to them."""
+        if self.point is not None:
+            torch._foreach_copy_(self.segments.shaped_views(self.point), list(self.parameters))
 
     def note_written(self) -> None:
         """Shifted parameters hold what we want them to hold."""
@@ -117,20 +170,22 @@ class Bucket:
     def remember(self) -> None:
         """Copy the state, but for x, which does not move before a step stands. The memory is kept."""
         assert self.state is not None and self.exchange_state is not None
+        point = self.method.slot_names.get(Role.POINT)
         if not self.before:
             self.before = [{}, {}]
         for copy, state in zip(self.before, (self.state, self.exchange_state)):
             for slot in [s for s in copy if s not in state]:
                 del copy[slot]
             for slot, t in state.items():
-                if slot != "x":
+                if slot != point:
                     copy[slot] = copy[slot].copy_(t) if slot in copy and copy[slot].shape == t.shape else t.clone()
 
     def restore(self) -> None:
         """Put back what `remember` copied."""
         assert self.state is not None and self.exchange_state is not None
+        point = self.method.slot_names.get(Role.POINT)
         for copy, state in zip(self.before, (self.state, self.exchange_state)):
-            for slot in [s for s in state if s not in copy and s != "x"]:
+            for slot in [s for s in state if s not in copy and s != point]:
                 del state[slot]
             for slot, t in copy.items():
                 state[slot] = state[slot].copy_(t) if slot in state else t.clone()
@@ -183,7 +238,7 @@ def wire_dtype(parameter: torch.Tensor) -> torch.dtype:
     return torch.float32 if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.dtype
 
 
-class Resting:
+class FrozenState:
     """The state of a bucket's frozen parameters as it was before the step: it waits until they are unfrozen.
 
     They take part in the exchange with what is left of them, as all tables are alike on all ranks, and what comes of it is put away.
@@ -192,29 +247,35 @@ class Resting:
     def __init__(self, bucket: Bucket, rank: int, size: int) -> None:
         self._bucket = bucket
         self._pieces = bucket.method.exchange.state_segments(bucket.segments, rank, size).table
-        self._kept = [(i, slot, part_of(t, i, segment).clone()) for i, slot, t, segment in self._places()]
+        self._residuals = {bucket.method.slot_names.get(Role.RESIDUAL), bucket.method.server_slot}
+        self._kept = {place: value.clone() for place, value in self._places()}
 
-    def _places(self) -> Iterator[tuple[int, str, torch.Tensor, Segment]]:
+    def _places(self) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
+        """(place in the bucket, slot), and what is there. Not x, which stays where it is, nor counters, which are of the bucket."""
         bucket = self._bucket
         assert bucket.state is not None and bucket.exchange_state is not None
+        x = bucket.point
         for i in bucket.frozen():
-            yield from ((i, slot, t, bucket.segments.table[i]) for slot, t in bucket.state.items() if slot != "x")
-            yield from ((i, slot, t, self._pieces[i]) for slot, t in bucket.exchange_state.items() if t.dim() == 1)
+            yield from (((i, slot), part_of(t, i, bucket.segments.table[i])) for slot, t in bucket.state.items() if t is not x)
+            yield from (((i, slot), part_of(t, i, self._pieces[i])) for slot, t in bucket.exchange_state.items() if t.dim() == 1)
 
-    def rescale_(self, carry: float, server_carry: float) -> None:
+    def rescale_(self, carry: float) -> None:
         """From units of the learning rate before to those of the step's."""
-        for _, slot, value in self._kept:
-            value.mul_({"residual": carry, "server_residual": server_carry}.get(slot, 1.0))
+        for (_, slot), value in self._kept.items():
+            if slot in self._residuals:
+                value.mul_(carry)
 
     def put_back_(self) -> None:
-        now = {(i, slot): part_of(t, i, segment) for i, slot, t, segment in self._places()}
-        for i, slot, value in self._kept:
+        now = dict(self._places())
+        residual = self._bucket.method.slot_names.get(Role.RESIDUAL)
+        for (i, slot), value in self._kept.items():
             if (i, slot) in now:
                 now[i, slot].copy_(value)
-            self._bucket.clean = self._bucket.clean and not (slot == "residual" and bool(value.any()))
+            if slot == residual and bool(value.any()):
+                self._bucket.residual_is_zero = False
 
 
-class Reduction:
+class BucketStep:
     """One bucket's step in progress."""
 
     def __init__(
@@ -225,10 +286,10 @@ class Reduction:
         gradients: list[torch.Tensor],
         settings: GroupSettings,
         rescale: float = 1.0,
-        resting: Resting | None = None,
+        frozen_state: FrozenState | None = None,
     ) -> None:
         self.bucket = bucket
-        self.resting = resting
+        self.frozen_state = frozen_state
         self._rescale = rescale
         self.task = task
         self.gradients = gradients
@@ -259,8 +320,8 @@ class Reduction:
         `gradients_gone`: the gradients were overwritten by the result; finite ones of this worker then stay in its residual, as if delayed.
         """
         self._undo_(gradients_gone)
-        if self.resting is not None:
-            self.resting.put_back_()
+        if self.frozen_state is not None:
+            self.frozen_state.put_back_()
         self.bucket.shift_()
 
     def _undo_(self, gradients_gone: bool) -> None:
@@ -273,51 +334,49 @@ class Reduction:
         self.task.undo_()
         if self.task.poisoned:
             return
-        method.feedback.undo_(state, None if gradients_gone else self.gradients, self.bucket.parameters, self.bucket.segments, self.task.ctx)
-        if self.task.flushes and method.feedback.keeps_residual:
-            state["residual"].zero_()  # such a payload is not kept for adding back
+        method.feedback.undo_(self.bucket.part, None if gradients_gone else self.gradients, self.task.ctx)
+        if self.task.residual_was_zero and self.bucket.residual is not None:
+            self.bucket.residual.zero_()  # such a payload is not kept for adding back
 
     def apply_(self) -> None:
-        """Of a rule that applies the update itself: move x by the mean, and shift; where nothing came back, only the error to shift by has changed.
+        """The step stands, of a method that applies the update itself: x moves by what came back, if anything did, and parameters are shifted anew.
 
         Parameters that were frozen since they were bound stand still (at x, where they are shifted).
         """
-        bucket, feedback = self.bucket, self.bucket.method.feedback
-        assert self.out is not None and bucket.state is not None
-        frozen = [(i, bucket.parameters[i], bucket.parameters[i].clone()) for i in bucket.frozen()]
-        for i, _, _ in frozen:
+        bucket, frozen = self.bucket, self.bucket.frozen()
+        assert self.out is not None
+        before = [bucket.parameters[i].clone() for i in frozen] if bucket.point is None else []
+        for i in frozen:
             bucket.segments.views(self.out)[i].zero_()  # what is left of it in the residual must not move x
-        if self.task.skipped:
-            feedback.shift_(bucket.state, bucket.parameters, bucket.segments)
-        else:
-            feedback.finish_(bucket.state, self.out, bucket.parameters, bucket.segments, self.task.ctx)
-        for i, p, before in frozen:
-            p.copy_(bucket.segments.shaped_views(bucket.state["x"])[i] if feedback.shifts else before)
-        if self.resting is not None:
-            self.resting.put_back_()
-        if feedback.shifts:
-            bucket.note_written()
+        if not self.task.skipped:
+            bucket.method.feedback.apply_(bucket.part, self.out, self.task.ctx)
+        bucket.shift_()
+        for i, value in zip(frozen, before):
+            bucket.parameters[i].copy_(value)
+        if self.frozen_state is not None:
+            self.frozen_state.put_back_()
 
     def commit(self) -> None:
         """The step stands: remember the learning rate that the residual is measured by, and let the payloads go."""
         if self.settings.lr:
             self.bucket.unit = self.task.ctx.unit
         took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
-        self.bucket.clean = took_all and (self.bucket.clean or not self.bucket.method.feedback.scratches)  # whose buffer is not the residual
+        # Taking all of a buffer that is not the residual leaves the residual as it was.
+        self.bucket.residual_is_zero = took_all and (self.bucket.residual_is_zero or not settled(self.bucket.method.feedback))
         self.task.forget_undo()
-        if self.resting is not None:
-            self.resting.rescale_(self.task.ctx.carry if self.bucket.method.feedback.unit == "gradient" else 1.0, self.task.server_carry)
-            self.resting.put_back_()
+        if self.frozen_state is not None:
+            self.frozen_state.rescale_(self.task.ctx.carry)
+            self.frozen_state.put_back_()
 
 
-def stay(task: Task) -> Steps:
+def local_step(task: Task) -> Steps:
     """A local step: nothing is sent, and nothing learned from others. An inf or NaN concerns this rank alone."""
     task.finite, task.skipped = not task.poisoned, True
     yield from ()
     return task.out
 
 
-def drive(reductions: Iterable[Reduction]) -> None:
+def drive(reductions: Iterable[BucketStep]) -> None:
     """Finish all, one phase of each after the other: second passes of all buckets travel at once, in the same order on every rank."""
     open_ones = [r for r in reductions if not r.finished]
     while open_ones:

@@ -14,10 +14,10 @@ from .bucket import Bucket
 from .compression import AnyCompression, Compression, bind
 from .errors import CompressionError
 from .gradients import clip_factor, take_
-from .method import GroupSettings
 from .optimizer.distributed import BUCKET_BYTES
 from .optimizer.executor import Executor, Inline
 from .optimizer.step import Outcome, StepExchange
+from .protocols import GroupSettings
 from .state import MethodState
 from .transport import SelfTransport, Transport
 
@@ -59,7 +59,7 @@ class GradientExchange:
             raise CompressionError(
                 f"GradientExchange(): {wrong[0]}={options[wrong[0]]!r} is no option; there are lr, momentum, weight_decay and nesterov."
             )
-        group = {"momentum": 0.0, "weight_decay": 0.0, "dampening": 0, "nesterov": False, **options} if feedback.owns_momentum else options
+        group = {"momentum": 0.0, "weight_decay": 0.0, "dampening": 0, "nesterov": False, **options} if feedback.takes.momentum else options
         feedback.check_group(group, "GradientExchange()")
         self.param_groups: list[dict[str, Any]] = [{**group, "params": [p for _, p in self.compression.named]}]
         executor = Inline() if executor is None else executor
@@ -97,7 +97,7 @@ class GradientExchange:
     def _settings(self, bucket: Bucket) -> GroupSettings:
         group, feedback = self.param_groups[0], self.compression.method.feedback
         feedback.check_group(group, "GradientExchange()")
-        needs = feedback.applies_update or feedback.needs_learning_rate
+        needs = feedback.takes.learning_rate
         return GroupSettings.of(group, self.compression.attached.loss_scale, "param group 0 of GradientExchange", needs)
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class GradientExchange:
             step.submit(take_(state, bucket, taken, factor))
         step.drain()
         outcome, means = step.complete(), {}
-        if outcome is not Outcome.UNDONE and self.compression.method.feedback.applies_update:
+        if outcome is not Outcome.UNDONE and self.compression.method.feedback.takes.update:
             step.aggregator.apply_updates(step.reductions)
         elif outcome is Outcome.STANDS:
             for bucket, reduction in zip(state.buckets, step.results, strict=True):

@@ -9,7 +9,7 @@ import torch
 
 from .bucket import Bucket
 from .kernels import all_finite
-from .method import GroupSettings
+from .protocols import GroupSettings
 from .state import MethodState
 
 __all__ = ["clip_factor", "scale_of", "take_"]

@@ -99,7 +99,7 @@ class Guard:
                 continue
             self.forget()  # an error once
             remedy = "To clip this worker's gradient, give the method clip_norm=… or clip_value=…; it takes no change of the mean."
-            if not self._feedback.applies_update:
+            if not self._feedback.takes.update:
                 remedy = (
                     "Change gradients (clipping, scaler.unscale_) after optimizer.synchronize(), then step inside `with "
                     "optimizer.skip_synchronize():`; or give the method clip_norm=… or clip_value=…, which clip this worker's gradient before it "

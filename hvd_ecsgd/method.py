@@ -1,12 +1,10 @@
-"""What is done: a compressor, a feedback rule and an exchange, and what is sent without compression; and an optimizer's settings of the day."""
+"""What is done: a compressor, a feedback rule and an exchange, and what is sent without compression."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -14,11 +12,10 @@ from .arguments import check_flag, check_integer, check_number
 from .compressors import Identity
 from .errors import CompressionError
 from .exchange import AllReduce
-from .protocols import Compressor, Exchange, Feedback
+from .protocols import NO_SEGMENTS, Compressor, Exchange, Feedback, Role, slot_of
 from .schedule import at_step, check_ratios
-from .segments import Segments
 
-__all__ = ["GroupSettings", "Method"]
+__all__ = ["Method"]
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,8 @@ class Method:
         ):
             if isinstance(part, type) or not isinstance(part, protocol):  # a class has the attributes too
                 raise CompressionError(f"{role}: expected an instance of a {role} class of hvd_ecsgd, got {part!r}.")
-        self.exchange.check(self.compressor)
-        if self.feedback.scratches != self.exchange.settles:
-            raise CompressionError(
-                f"{self.feedback} and {self.exchange} do not go together: CSER() needs ErrorReset(…) as its exchange, and only CSER does."
-            )
-        if self.feedback.keeps_residual:
+        self.exchange.check(self.compressor, self.feedback)
+        if Role.RESIDUAL in self.slot_names:
             self.compressor.check_feedback()
         check_integer(self.seed, "seed", "an integer (the same on every rank)")
         check_flag(self.dense_1d, "dense_1d")
@@ -93,6 +86,17 @@ class Method:
     def is_dense(self, parameter: torch.Tensor) -> bool:
         return parameter.numel() < self.dense_below or (self.dense_1d and parameter.dim() <= 1)
 
+    @cached_property
+    def slot_names(self) -> Mapping[Role, str]:
+        """What the feedback rule's slots are called, of those roles that are had once."""
+        slots = self.feedback.slots(NO_SEGMENTS)
+        return {role: name for role in (Role.RESIDUAL, Role.POINT, Role.MEMORY) if (name := slot_of(slots, role)) is not None}
+
+    @cached_property
+    def server_slot(self) -> str | None:
+        """What the exchange's residual is called, if it keeps one."""
+        return slot_of(self.exchange.slots(1), Role.RESIDUAL)
+
     @property
     def lossless(self) -> bool:
         """Workers' residuals are zero after every exchange, of rules whose buffer is the residual."""
@@ -101,8 +105,7 @@ class Method:
     @cached_property
     def stateful(self) -> bool:
         """Something is carried from step to step: residuals, momentum, or what the exchange keeps."""
-        nothing = Segments(())
-        return bool(self.feedback.init(nothing)) or bool(self.exchange.init(nothing, 0, 1))
+        return bool(self.feedback.slots(NO_SEGMENTS)) or bool(self.exchange.slots(1))
 
     def at(self, step: int) -> tuple[Compressor, Exchange]:
         """What compresses and exchanges in this step."""
@@ -113,60 +116,13 @@ class Method:
     def switched(self, new: Method) -> Method:
         """`new` as what this method goes on as: with this one's `dense_below`, `dense_1d` and `seed`. Raises unless its feedback can take over."""
         old, rule = self.feedback, new.feedback
-        begins = not old.init(Segments(())) and not (old.owns_momentum or rule.owns_momentum) and old.unit == rule.unit
+        begins = not old.slots(NO_SEGMENTS) and not (old.takes.momentum or rule.takes.momentum) and old.unit == rule.unit
         begins = begins and old.for_dense() == rule.for_dense()
         if rule != old and not begins:
-            remedy = (
-                "" if rule.keeps_residual else f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."
-            )
+            remedy = f" To send uncompressed, switch to Compression(Identity(), {old}, AllReduce()), which loses nothing."
+            remedy = "" if Role.RESIDUAL in new.slot_names else remedy
             raise CompressionError(f"switch(): expected the feedback rule that the residuals were made with, {old}, got {rule}.{remedy}")
         return replace(new, dense_below=self.dense_below, dense_1d=self.dense_1d, seed=self.seed, exact=self.exact, verify_every=self.verify_every)
 
     def dense(self) -> Method:
         return Method(Identity(), self.feedback.for_dense(), AllReduce(), self.dense_below, self.dense_1d, self.seed, exact=self.exact)
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """A param group's hyper-parameters in this step."""
-
-    lr: float = 1.0
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
-    loss_scale: float = 1.0
-    remembers: bool = True
-    """What the optimizer is given enters a memory of its own. Only of SGD without momentum it is known that none does."""
-    wrong: str = field(default="", repr=False, compare=False)
-    """What no step can be taken with, such as "param group 0 of SGD has lr=nan"; empty when all is well."""
-
-    @staticmethod
-    def of(group: Mapping[str, Any], loss_scale: float = 1.0, where: str = "the param group", needs_learning_rate: bool = False) -> GroupSettings:
-        """Those of an optimizer's param group, named `where`. What it does not have, or what is not one number, is 0, and the learning rate is 1.
-
-        Nothing is raised for numbers that no step can be taken with, since other ranks may have other ones; see `wrong`.
-        """
-        numbers = {option: _number(group.get(option)) for option in ("lr", "momentum", "weight_decay")}
-        bad = [option for option, number in numbers.items() if number is not None and not math.isfinite(number)]
-        lr = numbers["lr"]
-        if needs_learning_rate if lr is None else lr < 0:
-            bad.append("lr")
-        return GroupSettings(
-            1.0 if lr is None else lr,
-            numbers["momentum"] or 0.0,
-            numbers["weight_decay"] or 0.0,
-            bool(group.get("nesterov", False)),
-            loss_scale,
-            numbers["momentum"] != 0 or "dampening" not in group,
-            f"{where} has {bad[0]}={group.get(bad[0])!r}" if bad else "",
-        )
-
-
-def _number(value: Any) -> float | None:
-    """A hyper-parameter that is one number, or a tensor of one; None of anything else."""
-    if value is None or isinstance(value, str):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None

@@ -38,9 +38,7 @@ class Points:
     @property
     def shifted(self) -> bool:
         """The parameters hold a shifted point now, different on every rank."""
-        return not self.held and any(
-            b.method.feedback.shifts and b.state is not None and b.versions == [p._version for p in b.parameters] for b in self._state.buckets
-        )
+        return not self.held and any(b.point is not None and b.versions == [p._version for p in b.parameters] for b in self._state.buckets)
 
     def check_trainable(self) -> None:
         """Raise `CompressionError` where a step would be lost, as the parameters are elsewhere for the time being."""
@@ -59,7 +57,7 @@ class Points:
         overwritten, so that nothing is lost in silence.
         """
         feedback = bucket.method.feedback
-        if not feedback.shifts:
+        if bucket.point is None:
             return
         if bucket.versions:
             name = bucket.written_to(contents)
@@ -70,9 +68,8 @@ class Points:
                 "(clipping, averaging, broadcasting, loading a checkpoint) inside `with compression.at('averaged'):`, which keeps what is "
                 "written; when resuming, load the model before the compression's state and broadcast nothing after it."
             )
-        assert bucket.state is not None
         with torch.no_grad():
-            feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
+            bucket.capture_()
             bucket.note_written()
 
     @contextmanager
@@ -106,10 +103,8 @@ class Points:
             self.held = self._moved = False
             with torch.no_grad():
                 for bucket, saved, versions in moved:
-                    feedback = bucket.method.feedback
-                    assert bucket.state is not None
-                    if point == "averaged" and (versions != [p._version for p in bucket.parameters] or not _hold(bucket, bucket.state["x"])):
-                        feedback.capture_(bucket.state, bucket.parameters, bucket.segments)
+                    if point == "averaged" and (versions != [p._version for p in bucket.parameters] or not _at_x(bucket)):
+                        bucket.capture_()
                         bucket.shift_()
                     else:
                         torch._foreach_copy_(list(bucket.parameters), saved)
@@ -119,26 +114,27 @@ class Points:
         """Set the bucket's parameters to x or z; note what they held, and their versions afterwards."""
         if bucket.state is None:
             return
-        state, shifts = self._state, bucket.method.feedback.shifts
+        state, x = self._state, bucket.point
         mean_error: torch.Tensor | None = None
-        if point == "virtual" and (shifts or not bucket.dense):
-            mean_error = bucket.state["residual"].clone()
-            if bucket.exchange_state is not None and "server_residual" in bucket.exchange_state:
-                add_servers_(mean_error, bucket.exchange_state["server_residual"], bucket.method.exchange, bucket.segments, state.rank, state.size)
+        if point == "virtual" and bucket.residual is not None and (x is not None or not bucket.dense):
+            mean_error = bucket.residual.clone()
+            if bucket.server_residual is not None:
+                add_servers_(mean_error, bucket.server_residual, bucket.method.exchange, bucket.segments, state.rank, state.size)
             state.transport.allreduce_(mean_error, f"{bucket.name}.virtual").wait()
             mean_error.div_(state.transport.size)
-        if shifts:
+        if x is not None:
             self.recapture(bucket, contents=True)
-        if mean_error is None and not shifts:
+        if mean_error is None and x is None:
             return
         saved = [p.detach().clone() for p in bucket.parameters]
-        if shifts:
-            torch._foreach_copy_(list(bucket.parameters), bucket.segments.shaped_views(bucket.state["x"]))
+        if x is not None:
+            torch._foreach_copy_(list(bucket.parameters), bucket.segments.shaped_views(x))
         if mean_error is not None:
             torch._foreach_sub_(list(bucket.parameters), bucket.segments.shaped_views(mean_error))
         moved.append((bucket, saved, [p._version for p in bucket.parameters]))
 
 
-def _hold(bucket: Bucket, x: torch.Tensor) -> bool:
-    """The bucket's parameters hold these values."""
-    return all(torch.equal(p, v.to(p.dtype)) for p, v in zip(bucket.parameters, bucket.segments.shaped_views(x), strict=True))
+def _at_x(bucket: Bucket) -> bool:
+    """The bucket's parameters hold x."""
+    x = bucket.point
+    return x is not None and all(torch.equal(p, v.to(p.dtype)) for p, v in zip(bucket.parameters, bucket.segments.shaped_views(x), strict=True))

@@ -55,7 +55,7 @@ class Preset:
 
 def needs_attach(method: Method) -> bool:
     """Whether it must know the optimizer, so that on an unmodified Horovod `compression.attach(optimizer)` comes first."""
-    return method.feedback.owns_momentum or method.feedback.needs_learning_rate
+    return method.feedback.takes.momentum or method.feedback.takes.learning_rate
 
 
 RULES = {

@@ -6,8 +6,10 @@ all state is plain dictionaries of flat tensors that the aggregator owns, so tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,11 +17,15 @@ import torch
 from .segments import Key, Segments
 from .transport.base import Handle, Transport
 
-__all__ = ["Compressor", "Exchange", "Feedback", "Part", "State", "Steps", "StepContext", "Task", "Traffic", "UnbiasedCompressor"]
+__all__ = ["NO_SEGMENTS", "Accumulated", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Role", "Slot", "Slots", "State", "Steps",
+           "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor", "poison", "settled", "slot_of", "zeros"]  # fmt: skip
 
 State = dict[str, torch.Tensor]
 """Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
 segment i (counters)."""
+
+NO_SEGMENTS = Segments(())
+"""For asking which slots there are."""
 
 Steps = Generator[Handle[Any], Any, torch.Tensor]
 """An exchange in progress: it yields each handle it waits for, is sent the handle's result, and returns the decoded mean."""
@@ -93,6 +99,77 @@ class UnbiasedCompressor(Compressor, Protocol):
         ...
 
 
+class Role(Enum):
+    """What those who save, undo, carry over and resize state must know of a slot, and who know no method."""
+
+    RESIDUAL = "residual"
+    """What was not sent yet, in the rule's unit: of a rule, this worker's; of an exchange, this server's. At most one of each."""
+    POINT = "point"
+    """x, equal on all ranks, of a rule that takes gradients at another point. Only a step that stands moves it. At most one."""
+    MEMORY = "memory"
+    """Of the means that came back, equal on all ranks. It is multiplied by every later learning rate. At most one."""
+    OWN = "own"
+    """What the rule or the exchange keeps for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What is kept under a name, beginning with zeros."""
+
+    role: Role = Role.OWN
+    settled: bool = False
+    """Of a rule's residual: the buffer is another tensor, and the exchange adds what is left in it."""
+    columns: int = 0
+    """0: one element for each of the table, of its type and device. Otherwise a matrix of `dtype` on the CPU, a row for each segment: counters."""
+    dtype: torch.dtype = torch.float64
+
+
+Slots = Mapping[str, Slot]
+
+
+def zeros(slots: Slots, table: Segments) -> State:
+    """State to begin with, from its declaration: the one place that allocates it."""
+    counters = {name: torch.zeros((len(table), s.columns), dtype=s.dtype, device="cpu") for name, s in slots.items() if s.columns}
+    return {name: counters[name] if name in counters else table.zeros() for name in slots}
+
+
+def slot_of(slots: Slots, role: Role) -> str | None:
+    """The name of the slot with this role, if there is one."""
+    return next((name for name, slot in slots.items() if slot.role is role), None)
+
+
+def settled(feedback: Feedback) -> bool:
+    """The rule's buffer is not its residual, which the exchange must settle."""
+    return any(slot.settled for slot in feedback.slots(NO_SEGMENTS).values())
+
+
+class Takes(Enum):
+    """What a feedback rule takes over from the optimizer behind it."""
+
+    NOTHING = "nothing"
+    LEARNING_RATE = "learning rate"
+    """The rule uses η itself, and not only how it changes; the optimizer applies the mean."""
+    MOMENTUM = "momentum"
+    """The rule has momentum and weight decay of its own; the optimizer applies the mean, without any."""
+    UPDATE = "update"
+    """The rule moves the parameters itself, with the settings of SGD's param group."""
+
+    @property
+    def learning_rate(self) -> bool:
+        """η must be known: an optimizer that has one must be attached on an unmodified Horovod, and what is averaged must not be summed."""
+        return self in (Takes.LEARNING_RATE, Takes.UPDATE)
+
+    @property
+    def momentum(self) -> bool:
+        """Momentum and weight decay are the rule's, so an optimizer that went on to apply its own would do it twice."""
+        return self in (Takes.MOMENTUM, Takes.UPDATE)
+
+    @property
+    def update(self) -> bool:
+        """The parameters are moved by the rule, and the optimizer must not move them."""
+        return self is Takes.UPDATE
+
+
 @runtime_checkable
 class Feedback(Protocol):
     """How the error of earlier compressions is carried: the accumulate rule, and what follows an exchange."""
@@ -103,85 +180,55 @@ class Feedback(Protocol):
         ...
 
     @property
-    def applies_update(self) -> bool:
-        """`finish_` moves the parameters itself, in place of the optimizer, with the SGD param group's settings."""
-        ...
-
-    @property
-    def owns_momentum(self) -> bool:
-        """Momentum and weight decay are applied in here, so an optimizer that goes on to apply its own would do it twice."""
+    def takes(self) -> Takes:
+        """What is done in here in place of the optimizer."""
         ...
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
         """Raise `CompressionError` when the optimizer's param group (named `where`) says what this rule cannot do, or would do twice."""
         ...
 
-    @property
-    def keeps_residual(self) -> bool: ...
-
-    @property
-    def needs_learning_rate(self) -> bool:
-        """The rule uses η itself in gradient units, so an optimizer must be attached on an unmodified Horovod."""
-        ...
-
     def for_dense(self) -> Feedback:
         """The rule for segments that travel uncompressed: the same mathematics with a residual that is always zero."""
         ...
 
-    def init(self, segments: Segments) -> State: ...
+    def slots(self, segments: Segments) -> Slots:
+        """What is kept for these segments, by name, in the order in which it is saved; the same for all, so that `NO_SEGMENTS` tell.
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        """Return the flat buffer to extract from: A·residual + what this step adds.
-
-        `gradients` are in the order of the segments, of the parameters' shapes.
+        Raises `CompressionError` when the rule cannot serve the segments.
         """
         ...
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        """Reverse `accumulate_`, to rounding; called after everything extracted was added back. Without `gradients`, all but what they added."""
+    def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
+        """The buffer to extract from is A·residual + what this step adds. Where a gradient holds an inf or NaN, state stays as it was, to rounding.
+
+        `gradients` are in the order of the segments, of the parameters' shapes. They are read here and nowhere else before they are sent.
+        """
         ...
 
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        """After the exchange: rules that apply the update themselves move the parameters by `out` here."""
+    def undo_(self, part: Part, gradients: Sequence[torch.Tensor] | None, ctx: StepContext) -> None:
+        """Reverse an `accumulate_` of finite gradients, to rounding; called after everything extracted was added back. Without `gradients`, all but
+        what they added."""
         ...
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
-        """Between steps, on all ranks, after an exchange that stands and before the update: what the ranks do together for the next one.
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
+        """After the exchange, of a rule that takes the update: move x by `out`, the slot where there is one, else the parameters."""
+        ...
+
+    def shift(self, part: Part) -> tuple[torch.Tensor, float] | None:
+        """(t, factor) of a rule with a slot for x, the parameters being held at x − factor·t between steps; None of another."""
+        ...
+
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+        """On all ranks, after an exchange that stands and before the update: what the ranks do together for the next one.
 
         Each list of tensors yielded is replaced, in place, by its mean over ranks before the generator goes on; all ranks yield alike. `parts`: all
         buckets whose rule keeps a residual; `key` has the finished step and is private to the rank.
         """
         ...
 
-    @property
-    def scratches(self) -> bool:
-        """The buffer is not the residual: an exchange that `settles` must add what is left in it."""
-        ...
-
-    @property
-    def shared_slots(self) -> tuple[str, ...]:
-        """Those of the state that hold the same bits on all ranks and depend on the parameters; `x` apart."""
-        ...
-
     def exchanges(self, step: int) -> bool:
-        """Whether something is sent in this step. If not it is a local one: nothing is, and `shift_` follows `accumulate_`."""
-        ...
-
-    @property
-    def shifts(self) -> bool:
-        """Between steps the parameters hold a shifted point, and the state has a slot `x` for the one that is equal on all ranks."""
-        ...
-
-    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """x ← what the parameters hold now: at the first step, and after somebody else wrote to them."""
-        ...
-
-    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """Parameters ← the shifted point."""
+        """Whether something is sent in this step. If not it is a local one: nothing is, and the parameters are shifted anew."""
         ...
 
 
@@ -194,17 +241,12 @@ class Exchange(Protocol):
         """What arrives may be less than the buffer though the compressor is lossless: something may be left on the worker with any compressor."""
         ...
 
-    @property
-    def settles(self) -> bool:
-        """Adds what is left in a buffer of its own to the rule's residual: for rules with `scratches`."""
+    def check(self, compressor: Compressor, feedback: Feedback) -> None:
+        """Raise `CompressionError` when payloads of `compressor` cannot travel this way, or what is left of them is not where `feedback` keeps it."""
         ...
 
-    def check(self, compressor: Compressor) -> None:
-        """Raise `CompressionError` when payloads of `compressor` cannot travel this way."""
-        ...
-
-    def init(self, segments: Segments, rank: int, size: int) -> State:
-        """State of the exchange, over `state_segments`."""
+    def slots(self, size: int) -> Slots:
+        """What is kept, by name, over `state_segments`, with so many workers."""
         ...
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
@@ -216,28 +258,72 @@ class Exchange(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GroupSettings:
+    """A param group's hyper-parameters in this step."""
+
+    lr: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    loss_scale: float = 1.0
+    remembers: bool = True
+    """What the optimizer is given enters a memory of its own. Only of SGD without momentum it is known that none does."""
+    wrong: str = field(default="", repr=False, compare=False)
+    """What no step can be taken with, such as "param group 0 of SGD has lr=nan"; empty when all is well."""
+
+    @staticmethod
+    def of(group: Mapping[str, Any], loss_scale: float = 1.0, where: str = "the param group", needs_learning_rate: bool = False) -> GroupSettings:
+        """Those of an optimizer's param group, named `where`. What it does not have, or what is not one number, is 0, and the learning rate is 1.
+
+        Nothing is raised for numbers that no step can be taken with, since other ranks may have other ones; see `wrong`.
+        """
+        numbers = {option: _number(group.get(option)) for option in ("lr", "momentum", "weight_decay")}
+        bad = [option for option, number in numbers.items() if number is not None and not math.isfinite(number)]
+        lr = numbers["lr"]
+        if needs_learning_rate if lr is None else lr < 0:
+            bad.append("lr")
+        return GroupSettings(
+            1.0 if lr is None else lr,
+            numbers["momentum"] or 0.0,
+            numbers["weight_decay"] or 0.0,
+            bool(group.get("nesterov", False)),
+            loss_scale,
+            numbers["momentum"] != 0 or "dampening" not in group,
+            f"{where} has {bad[0]}={group.get(bad[0])!r}" if bad else "",
+        )
+
+
+def _number(value: Any) -> float | None:
+    """A hyper-parameter that is one number, or a tensor of one; None of anything else."""
+    if value is None or isinstance(value, str):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What a step is done with. `lr` is η of the bucket's param group.
+    """What a step of one bucket is done with. `settings`: its param group's, as they are now; where the method keeps state, η is not 0.
 
     `unit` is η̃, the learning rate that this step's residual is measured by: η itself, but that it never falls where the mean enters a memory
-    (`Bucket.unit_for`). `previous_unit` is that of the last step in which η was not 0.
+    (`Bucket.unit_for`). `previous_unit` is what residuals are measured by that are kept in gradients: η̃ of the last step in which η was not 0; `unit`
+    itself where they are kept in updates, which no η changes.
     """
 
     seed: int
     step: int
     rank: int = 0
     size: int = 1
-    lr: float = 1.0
+    settings: GroupSettings = GroupSettings()
     unit: float = 1.0
     previous_unit: float = 1.0
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
 
     @property
     def carry(self) -> float:
-        """η̃_{t-1}/η̃_t: what a residual in gradient units is multiplied by when it is added back."""
+        """What a residual, of worker or server, is multiplied by when it is added back: η̃_{t-1}/η̃_t in gradient units, 1 in update units."""
         return self.previous_unit / self.unit
 
     def key(self, compressor: Compressor, stage: str, rank: int | None = None) -> Key:
@@ -247,14 +333,28 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One bucket between steps, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero. `rests`: the learning
-    rate was 0 in this step, in which its parameters and state stay as they are."""
+    """One bucket, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero after an exchange.
+    `zero_learning_rate`: it was 0 in the step before, in which its parameters and state stayed as they are."""
 
     state: State
     parameters: Sequence[torch.Tensor]
     segments: Segments
-    lossless: bool
-    rests: bool = False
+    lossless: bool = False
+    zero_learning_rate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulated:
+    """What reading the gradients once gives: the flat `buffer` to extract from, and whether all of them were `finite`; if not, nothing was
+    accumulated, and there is no buffer."""
+
+    buffer: torch.Tensor
+    finite: bool = True
+
+    @staticmethod
+    def nothing(segments: Segments) -> Accumulated:
+        """Of gradients that are not finite: a step that all ranks will undo."""
+        return Accumulated(torch.empty(0, dtype=segments.dtype, device=segments.device), finite=False)
 
 
 @dataclass
@@ -300,11 +400,9 @@ class Task:
     reversible: bool = True
     residual: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
     """What the feedback rule keeps; usually the buffer itself."""
-    flushes: bool = False
+    residual_was_zero: bool = False
     """The residual was zero before, and will be: undoing the extraction is setting it to zero."""
     finite: bool = True
-    server_carry: float = 1.0
-    """What a residual kept by the exchange is multiplied by when it is added back: η̃_{t-1}/η̃_t in gradient units, 1 in update units."""
     step_size: float = 1.0
     """What `out` is multiplied by when it is applied to the parameters: η in gradient units, 1 in update units."""
     skipped: bool = False
@@ -324,7 +422,7 @@ class Task:
             return self.buffer  # a scratch copy of the gradients that nobody reads again: it can travel as it is
         self.extracted += segments.numel
         payload = self.compressor.extract_(self.buffer, segments, key)
-        if self.reversible and not self.flushes:
+        if self.reversible and not self.residual_was_zero:
             self.undo_by_adding(self.buffer, self.compressor, payload.clone() if travels_in_place else payload, segments, key, 1.0)
         return payload
 

@@ -11,7 +11,7 @@ import torch
 from .arguments import is_integer, is_number
 from .bucket import Bucket, part_of
 from .errors import CompressionError
-from .protocols import State
+from .protocols import Role, State
 from .segments import Segments
 from .state import MethodState
 
@@ -74,7 +74,7 @@ def prepare_load(state: MethodState, saved: Mapping[str, Any]) -> Callable[[], N
         points = {one.bucket.name: _at_x(one.bucket) for one in staged}
         for bucket in state.buckets:  # what the saved training had not allocated yet begins anew
             bucket.state = bucket.exchange_state = bucket.unit = None
-            bucket.clean, bucket.versions = True, []
+            bucket.residual_is_zero, bucket.versions = True, []
         for one in staged:
             one.take_over(entries, points[one.bucket.name])
         state.step, state.undone = saved["step"], saved["undone"]
@@ -94,20 +94,19 @@ class _Staged:
     def take_over(self, entries: Mapping[str, Any], points: Sequence[torch.Tensor]) -> None:
         """`points`: where its parameters are, or would be if they were not shifted."""
         bucket = self.bucket
-        if "x" in self.state:
-            for name, x, point in zip(bucket.segments.names, bucket.segments.shaped_views(self.state["x"]), points, strict=True):
+        bucket.state, bucket.exchange_state, bucket.unit = self.state, self.exchange_state, self.unit
+        if bucket.point is not None:
+            for name, x, point in zip(bucket.segments.names, bucket.segments.shaped_views(bucket.point), points, strict=True):
                 if name not in entries:  # it stays where it is
                     x.copy_(point)
-        bucket.state, bucket.exchange_state, bucket.unit = self.state, self.exchange_state, self.unit
-        bucket.clean = "residual" not in self.state or not bool(self.state["residual"].any())
+        bucket.residual_is_zero = bucket.residual is None or not bool(bucket.residual.any())
         with torch.no_grad():
             bucket.shift_()
 
 
 def _staged(bucket: Bucket, entries: Mapping[str, Any], rank: int, size: int) -> _Staged:
     """The bucket's state as its parameters' `entries` have it; zero of those that have none. Raises `CompressionError` where it does not fit."""
-    state = bucket.method.feedback.init(bucket.segments)
-    exchange_state = bucket.method.exchange.init(bucket.segments, rank, size)
+    state, exchange_state = bucket.new_state(), bucket.new_exchange_state(rank, size)
     tables = [(state, bucket.segments), (exchange_state, bucket.method.exchange.state_segments(bucket.segments, rank, size))]
     for name in bucket.segments.names:
         if name in entries:
@@ -127,8 +126,9 @@ def _in_common_units_(bucket: Bucket, tables: Sequence[tuple[State, Segments]], 
     rates = {name: entries[name].get("previous_lr") for name in bucket.segments.names if name in entries}
     common: float | None = next((rate for rate in rates.values() if rate is not None), None)
     if bucket.method.feedback.unit == "gradient" and common is not None:
+        residuals = (bucket.method.slot_names.get(Role.RESIDUAL), bucket.method.server_slot)
         for slots, table in tables:
-            for slot in {"residual", "server_residual"} & set(slots):
+            for slot in (s for s in slots if s in residuals):
                 for i, segment in enumerate(table):
                     rate = rates.get(segment.name)
                     if rate is not None and rate != common:
@@ -138,8 +138,8 @@ def _in_common_units_(bucket: Bucket, tables: Sequence[tuple[State, Segments]], 
 
 def _at_x(bucket: Bucket) -> list[torch.Tensor]:
     """Where the parameters are, or would be if they were not shifted."""
-    if bucket.state is not None and "x" in bucket.state and bucket.versions and bucket.written_to(contents=True) is None:
-        return bucket.segments.shaped_views(bucket.state["x"])
+    if bucket.point is not None and bucket.versions and bucket.written_to(contents=True) is None:
+        return bucket.segments.shaped_views(bucket.point)
     return [p.detach() for p in bucket.parameters]
 
 

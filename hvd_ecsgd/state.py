@@ -10,8 +10,8 @@ import torch
 
 from .bucket import Bucket, wire_dtype
 from .errors import CompressionError
-from .method import GroupSettings, Method
-from .protocols import Traffic
+from .method import Method
+from .protocols import GroupSettings, Traffic
 from .segments import Segments
 from .transport.base import Transport
 
@@ -68,7 +68,7 @@ class MethodState:
 
     def shared(self) -> list[torch.Tensor]:
         """The slots that hold the same bits on all ranks and depend on the parameters, but for x."""
-        return [b.state[slot] for b in self.buckets if b.state is not None for slot in b.method.feedback.shared_slots]
+        return [b.memory for b in self.buckets if b.memory is not None]
 
 
 def _planned(method: Method, named: NamedParameters, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> list[Bucket]:

@@ -11,7 +11,7 @@ from .bucket import Bucket, add_servers_
 from .errors import CompressionError
 from .method import Method
 from .points import Points
-from .segments import Segments
+from .protocols import Role
 from .state import MethodState
 
 __all__ = ["switch"]
@@ -39,9 +39,7 @@ def switch(state: MethodState, agreement: Agreement, points: Points, new: Method
         and [old.exchange.state_segments(b.segments, r, n) for r in ranks] == [method.exchange.state_segments(b.segments, r, n) for r in ranks]
         for b in allocated
     }
-    served = "server_residual" in old.exchange.init(Segments(()), 0, 1)
-    serves = "server_residual" in method.exchange.init(Segments(()), 0, 1)
-    if served and not method.feedback.keeps_residual and not (serves and all(kept.values())):
+    if old.server_slot and Role.RESIDUAL not in method.slot_names and not (method.server_slot and all(kept.values())):
         raise CompressionError(
             f"switch(): the servers' residuals have no place in {method.exchange} with {method.feedback}; switch to a method with feedback."
         )
@@ -63,16 +61,17 @@ def switch(state: MethodState, agreement: Agreement, points: Points, new: Method
 
 def carry_over(state: MethodState, bucket: Bucket, old: Method, same_pieces: bool) -> None:
     """State of the bucket's method, from that of `old`, which it was left by."""
-    before, method, feedback = bucket.exchange_state, bucket.method, bucket.method.feedback
+    before, feedback = bucket.exchange_state, bucket.method.feedback
     assert before is not None and bucket.state is not None
     if feedback != old.feedback:
-        bucket.state = feedback.init(bucket.segments)
-    after = method.exchange.init(bucket.segments, state.rank, state.size)
+        bucket.state = bucket.new_state()
+    after = bucket.new_exchange_state(state.rank, state.size)
     for slot, value in before.items():
         if same_pieces and slot in after and after[slot].shape == value.shape:
             after[slot] = value
-        elif slot == "server_residual":
-            bucket.clean = False
-            add_servers_(bucket.state["residual"], value, old.exchange, bucket.segments, state.rank, state.size)
+        elif slot == old.server_slot:
+            assert bucket.residual is not None
+            bucket.residual_is_zero = False
+            add_servers_(bucket.residual, value, old.exchange, bucket.segments, state.rank, state.size)
     bucket.exchange_state = after
     bucket.shift_()

@@ -130,7 +130,7 @@ class _Pieces:
 
     def __init__(self, bucket: Bucket, rank: int, size: int, saved_size: int) -> None:
         exchange, segments = bucket.method.exchange, bucket.segments
-        self.fresh: State = exchange.init(segments, rank, size)
+        self.fresh: State = bucket.new_exchange_state(rank, size)
         self.now = exchange.state_segments(segments, rank, size)
         self.before = [exchange.state_segments(segments, r, saved_size) for r in range(saved_size)]
         self.piecewise = len({tuple((s.offset, s.numel) for s in table) for table in [self.now, *self.before]}) > 1

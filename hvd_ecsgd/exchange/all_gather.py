@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..protocols import Compressor, Steps, Task, Traffic
+from ..protocols import Steps, Task, Traffic
 from ..transport.base import Transport
 from .base import Stateless
 
@@ -14,9 +14,6 @@ __all__ = ["AllGather"]
 @dataclass(frozen=True)
 class AllGather(Stateless):
     """out = (1/n) Σ C⁻¹(payload of rank r), in rank order. Works with any compressor; bytes received grow with n."""
-
-    def check(self, compressor: Compressor) -> None:
-        """Any compressor can travel this way."""
 
     def run(self, task: Task, transport: Transport) -> Steps:
         n = transport.size

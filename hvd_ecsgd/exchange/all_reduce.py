@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import CompressionError
-from ..protocols import Compressor, Steps, Task, Traffic
+from ..protocols import Compressor, Feedback, Steps, Task, Traffic
 from ..transport.base import Transport
 from .base import Stateless
 
@@ -16,9 +16,10 @@ __all__ = ["AllReduce"]
 class AllReduce(Stateless):
     """out = (1/n) C⁻¹(Σ payloads). Needs a summable compressor."""
 
-    def check(self, compressor: Compressor) -> None:
+    def check(self, compressor: Compressor, feedback: Feedback) -> None:
         if not compressor.summable:
             raise CompressionError(f"payloads of {compressor} cannot be added in an all-reduce; use AllGather() or TwoPass() as the exchange.")
+        super().check(compressor, feedback)
 
     def run(self, task: Task, transport: Transport) -> Steps:
         n = transport.size

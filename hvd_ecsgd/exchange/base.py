@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from ..protocols import State
+from ..errors import CompressionError
+from ..protocols import Compressor, Exchange, Feedback, Slots, settled
 from ..segments import Segments
 
-__all__ = ["Faithful", "Skipping", "Stateless"]
+__all__ = ["Faithful", "Skipping", "Stateless", "check_pair"]
+
+
+def check_pair(exchange: Exchange, feedback: Feedback, settles: bool) -> None:
+    """Raise `CompressionError` where a residual waits for what an exchange does not add to it, or the other way round."""
+    if settled(feedback) != settles:
+        raise CompressionError(f"{feedback} and {exchange} do not go together: CSER() needs ErrorReset(…) as its exchange, and only CSER does.")
 
 
 class Faithful:
@@ -15,9 +22,9 @@ class Faithful:
     def approximates(self) -> bool:
         return False
 
-    @property
-    def settles(self) -> bool:
-        return False
+    def check(self: Exchange, compressor: Compressor, feedback: Feedback) -> None:
+        """Any compressor can travel this way."""
+        check_pair(self, feedback, settles=False)
 
 
 class Skipping(Faithful):
@@ -31,7 +38,7 @@ class Skipping(Faithful):
 class Stateless(Faithful):
     """Mixin: nothing is kept between steps."""
 
-    def init(self, segments: Segments, rank: int, size: int) -> State:
+    def slots(self, size: int) -> Slots:
         return {}
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Compressor, State, Steps, Task, Traffic, poison
+from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, poison
 from ..segments import Key, Segments
 from ..transport.base import Handle, Transport
 from .all_reduce import AllReduce
@@ -100,19 +100,14 @@ class CompSkip(Skipping):
         _check_policy("server", self.server)
         check_server_compressor(self.server_compressor)
 
-    def check(self, compressor: Compressor) -> None:
+    def check(self, compressor: Compressor, feedback: Feedback) -> None:
         """Any compressor can travel this way, on either side; the server's must bear feedback, which it always has."""
         (compressor if self.server_compressor is None else self.server_compressor).check_feedback()
+        super().check(compressor, feedback)
 
-    def init(self, segments: Segments, rank: int, size: int) -> State:
-        mine = self.state_segments(segments, rank, size)
-        state = {
-            "server_residual": mine.zeros(),
-            "skips": torch.zeros((len(segments), size + 1), dtype=torch.int64, device="cpu"),
-        }
-        if not (self.worker.predictable and self.server.predictable):
-            state["movement"] = torch.zeros((len(segments), 2), dtype=torch.float64, device="cpu")
-        return state
+    def slots(self, size: int) -> Slots:
+        kept = {"server_residual": Slot(Role.RESIDUAL), "skips": Slot(columns=size + 1, dtype=torch.int64)}
+        return kept if self.worker.predictable and self.server.predictable else {**kept, "movement": Slot(columns=2)}
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
         return segments.piece(rank, size).compact
@@ -228,11 +223,11 @@ class SkipAllReduce(Skipping):
                 f"SkipAllReduce: all workers must take one decision, and {self.worker} is each worker's own; use Every or Bernoulli, or CompSkip."
             )
 
-    def check(self, compressor: Compressor) -> None:
-        AllReduce().check(compressor)
+    def check(self, compressor: Compressor, feedback: Feedback) -> None:
+        AllReduce().check(compressor, feedback)
 
-    def init(self, segments: Segments, rank: int, size: int) -> State:
-        return {"skips": torch.zeros((len(segments), 1), dtype=torch.int64, device="cpu")}
+    def slots(self, size: int) -> Slots:
+        return {"skips": Slot(columns=1, dtype=torch.int64)}
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
         return segments

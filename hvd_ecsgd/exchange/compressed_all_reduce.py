@@ -11,7 +11,7 @@ import torch
 
 from ..errors import CompressionError, DisagreementError
 from ..kernels import all_finite
-from ..protocols import Compressor, Steps, Task, Traffic
+from ..protocols import Compressor, Feedback, Steps, Task, Traffic
 from ..transport.base import Transport
 from .base import Stateless
 
@@ -66,9 +66,10 @@ class CompressedAllReduce(Stateless):
     def approximates(self) -> bool:
         return True
 
-    def check(self, compressor: Compressor) -> None:
+    def check(self, compressor: Compressor, feedback: Feedback) -> None:
         if not compressor.lossless:
             raise CompressionError(f"{self} compresses by itself; its compressor is Identity(), not {compressor}.")
+        super().check(compressor, feedback)
 
     def run(self, task: Task, transport: Transport) -> Steps:
         n, names = transport.size, task.segments.names

@@ -10,11 +10,11 @@ import torch
 from ..arguments import check_integer
 from ..compressors import RandomBlock
 from ..errors import CompressionError
-from ..protocols import Compressor, Steps, Task, Traffic
+from ..protocols import Compressor, Feedback, Steps, Task, Traffic
 from ..transport.base import Transport, direct
 from .all_gather import AllGather
 from .all_reduce import AllReduce
-from .base import Stateless
+from .base import Stateless, check_pair
 
 __all__ = ["ErrorReset"]
 
@@ -40,13 +40,10 @@ class ErrorReset(Stateless):
             raise CompressionError(f"reset_compressor: expected an instance from hvd_ecsgd.compressors, got {self.reset_compressor!r}.")
         check_integer(self.period, "period", "a number of steps from reset to reset, an integer ≥ 1", least=1)
 
-    @property
-    def settles(self) -> bool:
-        return True
-
-    def check(self, compressor: Compressor) -> None:
+    def check(self, compressor: Compressor, feedback: Feedback) -> None:
         """Any compressors can travel this way; C2 is given what it left before."""
         self.reset_compressor.check_feedback()
+        check_pair(self, feedback, settles=True)
 
     def run(self, task: Task, transport: Transport) -> Steps:
         transport = direct(transport)

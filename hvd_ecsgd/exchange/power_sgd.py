@@ -12,7 +12,7 @@ import torch
 from ..arguments import check_choice, check_integer
 from ..errors import CompressionError
 from ..kernels import all_finite
-from ..protocols import Compressor, State, Steps, Task, Traffic
+from ..protocols import Compressor, Feedback, Slot, Slots, Steps, Task, Traffic
 from ..segments import Key, Segment, Segments
 from ..transport.base import Transport, direct
 from .base import Faithful
@@ -49,12 +49,13 @@ class PowerSGD(Faithful):
     def approximates(self) -> bool:
         return True
 
-    def check(self, compressor: Compressor) -> None:
+    def check(self, compressor: Compressor, feedback: Feedback) -> None:
         if not compressor.lossless:
             raise CompressionError(f"PowerSGD sends factors of the matrices as they are; expected Identity() as the compressor, got {compressor}.")
+        super().check(compressor, feedback)
 
-    def init(self, segments: Segments, rank: int, size: int) -> State:
-        return {"q": self.state_segments(segments, rank, size).zeros()}
+    def slots(self, size: int) -> Slots:
+        return {"q": Slot()}
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
         return self._q_table(segments)

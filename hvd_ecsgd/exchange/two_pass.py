@@ -10,7 +10,7 @@ import torch
 
 from ..arguments import check_flag
 from ..errors import CompressionError
-from ..protocols import Compressor, State, Steps, Task, Traffic, poison
+from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, poison
 from ..segments import Segments
 from ..transport.base import Transport
 from .base import Faithful
@@ -39,9 +39,9 @@ def add_mean_(total: torch.Tensor, task: Task, received: Sequence[torch.Tensor],
 def absorb_(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> None:
     """E ← (η̃_{t-1}/η̃_t)·E + (1/n) Σ C⁻¹(payloads), with how to undo it."""
     residual = task.state["server_residual"]
-    if task.server_carry != 1.0:
-        residual.mul_(task.server_carry)
-        task.undo_by(partial(residual.div_, task.server_carry))
+    if task.ctx.carry != 1.0:
+        residual.mul_(task.ctx.carry)
+        task.undo_by(partial(residual.div_, task.ctx.carry))
     total = mine.zeros()
     add_mean_(total, task, received, mine)
     residual.add_(total)
@@ -88,13 +88,14 @@ class TwoPass(Faithful):
         check_server_compressor(self.server_compressor)
         check_flag(self.server_feedback, "server_feedback")
 
-    def check(self, compressor: Compressor) -> None:
+    def check(self, compressor: Compressor, feedback: Feedback) -> None:
         """Any compressor can travel this way, on either side; the server's must bear feedback when the server has it."""
         if self.server_feedback:
             (compressor if self.server_compressor is None else self.server_compressor).check_feedback()
+        super().check(compressor, feedback)
 
-    def init(self, segments: Segments, rank: int, size: int) -> State:
-        return {"server_residual": self.state_segments(segments, rank, size).zeros()} if self.server_feedback else {}
+    def slots(self, size: int) -> Slots:
+        return {"server_residual": Slot(Role.RESIDUAL)} if self.server_feedback else {}
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
         return self.served(segments, rank, size).compact

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Part, State, StepContext
-from ..segments import Key, Segments
+from ..kernels import all_finite
+from ..protocols import Accumulated, Part, StepContext, Takes
+from ..segments import Key
 
-__all__ = ["AppliesUpdate", "GradientUnit", "Rule", "Shifted", "Unshifted", "add_scaled_", "add_to_momentum_", "refuse_no_learning_rate",
+__all__ = ["AppliesUpdate", "GradientUnit", "Rule", "LocalPoint", "add_scaled_", "add_to_momentum_", "refuse_no_learning_rate",
            "refuse_options", "take_from_momentum_"]  # fmt: skip
 
 
@@ -32,79 +33,90 @@ def refuse_no_learning_rate(rule: object, options: Mapping[str, Any], where: str
         )
 
 
-def add_to_momentum_(
-    momentum: torch.Tensor, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, mu: float, wd: float
-) -> None:
-    """m ← μm + g + wd·x, coupled weight decay at the point where the gradient was taken."""
-    momentum.mul_(mu)
-    views = segments.shaped_views(momentum)
+def add_to_momentum_(part: Part, gradients: Sequence[torch.Tensor], mu: float, wd: float) -> torch.Tensor:
+    """m ← μm + g + wd·x, coupled weight decay at the point where the gradient was taken. Returns m."""
+    momentum = part.state["momentum"].mul_(mu)
+    views = part.segments.shaped_views(momentum)
     torch._foreach_add_(views, list(gradients))
     if wd:
-        torch._foreach_add_(views, list(parameters), alpha=wd)
+        torch._foreach_add_(views, list(part.parameters), alpha=wd)
+    return momentum
 
 
-def take_from_momentum_(
-    momentum: torch.Tensor, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, mu: float, wd: float
-) -> None:
+def take_from_momentum_(part: Part, gradients: Sequence[torch.Tensor], mu: float, wd: float) -> None:
     """Reverse `add_to_momentum_`, to rounding. With μ = 0 nothing is left of what was before, and nobody asks for it."""
+    momentum = part.state["momentum"]
     if mu == 0:
         momentum.zero_()
         return
-    views = segments.shaped_views(momentum)
+    views = part.segments.shaped_views(momentum)
     if wd:
-        torch._foreach_add_(views, list(parameters), alpha=-wd)
+        torch._foreach_add_(views, list(part.parameters), alpha=-wd)
     torch._foreach_sub_(views, list(gradients))
     momentum.div_(mu)
 
 
-def add_scaled_(
-    residual: torch.Tensor, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, eta: float, wd: float = 0.0
-) -> None:
-    """e ← e + η·(g + wd·x); with -η, its reverse, to rounding."""
-    views = segments.shaped_views(residual)
+def add_scaled_(part: Part, gradients: Sequence[torch.Tensor], eta: float, wd: float = 0.0) -> torch.Tensor:
+    """e ← e + η·(g + wd·x); with -η, its reverse, to rounding. Returns e."""
+    residual = part.state["residual"]
+    views = part.segments.shaped_views(residual)
     torch._foreach_add_(views, list(gradients), alpha=eta)
     if wd:
-        torch._foreach_add_(views, list(parameters), alpha=eta * wd)
+        torch._foreach_add_(views, list(part.parameters), alpha=eta * wd)
+    return residual
 
 
-class Rule:
-    """Mixin: what most rules do without."""
+class Rule(ABC):
+    """Mixin: a step's way into the state and out of it again, and what most rules do without.
 
-    @property
-    def needs_learning_rate(self) -> bool:
-        return False
+    A rule says in `_add_` what gradients add, and in `_take_` how that is taken back. One that reads them in a fused kernel has an `accumulate_` of
+    its own, to which the same reversal belongs.
+    """
 
-    @property
-    def scratches(self) -> bool:
-        return False
+    def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
+        """A pass that looks for inf and NaN, before anything is changed, and one that adds."""
+        if not all(all_finite(g) for g in gradients):
+            return Accumulated.nothing(part.segments)
+        self._carry_(part, ctx)
+        return Accumulated(self._add_(part, gradients, ctx))
 
-    @property
-    def shared_slots(self) -> tuple[str, ...]:
-        return ()
+    def undo_(self, part: Part, gradients: Sequence[torch.Tensor] | None, ctx: StepContext) -> None:
+        """Where gradients are gone, momentum and residual keep them: those of this worker, which are finite."""
+        if gradients is not None:
+            self._take_(part, gradients, ctx)
+        self._carry_back_(part, ctx)
+
+    def _carry_(self, part: Part, ctx: StepContext) -> None:
+        """The old residual, in this step's units."""
+        if ctx.carry != 1.0 and "residual" in part.state:
+            part.state["residual"].mul_(ctx.carry)
+
+    def _carry_back_(self, part: Part, ctx: StepContext) -> None:
+        """Reverse `_carry_`, to rounding."""
+        if ctx.carry != 1.0 and "residual" in part.state:
+            part.state["residual"].div_(ctx.carry)
+
+    @abstractmethod
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        """Add what finite gradients bring to the state, and return the buffer."""
+
+    @abstractmethod
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        """Reverse `_add_`, to rounding."""
 
     def exchanges(self, step: int) -> bool:
         return True
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def shift(self, part: Part) -> tuple[torch.Tensor, float] | None:
+        """Gradients are taken at x, where the parameters are."""
+        return None
+
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         """Nothing is done together between steps."""
         yield from ()
 
 
-class Unshifted(Rule):
-    """Mixin: gradients are taken at x, where the parameters are."""
-
-    @property
-    def shifts(self) -> bool:
-        return False
-
-    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """There is no copy of x."""
-
-    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """The parameters stay where they are."""
-
-
-class GradientUnit(Unshifted):
+class GradientUnit(Rule):
     """Mixin: the buffer holds gradients, and the optimizer acts after the exchange."""
 
     @property
@@ -112,19 +124,15 @@ class GradientUnit(Unshifted):
         return "gradient"
 
     @property
-    def applies_update(self) -> bool:
-        return False
-
-    @property
-    def owns_momentum(self) -> bool:
-        return False
+    def takes(self) -> Takes:
+        return Takes.NOTHING
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
         """Any optimizer can follow; one without a learning rate where the rule uses none."""
-        if self.needs_learning_rate:
+        if self.takes.learning_rate:
             refuse_no_learning_rate(self, options, where)
 
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """The optimizer applies the mean."""
 
 
@@ -136,41 +144,20 @@ class AppliesUpdate(Rule):
         return "update"
 
     @property
-    def applies_update(self) -> bool:
-        return True
-
-    @property
-    def owns_momentum(self) -> bool:
-        return True
-
-    @property
-    def keeps_residual(self) -> bool:
-        return True
+    def takes(self) -> Takes:
+        return Takes.UPDATE
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
         refuse_no_learning_rate(self, options, where)
         refuse_options(self, options, where, {"dampening": 0, "nesterov": False, "maximize": False})
 
 
-class Shifted(AppliesUpdate, ABC):
-    """Mixin: while `shifts`, the parameters hold a shifted point, to which `shift_` moves them, and x is kept in a slot of its own."""
+class LocalPoint(AppliesUpdate):
+    """Mixin: x moves by the mean; with a slot `x` the parameters are elsewhere (`shift`), else they are x."""
 
-    @property
-    @abstractmethod
-    def shifts(self) -> bool: ...
-
-    @abstractmethod
-    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None: ...
-
-    def capture_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """x ← what the parameters hold now: at the first step, and after somebody else wrote to them."""
-        if self.shifts:
-            torch._foreach_copy_(segments.shaped_views(state["x"]), list(parameters))
-
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """x ← x − out."""
-        if self.shifts:
-            state["x"].sub_(out)
-            self.shift_(state, parameters, segments)
+        if "x" in part.state:
+            part.state["x"].sub_(out)
         else:
-            torch._foreach_sub_(list(parameters), segments.shaped_views(out))
+            torch._foreach_sub_(list(part.parameters), part.segments.shaped_views(out))

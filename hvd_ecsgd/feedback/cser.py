@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..protocols import Feedback, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
-from .base import Shifted, add_to_momentum_, take_from_momentum_
+from .base import LocalPoint, add_to_momentum_, take_from_momentum_
 
 __all__ = ["CSER"]
 
 
 @dataclass(frozen=True)
-class CSER(Shifted):
+class CSER(LocalPoint):
     """p_i = x − e_i;  g = ∇F_i(p_i) + wd·p_i;  m = μm + g;  (c, r) = ηm split by C1;  x ← x − mean c;  e_i ← e_i + r;  and in every `period`-th step
     (c, r) = e_i split by C2;  x ← x − mean c;  e_i ← r.  Unit: update.
 
@@ -32,34 +32,19 @@ class CSER(Shifted):
     dense: bool = field(default=False, repr=False)
     """For segments that travel uncompressed: no errors. Set by `for_dense`."""
 
-    @property
-    def scratches(self) -> bool:
-        return not self.dense
-
-    @property
-    def shifts(self) -> bool:
-        return not self.dense
-
     def for_dense(self) -> Feedback:
         return replace(self, dense=True)
 
-    def init(self, segments: Segments) -> State:
-        return {slot: segments.zeros() for slot in ("residual", "momentum", *(("x",) if self.shifts else ()))}
+    def slots(self, segments: Segments) -> Slots:
+        point = {} if self.dense else {"x": Slot(Role.POINT)}
+        return {"residual": Slot(Role.RESIDUAL, settled=not self.dense), "momentum": Slot(), **point}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        add_to_momentum_(state["momentum"], gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
-        return state["momentum"] * ctx.lr
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        return add_to_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay) * ctx.settings.lr
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        if gradients is not None:
-            take_from_momentum_(state["momentum"], gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        take_from_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)
 
-    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """parameters ← x − e."""
-        if self.shifts:
-            torch._foreach_copy_(list(parameters), segments.shaped_views(state["x"]))
-            torch._foreach_sub_(list(parameters), segments.shaped_views(state["residual"]))
+    def shift(self, part: Part) -> tuple[torch.Tensor, float] | None:
+        """The parameters hold x − e."""
+        return None if self.dense else (part.state["residual"], 1.0)

@@ -10,7 +10,7 @@ import torch
 
 from ..arguments import check_flag, check_integer, check_number
 from ..errors import CompressionError
-from ..protocols import Part, State, StepContext
+from ..protocols import Part, Slot, Slots
 from ..segments import Key, Segment, Segments
 
 __all__ = ["Curvature", "GradientSquares", "Hutchinson", "Matrix", "Product"]
@@ -23,8 +23,8 @@ class Curvature:
     """What a source of H does; all but one or two of these do nothing."""
 
     @property
-    def prepares(self) -> bool:
-        """`prepare` writes H·e to the slot `correction`; otherwise `correction` computes it."""
+    def ahead(self) -> bool:
+        """`between_steps` writes H·e to the slot `correction`; otherwise `correction` computes it."""
         return False
 
     @property
@@ -32,22 +32,22 @@ class Curvature:
         """H·e has entries in parameters that have no residual."""
         return False
 
-    def init(self, segments: Segments) -> State:
+    def slots(self, segments: Segments) -> Slots:
         """Slots beside `residual`. Raises `CompressionError` when H does not fit the segments."""
         return {}
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
-        """Between steps, on all ranks; see `Feedback.prepare`."""
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+        """Between steps, on all ranks; see `Feedback.between_steps`."""
         yield from ()
 
-    def correction(self, state: State, segments: Segments, lr: float) -> torch.Tensor:
-        """H·e at the start of the step with learning rate `lr`, where `prepare` has not written it."""
+    def correction(self, part: Part, lr: float) -> torch.Tensor:
+        """H·e at the start of the step with learning rate `lr`, where `between_steps` has not written it."""
         raise NotImplementedError
 
-    def observe_(self, state: State, gradients: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def observe_(self, part: Part, gradients: Sequence[torch.Tensor]) -> None:
         """Learn from this worker's gradients."""
 
-    def forget_(self, state: State, gradients: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def forget_(self, part: Part, gradients: Sequence[torch.Tensor]) -> None:
         """Reverse `observe_`, to rounding."""
 
 
@@ -87,19 +87,19 @@ class Matrix(Curvature):
         return h
 
     @property
-    def prepares(self) -> bool:
+    def ahead(self) -> bool:
         return self.local
 
-    def init(self, segments: Segments) -> State:
+    def slots(self, segments: Segments) -> Slots:
         for segment in segments:
             if not bool(torch.isfinite(self._of(segment)).all()):
                 raise CompressionError(f"Matrix: the Hessian of parameter '{segment.name}' holds an inf or NaN.")
-        return {"correction": segments.zeros()} if self.local else {}
+        return {"correction": Slot()} if self.local else {}
 
     def _times(self, e: torch.Tensor, segments: Segments) -> torch.Tensor:
         return torch.cat([torch.mv(self._of(s).to(e), v) for s, v in zip(segments, segments.views(e), strict=True)])
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         if not self.local:
             return
         means = [part.state["residual"].clone() for part in parts]
@@ -107,11 +107,11 @@ class Matrix(Curvature):
         for part, mean in zip(parts, means, strict=True):
             if not part.lossless:
                 part.state["correction"].copy_(self._times(mean, part.segments))
-            elif not part.rests:
+            elif not part.zero_learning_rate:
                 part.state["correction"].zero_()  # there may be one from before the method was switched
 
-    def correction(self, state: State, segments: Segments, lr: float) -> torch.Tensor:
-        return self._times(state["residual"], segments)
+    def correction(self, part: Part, lr: float) -> torch.Tensor:
+        return self._times(part.state["residual"], part.segments)
 
 
 def _call(function: Callable[[Vectors], Vectors], vectors: dict[str, torch.Tensor], who: str) -> Vectors:
@@ -154,20 +154,20 @@ class Product(Curvature):
         _check_local(self.local, "Product")
 
     @property
-    def prepares(self) -> bool:
+    def ahead(self) -> bool:
         return True
 
     @property
     def couples(self) -> bool:
         return True
 
-    def init(self, segments: Segments) -> State:
-        return {"correction": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"correction": Slot()}
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         vectors = [part.state["residual"].clone() for part in parts]
         if self.local:
-            yield [v for v, part in zip(vectors, parts, strict=True) if not part.lossless or part.rests]
+            yield [v for v, part in zip(vectors, parts, strict=True) if not part.lossless or part.zero_learning_rate]
         with torch.enable_grad():
             products = _call(self.function, _by_name(parts, vectors), "Product")
         finite = True
@@ -183,11 +183,11 @@ class Product(Curvature):
 class _Diagonal(Curvature):
     """H as a diagonal, in the slot `diagonal`, the same on all ranks. ηh is clamped to [0, 2]: outside, the residual would grow in that entry."""
 
-    def init(self, segments: Segments) -> State:
-        return {"diagonal": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"diagonal": Slot()}
 
-    def correction(self, state: State, segments: Segments, lr: float) -> torch.Tensor:
-        return state["diagonal"].clamp(0.0, 2.0 / lr).mul_(state["residual"])
+    def correction(self, part: Part, lr: float) -> torch.Tensor:
+        return part.state["diagonal"].clamp(0.0, 2.0 / lr).mul_(part.state["residual"])
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Hutchinson(_Diagonal):
         _check_decay(self.decay, "Hutchinson")
         check_integer(self.every, "Hutchinson: every", "an integer ≥ 1", least=1)
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         if key.step % self.every:
             return
         signs = [part.segments.empty() for part in parts]
@@ -241,21 +241,20 @@ class GradientSquares(_Diagonal):
         _check_decay(self.decay, "GradientSquares")
         check_number(self.scale, "GradientSquares: scale", "a positive number", lambda scale: scale > 0)
 
-    def _weight(self, ctx: StepContext) -> float:
-        return (1 - self.decay) * self.scale
+    def observe_(self, part: Part, gradients: Sequence[torch.Tensor]) -> None:
+        """Each worker adds its own; the mean that `between_steps` takes makes it the same again."""
+        part.state["diagonal"].mul_(self.decay)
+        self._add_squares_(part, gradients, 1.0)
 
-    def observe_(self, state: State, gradients: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        """Each worker adds its own; the mean that `prepare` takes makes it the same again."""
-        state["diagonal"].mul_(self.decay)
-        for h, g in zip(segments.shaped_views(state["diagonal"]), gradients, strict=True):
-            h.addcmul_(g.to(h.dtype), g.to(h.dtype), value=self._weight(ctx))
+    def forget_(self, part: Part, gradients: Sequence[torch.Tensor]) -> None:
+        self._add_squares_(part, gradients, -1.0)
+        part.state["diagonal"].div_(self.decay)
 
-    def forget_(self, state: State, gradients: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        for h, g in zip(segments.shaped_views(state["diagonal"]), gradients, strict=True):
-            h.addcmul_(g.to(h.dtype), g.to(h.dtype), value=-self._weight(ctx))
-        state["diagonal"].div_(self.decay)
+    def _add_squares_(self, part: Part, gradients: Sequence[torch.Tensor], sign: float) -> None:
+        for h, g in zip(part.segments.shaped_views(part.state["diagonal"]), gradients, strict=True):
+            h.addcmul_(g.to(h.dtype), g.to(h.dtype), value=sign * (1 - self.decay) * self.scale)
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         yield [part.state["diagonal"] for part in parts]
 
 

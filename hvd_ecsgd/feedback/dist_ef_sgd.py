@@ -10,9 +10,9 @@ import torch
 
 from ..arguments import check_number
 from ..errors import CompressionError
-from ..protocols import Feedback, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext, Takes
 from ..segments import Segments
-from .base import GradientUnit, add_to_momentum_, refuse_no_learning_rate, refuse_options, take_from_momentum_
+from .base import GradientUnit, add_scaled_, add_to_momentum_, refuse_no_learning_rate, refuse_options, take_from_momentum_
 
 __all__ = ["DistEFSGD"]
 
@@ -47,20 +47,12 @@ class DistEFSGD(GradientUnit):
             )
 
     @property
-    def applies_update(self) -> bool:
-        """With the optimizer's momentum, read from its param group; the optimizer itself applies D when momentum is given here."""
-        return self.momentum is None and self.weight_decay is None
-
-    @property
-    def owns_momentum(self) -> bool:
-        return True
-
-    @property
-    def keeps_residual(self) -> bool:
-        return True
+    def takes(self) -> Takes:
+        """The update, with the optimizer's momentum read from its param group; the optimizer itself applies D when momentum is given here."""
+        return Takes.UPDATE if self.momentum is None and self.weight_decay is None else Takes.MOMENTUM
 
     def check_group(self, options: Mapping[str, Any], where: str) -> None:
-        if self.applies_update:
+        if self.takes.update:
             refuse_no_learning_rate(self, options, where)
             refuse_options(self, options, where, {"dampening": 0, "maximize": False})
             return
@@ -75,56 +67,28 @@ class DistEFSGD(GradientUnit):
     def for_dense(self) -> Feedback:
         return self
 
-    def init(self, segments: Segments) -> State:
-        return {"residual": segments.zeros(), "momentum": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"residual": Slot(Role.RESIDUAL), "momentum": Slot()}
 
     def _settings(self, ctx: StepContext) -> tuple[float, float, bool]:
         """(μ, wd, Nesterov) of this step."""
-        if self.applies_update:
-            return ctx.momentum, ctx.weight_decay, ctx.nesterov
+        if self.takes.update:
+            return ctx.settings.momentum, ctx.settings.weight_decay, ctx.settings.nesterov
         return self.momentum or 0.0, self.weight_decay or 0.0, self.nesterov
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        momentum, residual = state["momentum"], state["residual"]
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
         mu, wd, nesterov = self._settings(ctx)
-        if ctx.carry != 1.0:
-            residual.mul_(ctx.carry)
-        add_to_momentum_(momentum, gradients, parameters, segments, mu, wd)
-        residual.add_(momentum, alpha=mu if nesterov else 1.0)
+        momentum = add_to_momentum_(part, gradients, mu, wd)
+        part.state["residual"].add_(momentum, alpha=mu if nesterov else 1.0)
+        return add_scaled_(part, gradients, 1.0, wd) if nesterov else part.state["residual"]
+
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        mu, wd, nesterov = self._settings(ctx)
         if nesterov:
-            self._add_gradients_(residual, gradients, parameters, segments, wd, 1.0)
-        return residual
+            add_scaled_(part, gradients, -1.0, wd)
+        part.state["residual"].sub_(part.state["momentum"], alpha=mu if nesterov else 1.0)
+        take_from_momentum_(part, gradients, mu, wd)
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        momentum, residual = state["momentum"], state["residual"]
-        mu, wd, nesterov = self._settings(ctx)
-        if gradients is not None:  # otherwise momentum and residual keep this worker's finite gradients
-            if nesterov:
-                self._add_gradients_(residual, gradients, parameters, segments, wd, -1.0)
-            residual.sub_(momentum, alpha=mu if nesterov else 1.0)
-            take_from_momentum_(momentum, gradients, parameters, segments, mu, wd)
-        if ctx.carry != 1.0:
-            residual.div_(ctx.carry)
-
-    @staticmethod
-    def _add_gradients_(
-        residual: torch.Tensor,
-        gradients: Sequence[torch.Tensor],
-        parameters: Sequence[torch.Tensor],
-        segments: Segments,
-        wd: float,
-        sign: float,
-    ) -> None:
-        """residual += sign·(∇F + wd·x)."""
-        views = segments.shaped_views(residual)
-        torch._foreach_add_(views, list(gradients), alpha=sign)
-        if wd:
-            torch._foreach_add_(views, list(parameters), alpha=sign * wd)
-
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """x ← x − η·D, when the optimizer does not."""
-        torch._foreach_add_(list(parameters), segments.shaped_views(out), alpha=-ctx.lr)
+        torch._foreach_add_(list(part.parameters), part.segments.shaped_views(out), alpha=-ctx.settings.lr)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..protocols import Feedback, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
 from .base import GradientUnit
 from .none import NoFeedback
@@ -28,30 +28,16 @@ class ErrorFeedback(GradientUnit):
     Slot: `residual` (float32, or float64 for float64 parameters).
     """
 
-    @property
-    def keeps_residual(self) -> bool:
-        return True
-
     def for_dense(self) -> Feedback:
         return NoFeedback()
 
-    def init(self, segments: Segments) -> State:
-        return {"residual": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"residual": Slot(Role.RESIDUAL)}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        residual = state["residual"]
-        if ctx.carry != 1.0:
-            residual.mul_(ctx.carry)
-        torch._foreach_add_(segments.shaped_views(residual), list(gradients))
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        residual = part.state["residual"]
+        torch._foreach_add_(part.segments.shaped_views(residual), list(gradients))
         return residual
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        residual = state["residual"]
-        if gradients is not None:
-            torch._foreach_sub_(segments.shaped_views(residual), list(gradients))
-        if ctx.carry != 1.0:
-            residual.div_(ctx.carry)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        torch._foreach_sub_(part.segments.shaped_views(part.state["residual"]), list(gradients))

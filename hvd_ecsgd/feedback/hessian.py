@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Feedback, Part, State, StepContext
+from ..protocols import Feedback, Part, Slots, StepContext, Takes
 from ..segments import Key, Segments
-from .base import GradientUnit
 from .curvature import Curvature
+from .error_feedback import ErrorFeedback
 from .none import NoFeedback
 
 __all__ = ["HessianAided"]
 
 
 @dataclass(frozen=True)
-class HessianAided(GradientUnit):
+class HessianAided(ErrorFeedback):
     """u = g + (η̃_{t-1}/η̃_t)·(I − η_t·H)·e;  c = C(u);  e = u − c.  Unit: gradient; the optimizer acts after the exchange.
 
     η̃ is as in `ErrorFeedback`: η in front of SGD without momentum, else the largest η so far.
@@ -44,47 +44,40 @@ class HessianAided(GradientUnit):
             )
 
     @property
-    def keeps_residual(self) -> bool:
-        return True
-
-    @property
-    def needs_learning_rate(self) -> bool:
+    def takes(self) -> Takes:
         """H is multiplied by η itself, not by a ratio."""
-        return True
+        return Takes.LEARNING_RATE
 
     def for_dense(self) -> Feedback:
         """With a product over the whole model, what is held back elsewhere has a part in these gradients too."""
         return self if self.curvature.couples else NoFeedback()
 
-    def init(self, segments: Segments) -> State:
-        return {"residual": segments.zeros(), **self.curvature.init(segments)}
+    def slots(self, segments: Segments) -> Slots:
+        return {**super().slots(segments), **self.curvature.slots(segments)}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        residual = state["residual"]
-        if not self.curvature.prepares:
-            state["correction"] = self.curvature.correction(state, segments, ctx.lr)  # until the step stands or is undone
-        residual.sub_(state["correction"], alpha=ctx.lr)
-        if ctx.carry != 1.0:
-            residual.mul_(ctx.carry)
-        torch._foreach_add_(segments.shaped_views(residual), list(gradients))
-        self.curvature.observe_(state, gradients, segments, ctx)
+    def _carry_(self, part: Part, ctx: StepContext) -> None:
+        state = part.state
+        if not self.curvature.ahead:
+            state["correction"] = self.curvature.correction(part, ctx.settings.lr)  # until the step stands or is undone
+        state["residual"].sub_(state["correction"], alpha=ctx.settings.lr)
+        super()._carry_(part, ctx)
+
+    def _carry_back_(self, part: Part, ctx: StepContext) -> None:
+        super()._carry_back_(part, ctx)
+        state = part.state
+        state["residual"].add_(state["correction"] if self.curvature.ahead else state.pop("correction"), alpha=ctx.settings.lr)
+
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        residual = super()._add_(part, gradients, ctx)
+        self.curvature.observe_(part, gradients)
         return residual
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        residual = state["residual"]
-        if gradients is not None:
-            self.curvature.forget_(state, gradients, segments, ctx)
-            torch._foreach_sub_(segments.shaped_views(residual), list(gradients))
-        if ctx.carry != 1.0:
-            residual.div_(ctx.carry)
-        residual.add_(state["correction"] if self.curvature.prepares else state.pop("correction"), alpha=ctx.lr)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        self.curvature.forget_(part, gradients)
+        super()._take_(part, gradients, ctx)
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
-        if not self.curvature.prepares:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+        if not self.curvature.ahead:
             for part in parts:
                 part.state.pop("correction", None)
-        yield from self.curvature.prepare(parts, key)
+        yield from self.curvature.between_steps(parts, key)

@@ -9,15 +9,15 @@ import torch
 
 from ..arguments import check_integer, check_number, is_integer
 from ..errors import CompressionError
-from ..protocols import Feedback, Part, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Key, Segments
-from .base import Shifted, add_to_momentum_, take_from_momentum_
+from .base import LocalPoint, add_to_momentum_, take_from_momentum_
 
 __all__ = ["LocalMomentum"]
 
 
 @dataclass(frozen=True)
-class LocalMomentum(Shifted):
+class LocalMomentum(LocalPoint):
     """p = x − λe;  g = ∇F(p) + wd·p;  m = μm + g;  u = e + ηm;  c = C(u);  e = u − c;  x = x − mean c.  Unit: update.
 
     λ = 0 is error feedback with local momentum (EF), 0 < λ < 1 detached error feedback (DEF; the authors use .3), λ = 1 step-ahead error feedback
@@ -53,55 +53,41 @@ class LocalMomentum(Shifted):
     def exchanges(self, step: int) -> bool:
         return (step + 1) % self.period == 0
 
-    def prepare(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
+    def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         """e ← mean e, in the steps that `average_errors` says."""
         if self.average_errors is not None and (key.step + 1) % self.average_errors == 0:
-            yield [part.state["residual"] for part in parts if not part.lossless and not part.rests]
-
-    @property
-    def shifts(self) -> bool:
-        """The parameters hold p = x − λe, less the local steps, between steps."""
-        return (self.lambda_ > 0 and not self.dense) or self.period > 1
+            yield [part.state["residual"] for part in parts if not part.lossless and not part.zero_learning_rate]
 
     def for_dense(self) -> Feedback:
         return replace(self, dense=True)
 
-    def init(self, segments: Segments) -> State:
-        slots = ["residual", "momentum"] + (["x"] if self.shifts else []) + (["displacement"] if self.period > 1 else [])
-        return {slot: segments.zeros() for slot in slots}
+    def slots(self, segments: Segments) -> Slots:
+        kept = {"residual": Slot(Role.RESIDUAL), "momentum": Slot()}
+        if self.period > 1 or (self.lambda_ > 0 and not self.dense):
+            kept["x"] = Slot(Role.POINT)
+        return {**kept, "displacement": Slot()} if self.period > 1 else kept
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        momentum, residual = state["momentum"], state["residual"]
-        add_to_momentum_(momentum, gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
-        residual.add_(momentum, alpha=ctx.lr)
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        state, eta = part.state, ctx.settings.lr
+        momentum = add_to_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)
         if self.period > 1:
-            state["displacement"].add_(momentum, alpha=ctx.lr)
-        return residual
+            state["displacement"].add_(momentum, alpha=eta)
+        return state["residual"].add_(momentum, alpha=eta)
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        momentum, residual = state["momentum"], state["residual"]
-        if gradients is None:
-            return  # momentum and residual keep this worker's finite gradients
-        residual.sub_(momentum, alpha=ctx.lr)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        state, eta = part.state, ctx.settings.lr
+        state["residual"].sub_(state["momentum"], alpha=eta)
         if self.period > 1:
-            state["displacement"].sub_(momentum, alpha=ctx.lr)
-        take_from_momentum_(momentum, gradients, parameters, segments, ctx.momentum, ctx.weight_decay)
+            state["displacement"].sub_(state["momentum"], alpha=eta)
+        take_from_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)
 
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         if self.period > 1:  # the local steps are part of x now
-            torch.mul(state["residual"], 0.0 if self.dense else self.lambda_, out=state["displacement"])
-        super().finish_(state, out, parameters, segments, ctx)
+            torch.mul(part.state["residual"], 0.0 if self.dense else self.lambda_, out=part.state["displacement"])
+        super().apply_(part, out, ctx)
 
-    def shift_(self, state: State, parameters: Sequence[torch.Tensor], segments: Segments) -> None:
-        """parameters ← x − λe, less the local steps."""
-        if not self.shifts:
-            return
-        torch._foreach_copy_(list(parameters), segments.shaped_views(state["x"]))
-        if self.period > 1:
-            torch._foreach_sub_(list(parameters), segments.shaped_views(state["displacement"]))
-        else:
-            torch._foreach_add_(list(parameters), segments.shaped_views(state["residual"]), alpha=-self.lambda_)
+    def shift(self, part: Part) -> tuple[torch.Tensor, float] | None:
+        """The parameters hold p = x − λe, less the local steps."""
+        if "x" not in part.state:
+            return None
+        return (part.state["displacement"], 1.0) if self.period > 1 else (part.state["residual"], self.lambda_)

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from ..protocols import Feedback, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
-from .base import AppliesUpdate, Unshifted, add_scaled_, refuse_options
+from .base import AppliesUpdate, add_scaled_, refuse_options
 
 __all__ = ["MemSGD"]
 
 
 @dataclass(frozen=True)
-class MemSGD(Unshifted, AppliesUpdate):
+class MemSGD(AppliesUpdate):
     """u = e + η·(g + wd·x);  c = C(u);  e = u − c;  x = x − mean c.  Unit: update. x − mean e moves as uncompressed SGD, whatever η does.
 
     η and wd are read from the SGD optimizer's param group at every step; momentum is refused, as the method has none. Stich, Cordonnier, Jaggi
@@ -38,20 +38,14 @@ class MemSGD(Unshifted, AppliesUpdate):
     def for_dense(self) -> Feedback:
         return self
 
-    def init(self, segments: Segments) -> State:
-        return {"residual": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"residual": Slot(Role.RESIDUAL)}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        add_scaled_(state["residual"], gradients, parameters, segments, ctx.lr, ctx.weight_decay)
-        return state["residual"]
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        return add_scaled_(part, gradients, ctx.settings.lr, ctx.settings.weight_decay)
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        if gradients is not None:
-            add_scaled_(state["residual"], gradients, parameters, segments, -ctx.lr, ctx.weight_decay)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        add_scaled_(part, gradients, -ctx.settings.lr, ctx.settings.weight_decay)
 
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        torch._foreach_sub_(list(parameters), segments.shaped_views(out))
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
+        torch._foreach_sub_(list(part.parameters), part.segments.shaped_views(out))

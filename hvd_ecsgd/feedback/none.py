@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..protocols import Feedback, State, StepContext
+from ..protocols import Feedback, Part, Slots, StepContext
 from ..segments import Segments
 from .base import GradientUnit
 
@@ -18,25 +18,17 @@ __all__ = ["NoFeedback"]
 class NoFeedback(GradientUnit):
     """buffer = g, a scratch copy. Unit: gradient."""
 
-    @property
-    def keeps_residual(self) -> bool:
-        return False
-
     def for_dense(self) -> Feedback:
         return self
 
-    def init(self, segments: Segments) -> State:
+    def slots(self, segments: Segments) -> Slots:
         return {}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        buffer = segments.empty()
-        for view, gradient in zip(segments.shaped_views(buffer), gradients, strict=True):
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        buffer = part.segments.empty()
+        for view, gradient in zip(part.segments.shaped_views(buffer), gradients, strict=True):
             view.copy_(gradient)
         return buffer
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
         """Nothing was kept."""

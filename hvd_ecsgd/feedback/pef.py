@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..protocols import Feedback, State, StepContext
+from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
-from .base import AppliesUpdate, Unshifted, add_scaled_
+from .base import AppliesUpdate, add_scaled_
 
 __all__ = ["PEF"]
 
 
 @dataclass(frozen=True)
-class PEF(Unshifted, AppliesUpdate):
+class PEF(AppliesUpdate):
     """u = e + η̃·g;  c = C(u);  e = u − c;  then on all ranks  d = mean c/η̃ + wd·x;  m = μm + d;  x = x − η·m.  Unit: update.
 
     η̃ is the largest η so far, since m remembers d; where μ = 0 it is η. η, μ and wd are read from the SGD optimizer's param group at every step; no
@@ -25,32 +25,21 @@ class PEF(Unshifted, AppliesUpdate):
     Slots: `residual`; `momentum`, which holds the same bits on all ranks. Memory beside parameters and gradients: 2 times the parameters.
     """
 
-    @property
-    def shared_slots(self) -> tuple[str, ...]:
-        return ("momentum",)
-
     def for_dense(self) -> Feedback:
         return self
 
-    def init(self, segments: Segments) -> State:
-        return {"residual": segments.zeros(), "momentum": segments.zeros()}
+    def slots(self, segments: Segments) -> Slots:
+        return {"residual": Slot(Role.RESIDUAL), "momentum": Slot(Role.MEMORY)}
 
-    def accumulate_(
-        self, state: State, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> torch.Tensor:
-        add_scaled_(state["residual"], gradients, parameters, segments, ctx.unit)
-        return state["residual"]
+    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+        return add_scaled_(part, gradients, ctx.unit)
 
-    def undo_(
-        self, state: State, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext
-    ) -> None:
-        if gradients is not None:
-            add_scaled_(state["residual"], gradients, parameters, segments, -ctx.unit)
+    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
+        add_scaled_(part, gradients, -ctx.unit)
 
-    def finish_(self, state: State, out: torch.Tensor, parameters: Sequence[torch.Tensor], segments: Segments, ctx: StepContext) -> None:
-        momentum = state["momentum"]
-        momentum.mul_(ctx.momentum).add_(out, alpha=1 / ctx.unit)
-        views = segments.shaped_views(momentum)
-        if ctx.weight_decay:
-            torch._foreach_add_(views, list(parameters), alpha=ctx.weight_decay)
-        torch._foreach_add_(list(parameters), views, alpha=-ctx.lr)
+    def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
+        sgd, parameters = ctx.settings, list(part.parameters)
+        views = part.segments.shaped_views(part.state["momentum"].mul_(sgd.momentum).add_(out, alpha=1 / ctx.unit))
+        if sgd.weight_decay:
+            torch._foreach_add_(views, parameters, alpha=sgd.weight_decay)
+        torch._foreach_add_(parameters, views, alpha=-sgd.lr)

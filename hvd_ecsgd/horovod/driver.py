@@ -37,7 +37,7 @@ class HorovodDriver:
         self._process_set = process_set
         self._introduction = Introduction(compression.named, compression.frozen, process_set)
         self._slot: HorovodSlot | None = None
-        if compression.method.feedback.owns_momentum:
+        if compression.method.feedback.takes.momentum:
             claim(self)
 
     @property
@@ -111,7 +111,7 @@ class HorovodDriver:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         method = self._compression.method
         on_horovod = getattr(optimizer, "_compression", None) is self._compression
-        if method.feedback.applies_update:  # in a hook before the step of Horovod's optimizer, in place of what SGD would do
+        if method.feedback.takes.update:  # in a hook before the step of Horovod's optimizer, in place of what SGD would do
             if not on_horovod:
                 raise CompressionError(
                     f"attach(): {method.feedback} applies the update itself, and the optimizer given (a {type(optimizer).__name__}) is not the one "
@@ -122,7 +122,7 @@ class HorovodDriver:
         transport = self.transport() if on_horovod else None
         if transport is not None:
             self._check_clip()
-        if method.feedback.applies_update:
+        if method.feedback.takes.update:
             self.slot()  # now, so that state that is loaded shifts the parameters before the next forward pass
         elif transport is not None and transport.size == 1:
             warnings.warn(
@@ -137,12 +137,12 @@ class HorovodDriver:
         attached = self._compression.attached
         if self._slot is not None:
             self._slot.before_step(scaled=attached.scaler is not None and attached.loss_scale != 1.0)
-        elif self._compression.driven_by(self) and self._compression.method.feedback.owns_momentum:
+        elif self._compression.driven_by(self) and self._compression.method.feedback.takes.momentum:
             raise CompressionError(self._refusal())
 
     def _refusal(self) -> str:
         feedback, name = self._compression.method.feedback, self.named[0][0]
-        if feedback.applies_update:
+        if feedback.takes.update:
             return (
                 f"{feedback} applies momentum, weight decay and the update itself, and has not seen a gradient of parameter "
                 f"'{name}': {ATTACH} Without Horovod, use hvd_ecsgd.DistributedOptimizer or `import mpi_backend as hvd`."

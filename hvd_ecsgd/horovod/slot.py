@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..aggregator import Aggregator
-from ..bucket import Bucket, Reduction, drive
+from ..bucket import Bucket, BucketStep, drive
 from ..errors import CompressionError, SequenceError
 from ..gradients import take_
 from ..guard import Guard
@@ -57,7 +57,7 @@ class HorovodSlot:
         self._names = GradientNames(aggregator.state.named, frozen)
         self._check_skip = check_skip
         self._buckets: dict[str, Bucket] = {bucket.segments.names[0]: bucket for bucket in aggregator.state.buckets}
-        self._applies = aggregator.state.method.feedback.applies_update
+        self._applies = aggregator.state.method.feedback.takes.update
         self._guard = Guard(aggregator.state.method.feedback)
         self._step: SlotStep | None = None
         """The step that is being exchanged, or was, and that the optimizer's step has not ended yet."""
@@ -167,7 +167,7 @@ class HorovodSlot:
         if refused:
             self.aggregator.agreement.refusal.hear()
         gradient, reduction = pending.gradient, pending.reduction
-        if abs(factor - 1.0) > 1e-5 and (self._applies or self.aggregator.state.method.feedback.needs_learning_rate):
+        if abs(factor - 1.0) > 1e-5 and self.aggregator.state.method.feedback.takes.learning_rate:
             raise CompressionError(
                 f"parameter '{pending.name}': {self.aggregator.state.method.feedback} averages updates; summing gradients (op=hvd.Sum) is not "
                 "defined for it. Use op=hvd.Average."
@@ -191,7 +191,7 @@ class HorovodSlot:
             self._end_step(step)
         return gradient
 
-    def _write(self, reduction: Reduction, pending: Pending) -> None:
+    def _write(self, reduction: BucketStep, pending: Pending) -> None:
         """The mean becomes the gradient."""
         assert reduction.out is not None
         gradient = pending.gradient

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 import torch
 
-from ..bucket import Reduction, drive
+from ..bucket import BucketStep, drive
 from ..errors import CompressionError
 from ..guard import Noted
 from .transport import SlotHandle
@@ -32,7 +32,7 @@ class Pending:
 
     name: str
     gradient: torch.Tensor
-    reduction: Reduction | None
+    reduction: BucketStep | None
     """None while the learning rate is 0."""
     noted: Noted | None = None
     """The gradient as it was when it was compressed."""
@@ -55,7 +55,7 @@ class SlotStep:
         self._taken = 0
 
     @property
-    def reductions(self) -> list[Reduction]:
+    def reductions(self) -> list[BucketStep]:
         return [part.reduction for part in self.parts.values() if part.reduction is not None]
 
     def check_takes(self, name: str) -> None:

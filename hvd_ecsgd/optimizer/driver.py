@@ -100,7 +100,7 @@ class OptimizerDriver:
     @property
     def applies_update(self) -> bool:
         """The method moves the parameters, in place of the optimizer."""
-        return self.compression.method.feedback.applies_update
+        return self.compression.method.feedback.takes.update
 
     @property
     def listens(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..bucket import Bucket, Reduction
+from ..bucket import Bucket, BucketStep
 from ..errors import SequenceError
 
 __all__ = ["Leftover", "gradient_type", "gradients_of", "multiply_gradients_", "write_mean"]
@@ -33,7 +33,7 @@ def gradient_type(parameter: torch.nn.Parameter) -> torch.dtype:
     return parameter.dtype if chosen is None else chosen
 
 
-def write_mean(bucket: Bucket, reduction: Reduction | None, silent: bool, factor: int, sparse: bool) -> None:
+def write_mean(bucket: Bucket, reduction: BucketStep | None, silent: bool, factor: int, sparse: bool) -> None:
     """What came back for the bucket becomes the gradients of its parameters, times `factor`; None where nothing came, unless all were `silent`.
 
     Without a `reduction`, as the learning rate is 0, they are zero. `sparse`: as SparseAdam expects them.

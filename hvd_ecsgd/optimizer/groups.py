@@ -10,7 +10,7 @@ from ..attached import check_plain_sgd
 from ..bound import BoundCompression
 from ..bucket import Bucket
 from ..errors import CompressionError
-from ..method import GroupSettings
+from ..protocols import GroupSettings
 
 __all__ = ["ParamGroups"]
 
@@ -28,7 +28,7 @@ class ParamGroups:
     def check(self) -> None:
         """Raise `CompressionError` for what the optimizer would do beyond the method, or a second time: it must not be silently different."""
         method = self._compression.method
-        if method.feedback.applies_update:
+        if method.feedback.takes.update:
             check_plain_sgd(method, type(self._inner).step, type(self._inner).__name__)
             if self._summed:
                 raise CompressionError(f"{method.feedback} averages updates; summing gradients (op=Sum) is not defined for it.")

@@ -12,7 +12,7 @@ import torch
 
 from ..aggregator import Aggregator
 from ..agreement import Comparison
-from ..bucket import Bucket, Reduction, drive
+from ..bucket import Bucket, BucketStep, drive
 from ..errors import CompressionError, DisagreementError
 from ..talk import raise_if_joined
 from ..transport import Transport
@@ -56,18 +56,18 @@ class StepExchange:
     ) -> None:
         self.aggregator, self.transport, self.executor, self.observer = aggregator, transport, executor, observer
         self.phase, self.outcome = Phase.IDLE, Outcome.STANDS
-        self.results: list[Reduction | None] = []
+        self.results: list[BucketStep | None] = []
         """By bucket, of a step that is EXCHANGED; None where the learning rate was 0."""
         self._note = note
         self._submitted = 0
-        self._started: list[Reduction | None] = []  # the executor's, until it is drained
+        self._started: list[BucketStep | None] = []  # the executor's, until it is drained
         self._opening: Comparison | None = None  # the comparison that begins a step, from its start until its end
         self._sent_at: dict[int, float] = {}
         self.called = ""
         """The function outside of a step in which this rank waits for the others to call it, too."""
 
     @property
-    def reductions(self) -> list[Reduction]:
+    def reductions(self) -> list[BucketStep]:
         return [r for r in self.results if r is not None]
 
     @property
@@ -199,7 +199,7 @@ class StepExchange:
             self.agree()
             self._finish([self._started[-2]])
 
-    def _finish(self, started: Sequence[Reduction | None]) -> None:
+    def _finish(self, started: Sequence[BucketStep | None]) -> None:
         reductions = [r for r in started if r is not None]
         if self.executor.concurrent:
             for reduction in reductions:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..compressors import Rounding
-from ..protocols import Compressor, Feedback, Part, State, StepContext
+from ..protocols import Compressor, Feedback, GroupSettings, Part, StepContext, zeros
 from ..segments import Key, Segments
 
 __all__ = ["Convex", "Logistic", "Quadratics", "descend"]
@@ -107,17 +107,17 @@ def descend(
     problem.x = x = problem.start.clone()
     segments = Segments.of([("x", x)])
     rules = [rule(i) for i in range(n)]
-    states: list[State] = [r.init(segments) for r in rules]
+    parts = [Part(zeros(r.slots(segments), segments), [x], segments) for r in rules]
     eta = before = problem.eta
     for t in range(steps):
         eta = problem.eta if rate is None else rate(t)
         out = torch.zeros_like(x)
         for i in range(n):
-            ctx = StepContext(0, t, i, n, lr=eta, unit=eta, previous_unit=before if t else eta)
-            buffer = rules[i].accumulate_(states[i], [problem.gradient(i, x)], [x], segments, ctx)
+            ctx = StepContext(0, t, i, n, GroupSettings(eta), eta, before if t else eta)
+            buffer = rules[i].accumulate_(parts[i], [problem.gradient(i, x)], ctx).buffer
             payload = compressor.extract_(buffer, segments, Key(0, t, i))
             compressor.add_(out, payload, segments, Key(0, t, i), 1 / n)
-        running = [r.prepare([Part(s, [x], segments, False)], Key(0, t, i, "prepare", n)) for i, (r, s) in enumerate(zip(rules, states, strict=True))]
+        running = [rule.between_steps([part], Key(0, t, i, "prepare", n)) for i, (rule, part) in enumerate(zip(rules, parts, strict=True))]
         for lists in zip(*running, strict=True):
             for tensors in zip(*lists, strict=True):
                 mean = torch.stack(tensors).mean(0)
@@ -126,6 +126,6 @@ def descend(
         x -= eta * out
         before = eta
         if watch is not None:
-            watch(t, eta, x, [s["residual"] for s in states])
-    e = torch.stack([s.get("residual", torch.zeros_like(x)) for s in states]).mean(0)
+            watch(t, eta, x, [part.state["residual"] for part in parts])
+    e = torch.stack([part.state.get("residual", torch.zeros_like(x)) for part in parts]).mean(0)
     return (x - problem.best).norm().item(), (x - eta * e - problem.best).norm().item()

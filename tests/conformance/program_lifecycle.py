@@ -135,7 +135,7 @@ def clipping() -> None:
             optimizer.zero_grad()
             backward(model, rank, step)
             optimizer.synchronize()
-            if not optimizer.bound.method.feedback.applies_update:
+            if not optimizer.bound.method.feedback.takes.update:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             with optimizer.skip_synchronize():
                 optimizer.step()

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from hvd_ecsgd import Compression
+from hvd_ecsgd.protocols import Role
 from tests.cases import CASES, Case, bound_method, by_name
 from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
 from tests.problems import mlp, simulate, weights
@@ -40,13 +41,13 @@ def expected(case: Case, prefix: str) -> torch.Tensor:
 def check(case: Case) -> None:
     model = mlp()
     compression, feedback = case.make(), bound_method(case).feedback
-    if feedback.keeps_residual or case.name not in ("none", "fp16"):
+    if Role.RESIDUAL in bound_method(case).slot_names or case.name not in ("none", "fp16"):
         compression = compression.bind(prefixed(model, case.name))
     optimizer = stock(model, compression, case.name, momentum=case.momentum)
-    if feedback.applies_update or feedback.needs_learning_rate:
+    if feedback.takes.learning_rate:
         compression.attach(optimizer)
     train_stock(model, optimizer, range(STEPS))
-    w = weights(model, compression if feedback.applies_update else None)
+    w = weights(model, compression if feedback.takes.update else None)
     assert same_on_all(w, case.name), "ranks hold different bits"
     difference = (w - expected(case, case.name)).abs().max().item()
     assert difference <= tolerance(case), f"{difference} from the simulation, allowed {tolerance(case)}"

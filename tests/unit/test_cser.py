@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
-from hvd_ecsgd.bucket import Reduction
+from hvd_ecsgd.bucket import BucketStep
 from hvd_ecsgd.compressors import RandomBlock, TopK
 from hvd_ecsgd.exchange import AllReduce, ErrorReset
 from hvd_ecsgd.feedback import CSER, ErrorFeedback
@@ -137,11 +137,11 @@ def test_undoing_an_uncompressed_step_keeps_the_errors(monkeypatch: pytest.Monke
         return max(run_simulated(2, worker))
 
     assert errors_lost() == 0
-    commit = Reduction.commit
+    commit = BucketStep.commit
 
-    def forgetful(self: Reduction) -> None:
+    def forgetful(self: BucketStep) -> None:
         commit(self)
-        self.bucket.clean = self.task.compressor.lossless
+        self.bucket.residual_is_zero = self.task.compressor.lossless
 
-    monkeypatch.setattr(Reduction, "commit", forgetful)
+    monkeypatch.setattr(BucketStep, "commit", forgetful)
     assert errors_lost() > 1e-3

@@ -25,7 +25,7 @@ def gradients(model: torch.nn.Module, rank: int, step: int) -> list[torch.Tensor
 
 
 def options(case: Case) -> dict[str, float]:
-    applies = bound_method(case).feedback.owns_momentum and bound_method(case).feedback.applies_update
+    applies = bound_method(case).feedback.takes.update
     return {"momentum": case.momentum, "weight_decay": 1e-4} if applies else {}
 
 

@@ -162,7 +162,7 @@ def test_clipping_inside_is_clipping_by_hand(case: Case) -> None:
             model, optimizer = wrapped(with_clip(case, **({clip: limit} if inside else {})), 0.1, case.momentum, transport=transport)
             for t in range(3):
                 if case.momentum:
-                    optimizer.param_groups[0]["weight_decay"] = 0.1 if optimizer.compression.method.feedback.owns_momentum else 0.0
+                    optimizer.param_groups[0]["weight_decay"] = 0.1 if optimizer.compression.method.feedback.takes.momentum else 0.0
                 x, y = batch(transport.rank, t)
                 optimizer.zero_grad()
                 gradients = list(torch.autograd.grad(torch.nn.functional.cross_entropy(model(x), y), list(model.parameters())))

@@ -16,7 +16,7 @@ from hvd_ecsgd.exchange import AllReduce, CompSkip, Every
 from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, LocalMomentum, Matrix, NoFeedback, Product
 from hvd_ecsgd.horovod.slot import HorovodSlot
 from hvd_ecsgd.horovod.transport import SlotHandle
-from hvd_ecsgd.protocols import Feedback, StepContext
+from hvd_ecsgd.protocols import Accumulated, Feedback, GroupSettings, Part, StepContext, zeros
 from hvd_ecsgd.reproduce.lockstep import Quadratics, descend
 from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.state import MethodState
@@ -114,8 +114,8 @@ def violation(which: str, forget_ratio: bool = False) -> float:
 class Forgetful(HessianAided):
     """Without the ratio of learning rates."""
 
-    def accumulate_(self, state: Any, gradients: Any, parameters: Any, segments: Any, ctx: StepContext) -> torch.Tensor:
-        return super().accumulate_(state, gradients, parameters, segments, StepContext(ctx.seed, ctx.step, lr=ctx.lr))
+    def accumulate_(self, part: Part, gradients: Any, ctx: StepContext) -> Accumulated:
+        return super().accumulate_(part, gradients, StepContext(ctx.seed, ctx.step, settings=ctx.settings))
 
 
 @pytest.mark.parametrize("which", ["I - ηH", "I - ηH_i, mean e", "product, mean e", "product, global"])
@@ -257,14 +257,15 @@ def test_a_diagonal_never_makes_a_residual_grow(curvature: Any, monkeypatch: pyt
     segments, rule = Segments.of([("x", x)]), HessianAided(curvature)
 
     def factors() -> list[float]:
-        state = rule.init(segments)
+        state = zeros(rule.slots(segments), segments)
         state["residual"].fill_(1.0)
         state["diagonal"].copy_(torch.tensor([-3.0, 0.0, 0.5, 2.0, 4.0, 10.0]))
-        kept: list[float] = rule.accumulate_(state, [x], [x], segments, StepContext(0, 1, lr=0.5, unit=0.5, previous_unit=0.25)).tolist()
+        ctx = StepContext(0, 1, settings=GroupSettings(0.5), unit=0.5, previous_unit=0.25)
+        kept: list[float] = rule.accumulate_(Part(state, [x], segments), [x], ctx).buffer.tolist()
         return kept
 
     assert factors() == [0.5, 0.5, 0.375, 0.0, -0.5, -0.5]
-    monkeypatch.setattr(type(curvature), "correction", lambda self, state, segments, lr: state["diagonal"] * state["residual"])
+    monkeypatch.setattr(type(curvature), "correction", lambda self, part, lr: part.state["diagonal"] * part.state["residual"])
     assert factors() == [1.25, 0.5, 0.375, 0.0, -0.5, -2.0]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer, GradientExchange
-from hvd_ecsgd.method import GroupSettings
+from hvd_ecsgd.protocols import GroupSettings
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import CASES, Case, bound_method, by_name, ids
 from tests.problems import batch, flat, mlp, same_bits, train, weights

@@ -167,13 +167,13 @@ def test_error_averaging_keeps_the_virtual_iterate(monkeypatch: pytest.MonkeyPat
         assert ranks[0].e.abs().max() > 1e-4
     assert not torch.equal(records[-1][0].x, trajectory(averaged(None), LRS, momentum=0.9, change=vary)[-1][0].x), "control: it does something"
 
-    def add_up(self: LocalMomentum, parts: Any, key: Any, right: Any = LocalMomentum.prepare) -> Any:
+    def add_up(self: LocalMomentum, parts: Any, key: Any, right: Any = LocalMomentum.between_steps) -> Any:
         for tensors in right(self, parts, key):
             yield tensors
             for t in tensors:
                 t.mul_(N)
 
-    monkeypatch.setattr(LocalMomentum, "prepare", add_up)
+    monkeypatch.setattr(LocalMomentum, "between_steps", add_up)
     assert largest_violation_of_z(trajectory(averaged(2), LRS, momentum=0.9, change=vary), LRS) > 1e-3
 
 

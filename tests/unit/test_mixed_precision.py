@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
+from hvd_ecsgd.protocols import Role
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, bound_method, by_name, ids
 from tests.problems import batch, mlp, same_bits, weights
@@ -81,7 +82,7 @@ def test_plain_scaler_step_is_the_run_without_a_scaler(case: Case) -> None:
     scaled, plain = (run(case.make, s, momentum=case.momentum) for s in (True, False))
     assert scaled[0][2][0] != scaled[0][2][-1], "the scale changed"
     for (w, state, *_), (w0, state0, *_) in zip(scaled, plain):
-        if case.exact or bound_method(case).feedback.keeps_residual:
+        if case.exact or Role.RESIDUAL in bound_method(case).slot_names:
             assert torch.equal(w, w0)
             assert equal(state, state0)
         else:
@@ -140,7 +141,7 @@ def test_without_state_a_scaler_need_not_be_attached(case: Case, bad: int, recip
 
 def test_the_presets_without_state_are_those_without_feedback() -> None:
     assert {"none", "fp16", "bf16", "qsgd", "top_k-no_feedback", "double_squeeze-uncompensated"} < {c.name for c in STATELESS}
-    assert not any(bound_method(c).feedback.keeps_residual for c in STATELESS)
+    assert not any(Role.RESIDUAL in bound_method(c).slot_names for c in STATELESS)
     assert "power_sgd-no_feedback" not in {c.name for c in STATELESS}, "its factors are those of the last step"
 
 

@@ -74,7 +74,7 @@ def test_without_folding_the_servers_residuals_it_is_lost(monkeypatch: pytest.Mo
     carry_over = switching_module.carry_over
 
     def anew(state: Any, bucket: Any, old: Any, same_pieces: bool) -> None:
-        bucket.exchange_state = bucket.method.exchange.init(bucket.segments, state.rank, state.size)
+        bucket.exchange_state = bucket.new_exchange_state(state.rank, state.size)
 
     def undivided(state: Any, bucket: Any, old: Any, same_pieces: bool) -> None:
         bucket.exchange_state["server_residual"] = bucket.exchange_state.get("server_residual", torch.zeros(0)) / state.size

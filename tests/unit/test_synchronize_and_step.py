@@ -139,7 +139,7 @@ def test_closures() -> None:
     assert values
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not bound_method(c).feedback.applies_update], ids=ids)
+@pytest.mark.parametrize("case", [c for c in CASES if not bound_method(c).feedback.takes.update], ids=ids)
 def test_sums_are_n_times_means(case: Case) -> None:
     """With a learning rate divided by n (a power of two: exact) the run with sums is the run with means."""
     means = simulate(2, case.make, lr=0.125, weight_decay=0)

@@ -81,7 +81,7 @@ def test_it_is_local_momentum_with_no_momentum() -> None:
     assert (ours[-1][0][0] - same[-1][0][0]).abs().max() < 1e-13
     other = trajectory(lambda: Compression.topk_sgd(9, **ALL))
     assert (ours[-1][0][0] - other[-1][0][0]).abs().max() > 1e-4, "control"
-    assert set(MemSGD().init(Segments.of([("p", torch.ones(3))]))) == {"residual"}
+    assert set(MemSGD().slots(Segments.of([("p", torch.ones(3))]))) == {"residual"}
 
 
 def test_the_method_itself() -> None:

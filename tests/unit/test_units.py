@@ -12,13 +12,13 @@ import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.bucket import Bucket
-from hvd_ecsgd.method import GroupSettings
+from hvd_ecsgd.protocols import GroupSettings, Role
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import CASES, Case, bound_method, by_name, ids
 from tests.problems import batch, flat, mlp
 from tests.unit.test_invariants import GRADIENT_UNITS, mean, pieces, slot, whole
 
-REMEMBERED = [c for c in GRADIENT_UNITS if (f := bound_method(c).feedback).keeps_residual and not f.owns_momentum] + [by_name("pef")]
+REMEMBERED = [c for c in GRADIENT_UNITS if Role.RESIDUAL in (m := bound_method(c)).slot_names and not m.feedback.takes.momentum] + [by_name("pef")]
 """In front of an optimizer with momentum, or with momentum after the exchange."""
 
 
@@ -48,7 +48,7 @@ def largest_momentum(make: Callable[[], Any], lrs: Sequence[float]) -> float:
         x, y = batch(0, t)
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-        applied = optimizer.compression.method.feedback.applies_update
+        applied = optimizer.compression.method.feedback.takes.update
         held = slot(optimizer.compression, "momentum") if applied else flat(s["momentum_buffer"] for s in optimizer.state.values())
         largest = max(largest, held.norm().item())
     return largest
@@ -197,6 +197,6 @@ def test_a_state_saved_with_an_earlier_unit_goes_on_from_there() -> None:
 
 
 def test_every_row_is_looked_at() -> None:
-    rows = {c.name for c in CASES if bound_method(c).feedback.keeps_residual}
-    before_or_in_updates = {c.name for c in CASES if bound_method(c).feedback.owns_momentum} - {"pef"}
+    rows = {c.name for c in CASES if Role.RESIDUAL in bound_method(c).slot_names}
+    before_or_in_updates = {c.name for c in CASES if bound_method(c).feedback.takes.momentum} - {"pef"}
     assert {c.name for c in REMEMBERED} == rows - before_or_in_updates and len(REMEMBERED) > 30
