@@ -7,13 +7,13 @@
 Importing this package needs torch and NumPy only; Horovod is imported when Horovod calls us.
 """
 
-from .bound import BoundCompression
 from .checkpoint import load_checkpoint, save_checkpoint
 from .compression import Compression, double_squeeze_comparison
+from .core.bound import BoundCompression
+from .core.schedule import exponential_ratios
 from .errors import CheckpointError, CompressionError, DisagreementError, SequenceError, TransportError, UnboundParameterError
 from .gradient_exchange import GradientExchange
 from .optimizer import DistributedOptimizer
-from .schedule import exponential_ratios
 from .version import __version__
 
 __all__ = [

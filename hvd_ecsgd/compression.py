@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 import torch
 
 from .arguments import check_flag
-from .bound import BoundCompression, Named
 from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Natural, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from .compressors.base import check_unbiased
+from .core.bound import BoundCompression, Named
+from .core.method import Method
 from .errors import CompressionError
 from .exchange import (
     AllGather,
@@ -31,7 +32,6 @@ from .feedback import CSER, PEF, DistEFSGD, ErrorFeedback, GradientSquares, Hess
 from .feedback.curvature import Curvature
 from .horovod.driver import HorovodDriver
 from .horovod.transport import horovod_is_running
-from .method import Method
 from .protocols import Compressor, Exchange, Feedback
 
 __all__ = ["AnyCompression", "Compression", "bind", "double_squeeze_comparison"]

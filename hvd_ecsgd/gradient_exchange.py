@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from .aggregator import Aggregator
-from .agreement import in_common_order
-from .bound import Named
-from .bucket import Bucket
 from .compression import AnyCompression, Compression, bind
+from .core.aggregator import Aggregator
+from .core.agreement import in_common_order
+from .core.bound import Named
+from .core.bucket import Bucket
+from .core.gradients import clip_factor, take_
+from .core.state import MethodState
 from .errors import CompressionError
-from .gradients import clip_factor, take_
 from .optimizer.distributed import BUCKET_BYTES
 from .optimizer.executor import Executor, Inline
 from .optimizer.step import Outcome, StepExchange
 from .protocols import GroupSettings
-from .state import MethodState
 from .transport import SelfTransport, Transport
 
 __all__ = ["GradientExchange"]

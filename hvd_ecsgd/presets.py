@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 
 from .compression import Compression
+from .core.method import Method
 from .feedback import NoFeedback
-from .method import Method
 
 __all__ = ["PRESETS", "RULES", "Preset", "needs_attach"]
 

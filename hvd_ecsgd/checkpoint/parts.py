@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from ..core.state import MethodState
+from ..core.talk import everyone, text_of, together
+from ..core.trees import decode, encode
 from ..errors import CheckpointError
-from ..state import MethodState
-from ..talk import everyone, text_of, together
 from ..transport import Transport
-from ..trees import decode, encode
 from ..version import __version__
 from .resize import Done, Leaf, merge, resized_state, shares
 

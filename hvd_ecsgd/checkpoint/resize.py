@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ..bucket import Bucket, part_of
+from ..core.bucket import Bucket, part_of
+from ..core.state import MethodState
 from ..protocols import State
-from ..state import MethodState
 
 __all__ = ["Done", "Leaf", "in_words", "merge", "recut", "resized_state", "shares"]
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ..bound import BoundCompression
+from ..core.bound import BoundCompression
+from ..core.talk import everyone, together
 from ..errors import CheckpointError
-from ..talk import everyone, together
 from ..version import __version__
 from .parts import FORMAT, Parts, Save, read_manifest
 from .resize import Done, in_words

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..aggregator import Aggregator
-from ..attached import ATTACH, check_plain_sgd
-from ..bound import BoundCompression
+from ..core.aggregator import Aggregator
+from ..core.attached import ATTACH, check_plain_sgd
+from ..core.bound import BoundCompression
+from ..core.state import MethodState
 from ..errors import CompressionError
-from ..state import MethodState
 from ..transport.base import Transport
 from .introduction import Introduction
 from .slot import HorovodSlot

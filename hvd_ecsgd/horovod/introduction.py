@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..core.talk import STEP, packed_text, raise_on_other_texts
 from ..errors import DisagreementError
-from ..talk import STEP, packed_text, raise_on_other_texts
 from ..transport import Handle, Transport
 from . import opening
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..talk import STEP, raise_if_apart, raise_if_joined
+from ..core.talk import STEP, raise_if_apart, raise_if_joined
 from .introduction import Introduction
 from .opening import Opening, await_others
 from .transport import SlotTransport

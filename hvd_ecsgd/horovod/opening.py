@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..core.talk import code_of, doing_of
 from ..errors import TransportError
-from ..talk import code_of, doing_of
 from ..transport import Handle, Transport
 
 __all__ = ["SILENCE", "Opening", "await_others"]

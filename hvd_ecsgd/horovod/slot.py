@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..aggregator import Aggregator
-from ..bucket import Bucket, BucketStep, drive
+from ..core.aggregator import Aggregator
+from ..core.bucket import Bucket
+from ..core.gradients import take_
+from ..core.guard import Guard
+from ..core.step import BucketStep, drive
 from ..errors import CompressionError, SequenceError
-from ..gradients import take_
-from ..guard import Guard
 from ..transport import SelfTransport
 from .introduction import Introduction
 from .meeting import Meeting, inside_backward

@@ -7,9 +7,9 @@ from enum import Enum, auto
 
 import torch
 
-from ..bucket import BucketStep, drive
+from ..core.guard import Noted
+from ..core.step import BucketStep, drive
 from ..errors import CompressionError
-from ..guard import Noted
 from .transport import SlotHandle
 
 __all__ = ["Pending", "Phase", "SlotStep"]

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..bound import BoundCompression
 from ..compression import AnyCompression, Compression, bind
+from ..core.bound import BoundCompression
 from ..errors import CompressionError
 from ..transport import SelfTransport, Transport
 from .driver import OptimizerDriver

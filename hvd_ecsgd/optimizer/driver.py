@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..aggregator import Aggregator
-from ..agreement import in_common_order
-from ..bound import BoundCompression
+from ..core.aggregator import Aggregator
+from ..core.agreement import in_common_order
+from ..core.bound import BoundCompression
+from ..core.gradients import clip_factor, take_
+from ..core.guard import Guard
+from ..core.state import MethodState
 from ..errors import CompressionError, SequenceError
-from ..gradients import clip_factor, take_
-from ..guard import Guard
-from ..state import MethodState
 from ..transport import Transport
 from .backward import BackwardTimer
 from .executor import Executor, Observer

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..bucket import Bucket, BucketStep
+from ..core.bucket import Bucket
+from ..core.step import BucketStep
 from ..errors import SequenceError
 
 __all__ = ["Leftover", "gradient_type", "gradients_of", "multiply_gradients_", "write_mean"]

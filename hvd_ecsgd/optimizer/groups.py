@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from ..attached import check_plain_sgd
-from ..bound import BoundCompression
-from ..bucket import Bucket
+from ..core.attached import check_plain_sgd
+from ..core.bound import BoundCompression
+from ..core.bucket import Bucket
 from ..errors import CompressionError
 from ..protocols import GroupSettings
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..arguments import check_integer
-from ..bucket import Bucket
+from ..core.bucket import Bucket
 from ..errors import SequenceError
 from .backward import BackwardPasses
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ..core.talk import STEP
+from ..core.trees import decode, encode
 from ..errors import CheckpointError, CompressionError
-from ..talk import STEP
-from ..trees import decode, encode
 from .driver import OptimizerDriver
 from .executor import never, wait_patiently
 from .gradients import multiply_gradients_

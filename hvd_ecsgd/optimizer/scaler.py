@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..bound import BoundCompression
+from ..core.bound import BoundCompression
 from ..errors import CompressionError
 
 __all__ = ["ScalerLink"]

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from ..aggregator import Aggregator
-from ..agreement import Comparison
-from ..bucket import Bucket, BucketStep, drive
+from ..core.aggregator import Aggregator
+from ..core.agreement import Comparison
+from ..core.bucket import Bucket
+from ..core.step import BucketStep, drive
+from ..core.talk import raise_if_joined
 from ..errors import CompressionError, DisagreementError
-from ..talk import raise_if_joined
 from ..transport import Transport
 from .executor import Executor, Observer, wait_patiently
 

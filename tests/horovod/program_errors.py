@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-import hvd_ecsgd.agreement
+import hvd_ecsgd.core.agreement
 import hvd_ecsgd.horovod.slot
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, UnboundParameterError
 from hvd_ecsgd.horovod import opening
@@ -64,7 +64,7 @@ def method() -> None:
 
 def late() -> None:
     """A rank that comes to its first step long after the others are out of patience: they wait, and all are told."""
-    patience, hvd_ecsgd.agreement._PATIENCE = hvd_ecsgd.agreement._PATIENCE, 0.2
+    patience, hvd_ecsgd.core.agreement._PATIENCE = hvd_ecsgd.core.agreement._PATIENCE, 0.2
     try:
         model = mlp()
         bound = bound_to(model, "late", Compression.random_block(8 if odd() else 4, **ALL))
@@ -79,7 +79,7 @@ def late() -> None:
         one_step("late.2", bound_to(model, "late.2", Compression.one_bit(**ALL)), model)
         del waiting
     finally:
-        hvd_ecsgd.agreement._PATIENCE = patience
+        hvd_ecsgd.core.agreement._PATIENCE = patience
 
 
 def models() -> None:
@@ -285,7 +285,7 @@ def unchecked() -> None:
     reference = train_stock(
         reference_model, stock(reference_model, bound_to(reference_model, "unchecked", Compression.random_block(8, **ALL)), "unchecked"), range(8)
     )
-    agreement, slot = hvd_ecsgd.agreement, hvd_ecsgd.horovod.slot
+    agreement, slot = hvd_ecsgd.core.agreement, hvd_ecsgd.horovod.slot
     kept = agreement.raise_on_other_texts, slot.without_tail
     agreement.raise_on_other_texts = lambda packed: None
     slot.without_tail = lambda reduced, name, size: (reduced[:-5], 1.0, False)

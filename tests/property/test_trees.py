@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from hvd_ecsgd.core.trees import decode, encode
 from hvd_ecsgd.errors import CheckpointError
-from hvd_ecsgd.trees import decode, encode
 
 TEXT = st.text(st.characters(), max_size=4) | st.sampled_from(["", "/", "a", "a/0", "~", "~0", "0", "1", "$tensor", "\ud800", "\ud83d\ude00"])
 NUMBERS = st.booleans() | st.integers() | st.sampled_from([2**4000, -(2**1001)]) | st.floats() | st.complex_numbers()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
-from hvd_ecsgd.bucket import BucketStep
 from hvd_ecsgd.compressors import RandomBlock, TopK
+from hvd_ecsgd.core.step import BucketStep
 from hvd_ecsgd.exchange import AllReduce, ErrorReset
 from hvd_ecsgd.feedback import CSER, ErrorFeedback
 from hvd_ecsgd.segments import Key, Segments

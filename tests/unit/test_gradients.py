@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import hvd_ecsgd.guard
+import hvd_ecsgd.core.guard
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
 from hvd_ecsgd.errors import SequenceError
 from hvd_ecsgd.transport import Transport, run_simulated
@@ -97,7 +97,7 @@ def test_a_single_element_is_noticed_in_the_first_steps_and_now_and_then(monkeyp
             return "'0.weight'" in str(error)
         return False
 
-    monkeypatch.setattr(hvd_ecsgd.guard, "_EVERY", 5)
+    monkeypatch.setattr(hvd_ecsgd.core.guard, "_EVERY", 5)
     assert [noticed(steps) for steps in (0, 2, 3, 4, 5)] == [True, True, False, False, True]
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
-from hvd_ecsgd.aggregator import Aggregator
 from hvd_ecsgd.compressors import Identity, RandomBlock, Rounding, TopK
+from hvd_ecsgd.core.aggregator import Aggregator
+from hvd_ecsgd.core.state import MethodState
 from hvd_ecsgd.exchange import AllReduce, CompSkip, Every
 from hvd_ecsgd.feedback import ErrorFeedback, GradientSquares, HessianAided, Hutchinson, LocalMomentum, Matrix, NoFeedback, Product
 from hvd_ecsgd.horovod.slot import HorovodSlot
@@ -19,7 +20,6 @@ from hvd_ecsgd.horovod.transport import SlotHandle
 from hvd_ecsgd.protocols import Accumulated, Feedback, GroupSettings, Part, StepContext, zeros
 from hvd_ecsgd.reproduce.lockstep import Quadratics, descend
 from hvd_ecsgd.segments import Key, Segments
-from hvd_ecsgd.state import MethodState
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import ALL
 from tests.problems import batch, flat, mlp, slot, weights

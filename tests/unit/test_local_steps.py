@@ -98,7 +98,7 @@ def test_an_overflow_in_a_local_step_lowers_the_scale_of_its_rank_alone(bad_step
     with_scaler, without = run(True), run(False)
     assert [(scale, undone) for _, scale, undone in with_scaler] == [(64.0, 0), (32.0, 1), (64.0, 0)]
     assert same_bits([x for x, *_ in with_scaler] + [x for x, *_ in without])
-    monkeypatch.setattr("hvd_ecsgd.agreement.compared", lambda state, bucket: state.settings(bucket))
+    monkeypatch.setattr("hvd_ecsgd.core.agreement.compared", lambda state, bucket: state.settings(bucket))
     with pytest.raises(DisagreementError, match="loss_scale"):
         run(True)
 

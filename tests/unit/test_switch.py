@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer, TransportError
-from hvd_ecsgd import switch as switching_module
 from hvd_ecsgd.compressors import Identity, Sign, TopK
+from hvd_ecsgd.core import switch as switching_module
 from hvd_ecsgd.exchange import AllReduce, Central, TwoPass
 from hvd_ecsgd.feedback import ErrorFeedback, HessianAided, LocalMomentum, Matrix, NoFeedback
 from hvd_ecsgd.transport import Transport, run_simulated

@@ -37,7 +37,7 @@ PAIRS = [(a, b) for a in ACTS for b in ACTS if a < b]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Optimizers of other tests have their first step to come for ever, so first steps would wait here for as long as they do in a script."""
-    monkeypatch.setattr("hvd_ecsgd.agreement._PATIENCE", 0.2)
+    monkeypatch.setattr("hvd_ecsgd.core.agreement._PATIENCE", 0.2)
 
 
 @pytest.mark.parametrize("steps", [0, 3], ids=["before the first step", "later"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
-from hvd_ecsgd.bucket import Bucket
+from hvd_ecsgd.core.bucket import Bucket
 from hvd_ecsgd.protocols import GroupSettings, Role
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import CASES, Case, bound_method, by_name, ids

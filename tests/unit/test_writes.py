@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
-from hvd_ecsgd.bucket import Bucket
+from hvd_ecsgd.core.bucket import Bucket
 from hvd_ecsgd.kernels import column_sums
 from tests.cases import ALL
 from tests.problems import batch, mlp, weights

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError, CompressionError, DisagreementError
-from .transport.base import Transport
+from ..errors import CheckpointError, CompressionError, DisagreementError
+from ..transport.base import Transport
 
 __all__ = [
     "STEP",

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from ..errors import CompressionError
+from ..protocols import GroupSettings, Role
 from .bucket import Bucket
-from .errors import CompressionError
 from .method import Method
-from .protocols import GroupSettings, Role
 from .state import NamedParameters
 
 __all__ = ["ATTACH", "Attached", "check_plain_sgd"]

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
+from ..errors import CompressionError
+from ..protocols import Accumulated, GroupSettings, Part, Role, Task, Traffic
+from ..segments import Key
+from ..transport.base import Transport
 from . import saved_state, switch
 from .agreement import Agreement
-from .bucket import Bucket, BucketStep, FrozenState, local_step
-from .errors import CompressionError
+from .bucket import Bucket
 from .gradients import scale_of
 from .method import Method
 from .points import Point, Points
-from .protocols import Accumulated, GroupSettings, Part, Role, Task, Traffic
-from .segments import Key
 from .state import MethodState
-from .transport.base import Transport
+from .step import BucketStep, FrozenState, local_step
 
 __all__ = ["Aggregator"]
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from .transport.base import Transport
+from ..transport.base import Transport
 
 __all__ = ["Refusal"]
 

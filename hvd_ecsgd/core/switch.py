@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from ..errors import CompressionError
+from ..protocols import Role
 from .agreement import Agreement
 from .bucket import Bucket, add_servers_
-from .errors import CompressionError
 from .method import Method
 from .points import Points
-from .protocols import Role
 from .state import MethodState
 
 __all__ = ["switch"]

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from ..errors import CompressionError
+from ..protocols import GroupSettings, Traffic
+from ..segments import Segments
+from ..transport.base import Transport
 from .bucket import Bucket, wire_dtype
-from .errors import CompressionError
 from .method import Method
-from .protocols import GroupSettings, Traffic
-from .segments import Segments
-from .transport.base import Transport
 
 __all__ = ["MethodState", "NamedParameters"]
 

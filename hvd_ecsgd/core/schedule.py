@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from .arguments import check_integer, check_ratio, is_integer
-from .errors import CompressionError
-from .protocols import Compressor
+from ..arguments import check_integer, check_ratio, is_integer
+from ..errors import CompressionError
+from ..protocols import Compressor
 
 __all__ = ["Ratios", "at_step", "check_ratios", "exponential_ratios"]
 

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..errors import DisagreementError
+from ..kernels import fingerprint
+from ..protocols import GroupSettings
+from ..transport.base import Handle, Ready, Transport
 from .bucket import Bucket
-from .errors import DisagreementError
-from .kernels import fingerprint
-from .protocols import GroupSettings
 from .refusal import Refusal
 from .state import MethodState
 from .talk import STEP, code_of, doing_of, packed_text, raise_if_apart, raise_on_other_texts, unpacked
-from .transport.base import Handle, Ready, Transport
 
 __all__ = ["Agreement", "Comparison", "in_common_order"]
 

@@ -8,11 +8,11 @@ from functools import cached_property
 
 import torch
 
-from .arguments import check_flag, check_integer, check_number
-from .compressors import Identity
-from .errors import CompressionError
-from .exchange import AllReduce
-from .protocols import NO_SEGMENTS, Compressor, Exchange, Feedback, Role, slot_of
+from ..arguments import check_flag, check_integer, check_number
+from ..compressors import Identity
+from ..errors import CompressionError
+from ..exchange import AllReduce
+from ..protocols import NO_SEGMENTS, Compressor, Exchange, Feedback, Role, slot_of
 from .schedule import at_step, check_ratios
 
 __all__ = ["Method"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import CompressionError
+from ..errors import CompressionError
 
 __all__ = ["Guard", "Noted"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .arguments import is_integer, is_number
+from ..arguments import is_integer, is_number
+from ..errors import CompressionError
+from ..protocols import Role, State
+from ..segments import Segments
 from .bucket import Bucket, part_of
-from .errors import CompressionError
-from .protocols import Role, State
-from .segments import Segments
 from .state import MethodState
 
 __all__ = ["check_head", "prepare_load", "state_dict"]

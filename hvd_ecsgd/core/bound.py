@@ -10,15 +10,15 @@ from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 
+from ..errors import CompressionError
+from ..protocols import Role, Traffic
+from ..transport.base import Transport
 from .aggregator import Aggregator
 from .attached import Attached
-from .errors import CompressionError
 from .method import Method
 from .points import Point, check_point
-from .protocols import Role, Traffic
 from .saved_state import check_head
 from .state import MethodState
-from .transport.base import Transport
 from .trees import is_unicode
 
 __all__ = ["BoundCompression", "Driver", "HorovodProtocol", "Named"]

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
+from ..errors import CompressionError
 from .bucket import Bucket, add_servers_
-from .errors import CompressionError
 from .state import MethodState
 
 __all__ = ["Point", "Points", "check_point"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..kernels import all_finite
+from ..protocols import GroupSettings
 from .bucket import Bucket
-from .kernels import all_finite
-from .protocols import GroupSettings
 from .state import MethodState
 
 __all__ = ["clip_factor", "scale_of", "take_"]

@@ -1,0 +1,161 @@
+"""One bucket's step: begun, driven to its end, kept or undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from ..protocols import GroupSettings, Role, Steps, Task, settled
+from ..transport.base import Handle
+from .bucket import Bucket, part_of
+
+__all__ = ["BucketStep", "FrozenState", "drive", "local_step"]
+
+
+class FrozenState:
+    """The state of a bucket's frozen parameters as it was before the step: it waits until they are unfrozen.
+
+    They take part in the exchange with what is left of them, as all tables are alike on all ranks, and what comes of it is put away.
+    """
+
+    def __init__(self, bucket: Bucket, rank: int, size: int) -> None:
+        self._bucket = bucket
+        self._pieces = bucket.method.exchange.state_segments(bucket.segments, rank, size).table
+        self._residuals = {bucket.method.slot_names.get(Role.RESIDUAL), bucket.method.server_slot}
+        self._kept = {place: value.clone() for place, value in self._places()}
+
+    def _places(self) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
+        """(place in the bucket, slot), and what is there. Not x, which stays where it is, nor counters, which are of the bucket."""
+        bucket = self._bucket
+        assert bucket.state is not None and bucket.exchange_state is not None
+        x = bucket.point
+        for i in bucket.frozen():
+            yield from (((i, slot), part_of(t, i, bucket.segments.table[i])) for slot, t in bucket.state.items() if t is not x)
+            yield from (((i, slot), part_of(t, i, self._pieces[i])) for slot, t in bucket.exchange_state.items() if t.dim() == 1)
+
+    def rescale_(self, carry: float) -> None:
+        """From units of the learning rate before to those of the step's."""
+        for (_, slot), value in self._kept.items():
+            if slot in self._residuals:
+                value.mul_(carry)
+
+    def put_back_(self) -> None:
+        now = dict(self._places())
+        residual = self._bucket.method.slot_names.get(Role.RESIDUAL)
+        for (i, slot), value in self._kept.items():
+            if (i, slot) in now:
+                now[i, slot].copy_(value)
+            if slot == residual and bool(value.any()):
+                self._bucket.residual_is_zero = False
+
+
+class BucketStep:
+    """One bucket's step in progress."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        task: Task,
+        steps: Steps,
+        gradients: list[torch.Tensor],
+        settings: GroupSettings,
+        rescale: float = 1.0,
+        frozen_state: FrozenState | None = None,
+    ) -> None:
+        self.bucket = bucket
+        self.frozen_state = frozen_state
+        self._rescale = rescale
+        self.task = task
+        self.gradients = gradients
+        self.settings = settings
+        self.pending: Handle[Any] | None = None
+        self.out: torch.Tensor | None = None
+        self._steps = steps
+        self._resume(None)
+
+    @property
+    def finished(self) -> bool:
+        return self.out is not None
+
+    def _resume(self, value: Any) -> None:
+        try:
+            self.pending = self._steps.send(value)
+        except StopIteration as stop:
+            self.pending, self.out = None, stop.value if self._rescale == 1.0 else stop.value.mul_(self._rescale)
+
+    def advance(self) -> None:
+        """Wait for the pending handle and go on to the next one (or to the end)."""
+        if self.pending is not None:
+            self._resume(self.pending.wait())
+
+    def undo_(self, gradients_gone: bool = False) -> None:
+        """Put residuals (and momentum) back to where they were before this step, to rounding.
+
+        `gradients_gone`: the gradients were overwritten by the result; finite ones of this worker then stay in its residual, as if delayed.
+        """
+        self._undo_(gradients_gone)
+        if self.frozen_state is not None:
+            self.frozen_state.put_back_()
+        self.bucket.shift_()
+
+    def _undo_(self, gradients_gone: bool) -> None:
+        state, method = self.bucket.state, self.bucket.method
+        assert state is not None
+        if method.exact:
+            self.bucket.restore()
+            self.task.forget_undo()
+            return
+        self.task.undo_()
+        if self.task.poisoned:
+            return
+        method.feedback.undo_(self.bucket.part, None if gradients_gone else self.gradients, self.task.ctx)
+        if self.task.residual_was_zero and self.bucket.residual is not None:
+            self.bucket.residual.zero_()  # such a payload is not kept for adding back
+
+    def apply_(self) -> None:
+        """The step stands, of a method that applies the update itself: x moves by what came back, if anything did, and parameters are shifted anew.
+
+        Parameters that were frozen since they were bound stand still (at x, where they are shifted).
+        """
+        bucket, frozen = self.bucket, self.bucket.frozen()
+        assert self.out is not None
+        before = [bucket.parameters[i].clone() for i in frozen] if bucket.point is None else []
+        for i in frozen:
+            bucket.segments.views(self.out)[i].zero_()  # what is left of it in the residual must not move x
+        if not self.task.skipped:
+            bucket.method.feedback.apply_(bucket.part, self.out, self.task.ctx)
+        bucket.shift_()
+        for i, value in zip(frozen, before):
+            bucket.parameters[i].copy_(value)
+        if self.frozen_state is not None:
+            self.frozen_state.put_back_()
+
+    def commit(self) -> None:
+        """The step stands: remember the learning rate that the residual is measured by, and let the payloads go."""
+        if self.settings.lr:
+            self.bucket.unit = self.task.ctx.unit
+        took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
+        # Taking all of a buffer that is not the residual leaves the residual as it was.
+        self.bucket.residual_is_zero = took_all and (self.bucket.residual_is_zero or not settled(self.bucket.method.feedback))
+        self.task.forget_undo()
+        if self.frozen_state is not None:
+            self.frozen_state.rescale_(self.task.ctx.carry)
+            self.frozen_state.put_back_()
+
+
+def local_step(task: Task) -> Steps:
+    """A local step: nothing is sent, and nothing learned from others. An inf or NaN concerns this rank alone."""
+    task.finite, task.skipped = not task.poisoned, True
+    yield from ()
+    return task.out
+
+
+def drive(reductions: Iterable[BucketStep]) -> None:
+    """Finish all, one phase of each after the other: second passes of all buckets travel at once, in the same order on every rank."""
+    open_ones = [r for r in reductions if not r.finished]
+    while open_ones:
+        for reduction in open_ones:
+            reduction.advance()
+        open_ones = [r for r in open_ones if not r.finished]
