@@ -207,16 +207,16 @@ class OptimizerDriver:
 
     # -- results are used --------------------------------------------------------------------------------------------------------
 
-    def synchronize(self) -> None:
-        """See `DistributedOptimizer`'s `synchronize`."""
+    def synchronize(self, again: str = "optimizer.synchronize() called again", stacklevel: int = 3) -> None:
+        """See `DistributedOptimizer`'s `synchronize`. `again`: what to say when nothing is left to exchange."""
         check_in_use(self.hooks)
         check_all_bound(self.optimizer, self.compression.ids)
         if self.step.phase is Phase.EXCHANGED:
             warnings.warn(
-                "this step's gradients were exchanged by optimizer.synchronize() already, and are not exchanged again. Call optimizer.step() inside "
-                "`with optimizer.skip_synchronize():` after it.",
+                f"{again} after optimizer.synchronize(): this step's gradients were exchanged already, and are not exchanged again. Call "
+                "optimizer.step() inside `with optimizer.skip_synchronize():`.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
             return
         if not self.begun and self.compression.method.stateful:
@@ -271,7 +271,7 @@ class OptimizerDriver:
                     "scaler.unscale_(optimizer) was called after the gradients' exchange had started in the backward pass, and changes nothing that "
                     "was sent. Call optimizer.synchronize() before it, and scaler.step(optimizer) inside `with optimizer.skip_synchronize():`."
                 )
-            self.synchronize()
+            self.synchronize("optimizer.step() called without optimizer.skip_synchronize()", stacklevel=5)  # in Horovod's words
         elif self.step.phase is not Phase.EXCHANGED:
             raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
         if found is not None:

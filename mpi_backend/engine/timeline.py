@@ -29,7 +29,8 @@ class Timeline:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.pwrite(self._file, _OPEN + _CLOSE, 0)
         self._end = len(_OPEN)
-        self._event({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}})
+        start = {"start_time_since_epoch_in_micros": 0}  # Horovod's word for what its times count from
+        self._event({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"} | start})
 
     def span(self, row: str, name: str, begin: float, end: float, **args: Any) -> None:
         """`name` went on in `row` (a tensor, a bucket, or what a thread does) from `begin` to `end`, in seconds of time.perf_counter()."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mpich import installed_mpich
 from tests.ranks import REPO, rank_environment, require_horovod, require_mpirun
 from tests.slurm import Slurm, slurm, text
 
@@ -47,24 +47,8 @@ def cluster() -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def mpich(cluster: Slurm) -> Iterator[dict[str, str]]:
-    """What a job needs in its environment to use MPICH, which is put in a folder of the tests: mpi4py loads the MPI that it is told."""
-    import mpi4py  # which loads no MPI yet
-
-    if not list(Path(mpi4py.__file__).parent.glob("MPI.mpich.*")):
-        pytest.skip("this mpi4py was built for one MPI: it cannot load MPICH too")
-    prefix = cluster.folder / "mpich"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-input", "--retries=1", "--only-binary=:all:"]
-    pip += ["--no-deps", "--ignore-installed", f"--prefix={prefix}", "-c", str(REPO / "launch" / "constraints.txt"), "mpich"]
-    try:
-        whole = subprocess.run(pip, capture_output=True, timeout=90).returncode == 0
-    except subprocess.TimeoutExpired:  # what it has put there by then may be a part of it
-        whole = False
-    if not whole:
-        pytest.skip("MPICH cannot be installed from PyPI: no network, no pip, or no wheel for this machine")
-    before = set(Path("/dev/shm").glob("mpich_shm_*"))
-    yield {"PATH": f"{prefix}/bin:{cluster.environment['PATH']}", "MPI4PY_LIBMPI": str(prefix / "lib" / "libmpi.so.12")}
-    for left in set(Path("/dev/shm").glob("mpich_shm_*")) - before:  # by ranks that failed; MPICH knows no other folder
-        left.unlink(missing_ok=True)
+    with installed_mpich(cluster.folder / "mpich", cluster.environment["PATH"]) as environment:
+        yield environment
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ for i in itertools.count():
 def test_an_empty_trace_is_valid_and_a_closed_one_takes_nothing(tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     timeline = Timeline(str(file), 3)
-    assert [e["args"]["name"] for e in json.loads(file.read_text())] == ["rank 3"]
+    assert [e["args"] for e in json.loads(file.read_text())] == [{"name": "rank 3", "start_time_since_epoch_in_micros": 0}], "as in Horovod's"
     timeline.close()
     timeline.span("row", "SPAN", 0.0, 1.0)
     assert len(json.loads(file.read_text())) == 1
