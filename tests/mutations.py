@@ -98,7 +98,7 @@ FAULTS = (
         "hvd_ecsgd/bucket.py",
         "return [i for i, p in enumerate(self.parameters) if not p.requires_grad]",
         "return []",
-        ("tests/horovod/test_hostile_use.py::test_what_happens_between_steps",),
+        ("tests/conformance/test_lifecycle.py::test_what_scripts_do[mpi]",),
         ranks=True,
     ),
     Fault(

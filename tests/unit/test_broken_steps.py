@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer
 from hvd_ecsgd.errors import SequenceError
+from hvd_ecsgd.optimizer.backward import BackwardPass, BackwardPasses
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, by_name, ids
 from tests.problems import batch, mlp, same_bits, train, weights
@@ -149,7 +151,7 @@ def test_a_layer_in_two_reentrant_checkpoints(name: str, passes: int) -> None:
             for i in range(passes):
                 loss(i).backward()
             if reentrant:
-                with pytest.raises(SequenceError, match="backward_passes_per_step"):
+                with pytest.raises(SequenceError, match=r"backward_passes_per_step.*reentrant checkpoints: use use_reentrant=False"):
                     loss(0).backward()
             return after
 
@@ -222,6 +224,41 @@ def test_reentrant_passes_in_a_thread_of_the_engines(monkeypatch: pytest.MonkeyP
     InAThread.apply(InAThread.apply(x)).sum().backward()
     optimizer.step()
     assert torch.equal(p.detach(), torch.zeros(3)), "1 − .25 · (2 + 2)"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_part_of_a_reentrant_pass_on_another_device(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients come in a thread of the engine's, on whose stack no pass is seen: it is one within another when two are running. An ordinary
+    thread that is given a number stands for it here. The control: one is running, so what came before it was interrupted."""
+    here, engine = threading.local(), torch.autograd.Variable._execution_engine
+    number = torch._C._current_graph_task_id
+    stand_in = types.SimpleNamespace(run_backward=engine.run_backward, queue_callback=lambda ended: None)
+    monkeypatch.setattr("torch.autograd.Variable._execution_engine", stand_in)
+    monkeypatch.setattr("torch._C._current_graph_task_id", lambda: getattr(here, "number", number()))
+    passes, found = BackwardPasses(), []
+
+    def elsewhere() -> BackwardPass:
+        here.number = 2**30
+        return passes.current()
+
+    def ask(gradient: torch.Tensor) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(elsewhere).result())
+
+    def outer(gradient: torch.Tensor) -> None:
+        passes.current()
+        if not reentrant:
+            ask(gradient)
+            return
+        inner = torch.ones(1, requires_grad=True)
+        inner.register_hook(ask)
+        with torch.enable_grad():
+            inner.sum().backward()
+
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(outer)
+    x.sum().backward()
+    assert [(p.reentrant, passes.interrupted) for p in found] == [(reentrant, not reentrant)]
 
 
 def test_a_backward_pass_in_another_thread() -> None:

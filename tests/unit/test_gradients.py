@@ -291,6 +291,12 @@ def test_the_messages_name_what_a_gan_does() -> None:
         optimizer.zero_grad()
     with pytest.raises(SequenceError, match=r"freeze.*discard\(\)"):
         backward(model)
+    for what, call in (("zero_grad\\(\\)", lambda o, m: o.zero_grad()), ("a backward pass", lambda o, m: backward(m))):
+        model, optimizer = wrapped(Compression.top_k(10))
+        backward(model)
+        optimizer.synchronize()
+        with pytest.raises(SequenceError, match=rf"{what} after synchronize\(\) and before step.*skip_synchronize.*discard\(\), on every rank"):
+            call(optimizer, model)
 
 
 # -- gradients that a script keeps ------------------------------------------------------------------------------------------------
