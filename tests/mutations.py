@@ -50,9 +50,9 @@ class Fault:
 FAULTS = (
     Fault(
         "the residual is carried by the inverse ratio of learning rates",
-        "hvd_ecsgd/feedback/error_feedback.py",
-        "            residual.mul_(ctx.carry)\n        torch._foreach_add_",
-        "            residual.div_(ctx.carry)\n        torch._foreach_add_",
+        "hvd_ecsgd/feedback/base.py",
+        'part.state["residual"].mul_(ctx.carry)',
+        'part.state["residual"].div_(ctx.carry)',
         ("tests/unit/test_units.py::test_what_arrives_and_what_waits_is_what_was_put_in",),
     ),
     Fault(
@@ -65,16 +65,16 @@ FAULTS = (
     Fault(
         "a step is undone without its momentum",
         "hvd_ecsgd/feedback/local_momentum.py",
-        "        take_from_momentum_(momentum, gradients, parameters, segments, ctx.momentum, ctx.weight_decay)\n",
+        "        take_from_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)\n",
         "",
         ("tests/horovod/test_updates.py::test_the_update_is_applied_by_the_method[horovodrun-2]",),
         ranks=True,
     ),
     Fault(
         "every rank draws from a seed of its own",
-        "hvd_ecsgd/aggregator.py",
-        "seed=method.seed,",
-        "seed=method.seed + transport.rank,",
+        "hvd_ecsgd/core/aggregator.py",
+        "bucket.context(group, method.seed,",
+        "bucket.context(group, method.seed + transport.rank,",
         ("tests/mpi/test_methods.py::test_every_method_on_two_ranks_is_its_simulation",),
         ranks=True,
     ),
@@ -95,7 +95,7 @@ FAULTS = (
     ),
     Fault(
         "frozen parameters are moved by what is left of them",
-        "hvd_ecsgd/bucket.py",
+        "hvd_ecsgd/core/bucket.py",
         "return [i for i, p in enumerate(self.parameters) if not p.requires_grad]",
         "return []",
         ("tests/conformance/test_lifecycle.py::test_what_scripts_do[mpi]",),
@@ -103,7 +103,7 @@ FAULTS = (
     ),
     Fault(
         "the unit of residuals falls with the learning rate in front of a momentum",
-        "hvd_ecsgd/bucket.py",
+        "hvd_ecsgd/core/bucket.py",
         "return max(settings.lr, self.unit or 0.0) if remembers else settings.lr",
         "return settings.lr",
         ("tests/unit/test_units.py::test_a_warm_restart_after_cosine_to_zero",),
@@ -117,14 +117,14 @@ FAULTS = (
     ),
     Fault(
         "saved state is taken over by place instead of by name",
-        "hvd_ecsgd/saved_state.py",
+        "hvd_ecsgd/core/saved_state.py",
         "entries[segment.name].get(slot)",
         "[*entries.values()][i].get(slot)",
         ("tests/unit/test_state.py::test_a_resumed_run_is_the_run[double_squeeze-model first]",),
     ),
     Fault(
         "verify_every is ignored",
-        "hvd_ecsgd/agreement.py",
+        "hvd_ecsgd/core/agreement.py",
         "every = state.method.verify_every",
         "every = 0",
         ("tests/conformance/test_lifecycle.py::test_what_scripts_do[mpi]",),
