@@ -1,7 +1,7 @@
 """The seams: what a compressor, a feedback rule and an exchange are, and what is passed between them.
 
 Every method is four verbs: *accumulate* (feedback), *extract* (compressor), *exchange*, *add* (compressor). Configuration is frozen;
-all state is plain dictionaries of flat tensors that the aggregator owns, so that saving, resizing and moving it is written once.
+all state is plain dictionaries of flat tensors that one record owns, so that saving, resizing and moving it is written once.
 """
 
 from __future__ import annotations
