@@ -9,11 +9,11 @@ import torch
 
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, SequenceError, UnboundParameterError
 from hvd_ecsgd.core.aggregator import Aggregator
-from hvd_ecsgd.core.method import GroupSettings
 from hvd_ecsgd.core.state import MethodState
 from hvd_ecsgd.horovod.slot import HorovodSlot
 from hvd_ecsgd.horovod.tail import with_tail, without_tail
 from hvd_ecsgd.horovod.transport import SlotHandle
+from hvd_ecsgd.protocols import GroupSettings
 from hvd_ecsgd.transport import SelfTransport
 from tests.cases import ALL
 from tests.problems import mlp
