@@ -1,14 +1,15 @@
 """The entry of hvd-ecsgd's build. Metadata and tool settings are in pyproject.toml, the version is in hvd_ecsgd/version.py.
 
-The library is pure Python. One part is optional, and not there yet: C++ sources in hvd_ecsgd/kernels/csrc/, compiled into one plain shared library
-that has a C interface and is loaded by ctypes (so it needs neither Python's nor torch's headers, nor a rebuild for another of them). Without sources,
-without a compiler, or when compiling fails, the installation succeeds without that library and says so in one line (`pip install -v` shows it);
-kernels then run in torch.
-Set CXX to choose the compiler and CXXFLAGS to add options, e.g. CXXFLAGS=-march=native.
+The library is pure Python but for one optional part: the C++ sources in hvd_ecsgd/kernels/csrc/, compiled into one plain shared library that has a C
+interface and is loaded by ctypes (so it needs neither Python's nor torch's headers, nor a rebuild for another of them). Without a compiler, or when
+compiling fails, the installation succeeds without that library and says so in one line (`pip install -v` shows it); kernels then run in torch.
+In a source checkout that is on PYTHONPATH, `python setup.py build_ext --inplace` puts the library where it is looked for.
+Set CXX to choose the compiler and CXXFLAGS to add options; the instructions of the processor are chosen when the library runs, not by options.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
@@ -20,7 +21,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 KERNELS = Path("hvd_ecsgd/kernels")
 LIBRARY = KERNELS / "libhvd_ecsgd_cpu.so"  # ctypes loads this name on Linux and macOS alike
-COMPILE_ARGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]  # functions to be exported say so: __attribute__((visibility("default")))
+# Functions to be exported say so: __attribute__((visibility("default"))). One rounding for each operation, as in torch: nothing is contracted.
+COMPILE_ARGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-g0"]
 
 
 def kernel_extension() -> list[Extension]:
@@ -29,7 +31,21 @@ def kernel_extension() -> list[Extension]:
     if not sources:
         return []
     name = ".".join(LIBRARY.with_suffix("").parts)
-    return [Extension(name, sources, depends=headers, language="c++", extra_compile_args=COMPILE_ARGS, optional=True)]
+    # As hvd_ecsgd.kernels.library.digest_of_sources, which tells a library that is older than its sources; importing that would import torch.
+    files = [ROOT / name for name in sorted(sources + headers, key=os.path.basename)]
+    digest = hashlib.blake2b(b"".join(f.name.encode() + b"\0" + f.read_bytes() for f in files), digest_size=8).hexdigest()
+    return [
+        Extension(
+            name,
+            sources,
+            depends=headers,
+            language="c++",
+            define_macros=[("HVD_ECSGD_SOURCES", f'"{digest}"')],
+            extra_compile_args=COMPILE_ARGS,
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ]
 
 
 class BuildOptionalLibrary(build_ext):

@@ -17,6 +17,7 @@ __all__ = [
     "BytePayload",
     "FloatPayload",
     "Operator",
+    "check_payload",
     "check_unbiased",
     "below",
     "contraction",
@@ -29,6 +30,15 @@ __all__ = [
 
 _ZERO_KEY = Key(0, 0)
 _warned: set[str] = set()
+
+
+def check_payload(payload: torch.Tensor, size: int, who: str) -> None:
+    """Raise unless the `payload` has as many elements as decoding will read."""
+    if payload.numel() < size:
+        raise CompressionError(
+            f"{who}: a payload has {payload.numel()} elements of {payload.dtype}, and {size} were expected: it was cut off on its way, or comes from "
+            "ranks with other settings."
+        )
 
 
 def check_unbiased(compressor: Compressor, who: str) -> None:

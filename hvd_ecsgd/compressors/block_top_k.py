@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..arguments import check_integer, check_ratio
-from ..kernels import all_finite, top_k_rows
+from ..kernels import all_finite, check_rows, native_for, top_k_rows
 from ..segments import Key, Segments, aligned
-from .base import BytePayload, kept, rows
+from .base import BytePayload, check_payload, kept, rows
 
 __all__ = ["BlockTopK"]
 
@@ -41,6 +42,9 @@ class BlockTopK(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        if native := native_for(buffer, segments, "top_k"):
+            native.block_top_k_extract_(payload, self.block, kept(self.block, self.ratio), self._last(segments))
+            return payload
         values, positions = self._parts(payload, segments)
         at = 0
         for view in segments.views(buffer):
@@ -55,16 +59,25 @@ class BlockTopK(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        check_payload(payload, self.payload_size(segments), "top_k")
+        if native := native_for(out, segments, "top_k"):
+            return native.block_top_k_add_(payload, self.block, kept(self.block, self.ratio), self._last(segments), alpha)
         values, positions = self._parts(payload, segments)
         at = 0
-        for view in segments.views(out):
+        for s, view in zip(segments, segments.views(out), strict=True):
             for part in rows(view, self.block):
                 n, k = part.shape[0], kept(part.shape[1], self.ratio)
-                part.scatter_add_(1, positions[at : at + n * k].view(n, k).long(), values[at : at + n * k].view(n, k) * alpha)
+                chosen = positions[at : at + n * k].view(n, k).long()
+                check_rows(chosen, part.shape[1], s, "top_k")
+                part.scatter_add_(1, chosen, values[at : at + n * k].view(n, k) * alpha)
                 at += n * k
 
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         return all_finite(self._parts(payload, segments)[0])
+
+    def _last(self, segments: Segments) -> np.ndarray:
+        """Entries of each segment's last block when it is shorter, else 0."""
+        return np.array([kept(s.numel % self.block, self.ratio) for s in segments], np.int64)
 
     def _parts(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
         """(values, positions): views of the payload."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from ..arguments import check_choice, check_flag
-from ..kernels import all_finite
+from ..kernels import all_finite, native_for
 from ..segments import Key, Segments
-from .base import Operator
+from .base import Operator, check_payload
 from .identity import Identity
 
 __all__ = ["Cast"]
@@ -50,18 +51,21 @@ class Cast(Operator):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.empty(segments.numel, dtype=self.dtype, device=buffer.device)
+        info = torch.finfo(self.dtype)
+        limit = info.max / key.size * (1 - info.eps) if self.saturate else math.inf  # rounding must not push it back over
+        if native := native_for(buffer, segments, "cast"):
+            native.cast_extract_(payload, limit)
+            return payload
         at = 0
         for view in segments.views(buffer):
             part = payload[at : at + view.numel()]
-            if self.saturate:
-                info = torch.finfo(self.dtype)
-                limit = info.max / key.size * (1 - info.eps)  # rounding must not push it back over
-                part.copy_(view.clamp(-limit, limit))
-            else:
-                part.copy_(view)
+            part.copy_(view.clamp(-limit, limit) if self.saturate else view)
             view.sub_(part if all_finite(part) else part.nan_to_num(0.0, 0.0, 0.0))
             at += view.numel()
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        check_payload(payload, segments.numel, "cast")
+        if native := native_for(out, segments, "cast"):
+            return native.cast_add_(payload, alpha)
         _PLAIN.add_(out, payload, segments, key, alpha)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import all_finite, negative, pack_bits, unpack_bits
+from ..kernels import all_finite, native_for, negative, pack_bits, unpack_bits
 from ..segments import Key, Segments, aligned
-from .base import BytePayload, contraction
+from .base import BytePayload, check_payload, contraction
 
 __all__ = ["Natural"]
 
@@ -53,6 +53,9 @@ class Natural(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        if native := native_for(buffer, segments, "natural"):
+            native.natural_extract_(payload, [key.generator_seed(s, "powers") for s in segments])
+            return payload
         first, at = 0, segments.numel
         for s, view in zip(segments, segments.views(buffer), strict=True):
             exponents = payload[first : first + s.numel]
@@ -68,6 +71,9 @@ class Natural(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        check_payload(payload, self.payload_size(segments), "natural")
+        if native := native_for(out, segments, "natural"):
+            return native.natural_add_(payload, alpha)
         first, at = 0, segments.numel
         for view in segments.views(out):
             n_bytes = -(-view.numel() // 8)

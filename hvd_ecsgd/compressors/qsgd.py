@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from ..arguments import check_choice, check_integer
-from ..kernels import all_finite, pack_codes, unpack_codes
+from ..kernels import all_finite, native_for, pack_codes, unpack_codes
 from ..segments import Key, Segments, aligned
-from .base import BytePayload, contraction, n_rows, rows, warn_once
+from .base import BytePayload, check_payload, contraction, n_rows, rows, warn_once
 
 __all__ = ["QSGD"]
 
@@ -74,6 +74,10 @@ class QSGD(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        if native := native_for(buffer, segments, "qsgd"):
+            seeds = [key.generator_seed(s, "levels") for s in segments]
+            native.qsgd_extract_(payload, seeds, self.levels, self.bucket, self.bits, self.norm == "max")
+            return payload
         norms, at = self._parts(payload, segments)
         i = 0
         for s, view in zip(segments, segments.views(buffer), strict=True):
@@ -96,6 +100,9 @@ class QSGD(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        check_payload(payload, self.payload_size(segments), "qsgd")
+        if native := native_for(out, segments, "qsgd"):
+            return native.qsgd_add_(payload, self.levels, self.bucket, self.bits, alpha)
         norms, at = self._parts(payload, segments)
         i = 0
         for view in segments.views(out):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..arguments import check_flag, check_ratio
 from ..errors import CompressionError
+from ..kernels import native_for
 from ..segments import Key, Segment, Segments
-from .base import FloatPayload, distinct_below, kept
+from .base import FloatPayload, check_payload, distinct_below, kept
 
 __all__ = ["RandomK"]
 
 _MAX_SEGMENT = 2**32
+_LABEL = "positions"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class RandomK(FloatPayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.empty(self.payload_size(segments), dtype=buffer.dtype, device=buffer.device)
+        if not self.unbiased and (native := native_for(buffer, segments, "random_k")):
+            counts = self._counts(segments)
+            native.take_(counts, native.random_k(self._keys(segments, key), counts), payload)
+            return payload
         at = 0
         for s, view in zip(segments, segments.views(buffer), strict=True):
             positions = self._positions(s, key, buffer.device)
@@ -78,6 +85,10 @@ class RandomK(FloatPayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        check_payload(payload, self.payload_size(segments), "random_k")
+        if native := native_for(out, segments, "random_k"):
+            counts = self._counts(segments)
+            return native.add_at_(counts, native.random_k(self._keys(segments, key), counts), payload, alpha)
         at = 0
         for s, view in zip(segments, segments.views(out), strict=True):
             positions = self._positions(s, key, out.device)
@@ -85,6 +96,18 @@ class RandomK(FloatPayload):
             at += positions.numel()
 
     def _positions(self, s: Segment, key: Key, device: torch.device) -> torch.Tensor:
-        if s.numel >= _MAX_SEGMENT:
-            raise CompressionError(f"random_k: parameter '{s.name}' has {s.numel} elements; at most {_MAX_SEGMENT - 1} are supported.")
-        return torch.from_numpy(distinct_below(key, s, s.numel, kept(s.numel, self.ratio), "positions")).to(device)
+        _check_size(s)
+        return torch.from_numpy(distinct_below(key, s, s.numel, kept(s.numel, self.ratio), _LABEL)).to(device)
+
+    def _counts(self, segments: Segments) -> np.ndarray:
+        return np.array([kept(s.numel, self.ratio) for s in segments], np.int64)
+
+    def _keys(self, segments: Segments, key: Key) -> list[int]:
+        for s in segments:
+            _check_size(s)
+        return [key.bits(s, _LABEL) for s in segments]
+
+
+def _check_size(s: Segment) -> None:
+    if s.numel >= _MAX_SEGMENT:
+        raise CompressionError(f"random_k: parameter '{s.name}' has {s.numel} elements; at most {_MAX_SEGMENT - 1} are supported.")

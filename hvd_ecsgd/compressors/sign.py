@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 
 from ..arguments import check_choice, check_integer
-from ..kernels import all_finite, negative, pack_bits, signs, unpack_bits
+from ..kernels import Native, all_finite, native_for, negative, pack_bits, signs, unpack_bits
 from ..segments import Key, Segments, aligned
-from .base import BytePayload, n_rows, rows, warn_once
+from .base import BytePayload, check_payload, n_rows, rows, warn_once
 
 __all__ = ["Sign"]
 
@@ -47,6 +47,9 @@ class Sign(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        if native := self._native(buffer, segments):
+            native.sign_extract_(payload, self.scale == "l2", self.block)
+            return payload
         scales, at = self._scales(payload, segments)
         i = 0
         for view in segments.views(buffer):
@@ -65,6 +68,9 @@ class Sign(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        check_payload(payload, self.payload_size(segments), "one_bit")
+        if native := self._native(out, segments):
+            return native.sign_add_(payload, self.block, alpha)
         scales, at = self._scales(payload, segments)
         i = 0
         for view in segments.views(out):
@@ -80,6 +86,10 @@ class Sign(BytePayload):
 
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         return all_finite(self._scales(payload, segments)[0])
+
+    def _native(self, buffer: torch.Tensor, segments: Segments) -> Native | None:
+        """Blocks that share bytes are compiled as long as they fit into a cache."""
+        return native_for(buffer, segments, "one_bit") if self.block is None or self.block % 8 == 0 or self.block <= 2**12 else None
 
     def _rows(self, view: torch.Tensor, bits: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         width = view.numel() if self.block is None else self.block

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 
 from ..arguments import check_choice
-from ..kernels import all_finite, negative, pack_codes, unpack_codes
+from ..kernels import all_finite, native_for, negative, pack_codes, unpack_codes
 from ..segments import Key, Segments, aligned
-from .base import BytePayload, warn_once
+from .base import BytePayload, check_payload, warn_once
 
 __all__ = ["Ternary"]
 
@@ -43,6 +43,9 @@ class Ternary(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        if native := native_for(buffer, segments, "ternary"):
+            native.ternary_extract_(payload, self.scale == "l2")
+            return payload
         scales, at = self._scales(payload, segments)
         for i, view in enumerate(segments.views(buffer)):
             if view.numel() == 0:
@@ -57,6 +60,9 @@ class Ternary(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        check_payload(payload, self.payload_size(segments), "ternary")
+        if native := native_for(out, segments, "ternary"):
+            return native.ternary_add_(payload, alpha)
         scales, at = self._scales(payload, segments)
         for i, view in enumerate(segments.views(out)):
             if view.numel() == 0:

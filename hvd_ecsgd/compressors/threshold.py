@@ -10,9 +10,9 @@ import torch
 
 from ..arguments import check_flag, check_number, check_ratio
 from ..errors import CompressionError
-from ..kernels import all_finite, pack_codes, unpack_codes
+from ..kernels import all_finite, check_positions, native_for, pack_codes, unpack_codes
 from ..segments import Key, Segment, Segments, aligned
-from .base import BytePayload, below, kept
+from .base import BytePayload, below, check_payload, kept
 
 __all__ = ["Threshold"]
 
@@ -51,17 +51,24 @@ class Threshold(BytePayload):
         return None
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        positions: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
-        codes: list[torch.Tensor] = []
-        for s, view in zip(segments, segments.views(buffer), strict=True):
+        for s in segments:
             if s.numel >= _MAX_SEGMENT:
                 raise CompressionError(
                     f"threshold: parameter '{s.name}' has {s.numel} elements; positions are sent as int32, so at most {_MAX_SEGMENT - 1} are "
                     "supported."
                 )
-            chosen = self._chosen(view, s, key)
-            positions.append(chosen)
+        native = native_for(buffer, segments, "threshold")
+        if native and not self.two_bits:
+            counted, at = native.threshold(*self._draws(segments, key))
+            payload = self._empty_payload(counted.tolist(), segments)
+            sent, where, _, _ = self._parts(payload, segments)
+            where.copy_(at)
+            native.take_(counted, at, sent)
+            return payload
+        positions = self._positions(buffer, segments, key)
+        values: list[torch.Tensor] = []
+        codes: list[torch.Tensor] = []
+        for chosen, view in zip(positions, segments.views(buffer), strict=True):
             if self.two_bits:
                 magnitudes, code = _two_magnitudes(view[chosen])
                 values.append(magnitudes)
@@ -71,8 +78,7 @@ class Threshold(BytePayload):
                 values.append(view[chosen])
                 view[chosen] = 0
         counts = [p.numel() for p in positions]
-        payload = torch.zeros(self._n_bytes(counts, segments), dtype=torch.uint8, device=buffer.device)
-        payload[: 4 * len(segments)].view(torch.int32).copy_(torch.tensor(counts, dtype=torch.int32, device="cpu"))
+        payload = self._empty_payload(counts, segments)
         sent, where, packed, _ = self._parts(payload, segments)
         if sum(counts):
             torch.cat(values, out=sent)
@@ -83,10 +89,14 @@ class Threshold(BytePayload):
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
         sent, positions, packed, counts = self._parts(payload, segments)
+        native = native_for(out, segments, "threshold")
+        if native and not self.two_bits:
+            return native.add_at_(np.array(counts, np.int64), positions, sent, alpha)
         codes = unpack_codes(packed, sum(counts), 2) if self.two_bits else packed
         at = 0
-        for i, (count, view) in enumerate(zip(counts, segments.views(out), strict=True)):
+        for i, (count, s, view) in enumerate(zip(counts, segments, segments.views(out), strict=True)):
             entries = slice(at, at + count)
+            check_positions(positions[entries], s, "threshold")
             values = _decoded(sent[2 * i : 2 * i + 2], codes[entries]) if self.two_bits else sent[entries]
             view.index_add_(0, positions[entries], values, alpha=alpha)
             at += count
@@ -142,6 +152,26 @@ class Threshold(BytePayload):
             chosen = chosen[~torch.isfinite(view[chosen])][:1]  # one tells everybody; the step is undone anyway
         return chosen
 
+    def _positions(self, buffer: torch.Tensor, segments: Segments, key: Key) -> list[torch.Tensor]:
+        """What is chosen of each segment: ascending positions."""
+        if native := native_for(buffer, segments, "threshold"):
+            counts, positions = native.threshold(*self._draws(segments, key))
+            stops = np.cumsum(counts).tolist()
+            return [positions[start:stop].long() for start, stop in zip([0, *stops], stops)]
+        return [self._chosen(view, s, key) for s, view in zip(segments, segments.views(buffer), strict=True)]
+
+    def _draws(self, segments: Segments, key: Key) -> tuple[list[int], np.ndarray, np.ndarray, int]:
+        """(Philox keys, sizes of the samples, ranks of the thresholds in them, entries to be expected)."""
+        sizes = [self._sampled(s.numel) for s in segments]
+        ranks = [kept(m, self.ratio) if m == s.numel else self._rank(m) for m, s in zip(sizes, segments, strict=True)]
+        room = sum(min(s.numel, 2 * kept(s.numel, self.ratio) + 64) for s in segments)
+        return [key.bits(s, "sample") for s in segments], np.array(sizes, np.int64), np.array(ranks, np.int64), room
+
+    def _empty_payload(self, counts: list[int], segments: Segments) -> torch.Tensor:
+        payload = torch.zeros(self._n_bytes(counts, segments), dtype=torch.uint8, device=segments.device)
+        payload[: 4 * len(segments)].view(torch.int32).copy_(torch.tensor(counts, dtype=torch.int32, device="cpu"))
+        return payload
+
     def _n_bytes(self, counts: list[int], segments: Segments) -> int:
         total, width = sum(counts), segments.dtype.itemsize
         body = 2 * len(segments) * width + 4 * total + -(-total // 4) if self.two_bits else total * (width + 4)
@@ -149,7 +179,15 @@ class Threshold(BytePayload):
 
     def _parts(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
         """(values or magnitudes, positions, packed codes, counts): the tensors are views of the payload."""
+        check_payload(payload, 4 * len(segments), "threshold")
         counts: list[int] = payload[: 4 * len(segments)].view(torch.int32).tolist()
+        for count, s in zip(counts, segments, strict=True):
+            if not 0 <= count <= s.numel:
+                raise CompressionError(
+                    f"threshold: a payload has {count} entries for parameter '{s.name}', which has {s.numel} elements: it was damaged on its way, or "
+                    "comes from ranks with other settings."
+                )
+        check_payload(payload, self._n_bytes(counts, segments), "threshold")
         total = sum(counts)
         start = aligned(4 * len(segments))
         middle = start + (2 * len(segments) if self.two_bits else total) * segments.dtype.itemsize

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..arguments import check_integer, check_ratio
 from ..errors import CompressionError
-from ..kernels import all_finite, top_k_indices
+from ..kernels import all_finite, check_positions, native_for, top_k_indices
 from ..segments import Key, Segments, aligned
-from .base import BytePayload, kept
+from .base import BytePayload, check_payload, kept
 
 __all__ = ["TopK"]
 
@@ -43,12 +44,18 @@ class TopK(BytePayload):
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
         values, positions = self._parts(payload, segments)
-        at = 0
-        for s, view in zip(segments, segments.views(buffer), strict=True):
+        for s in segments:
             if s.numel >= _MAX_SEGMENT:
                 raise CompressionError(
                     f"top_k: parameter '{s.name}' has {s.numel} elements; positions are sent as int32, so at most {_MAX_SEGMENT - 1} are supported."
                 )
+        if native := native_for(buffer, segments, "top_k"):
+            counts = self._counts(segments)
+            native.top_k(counts, positions)
+            native.take_(counts, positions, values)
+            return payload
+        at = 0
+        for s, view in zip(segments, segments.views(buffer), strict=True):
             k = self._k(s.numel)
             if k == 0:
                 continue
@@ -60,15 +67,22 @@ class TopK(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        check_payload(payload, self.payload_size(segments), "top_k")
         values, positions = self._parts(payload, segments)
+        if native := native_for(out, segments, "top_k"):
+            return native.add_at_(self._counts(segments), positions, values, alpha)
         at = 0
         for s, view in zip(segments, segments.views(out), strict=True):
             k = self._k(s.numel)
+            check_positions(positions[at : at + k], s, "top_k")
             view.index_add_(0, positions[at : at + k], values[at : at + k], alpha=alpha)
             at += k
 
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         return all_finite(self._parts(payload, segments)[0])
+
+    def _counts(self, segments: Segments) -> np.ndarray:
+        return np.array([self._k(s.numel) for s in segments], np.int64)
 
     def _parts(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
         """(values, positions): views of the payload."""

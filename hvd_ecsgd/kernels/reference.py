@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
-__all__ = ["all_finite", "column_sums", "fingerprint", "negative", "pack_bits", "pack_codes", "signs", "top_k_indices", "top_k_rows", "unpack_bits",
-           "unpack_codes"]  # fmt: skip
+from ..errors import CompressionError
+from ..segments import Segment
+
+__all__ = ["all_finite", "check_positions", "check_rows", "column_sums", "fingerprint", "negative", "pack_bits", "pack_codes", "signs",
+           "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]  # fmt: skip
+
+
+def check_rows(positions: torch.Tensor, numel: int, segment: Segment, who: str) -> None:
+    """Raise `CompressionError` unless each row of `positions`, from a payload, ascends from 0 and below `numel`."""
+    if positions.numel() == 0:
+        return
+    first, last = int(positions[:, 0].min()), int(positions[:, -1].max())
+    if first < 0 or last >= numel or not bool((positions[:, 1:] > positions[:, :-1]).all()):
+        raise CompressionError(
+            f"{who}: the payload's positions for parameter '{segment.name}' must ascend below {numel} elements, and do not: it was damaged on its "
+            "way, or comes from ranks with other settings."
+        )
+
+
+def check_positions(positions: torch.Tensor, segment: Segment, who: str) -> None:
+    """Raise `CompressionError` unless `positions`, from a payload, ascend within the segment."""
+    check_rows(positions.view(1, -1), segment.numel, segment, who)
 
 
 def all_finite(t: torch.Tensor) -> bool:
@@ -80,9 +102,9 @@ def negative(v: torch.Tensor) -> torch.Tensor:
 
 
 def signs(bits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """-scale where `bits` (bool) is set and +scale elsewhere, exactly, in the type of the 0-dim `scale`."""
-    # Arithmetic, because torch.where takes ten times as long on CPU.
-    return bits.view(torch.uint8).to(scale.dtype).mul_(-2 * scale).add_(scale)
+    """-scale where `bits` (bool) is set and +scale elsewhere, exactly, in the type of `scale`, which broadcasts."""
+    # Arithmetic, because torch.where takes ten times as long on CPU; in bytes as far as they go.
+    return bits.view(torch.int8).mul(-2).add_(1).to(scale.dtype).mul_(scale)
 
 
 def pack_bits(bits: torch.Tensor) -> torch.Tensor:
@@ -143,6 +165,8 @@ _CODES_OF_BYTE = {bits: _codes_of_byte(bits) for bits in (2, 4)}
 
 def top_k_indices(v: torch.Tensor, k: int) -> torch.Tensor:
     """Ascending positions (int64) of the k elements of largest magnitude of the 1-D `v`; ties go to the lowest index, NaN counts as largest."""
+    if v.device.type == "cpu" and v.dtype in (torch.float32, torch.float64) and (likely := _top_k_of_likely(v, k)) is not None:
+        return likely
     magnitude = v.abs()
     values, indices = torch.topk(magnitude, k, sorted=False)
     smallest = values.min()
@@ -156,6 +180,30 @@ def top_k_indices(v: torch.Tensor, k: int) -> torch.Tensor:
     return torch.cat([larger, equal]).sort().values
 
 
+_SAMPLE = 1 << 14
+
+
+def _top_k_of_likely(v: torch.Tensor, k: int) -> torch.Tensor | None:
+    """`top_k_indices` of a long `v` by looking closely at those alone that reach a threshold, which a sample gives: an order of magnitude faster than
+    torch.topk. None where that tells nothing: `v` is short, has mostly equal magnitudes, or the sample misleads."""
+    if v.numel() < 4 * _SAMPLE:
+        return None
+    magnitude = v.abs().numpy()
+    sample = magnitude[:: v.numel() // _SAMPLE]
+    expected = sample.size * k / v.numel()
+    rank = sample.size - int(expected + 4 * math.sqrt(expected) + 8)
+    if rank < 0:
+        return None
+    least = np.partition(sample, rank)[rank]  # NaN sorts as largest
+    places = np.flatnonzero(~(magnitude < least))
+    if not k <= places.size <= 4 * k + v.numel() // 64:
+        return None
+    values = np.nan_to_num(magnitude[places], nan=np.inf, posinf=np.inf)
+    smallest = np.partition(values, values.size - k)[values.size - k]
+    larger = places[values > smallest]
+    return torch.from_numpy(np.sort(np.concatenate([larger, places[values == smallest][: k - larger.size]])))
+
+
 def top_k_rows(m: torch.Tensor, k: int) -> torch.Tensor:
     """For each row of the matrix `m` the ascending positions (int64) of its k elements of largest magnitude, ties and NaN as `top_k_indices`."""
     magnitude = m.abs()
@@ -163,5 +211,6 @@ def top_k_rows(m: torch.Tensor, k: int) -> torch.Tensor:
     smallest = values.min(1, keepdim=True).values
     tied = (~(magnitude < smallest)).sum(1) != k  # also true of rows with a NaN, unless all is taken
     if bool(tied.any()):
-        indices[tied] = torch.sort(magnitude[tied], dim=1, descending=True, stable=True).indices[:, :k]
+        in_doubt = magnitude[tied].nan_to_num_(nan=float("inf"), posinf=float("inf"))  # a NaN is no larger than an inf
+        indices[tied] = torch.sort(in_doubt, dim=1, descending=True, stable=True).indices[:, :k]
     return indices.sort(dim=1).values

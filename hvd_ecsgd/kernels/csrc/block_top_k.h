@@ -1,0 +1,110 @@
+// BlockTopK: the k entries of largest magnitude of each block, ties to the lowest index, NaN as infinity; values first, then positions within the block.
+
+// A key that at least k of n elements reach, and few more: the k-th largest of the largest of 64 groups. 0 where that tells nothing.
+template <class T>
+INLINE static typename Bits<T>::U reached_by(const T* p, int64_t n, int64_t k) {
+    using L = Lanes<T>;
+    if (k > 16 || n < 256) return 0;
+    constexpr int VECTORS = 64 / L::N;
+    typename L::M largest[VECTORS] = {};
+    for (int64_t i = 0; i + 64 <= n; i += 64)
+#pragma GCC unroll 32
+        for (int j = 0; j < VECTORS; ++j) {
+            const auto bits = L::magnitude_bits(L::load(p + i + j * L::N));
+            const auto larger = bits > largest[j];
+            largest[j] = (bits & larger) | (largest[j] & ~larger);
+        }
+    typename Bits<T>::U keys[64];
+    std::memcpy(keys, largest, sizeof keys);
+    std::nth_element(keys, keys + (k - 1), keys + 64, std::greater<typename Bits<T>::U>());
+    return std::min(keys[k - 1], Bits<T>::INFINITE);
+}
+
+// One block: writes k positions, ascending, and gives and clears their values. `keys` and `places` have room for the block.
+template <class T>
+INLINE static void take_largest(T* p, int64_t n, int64_t k, uint8_t* values, uint8_t* positions, typename Bits<T>::U* keys, uint16_t* places) {
+    int64_t found = 0;
+    each_64(p, n, AtLeast<T>(reached_by(p, n, k)), [&](int64_t i, uint64_t bits, int) ISA {
+        for (; bits; bits &= bits - 1) {
+            const int64_t at = i + __builtin_ctzll(bits);
+            keys[found] = key_of(p[at]);
+            places[found++] = static_cast<uint16_t>(at);
+        }
+    });
+    std::nth_element(keys, keys + (k - 1), keys + found, std::greater<typename Bits<T>::U>());
+    const auto smallest = keys[k - 1];
+    int64_t equal = k - std::count_if(keys, keys + k, [&](auto key) { return key > smallest; });
+    for (int64_t i = 0, taken = 0; taken < k; ++i) {
+        T& value = p[places[i]];
+        const auto key = key_of(value);
+        if (key < smallest || (key == smallest && equal-- <= 0)) continue;
+        std::memcpy(values + taken * sizeof(T), &value, sizeof(T));
+        std::memcpy(positions + taken * 2, places + i, 2);
+        value = 0;
+        ++taken;
+    }
+}
+
+// k of full blocks is `k_full`; k_last[s] that of the last block of segment s when it is shorter.
+template <class T>
+int64_t block_top_k_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last,
+                            int threads) {
+    T* buffer = static_cast<T*>(buffer_);
+    std::vector<int64_t> before(n + 1, 0);
+    for (int64_t s = 0; s < n; ++s) before[s + 1] = before[s] + table[s].numel / block * k_full + k_last[s];
+    uint8_t* positions = payload + before[n] * sizeof(T);
+    const auto tiles = tiles_of(table, n, block * std::max<int64_t>(1, TILE / block));
+    parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
+        const Tile& tile = tiles[t];
+        std::vector<typename Bits<T>::U> keys(block);
+        std::vector<uint16_t> places(block);
+        for (int64_t begin = tile.begin; begin < tile.end; begin += block) {
+            const int64_t width = std::min(block, tile.end - begin), at = before[tile.segment] + begin / block * k_full;
+            take_largest(buffer + table[tile.segment].start + begin, width, width == block ? k_full : k_last[tile.segment], payload + at * sizeof(T),
+                         positions + at * 2, keys.data(), places.data());
+        }
+    });
+    return DONE;
+}
+
+// The chosen entries += values·alpha. Positions of each block must ascend below its length.
+template <class T>
+int64_t block_top_k_add(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last,
+                        double alpha_, int threads) {
+    T* out = static_cast<T*>(out_);
+    const T alpha = static_cast<T>(alpha_);
+    std::vector<int64_t> before(n + 1, 0);
+    for (int64_t s = 0; s < n; ++s) before[s + 1] = before[s] + table[s].numel / block * k_full + k_last[s];
+    const uint8_t* positions = payload + before[n] * sizeof(T);
+    const auto tiles = tiles_of(table, n, block * std::max<int64_t>(1, TILE / block));
+    std::vector<uint8_t> wrong(tiles.size(), 0);
+    const auto each = [&](int64_t t, auto f) ISA {
+        const Tile& tile = tiles[t];
+        for (int64_t begin = tile.begin; begin < tile.end; begin += block) {
+            const int64_t width = std::min(block, tile.end - begin), at = before[tile.segment] + begin / block * k_full;
+            const int64_t k = width == block ? k_full : k_last[tile.segment];
+            int64_t previous = -1;
+            for (int64_t i = at; i < at + k; ++i) {
+                uint16_t place;
+                std::memcpy(&place, positions + i * 2, 2);
+                f(begin, width, i, previous, static_cast<int64_t>(place));
+                previous = place;
+            }
+        }
+    };
+    threads = useful(threads, before[n]);
+    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+        each(t, [&](int64_t, int64_t width, int64_t, int64_t previous, int64_t place) { wrong[t] |= place <= previous || place >= width; });
+    });
+    for (size_t t = 0; t < tiles.size(); ++t)
+        if (wrong[t]) return -1 - tiles[t].segment;
+    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+        T* p = out + table[tiles[t].segment].start;
+        each(t, [&](int64_t begin, int64_t, int64_t i, int64_t, int64_t place) {
+            T value;
+            std::memcpy(&value, payload + i * sizeof(T), sizeof(T));
+            p[begin + place] += value * alpha;
+        });
+    });
+    return DONE;
+}

@@ -1,0 +1,155 @@
+// The C interface that Python calls, and the choice of a variant when it runs: AVX-512, AVX2, or what every processor has.
+#include "common.h"
+
+#include <exception>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define INLINE inline __attribute__((always_inline))
+
+#define VARIANT_LEVEL 0
+#define WIDTH 16
+#define ISA
+namespace portable {
+#include "variant.h"
+}
+#undef VARIANT_LEVEL
+#undef WIDTH
+#undef ISA
+
+#if defined(__x86_64__)
+
+#define VARIANT_LEVEL 1
+#define WIDTH 32
+#define ISA __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")
+namespace avx2 {
+#include "variant.h"
+}
+#pragma GCC pop_options
+#undef VARIANT_LEVEL
+#undef WIDTH
+#undef ISA
+
+#define VARIANT_LEVEL 2
+#define WIDTH 64
+#define ISA __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")
+namespace avx512 {
+#include "variant.h"
+}
+#pragma GCC pop_options
+#undef VARIANT_LEVEL
+#undef WIDTH
+#undef ISA
+
+#endif
+
+namespace {
+
+int best_variant() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                      __builtin_cpu_supports("popcnt");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 2;
+    return avx2 ? 1 : 0;
+#else
+    return 0;
+#endif
+}
+
+int variant = best_variant();
+
+}  // namespace
+
+// 0 portable, 1 AVX2, 2 AVX-512.
+EXPORT int hvd_ecsgd_variant() { return variant; }
+
+// For tests: as if the processor had no more than this. Returns the variant that is used then.
+EXPORT int hvd_ecsgd_limit_variant(int most) { return variant = std::min(most, best_variant()); }
+
+// Which sources this was built from; setup.py says it.
+#ifndef HVD_ECSGD_SOURCES
+#define HVD_ECSGD_SOURCES ""
+#endif
+EXPORT const char* hvd_ecsgd_sources() { return HVD_ECSGD_SOURCES; }
+
+#if defined(__x86_64__)
+#define IN_VARIANT(call)                      \
+    try {                                     \
+        switch (variant) {                    \
+            case 2: return avx512::call;      \
+            case 1: return avx2::call;        \
+            default: return portable::call;   \
+        }                                     \
+    } catch (const std::exception&) {         \
+        return OUT_OF_MEMORY;                 \
+    }
+#else
+#define IN_VARIANT(call)                      \
+    try {                                     \
+        return portable::call;                \
+    } catch (const std::exception&) {         \
+        return OUT_OF_MEMORY;                 \
+    }
+#endif
+
+// A kernel for buffers of float and of double; `type` says which.
+#define KERNEL(name, parameters, arguments)              \
+    EXPORT int64_t hvd_ecsgd_##name parameters {         \
+        if (type == FLOAT64) IN_VARIANT(name<double> arguments) \
+        IN_VARIANT(name<float> arguments)                \
+    }
+#define TABLE const Segment *table, int64_t n
+
+KERNEL(sign_extract, (int type, void* buffer, TABLE, uint8_t* payload, int l2, int64_t block, int threads),
+       (buffer, table, n, payload, l2, block, threads))
+KERNEL(sign_add, (int type, void* out, TABLE, const uint8_t* payload, int64_t block, double alpha, int threads),
+       (out, table, n, payload, block, alpha, threads))
+KERNEL(ternary_extract, (int type, void* buffer, TABLE, uint8_t* payload, int l2, int threads), (buffer, table, n, payload, l2, threads))
+KERNEL(ternary_add, (int type, void* out, TABLE, const uint8_t* payload, double alpha, int threads), (out, table, n, payload, alpha, threads))
+KERNEL(positions_take, (int type, void* buffer, TABLE, const int64_t* counts, const uint32_t* positions, void* values, int threads),
+       (buffer, table, n, counts, positions, values, threads))
+KERNEL(positions_add,
+       (int type, void* out, TABLE, const int64_t* counts, const uint32_t* positions, const void* values, double alpha, int64_t given, int threads),
+       (out, table, n, counts, positions, values, alpha, given, threads))
+KERNEL(top_k, (int type, const void* buffer, TABLE, const int64_t* counts, uint32_t* positions, int threads),
+       (buffer, table, n, counts, positions, threads))
+KERNEL(block_top_k_extract,
+       (int type, void* buffer, TABLE, uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last, int threads),
+       (buffer, table, n, payload, block, k_full, k_last, threads))
+KERNEL(block_top_k_add,
+       (int type, void* out, TABLE, const uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last, double alpha, int threads),
+       (out, table, n, payload, block, k_full, k_last, alpha, threads))
+KERNEL(threshold_positions,
+       (int type, const void* buffer, TABLE, const uint64_t* keys, const int64_t* sampled, const int64_t* ranks, int64_t* counts, uint32_t* positions,
+        int64_t capacity, int threads),
+       (buffer, table, n, keys, sampled, ranks, counts, positions, capacity, threads))
+KERNEL(qsgd_extract,
+       (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* seeds, int64_t levels, int64_t bucket, int bits, int largest, int threads),
+       (buffer, table, n, payload, seeds, levels, bucket, bits, largest, threads))
+KERNEL(qsgd_add, (int type, void* out, TABLE, const uint8_t* payload, int64_t levels, int64_t bucket, int bits, double alpha, int threads),
+       (out, table, n, payload, levels, bucket, bits, alpha, threads))
+KERNEL(natural_extract, (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* seeds, int threads),
+       (buffer, table, n, payload, seeds, threads))
+KERNEL(natural_add, (int type, void* out, TABLE, const uint8_t* payload, double alpha, int threads), (out, table, n, payload, alpha, threads))
+KERNEL(cast_extract, (int type, void* buffer, TABLE, uint16_t* payload, int brain, double limit, int threads),
+       (buffer, table, n, payload, brain, limit, threads))
+KERNEL(cast_add, (int type, void* out, TABLE, const uint16_t* payload, int brain, double alpha, int threads),
+       (out, table, n, payload, brain, alpha, threads))
+KERNEL(accumulate,
+       (int type, void* buffer, TABLE, const void* const* gradients, int gradient_type, const void* const* parameters, int parameter_type, double carry,
+        double eta, double decay, double* statistics, int threads),
+       (buffer, table, n, gradients, gradient_type, parameters, parameter_type, carry, eta, decay, statistics, threads))
+
+EXPORT int64_t hvd_ecsgd_random_k_positions(TABLE, const uint64_t* keys, const int64_t* counts, uint32_t* positions, int threads) {
+    IN_VARIANT(random_k_positions(table, n, keys, counts, positions, threads))
+}
+EXPORT int64_t hvd_ecsgd_all_finite(int type, const void* data, int64_t n, int threads) { IN_VARIANT(all_finite(type, data, n, threads)) }
+EXPORT int64_t hvd_ecsgd_fingerprint(const void* data, int64_t n, int width, int64_t* result, int threads) {
+    IN_VARIANT(fingerprint(data, n, width, result, threads))
+}

@@ -1,0 +1,219 @@
+// Vectors of WIDTH bytes, in the instructions of this variant. Included once for each variant, in its namespace; so are all headers after this one.
+
+template <class T>
+struct Lanes {
+    using I = typename Bits<T>::I;
+    static constexpr int N = WIDTH / static_cast<int>(sizeof(T));
+    typedef T V __attribute__((vector_size(WIDTH)));
+    typedef I M __attribute__((vector_size(WIDTH)));  // integers; of a comparison all ones or all zeros
+
+    INLINE static V load(const T* p) {
+        V v;
+        std::memcpy(&v, p, sizeof v);
+        return v;
+    }
+    INLINE static void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
+    INLINE static V all(T x) { return V{} + x; }
+    INLINE static M all_bits(I x) { return M{} + x; }
+    INLINE static V select(M m, V a, V b) { return reinterpret_cast<V>((reinterpret_cast<M>(a) & m) | (reinterpret_cast<M>(b) & ~m)); }
+    INLINE static M magnitude_bits(V v) { return reinterpret_cast<M>(v) & all_bits(static_cast<I>(~Bits<T>::SIGN)); }
+    INLINE static V magnitude(V v) { return reinterpret_cast<V>(magnitude_bits(v)); }
+};
+
+// One bit for each lane of a comparison, the first in the lowest bit.
+INLINE static uint64_t bits_of(Lanes<float>::M m) {
+#if VARIANT_LEVEL == 2
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(m));
+#elif VARIANT_LEVEL == 1
+    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(m)));
+#elif defined(__x86_64__)
+    return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(m)));
+#else
+    uint64_t bits = 0;
+    for (int j = 0; j < Lanes<float>::N; ++j) bits |= static_cast<uint64_t>(m[j] & 1) << j;
+    return bits;
+#endif
+}
+INLINE static uint64_t bits_of(Lanes<double>::M m) {
+#if VARIANT_LEVEL == 2
+    return _mm512_movepi64_mask(reinterpret_cast<__m512i>(m));
+#elif VARIANT_LEVEL == 1
+    return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(m)));
+#elif defined(__x86_64__)
+    return static_cast<uint32_t>(_mm_movemask_pd(reinterpret_cast<__m128d>(m)));
+#else
+    uint64_t bits = 0;
+    for (int j = 0; j < Lanes<double>::N; ++j) bits |= static_cast<uint64_t>(m[j] & 1) << j;
+    return bits;
+#endif
+}
+
+// Lanes whose bit is set in the lowest N bits of `bits`; with STRIDE 2 in the lowest of each pair of bits.
+template <class T, int STRIDE = 1>
+INLINE static typename Lanes<T>::M mask_of(uint64_t bits) {
+    typename Lanes<T>::M place;
+    for (int j = 0; j < Lanes<T>::N; ++j) place[j] = static_cast<typename Lanes<T>::I>(1) << (STRIDE * j);
+    return (Lanes<T>::all_bits(static_cast<typename Lanes<T>::I>(bits)) & place) != 0;
+}
+
+// Small whole numbers as bytes. (Not in Lanes: GCC 12 cannot convert vectors whose type depends on a template's parameter twice.)
+template <class T>
+struct Codes;
+template <>
+struct Codes<float> {
+    typedef int32_t Whole __attribute__((vector_size(WIDTH)));
+    typedef uint8_t Code __attribute__((vector_size(WIDTH / 4)));
+};
+template <>
+struct Codes<double> {
+    typedef int32_t Whole __attribute__((vector_size(WIDTH / 2)));
+    typedef uint8_t Code __attribute__((vector_size(WIDTH / 8)));
+};
+INLINE static Lanes<float>::V of_whole(Codes<float>::Whole c) { return __builtin_convertvector(c, Lanes<float>::V); }
+INLINE static Lanes<double>::V of_whole(Codes<double>::Whole c) { return __builtin_convertvector(c, Lanes<double>::V); }
+INLINE static Codes<float>::Whole to_whole(Lanes<float>::V v) { return __builtin_convertvector(v, Codes<float>::Whole); }
+INLINE static Codes<double>::Whole to_whole(Lanes<double>::V v) { return __builtin_convertvector(v, Codes<double>::Whole); }
+INLINE static Lanes<float>::V of_codes(Codes<float>::Code c) { return of_whole(__builtin_convertvector(c, Codes<float>::Whole)); }
+INLINE static Lanes<double>::V of_codes(Codes<double>::Code c) { return of_whole(__builtin_convertvector(c, Codes<double>::Whole)); }
+INLINE static Codes<float>::Code to_codes(Lanes<float>::V v) { return __builtin_convertvector(to_whole(v), Codes<float>::Code); }
+INLINE static Codes<double>::Code to_codes(Lanes<double>::V v) { return __builtin_convertvector(to_whole(v), Codes<double>::Code); }
+
+// The 4 bytes at `at`; beyond the `available` ones there are zeros.
+INLINE static uint32_t word_at(const uint8_t* bytes, int64_t at, int64_t available) {
+    uint32_t word = 0;
+    if (at + 4 <= available)
+        std::memcpy(&word, bytes + at, 4);
+    else
+        for (int64_t i = at; i < available; ++i) word |= static_cast<uint32_t>(bytes[i]) << 8 * (i - at);
+    return word;
+}
+
+// a·b + c with one rounding, as torch adds with a factor.
+INLINE static Lanes<float>::V fused(Lanes<float>::V a, Lanes<float>::V b, Lanes<float>::V c) {
+#if VARIANT_LEVEL == 2
+    return reinterpret_cast<Lanes<float>::V>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif VARIANT_LEVEL == 1
+    return reinterpret_cast<Lanes<float>::V>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+    for (int j = 0; j < Lanes<float>::N; ++j) c[j] = std::fma(a[j], b[j], c[j]);
+    return c;
+#endif
+}
+INLINE static Lanes<double>::V fused(Lanes<double>::V a, Lanes<double>::V b, Lanes<double>::V c) {
+#if VARIANT_LEVEL == 2
+    return reinterpret_cast<Lanes<double>::V>(_mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
+#elif VARIANT_LEVEL == 1
+    return reinterpret_cast<Lanes<double>::V>(_mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
+#else
+    for (int j = 0; j < Lanes<double>::N; ++j) c[j] = std::fma(a[j], b[j], c[j]);
+    return c;
+#endif
+}
+
+// Calls f(i, full) for the vectors at i = 0, N, 2N, … of n elements; the last, when shorter, is copied into a vector that ends with zeros.
+// f takes a vector and gives what replaces it: p ← f(p).
+template <class T, class F>
+INLINE static void replace_each(T* p, int64_t n, F f) {
+    using L = Lanes<T>;
+    int64_t i = 0;
+    for (; i + L::N <= n; i += L::N) L::store(p + i, f(L::load(p + i), i));
+    if (i < n) {
+        T rest[L::N] = {};
+        std::copy(p + i, p + n, rest);
+        L::store(rest, f(L::load(rest), i));
+        std::copy(rest, rest + (n - i), p + i);
+    }
+}
+
+// The bits of `test` for up to 64 elements.
+template <class T, class F>
+INLINE static uint64_t test_64(const T* p, F test) {
+    using L = Lanes<T>;
+    uint64_t bits = 0;
+#pragma GCC unroll 32
+    for (int j = 0; j < 64; j += L::N) bits |= bits_of(test(L::load(p + j))) << j;
+    return bits;
+}
+
+// Calls f(i, bits, count) for every 64 elements, and for the rest of fewer, whose missing elements are zeros to `test` and cleared in `bits`.
+template <class T, class Test, class F>
+INLINE static void each_64(const T* p, int64_t n, Test test, F f) {
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) f(i, test_64(p + i, test), 64);
+    if (i < n) {
+        T rest[64] = {};
+        std::copy(p + i, p + n, rest);
+        f(i, test_64(rest, test) & ((uint64_t{1} << (n - i)) - 1), static_cast<int>(n - i));
+    }
+}
+
+// Sums in double in one order, whatever the variant: element i of a tile is added to lane i mod 32, and lanes are folded in halves.
+template <class T>
+struct Sum {
+    typedef double D __attribute__((vector_size(WIDTH)));
+    static constexpr int PER = WIDTH / 8, PARTS = 32 / PER;
+    D lanes[PARTS];
+
+    INLINE Sum() {
+        for (auto& lane : lanes) lane = D{};
+    }
+    // 32 elements f(p[0]), …, f(p[31])
+    template <class F>
+    INLINE void add_32(const T* p, F f) {
+        typedef T Half __attribute__((vector_size(PER * sizeof(T))));
+#pragma GCC unroll 16
+        for (int j = 0; j < PARTS; ++j) {
+            Half v;
+            std::memcpy(&v, p + PER * j, sizeof v);
+            lanes[j] += f(__builtin_convertvector(v, D));
+        }
+    }
+    template <class F>
+    INLINE void add(const T* p, int64_t n, F f) {
+        int64_t i = 0;
+        for (; i + 32 <= n; i += 32) add_32(p + i, f);
+        if (i < n) {
+            T rest[32] = {};
+            std::copy(p + i, p + n, rest);
+            add_32(rest, f);
+        }
+    }
+    INLINE double total() const {
+        double flat[32];
+        std::memcpy(flat, lanes, sizeof flat);
+        for (int width = 16; width; width /= 2)
+            for (int j = 0; j < width; ++j) flat[j] += flat[j + width];
+        return flat[0];
+    }
+};
+
+template <class D>
+INLINE static D absolute(D v) {
+    typedef int64_t M __attribute__((vector_size(WIDTH)));
+    return reinterpret_cast<D>(reinterpret_cast<M>(v) & (M{} + std::numeric_limits<int64_t>::max()));
+}
+
+// Σ|p| or, `squares`, Σp² of up to a tile.
+template <class T>
+INLINE static double sum_of(const T* p, int64_t n, bool squares) {
+    Sum<T> sum;
+    if (squares)
+        sum.add(p, n, [](auto v) ISA { return v * v; });
+    else
+        sum.add(p, n, [](auto v) ISA { return absolute(v); });
+    return sum.total();
+}
+
+// The same of any length: tile after tile.
+template <class T>
+INLINE static double long_sum_of(const T* p, int64_t n, bool squares) {
+    double total = 0;
+    for (int64_t i = 0; i < n; i += TILE) total += sum_of(p + i, std::min(TILE, n - i), squares);
+    return total;
+}
+
+// The ℓ1 or ℓ2 norm in the buffer's type, which overflows as a sum in that type does.
+template <class T>
+INLINE static T norm_of(double sum, bool l2) {
+    return static_cast<T>(l2 ? std::sqrt(sum) : sum);
+}

@@ -1,0 +1,97 @@
+// Threads that wait for work. Not OpenMP: torch brings a runtime of its own, and a second one would neither share its threads nor survive a fork.
+#include "common.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#include <pthread.h>
+
+namespace {
+
+struct Job {
+    int64_t n;
+    void (*task)(void*, int64_t);
+    void* context;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+
+    void work() {
+        for (int64_t i = next++; i < n; i = next++) {
+            try {
+                task(context, i);
+            } catch (...) {
+                failed = true;
+            }
+        }
+    }
+};
+
+class Pool {
+  public:
+    void run(Job& job, int helpers) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            try {
+                for (; workers_ < helpers; ++workers_) std::thread([this] { serve(); }).detach();
+            } catch (const std::system_error&) {  // the system gives no more threads: those that are there do it
+            }
+            job_ = &job;
+            open_ = std::min(helpers, workers_);
+        }
+        wake_.notify_all();
+        job.work();
+        std::unique_lock<std::mutex> lock(mutex_);
+        open_ = 0;  // who has not woken by now need not
+        finished_.wait(lock, [this] { return running_ == 0; });
+    }
+
+  private:
+    void serve() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [this] { return open_ > 0; });
+            --open_;
+            ++running_;
+            Job* job = job_;
+            lock.unlock();
+            job->work();
+            lock.lock();
+            if (--running_ == 0) finished_.notify_one();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, finished_;
+    Job* job_ = nullptr;
+    int workers_ = 0, open_ = 0, running_ = 0;
+};
+
+std::atomic<bool> busy{false};
+Pool* pool = nullptr;  // never deleted: its threads wait in it until the process ends
+
+void in_a_child() {  // of fork: the threads are the parent's, and a lock may be held by one of them
+    pool = nullptr;
+    busy = false;
+}
+
+}  // namespace
+
+void parallel(int64_t n, int threads, void (*task)(void*, int64_t), void* context) {
+    Job job{n, task, context};
+    // Two threads of the program at once: the second one works alone.
+    if (threads > 1 && n > 1 && !busy.exchange(true)) {
+        if (pool == nullptr) {
+            static const int once = pthread_atfork(nullptr, nullptr, in_a_child);
+            static_cast<void>(once);
+            pool = new (std::nothrow) Pool;
+        }
+        if (pool != nullptr) pool->run(job, static_cast<int>(std::min<int64_t>(threads, n)) - 1);
+        busy = false;
+    }
+    job.work();  // what nobody has done yet
+    if (job.failed) throw std::bad_alloc();
+}

@@ -1,0 +1,109 @@
+// QSGD: each element a multiple of its bucket's norm/levels, rounded at random. Payload: the norms of all buckets, then each segment's codes.
+
+inline void pack_codes(const uint8_t* codes, int64_t n, int bits, uint8_t* bytes) {
+    if (bits == 8) {
+        std::memcpy(bytes, codes, n);
+    } else if (bits == 4) {
+        for (int64_t i = 0; i < (n + 1) / 2; ++i) bytes[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+    } else {
+        for (int64_t i = 0; i < (n + 3) / 4; ++i)
+            bytes[i] = static_cast<uint8_t>(codes[4 * i] | codes[4 * i + 1] << 2 | codes[4 * i + 2] << 4 | codes[4 * i + 3] << 6);
+    }
+}
+
+// One bucket's part of a chunk: codes of p, whose residual stays.
+template <class T>
+INLINE static void quantise(T* p, int64_t n, T norm, T levels, const T* uniform, uint8_t* codes) {
+    using L = Lanes<T>;
+    using I = typename Bits<T>::I;
+    const T step = norm / levels;
+    const auto divisor = L::all(norm > 0 ? norm : T(1)), most = L::all(levels), left = L::all(std::isfinite(step) ? step : T(0));
+    const auto sign = L::all_bits(static_cast<I>(Bits<T>::SIGN));
+    replace_each(p, n, [&](auto v, int64_t i) ISA {
+        const auto ratio = L::magnitude(v) / divisor;
+        auto x = L::load(uniform + i) + ratio * most;
+        x = L::select(x < most, x, most);
+        auto level = of_whole(to_whole(x));
+        // With the sign of v, and 0 of a NaN.
+        level = reinterpret_cast<typename L::V>((reinterpret_cast<typename L::M>(level) & (ratio == ratio)) | (reinterpret_cast<typename L::M>(v) & sign));
+        const auto code = to_codes(level + most);
+        std::memcpy(codes + i, &code, sizeof code);
+        return v - level * left;
+    });
+}
+
+inline std::vector<int64_t> code_offsets(const Segment* table, int64_t n, int bits) {
+    return offsets_of(table, n, 8 / bits);
+}
+
+template <class T>
+int64_t qsgd_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, const uint64_t* seeds, int64_t levels, int64_t bucket, int bits,
+                     int largest, int threads) {
+    T* buffer = static_cast<T*>(buffer_);
+    const auto rows = offsets_of(table, n, bucket), bytes = code_offsets(table, n, bits);
+    uint8_t* codes_of_all = payload + rows[n] * sizeof(T);
+    parallel_for(n, useful(threads, elements(table, n)), [&](int64_t s) ISA {
+        constexpr int CHUNK = Draws<T>::CHUNK;
+        Draws<T> draws(seeds[s]);
+        T uniform[CHUNK + 64];
+        uint8_t codes[CHUNK + 64];
+        T* p = buffer + table[s].start;
+        T norm = 0;
+        for (int64_t chunk = 0; chunk < table[s].numel; chunk += CHUNK) {
+            const int64_t end = std::min<int64_t>(chunk + CHUNK, table[s].numel);
+            draws.next();
+            for (int i = 0; i < CHUNK; ++i) uniform[i] = draws.uniform(i);
+            for (int64_t begin = chunk; begin < end;) {
+                const int64_t row = begin / bucket, stop = std::min(end, (row + 1) * bucket);
+                if (begin == row * bucket) {
+                    const int64_t width = std::min(bucket, table[s].numel - begin);
+                    norm = largest ? largest_magnitude(p + begin, width) : norm_of<T>(long_sum_of(p + begin, width, true), true);
+                    std::memcpy(payload + (rows[s] + row) * sizeof(T), &norm, sizeof(T));
+                }
+                quantise(p + begin, stop - begin, norm, static_cast<T>(levels), uniform + (begin - chunk), codes + (begin - chunk));
+                begin = stop;
+            }
+            std::fill(codes + (end - chunk), codes + (end - chunk) + 8, uint8_t{0});
+            pack_codes(codes, end - chunk, bits, codes_of_all + bytes[s] + chunk * bits / 8);
+        }
+    });
+    return DONE;
+}
+
+template <class T>
+int64_t qsgd_add(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t levels_, int64_t bucket, int bits, double alpha, int threads) {
+    T* out = static_cast<T*>(out_);
+    const auto rows = offsets_of(table, n, bucket), bytes = code_offsets(table, n, bits);
+    const auto tiles = tiles_of(table, n, 4096);
+    parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
+        using L = Lanes<T>;
+        const Tile& tile = tiles[t];
+        const int64_t numel = tile.end - tile.begin;
+        uint8_t codes[4096 + 64] = {};
+        const uint8_t* packed = payload + rows[n] * sizeof(T) + bytes[tile.segment] + tile.begin * bits / 8;
+        if (bits == 8) {
+            std::memcpy(codes, packed, numel);
+        } else if (bits == 4) {
+            for (int64_t i = 0; i < (numel + 1) / 2; ++i) codes[2 * i] = packed[i] & 15, codes[2 * i + 1] = packed[i] >> 4;
+        } else {
+            for (int64_t i = 0; i < (numel + 3) / 4; ++i)
+                codes[4 * i] = packed[i] & 3, codes[4 * i + 1] = packed[i] >> 2 & 3, codes[4 * i + 2] = packed[i] >> 4 & 3, codes[4 * i + 3] = packed[i] >> 6;
+        }
+        const T levels = static_cast<T>(levels_);
+        const auto most = L::all(levels), factor = L::all(static_cast<T>(alpha));
+        for (int64_t begin = tile.begin; begin < tile.end;) {
+            const int64_t row = begin / bucket, stop = std::min(tile.end, (row + 1) * bucket);
+            T norm;
+            std::memcpy(&norm, payload + (rows[tile.segment] + row) * sizeof(T), sizeof(T));
+            const auto step = L::all(norm / levels);
+            const uint8_t* code = codes + (begin - tile.begin);
+            replace_each(out + table[tile.segment].start + begin, stop - begin, [&](auto v, int64_t i) ISA {
+                typename Codes<T>::Code c;
+                std::memcpy(&c, code + i, sizeof c);
+                return fused((of_codes(c) - most) * step, factor, v);
+            });
+            begin = stop;
+        }
+    });
+    return DONE;
+}

@@ -1,0 +1,140 @@
+// Sign: one bit for each element (set: negative) and a scale for each row, a segment or a block of it.
+// Payload: the scales of all segments, then their bits, each segment's beginning with a byte of its own.
+
+// Rows of all segments as segments of their own, and where their bits begin.
+struct SignRows {
+    std::vector<Segment> rows;
+    std::vector<int64_t> bytes;
+};
+
+inline SignRows sign_rows(const Segment* table, int64_t n, int64_t block, int64_t scale_bytes) {
+    SignRows result;
+    for (int64_t s = 0; s < n; ++s) {
+        const int64_t width = block ? block : std::max<int64_t>(table[s].numel, 1);
+        int64_t begin = 0;
+        do {  // an empty segment has one scale
+            result.rows.push_back({table[s].start + begin, std::min(width, table[s].numel - begin)});
+            begin += width;
+        } while (begin < table[s].numel);
+    }
+    int64_t at = static_cast<int64_t>(result.rows.size()) * scale_bytes;
+    for (int64_t s = 0; s < n; ++s) {
+        const int64_t width = block ? block : std::max<int64_t>(table[s].numel, 1);
+        int64_t begin = 0;
+        do {
+            result.bytes.push_back(at + begin / 8);
+            begin += width;
+        } while (begin < table[s].numel);
+        at += (table[s].numel + 7) / 8;
+    }
+    return result;
+}
+
+template <class T>
+INLINE static void pack_negative(const T* p, int64_t n, uint8_t* bytes) {
+    each_64(p, n, [](auto v) ISA { return v < 0; }, [&](int64_t i, uint64_t bits, int count) ISA { std::memcpy(bytes + i / 8, &bits, (count + 7) / 8); });
+}
+
+// p −= ±scale by the signs of p
+template <class T>
+INLINE static void subtract_sign(T* p, int64_t n, T scale) {
+    if (!std::isfinite(scale) || scale == 0) return;
+    using L = Lanes<T>;
+    const auto plus = L::all(scale), minus = L::all(-scale);
+    replace_each(p, n, [&](auto v, int64_t) ISA { return v - L::select(v < 0, minus, plus); });
+}
+
+template <class T>
+static T sign_scale(double sum, int64_t numel, bool l2) {
+    const T norm = norm_of<T>(sum, l2);
+    return static_cast<T>(norm / (l2 ? std::sqrt(static_cast<double>(numel)) : static_cast<double>(numel)));
+}
+
+// `block` is 0 for one scale a segment; else it is at most a tile, or a multiple of 8.
+template <class T>
+int64_t sign_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, int l2, int64_t block, int threads) {
+    T* buffer = static_cast<T*>(buffer_);
+    threads = useful(threads, elements(table, n));
+    const SignRows all = sign_rows(table, n, block, sizeof(T));
+    const int64_t n_rows = all.rows.size();
+    std::vector<T> scales(n_rows, T(0));
+    if (block && block % 8) {  // rows share bytes, and fit into the cache: each segment's bits first, then row by row
+        const auto bytes = offsets_of(table, n, 8);
+        const int64_t first = n_rows * static_cast<int64_t>(sizeof(T));
+        // Tiles that end where rows and bytes do.
+        const auto tiles = tiles_of(table, n, block * 8 * std::max<int64_t>(1, TILE / (block * 8)));
+        const auto rows = [&] {
+            std::vector<int64_t> before(n + 1, 0);
+            for (int64_t s = 0; s < n; ++s) before[s + 1] = before[s] + std::max<int64_t>(1, (table[s].numel + block - 1) / block);
+            return before;
+        }();
+        parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+            const Tile& tile = tiles[t];
+            T* p = buffer + table[tile.segment].start;
+            pack_negative(p + tile.begin, tile.end - tile.begin, payload + first + bytes[tile.segment] + tile.begin / 8);
+            for (int64_t begin = tile.begin; begin < tile.end; begin += block) {
+                const int64_t width = std::min(block, tile.end - begin);
+                const T scale = sign_scale<T>(sum_of(p + begin, width, l2), width, l2);
+                scales[rows[tile.segment] + begin / block] = scale;
+                subtract_sign(p + begin, width, scale);
+            }
+        });
+    } else {
+        const auto tiles = tiles_of(all.rows.data(), n_rows);
+        std::vector<double> sums(tiles.size());
+        parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+            const Tile& tile = tiles[t];
+            const T* p = buffer + all.rows[tile.segment].start + tile.begin;
+            const int64_t numel = tile.end - tile.begin;
+            pack_negative(p, numel, payload + all.bytes[tile.segment] + tile.begin / 8);
+            sums[t] = sum_of(p, numel, l2);
+        });
+        std::vector<double> totals(n_rows, 0.0);
+        for (size_t t = 0; t < tiles.size(); ++t) totals[tiles[t].segment] += sums[t];
+        for (int64_t r = 0; r < n_rows; ++r)
+            if (all.rows[r].numel) scales[r] = sign_scale<T>(totals[r], all.rows[r].numel, l2);
+        const int64_t last = static_cast<int64_t>(tiles.size()) - 1;
+        parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+            const Tile& tile = tiles[last - t];  // what was read last is still in the cache
+            subtract_sign(buffer + all.rows[tile.segment].start + tile.begin, tile.end - tile.begin, scales[tile.segment]);
+        });
+    }
+    std::memcpy(payload, scales.data(), scales.size() * sizeof(T));
+    return DONE;
+}
+
+// p += alpha·(±scale) by the bits
+template <class T>
+INLINE static void add_sign(T* p, int64_t n, const uint8_t* bytes, int skip, T scale, T alpha) {
+    using L = Lanes<T>;
+    const auto plus = L::all(scale), minus = L::all(-scale), factor = L::all(alpha);
+    const int64_t available = (n + skip + 7) / 8;
+    replace_each(p, n, [&](auto v, int64_t i) ISA {
+        const uint32_t word = word_at(bytes, (i + skip) / 8, available) >> (i + skip) % 8;
+        return fused(L::select(mask_of<T>(word), minus, plus), factor, v);
+    });
+}
+
+template <class T>
+int64_t sign_add(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t block, double alpha, int threads) {
+    T* out = static_cast<T*>(out_);
+    const SignRows all = sign_rows(table, n, block, sizeof(T));
+    const auto tiles = tiles_of(all.rows.data(), all.rows.size());
+    // Which bit of its first byte a row begins with.
+    std::vector<int> skips;
+    for (int64_t s = 0; s < n; ++s) {
+        int64_t begin = 0;
+        do {
+            skips.push_back(static_cast<int>(begin % 8));
+            begin += block ? block : std::max<int64_t>(table[s].numel, 1);
+        } while (begin < table[s].numel);
+    }
+    parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
+        const Tile& tile = tiles[t];
+        T scale;
+        std::memcpy(&scale, payload + tile.segment * sizeof(T), sizeof(T));
+        add_sign(out + all.rows[tile.segment].start + tile.begin, tile.end - tile.begin, payload + all.bytes[tile.segment] + tile.begin / 8,
+                 skips[tile.segment], scale, static_cast<T>(alpha));
+    });
+    return DONE;
+}

@@ -1,0 +1,90 @@
+// Ternary: 2 bits for each element (1 positive, 2 negative, 0 zero) and a scale for each segment.
+// Payload: the scales of all segments, then their codes, each segment's beginning with a byte of its own.
+
+// The bits of a word of 32, each followed by a zero.
+inline uint64_t spread(uint64_t x) {
+    x = (x | x << 16) & 0x0000ffff0000ffffu;
+    x = (x | x << 8) & 0x00ff00ff00ff00ffu;
+    x = (x | x << 4) & 0x0f0f0f0f0f0f0f0fu;
+    x = (x | x << 2) & 0x3333333333333333u;
+    return (x | x << 1) & 0x5555555555555555u;
+}
+
+template <class T>
+INLINE static int64_t pack_ternary(const T* p, int64_t n, uint8_t* bytes) {
+    int64_t nonzero = 0;
+    each_64(p, n, [](auto v) ISA { return v < 0; }, [&](int64_t i, uint64_t negative, int count) ISA {
+        T rest[64] = {};
+        const T* q = p + i;
+        if (count < 64) {
+            std::copy(q, q + count, rest);
+            q = rest;
+        }
+        const uint64_t positive = test_64(q, [](auto v) ISA { return v > 0; });
+        nonzero += __builtin_popcountll(test_64(q, [](auto v) ISA { return v != 0; }));  // a NaN is not zero
+        const uint64_t words[2] = {spread(positive & 0xffffffffu) | spread(negative & 0xffffffffu) << 1, spread(positive >> 32) | spread(negative >> 32) << 1};
+        std::memcpy(bytes + i / 4, words, (count + 3) / 4);
+    });
+    return nonzero;
+}
+
+template <class T>
+int64_t ternary_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, int l2, int threads) {
+    T* buffer = static_cast<T*>(buffer_);
+    threads = useful(threads, elements(table, n));
+    const auto tiles = tiles_of(table, n);
+    const auto bytes = offsets_of(table, n, 4);
+    std::vector<double> sums(tiles.size());
+    std::vector<int64_t> counts(tiles.size());
+    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+        const Tile& tile = tiles[t];
+        const T* p = buffer + table[tile.segment].start + tile.begin;
+        counts[t] = pack_ternary(p, tile.end - tile.begin, payload + n * sizeof(T) + bytes[tile.segment] + tile.begin / 4);
+        sums[t] = sum_of(p, tile.end - tile.begin, l2);
+    });
+    std::vector<double> totals(n, 0.0);
+    std::vector<int64_t> nonzero(n, 0);
+    for (size_t t = 0; t < tiles.size(); ++t) {
+        totals[tiles[t].segment] += sums[t];
+        nonzero[tiles[t].segment] += counts[t];
+    }
+    std::vector<T> scales(n, T(0));
+    for (int64_t s = 0; s < n; ++s)
+        if (table[s].numel) scales[s] = sign_scale<T>(totals[s], std::max<int64_t>(1, nonzero[s]), l2);
+    const int64_t last = static_cast<int64_t>(tiles.size()) - 1;
+    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+        using L = Lanes<T>;
+        const Tile& tile = tiles[last - t];
+        const T scale = scales[tile.segment];
+        if (!std::isfinite(scale) || scale == 0) return;
+        const auto plus = L::all(scale), minus = L::all(-scale), zero = L::all(0);
+        replace_each(buffer + table[tile.segment].start + tile.begin, tile.end - tile.begin,
+                     [&](auto v, int64_t) ISA { return v - L::select(v < 0, minus, L::select(v > 0, plus, zero)); });
+    });
+    std::memcpy(payload, scales.data(), scales.size() * sizeof(T));
+    return DONE;
+}
+
+template <class T>
+int64_t ternary_add(void* out_, const Segment* table, int64_t n, const uint8_t* payload, double alpha, int threads) {
+    T* out = static_cast<T*>(out_);
+    const auto tiles = tiles_of(table, n);
+    const auto bytes = offsets_of(table, n, 4);
+    parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
+        using L = Lanes<T>;
+        const Tile& tile = tiles[t];
+        T scale;
+        std::memcpy(&scale, payload + tile.segment * sizeof(T), sizeof(T));
+        const auto plus = L::all(scale), minus = L::all(-scale), zero = L::all(0 * scale), factor = L::all(static_cast<T>(alpha));
+        const uint8_t* codes = payload + n * sizeof(T) + bytes[tile.segment] + tile.begin / 4;
+        const int64_t available = (tile.end - tile.begin + 3) / 4;
+        replace_each(out + table[tile.segment].start + tile.begin, tile.end - tile.begin, [&](auto v, int64_t i) ISA {
+            const uint32_t word = word_at(codes, i / 4, available) >> i % 4 * 2;
+            const auto positive = mask_of<T, 2>(word), negative = mask_of<T, 2>(word >> 1);
+            // As sign times scale: 3, which nobody writes, is zero.
+            const auto sent = L::select(positive & ~negative, plus, L::select(negative & ~positive, minus, zero));
+            return fused(sent, factor, v);
+        });
+    });
+    return DONE;
+}

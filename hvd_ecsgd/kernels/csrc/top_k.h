@@ -1,0 +1,126 @@
+// TopK: the k entries of largest magnitude, ties to the lowest index, NaN as infinity. One pass, but for values that a sample misjudges.
+
+// Bits of the elements of up to 64 whose magnitude is at least `least` as a key.
+template <class T>
+struct AtLeast {
+    typename Lanes<T>::M below;
+    INLINE explicit AtLeast(typename Bits<T>::U least) : below(Lanes<T>::all_bits(static_cast<typename Bits<T>::I>(least) - 1)) {}
+    INLINE auto operator()(typename Lanes<T>::V v) const { return Lanes<T>::magnitude_bits(v) > below; }
+};
+
+// Entries of [begin, end) that may be among the k largest of the segment, in ascending position.
+template <class T>
+struct Candidates {
+    using U = typename Bits<T>::U;
+    std::vector<U> keys;
+    std::vector<uint32_t> positions;
+
+    // All with a key of at least `least`, but when they are many more than k, of which only those stay that are among the k largest so far.
+    void collect(const T* p, int64_t begin, int64_t end, U least, int64_t k) {
+        const int64_t capacity = std::min<int64_t>(end - begin, 2 * k + TILE);
+        keys.resize(capacity);
+        positions.resize(capacity);
+        int64_t found = 0;
+        for (int64_t tile = begin; tile < end && least <= Bits<T>::INFINITE; tile += TILE) {
+            each_64(p + tile, std::min(tile + TILE, end) - tile, AtLeast<T>(least), [&](int64_t i, uint64_t bits, int) ISA {
+                for (; bits; bits &= bits - 1) {
+                    const int64_t at = tile + i + __builtin_ctzll(bits);
+                    if (found == capacity) {
+                        least = keep_largest(found, k);
+                        found = k;
+                    }
+                    const U key = key_of(p[at]);
+                    if (key < least) continue;  // the threshold rose within this tile
+                    keys[found] = key;
+                    positions[found++] = static_cast<uint32_t>(at);
+                }
+            });
+        }
+        keys.resize(found);
+        positions.resize(found);
+    }
+
+    // Only the k largest of the first `found` stay; returns the key that a later entry needs to be among them.
+    U keep_largest(int64_t found, int64_t k) {
+        std::vector<U> copy(keys.begin(), keys.begin() + found);
+        const U smallest = kth_largest(copy.data(), found, k);
+        int64_t equal = k;  // how many of those that equal the smallest
+        for (int64_t i = 0; i < found; ++i) equal -= keys[i] > smallest;
+        int64_t left = 0;
+        for (int64_t i = 0; i < found && left < k; ++i) {
+            if (keys[i] < smallest || (keys[i] == smallest && equal-- <= 0)) continue;
+            keys[left] = keys[i];
+            positions[left++] = positions[i];
+        }
+        return smallest + 1;
+    }
+};
+
+// A key that about k of n elements reach, rather more than fewer, by a sample with one element of each of as many stretches.
+template <class T>
+typename Bits<T>::U sampled_threshold(const T* p, int64_t n, int64_t k) {
+    constexpr int64_t SAMPLE = 1 << 14;
+    if (n < 4 * SAMPLE) return 0;
+    const int64_t stretch = n / SAMPLE;
+    std::vector<typename Bits<T>::U> keys(SAMPLE);
+    uint32_t word = 1;
+    for (int64_t i = 0; i < SAMPLE; ++i) {
+        word = word * 1664525u + 1013904223u;
+        keys[i] = key_of(p[i * stretch + static_cast<int64_t>(static_cast<uint64_t>(word) * stretch >> 32)]);
+    }
+    const double expected = static_cast<double>(SAMPLE) * k / n;
+    const auto rank = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 8);
+    return rank >= SAMPLE ? 0 : kth_largest(keys.data(), SAMPLE, rank);
+}
+
+// positions ← those of the counts[s] largest of each segment.
+template <class T>
+int64_t top_k(const void* buffer_, const Segment* table, int64_t n, const int64_t* counts, uint32_t* positions, int threads) {
+    const T* buffer = static_cast<const T*>(buffer_);
+    threads = useful(threads, elements(table, n));
+    const auto offsets = offsets_of(counts, n);
+    // One part of a small segment, as many as threads of a large one.
+    std::vector<Tile> parts;
+    for (int64_t s = 0; s < n; ++s) {
+        if (counts[s] == 0 || counts[s] == table[s].numel) continue;
+        const int64_t size = table[s].numel < WORTH_THREADS * 4 ? table[s].numel : (table[s].numel + threads - 1) / threads;
+        for (int64_t begin = 0; begin < table[s].numel; begin += size) parts.push_back({s, begin, std::min(begin + size, table[s].numel)});
+    }
+    std::vector<typename Bits<T>::U> least(n, 0);
+    parallel_for(n, threads, [&](int64_t s) {
+        if (counts[s] == table[s].numel)
+            std::iota(positions + offsets[s], positions + offsets[s + 1], 0u);
+        else if (counts[s])
+            least[s] = sampled_threshold(buffer + table[s].start, table[s].numel, counts[s]);
+    });
+    std::vector<Candidates<T>> found(parts.size());
+    for (bool again = true; again;) {
+        parallel_for(parts.size(), threads, [&](int64_t i) {
+            const Tile& part = parts[i];
+            if (found[i].keys.empty()) found[i].collect(buffer + table[part.segment].start, part.begin, part.end, least[part.segment], counts[part.segment]);
+        });
+        std::vector<int64_t> totals(n, 0);
+        for (size_t i = 0; i < parts.size(); ++i) totals[parts[i].segment] += found[i].keys.size();
+        again = false;
+        for (size_t i = 0; i < parts.size(); ++i) {
+            const int64_t s = parts[i].segment;
+            if (totals[s] >= counts[s]) continue;
+            least[s] = 0;  // the sample was misleading: take any
+            found[i].keys.clear();
+            again = true;
+        }
+    }
+    std::vector<int64_t> first(n, -1);  // the first part of each segment
+    for (int64_t i = static_cast<int64_t>(parts.size()) - 1; i >= 0; --i) first[parts[i].segment] = i;
+    parallel_for(n, threads, [&](int64_t s) {
+        if (first[s] < 0) return;
+        Candidates<T>& all = found[first[s]];
+        for (int64_t i = first[s] + 1; i < static_cast<int64_t>(parts.size()) && parts[i].segment == s; ++i) {
+            all.keys.insert(all.keys.end(), found[i].keys.begin(), found[i].keys.end());
+            all.positions.insert(all.positions.end(), found[i].positions.begin(), found[i].positions.end());
+        }
+        all.keep_largest(all.keys.size(), counts[s]);
+        std::copy(all.positions.begin(), all.positions.begin() + counts[s], positions + offsets[s]);
+    });
+    return DONE;
+}

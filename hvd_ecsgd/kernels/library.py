@@ -1,0 +1,121 @@
+"""Where the compiled kernels are, whether they are to be used, and how to call them."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import warnings
+from pathlib import Path
+
+from ..errors import CompressionError
+
+__all__ = ["VARIANTS", "Library", "chosen", "digest_of_sources"]
+
+VARIANTS = ("portable", "avx2", "avx512")
+"""By level: which instructions a kernel uses."""
+
+_FOLDER = Path(__file__).parent
+_REMEDY = (
+    "Build it with `pip install` from the sources (`pip install -v` shows why it could not be), or in a source checkout with "
+    "`python setup.py build_ext --inplace`; both need a C++17 compiler (CXX chooses one). HVD_ECSGD_KERNELS=reference does without."
+)
+_OUT_OF_MEMORY = -(2**63)
+
+_int, _long, _double, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_TABLE = (_pointer, _long)
+# Arguments by function; all but the first few return int64.
+_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "sign_extract": (_int, _pointer, *_TABLE, _pointer, _int, _long, _int),
+    "sign_add": (_int, _pointer, *_TABLE, _pointer, _long, _double, _int),
+    "ternary_extract": (_int, _pointer, *_TABLE, _pointer, _int, _int),
+    "ternary_add": (_int, _pointer, *_TABLE, _pointer, _double, _int),
+    "positions_take": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _int),
+    "positions_add": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _double, _long, _int),
+    "top_k": (_int, _pointer, *_TABLE, _pointer, _pointer, _int),
+    "block_top_k_extract": (_int, _pointer, *_TABLE, _pointer, _long, _long, _pointer, _int),
+    "block_top_k_add": (_int, _pointer, *_TABLE, _pointer, _long, _long, _pointer, _double, _int),
+    "threshold_positions": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _pointer, _pointer, _long, _int),
+    "random_k_positions": (*_TABLE, _pointer, _pointer, _pointer, _int),
+    "qsgd_extract": (_int, _pointer, *_TABLE, _pointer, _pointer, _long, _long, _int, _int, _int),
+    "qsgd_add": (_int, _pointer, *_TABLE, _pointer, _long, _long, _int, _double, _int),
+    "natural_extract": (_int, _pointer, *_TABLE, _pointer, _pointer, _int),
+    "natural_add": (_int, _pointer, *_TABLE, _pointer, _double, _int),
+    "cast_extract": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int),
+    "cast_add": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int),
+    "accumulate": (_int, _pointer, *_TABLE, _pointer, _int, _pointer, _int, _double, _double, _double, _pointer, _int),
+    "all_finite": (_int, _pointer, _long, _int),
+    "fingerprint": (_pointer, _long, _int, _pointer, _int),
+}
+
+
+def digest_of_sources(folder: Path) -> str:
+    """Names the C++ sources in `folder` by their content; setup.py compiles it in. Empty when there are none."""
+    files = sorted(f for f in folder.glob("*") if f.suffix in (".cpp", ".h"))
+    return hashlib.blake2b(b"".join(f.name.encode() + b"\0" + f.read_bytes() for f in files), digest_size=8).hexdigest() if files else ""
+
+
+class Library:
+    """The compiled kernels as functions of numbers and addresses. ctypes releases the interpreter's lock while one runs."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError with the reason when it cannot be loaded, or was built from other sources than those beside it."""
+        self._library = ctypes.CDLL(str(path))
+        try:
+            self._library.hvd_ecsgd_sources.restype = ctypes.c_char_p
+            built_from = self._library.hvd_ecsgd_sources().decode()
+            for name, arguments in _SIGNATURES.items():
+                function = getattr(self._library, f"hvd_ecsgd_{name}")
+                function.argtypes, function.restype = arguments, _long
+        except AttributeError as error:
+            raise OSError(f"{path} was built from other sources: {error}") from None
+        if built_from != (expected := digest_of_sources(path.parent / "csrc")) and expected:
+            raise OSError(f"{path} was built from other sources than those in {path.parent / 'csrc'}")
+
+    def call(self, name: str, *arguments: object) -> int:
+        """What the kernel returns: 0 or a count; -1 - i when the payload of segment i is wrong. MemoryError when there is not enough."""
+        result: int = getattr(self._library, f"hvd_ecsgd_{name}")(*arguments)
+        if result == _OUT_OF_MEMORY:
+            raise MemoryError(f"kernel {name}: not enough memory")
+        return result
+
+    @property
+    def variant(self) -> str:
+        """Which instructions are used."""
+        return VARIANTS[self._library.hvd_ecsgd_variant()]
+
+    def limit_variant(self, most: str) -> str:
+        """For tests: as if the processor had no more than `most` of `VARIANTS`; returns what is used then."""
+        return VARIANTS[self._library.hvd_ecsgd_limit_variant(VARIANTS.index(most))]
+
+
+def chosen(wanted: str | None) -> Library | None:
+    """The library that `HVD_ECSGD_KERNELS` asks for; None for the reference. Raises `CompressionError` when it asks for what is not there."""
+    if wanted not in (None, "", "native", "reference"):
+        raise CompressionError(f"HVD_ECSGD_KERNELS must be native or reference, or not be set (native where it was built), got {wanted!r}.")
+    if wanted == "reference":
+        return None
+    try:
+        return Library(_FOLDER / "libhvd_ecsgd_cpu.so")
+    except OSError as error:
+        reason = " ".join(str(error).split())
+    if wanted == "native":
+        raise CompressionError(f"HVD_ECSGD_KERNELS=native, and the compiled kernels cannot be loaded: {reason}. {_REMEDY}")
+    global _missing
+    _missing = f"hvd-ecsgd runs without its compiled kernels, and slower: {reason}. {_REMEDY}"
+    return None
+
+
+_missing = ""
+
+
+def say_what_is_missing() -> None:
+    """A warning, once, when the compiled kernels would be used and are not there."""
+    global _missing
+    message, _missing = _missing, ""
+    if message:
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def from_environment() -> Library | None:
+    return chosen(os.environ.get("HVD_ECSGD_KERNELS"))

@@ -1,0 +1,204 @@
+"""The compiled kernels, by compressor. What they take and give is what the reference in the compressor's own file does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from ..errors import CompressionError
+from ..segments import Segments
+from . import library, reference
+from .library import Library
+
+__all__ = ["Native", "all_finite", "fingerprint", "forced", "native_for", "native_library"]
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_BUFFERS = (torch.float32, torch.float64)
+
+Counts = np.ndarray
+"""int64, one for each segment."""
+
+
+def _address(array: np.ndarray) -> int:
+    address: int = array.ctypes.data
+    return address
+
+
+class Native:
+    """Kernels for one buffer (or result) on the CPU, of float32 or float64, and the table that it is cut by.
+
+    Payloads are flat bytes, but for `Cast`. Raises `CompressionError` that names the parameter where a payload holds what cannot be.
+    """
+
+    def __init__(self, library: Library, buffer: torch.Tensor, segments: Segments, who: str) -> None:
+        ranges = segments.ranges
+        if len(ranges) and int(ranges.sum(1).max()) > buffer.numel():
+            raise CompressionError(f"{who}: the table of segments ends at element {int(ranges.sum(1).max())} of a buffer of {buffer.numel()}.")
+        self._library, self._segments, self._who = library, segments, who
+        self._threads = torch.get_num_threads()
+        self._table = (_address(ranges), len(ranges))
+        self._buffer = (_TYPES[buffer.dtype], buffer.data_ptr(), *self._table)
+
+    def _call(self, name: str, *arguments: object) -> int:
+        result = self._library.call(name, *arguments, self._threads)
+        if result < 0:
+            segment = self._segments.table[-1 - result]
+            raise CompressionError(
+                f"{self._who}: the payload's positions for parameter '{segment.name}' must ascend below its {segment.numel} elements, and do not: it "
+                "was damaged on its way, or comes from ranks with other settings."
+            )
+        return result
+
+    def sign_extract_(self, payload: torch.Tensor, l2: bool, block: int | None) -> None:
+        self._call("sign_extract", *self._buffer, payload.data_ptr(), l2, block or 0)
+
+    def sign_add_(self, payload: torch.Tensor, block: int | None, alpha: float) -> None:
+        self._call("sign_add", *self._buffer, payload.data_ptr(), block or 0, alpha)
+
+    def ternary_extract_(self, payload: torch.Tensor, l2: bool) -> None:
+        self._call("ternary_extract", *self._buffer, payload.data_ptr(), l2)
+
+    def ternary_add_(self, payload: torch.Tensor, alpha: float) -> None:
+        self._call("ternary_add", *self._buffer, payload.data_ptr(), alpha)
+
+    def qsgd_extract_(self, payload: torch.Tensor, seeds: Sequence[int], levels: int, bucket: int, bits: int, largest: bool) -> None:
+        """`seeds`: of torch's generator, one for each segment. `largest`: the norm is the largest magnitude, else ℓ2."""
+        of = np.array(seeds, np.uint64)
+        self._call("qsgd_extract", *self._buffer, payload.data_ptr(), _address(of), levels, bucket, bits, largest)
+
+    def qsgd_add_(self, payload: torch.Tensor, levels: int, bucket: int, bits: int, alpha: float) -> None:
+        self._call("qsgd_add", *self._buffer, payload.data_ptr(), levels, bucket, bits, alpha)
+
+    def natural_extract_(self, payload: torch.Tensor, seeds: Sequence[int]) -> None:
+        of = np.array(seeds, np.uint64)
+        self._call("natural_extract", *self._buffer, payload.data_ptr(), _address(of))
+
+    def natural_add_(self, payload: torch.Tensor, alpha: float) -> None:
+        self._call("natural_add", *self._buffer, payload.data_ptr(), alpha)
+
+    def cast_extract_(self, payload: torch.Tensor, limit: float) -> None:
+        """`limit`: magnitudes beyond it are sent as that; inf for none. `payload`: float16 or bfloat16."""
+        self._call("cast_extract", *self._buffer, payload.data_ptr(), payload.dtype == torch.bfloat16, limit)
+
+    def cast_add_(self, payload: torch.Tensor, alpha: float) -> None:
+        self._call("cast_add", *self._buffer, payload.data_ptr(), payload.dtype == torch.bfloat16, alpha)
+
+    def block_top_k_extract_(self, payload: torch.Tensor, block: int, k_full: int, k_last: Counts) -> None:
+        """`k_last`: entries of each segment's last block when it is shorter than `block`, else 0."""
+        self._call("block_top_k_extract", *self._buffer, payload.data_ptr(), block, k_full, _address(k_last))
+
+    def block_top_k_add_(self, payload: torch.Tensor, block: int, k_full: int, k_last: Counts, alpha: float) -> None:
+        self._call("block_top_k_add", *self._buffer, payload.data_ptr(), block, k_full, _address(k_last), alpha)
+
+    # -- positions: int32 or uint32, ascending within each segment, one segment after the other ------------------------------------------
+
+    def top_k(self, counts: Counts, positions: torch.Tensor) -> None:
+        """`positions` ← those of each segment's counts[i] largest magnitudes."""
+        self._call("top_k", *self._buffer, _address(counts), positions.data_ptr())
+
+    def random_k(self, keys: Sequence[int], counts: Counts) -> torch.Tensor:
+        """counts[i] positions (int32) of each segment, by Philox words from each of `keys`."""
+        positions = torch.empty(int(counts.sum()), dtype=torch.int32, device="cpu")
+        of = np.array(keys, np.uint64)
+        self._call("random_k_positions", *self._table, _address(of), _address(counts), positions.data_ptr())
+        return positions
+
+    def threshold(self, keys: Sequence[int], sampled: Counts, ranks: Counts, expected: int) -> tuple[Counts, torch.Tensor]:
+        """(counts, positions as int32) of entries that are no zeros and reach the ranks[i]-th largest of a sample, about `expected` in all."""
+        of, counts = np.array(keys, np.uint64), np.empty(len(keys), np.int64)
+        while True:
+            positions = torch.empty(expected, dtype=torch.int32, device="cpu")
+            places = (_address(sampled), _address(ranks), _address(counts), positions.data_ptr(), expected)
+            total = self._call("threshold_positions", *self._buffer, _address(of), *places)
+            if total <= expected:
+                return counts, positions[:total]
+            expected = total
+
+    def take_(self, counts: Counts, positions: torch.Tensor, values: torch.Tensor) -> None:
+        """`values` ← the entries at `positions`, which become zero."""
+        self._call("positions_take", *self._buffer, _address(counts), positions.data_ptr(), values.data_ptr())
+
+    def add_at_(self, counts: Counts, positions: torch.Tensor, values: torch.Tensor, alpha: float) -> None:
+        """The entries at `positions` += alpha·values."""
+        given = min(positions.numel(), values.numel())
+        self._call("positions_add", *self._buffer, _address(counts), positions.data_ptr(), values.data_ptr(), alpha, given)
+
+    # -- accumulate ----------------------------------------------------------------------------------------------------------------------
+
+    def accumulate_(
+        self,
+        gradients: Sequence[torch.Tensor],
+        parameters: Sequence[torch.Tensor],
+        carry: float,
+        eta: float,
+        decay: float,
+    ) -> tuple[bool, np.ndarray]:
+        """buffer ← carry·buffer + eta·gradient + decay·parameter, each product and sum rounded as torch rounds them.
+
+        Returns whether all of the result is finite, and for each segment Σ|a|, Σa² and the largest magnitude of it (float64). Gradients, and
+        parameters (none without decay), are contiguous, of one floating-point type each, in the order of the segments.
+        """
+        statistics = np.empty((len(gradients), 3))
+        of_gradients = np.array([g.data_ptr() for g in gradients], np.uint64)
+        of_parameters = np.array([p.data_ptr() for p in parameters], np.uint64)
+        finite = self._call(
+            "accumulate",
+            *self._buffer,
+            _address(of_gradients),
+            _TYPES[gradients[0].dtype] if len(gradients) else 0,
+            _address(of_parameters) if decay else None,
+            _TYPES[parameters[0].dtype] if len(parameters) else 0,
+            carry,
+            eta,
+            decay,
+            _address(statistics),
+        )
+        return bool(finite), statistics
+
+
+_library: Library | None = library.from_environment()
+
+
+def native_library() -> Library | None:
+    """The compiled kernels where they are used."""
+    return _library
+
+
+def native_for(buffer: torch.Tensor, segments: Segments, who: str) -> Native | None:
+    """The compiled kernels for this buffer; None where the reference is to run. `who` is named in errors."""
+    if _library is None:
+        library.say_what_is_missing()
+        return None
+    if buffer.device.type != "cpu" or buffer.dtype not in _BUFFERS or not buffer.is_contiguous():
+        return None
+    return Native(_library, buffer, segments, who)
+
+
+def all_finite(t: torch.Tensor) -> bool:
+    """True when no element of the floating-point `t` is inf or NaN. One pass over `t` without temporaries in the usual case."""
+    if _library is None or t.device.type != "cpu" or t.dtype not in _TYPES or not t.is_contiguous():
+        return reference.all_finite(t)
+    return bool(_library.call("all_finite", _TYPES[t.dtype], t.data_ptr(), t.numel(), torch.get_num_threads()))
+
+
+def fingerprint(t: torch.Tensor) -> torch.Tensor:
+    """A 0-dim int64 of the bits of `t`, where `t` is: equal for equal bits, and another one when a single element differs (64 bits otherwise)."""
+    if _library is None or t.device.type != "cpu" or not t.is_contiguous() or t.element_size() > 8:
+        return reference.fingerprint(t)
+    result = torch.empty((), dtype=torch.int64, device="cpu")
+    _library.call("fingerprint", t.data_ptr(), t.numel(), t.element_size(), result.data_ptr(), torch.get_num_threads())
+    return result
+
+
+@contextmanager
+def forced(kernels: Library | None) -> Iterator[None]:
+    """For tests and benchmarks: these kernels in place of those that the environment chose; None for the reference."""
+    global _library
+    before, _library = _library, kernels
+    try:
+        yield
+    finally:
+        _library = before

@@ -1,0 +1,371 @@
+"""The compiled kernels give what the reference gives: payloads, residuals and results, to the bit but for sums; on every variant and thread count."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hvd_ecsgd import kernels
+from hvd_ecsgd.compressors import QSGD, BlockTopK, Cast, Natural, RandomK, Sign, Ternary, Threshold, TopK
+from hvd_ecsgd.errors import CompressionError
+from hvd_ecsgd.kernels import native, reference
+from hvd_ecsgd.kernels.library import VARIANTS, Library, chosen
+from hvd_ecsgd.segments import Key, Segments
+
+REPO = Path(__file__).resolve().parents[2]
+KEY = Key(5, 7, 1, size=4)
+LIBRARY = REPO / "hvd_ecsgd/kernels/libhvd_ecsgd_cpu.so"
+
+
+def loaded() -> Library | None:
+    try:
+        return Library(LIBRARY)
+    except OSError:
+        return None
+
+
+library = loaded()
+compiled = pytest.mark.skipif(library is None, reason="the kernels are not compiled here: python setup.py build_ext --inplace")
+
+SELECTING = [
+    TopK(100), TopK(3), TopK(1), TopK(k=5), BlockTopK(100, 512), BlockTopK(4, 16), BlockTopK(3, 100), RandomK(100), RandomK(1.5), RandomK(1),
+    RandomK(5000), RandomK(7, unbiased=True), Threshold(100), Threshold(4), Threshold(1), Threshold(20, 0.9), Threshold(30, two_bits=True),
+]  # fmt: skip
+ROUNDING = [Natural(), Cast(), Cast(torch.bfloat16), Cast(saturate=True), QSGD(norm="max"), QSGD(7, 16, "max"), QSGD(1, 5, "max"), QSGD(5, 7, "max")]
+SCALED = [Sign(), Sign("l2"), Sign("l1", 8), Sign("l1", 5), Sign("l2", 100), Sign("l1", 40000), Ternary(), Ternary("l1")]
+NORMED = [QSGD(), QSGD(7), QSGD(1, 16)]
+LONG = [
+    TopK(50), TopK(3), BlockTopK(100), RandomK(64), RandomK(1.3), Threshold(100), Natural(), Cast(), QSGD(), Sign(), Sign("l1", 1000), Ternary(),
+]  # fmt: skip
+SIZES = [0, 1, 70, 5000, 0, 333]
+KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "gaussian": lambda rng, n: rng.standard_normal(n),
+    "heavy-tailed": lambda rng, n: rng.standard_cauchy(n) ** 3,
+    "constant": lambda rng, n: np.full(n, -0.75),
+    "sparse": lambda rng, n: rng.standard_normal(n) * (rng.random(n) < 0.01),
+    "denormal": lambda rng, n: rng.standard_normal(n) * 1e-40,
+    "zeros": lambda rng, n: np.where(rng.random(n) < 0.5, 0.0, -0.0),
+    "ties": lambda rng, n: rng.choice([-2.0, -1.0, 0.0, -0.0, 1.0, 2.0], n),
+    "not finite": lambda rng, n: np.where(rng.random(n) < 0.01, rng.choice([np.nan, np.inf, -np.inf], n), rng.standard_normal(n)),
+    "huge": lambda rng, n: rng.standard_normal(n) * 1e38,
+    "ascending": lambda rng, n: np.arange(n) / 7.0,
+}
+EXTREME = ("denormal", "huge")
+"""The squares of these leave float32's range: a sum of squares in float32, which the reference takes, is 0 or inf, and in double it is neither."""
+
+
+def values(kind: str, numel: int, dtype: torch.dtype, seed: int = 3) -> torch.Tensor:
+    return torch.from_numpy(KINDS[kind](np.random.default_rng(seed), numel)).to(dtype)
+
+
+def table(sizes: list[int], dtype: torch.dtype) -> Segments:
+    return Segments.of([(f"layer{i}.weight", torch.empty(n, dtype=dtype)) for i, n in enumerate(sizes)])
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bits, but that any NaN is as good as another."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    known = ~a.isnan()
+    return torch.equal(known, ~b.isnan()) and torch.equal(a[known], b[known]) and torch.equal(a.signbit()[known], b.signbit()[known])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What is so small is faster so; and what a test sets is set back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    if library is not None:
+        library.limit_variant(VARIANTS[-1])
+
+
+def variants() -> Iterator[str]:
+    """Those of this processor, each in use while the caller looks at it."""
+    assert library is not None
+    for most in VARIANTS:
+        if library.limit_variant(most) == most:
+            with native.forced(library):
+                yield most
+
+
+class Expected:
+    """What the reference makes of `v`: residual, payload, and the payload added to something with two factors."""
+
+    def __init__(self, compressor: Any, segments: Segments, v: torch.Tensor, kind: str) -> None:
+        self.compressor, self.segments, self.v = compressor, segments, v
+        # Where the reference's sum of squares overflows or underflows there is nothing to compare with.
+        squares = "l2" in (getattr(compressor, "scale", None), getattr(compressor, "norm", None))
+        self.has_scales = not (squares and kind in EXTREME and v.dtype == torch.float32)
+        with native.forced(None):
+            self.rest, self.payload = self.extracted()
+            self.sums = self.added(self.payload)
+
+    def extracted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        rest = self.v.clone()
+        payload = self.compressor.extract_(rest, self.segments, KEY)
+        return rest, payload
+
+    def added(self, payload: torch.Tensor) -> list[torch.Tensor]:
+        sums = []
+        for alpha in (1.0, 1 / 3):
+            sums.append(values("gaussian", self.v.numel(), self.v.dtype, 9))
+            self.compressor.add_(sums[-1], payload, self.segments, KEY, alpha)
+        return sums
+
+    def differences(self) -> list[str]:
+        """In what the kernels in use differ from it."""
+        rest, payload = self.extracted()
+        found = [f"sum {i}" for i, (a, b) in enumerate(zip(self.sums, self.added(self.payload), strict=True)) if not same(a, b)]
+        if not (isinstance(self.compressor, (Sign, Ternary)) or (isinstance(self.compressor, QSGD) and self.compressor.norm == "l2")):
+            return found + [what for what, a, b in (("payload", self.payload, payload), ("rest", self.rest, rest)) if not same(a, b)]
+        parts = self.compressor._parts if isinstance(self.compressor, QSGD) else self.compressor._scales
+        (theirs, at), (ours, _) = parts(self.payload, self.segments), parts(payload, self.segments)
+        if self.has_scales:
+            error = 2e-6 if self.v.dtype == torch.float32 else 1e-13
+            near = ((theirs - ours).abs() <= error * ours.abs() + 2e-45) | (~theirs.isfinite() & ~ours.isfinite())
+            codes = float((self.payload[at:] != payload[at:]).double().mean()) if payload.numel() > at else 0.0
+            found += [] if bool(near.all()) else ["scales"]
+            found += [] if codes <= (0.01 if isinstance(self.compressor, QSGD) else 0.0) else ["codes"]
+        if bool(ours.isfinite().all()):  # the rest is exactly what the payload, as it is, leaves
+            decoded = torch.zeros_like(self.v)
+            with native.forced(None):
+                self.compressor.add_(decoded, payload, self.segments, KEY)
+            found += [] if torch.equal((self.v - decoded).nan_to_num(), rest.nan_to_num()) else ["rest"]
+        return found
+
+
+@compiled
+@pytest.mark.parametrize("compressor", [*SELECTING, *ROUNDING, *SCALED, *NORMED], ids=str)
+def test_kernels_give_what_the_reference_gives(compressor: Any) -> None:
+    """Of a whole table, with empty segments, and of pieces of it, which begin anywhere; and all variants give the same bits, sums included."""
+    found = []
+    for i, (kind, dtype) in enumerate(itertools.product(KINDS, (torch.float32, torch.float64))):
+        n = (1, 3)[i // 2 % 2]
+        segments = table(SIZES, dtype)
+        expected = Expected(compressor, segments.piece(n - 1, n), values(kind, segments.numel + 1, dtype)[1:], kind)  # not aligned to a vector
+        bits = []
+        for variant in variants():
+            found += [(variant, dtype, kind, n, what) for what in expected.differences()] if compressor not in SCALED or not bits else []
+            bits.append(expected.extracted())
+            found += [] if all(same(a, b) for a, b in zip(bits[0], bits[-1], strict=True)) else [(variant, dtype, kind, n, "bits")]
+    assert not found
+
+
+@compiled
+@pytest.mark.parametrize("compressor", LONG, ids=str)
+def test_long_segments_and_threads_change_nothing(compressor: Any) -> None:
+    """More than a tile and than a thread is woken for; two threads give the bits of one, sums included."""
+    assert library is not None
+    segments = table([300_001, 100, 70_003], torch.float32)
+    for kind in ("gaussian", "constant", "sparse", "ascending"):
+        expected, bits = Expected(compressor, segments, values(kind, segments.numel, torch.float32), kind), []
+        for n, most in ((1, "avx512"), (2, "avx512"), (3, "avx2")):
+            torch.set_num_threads(n)
+            library.limit_variant(most)
+            with native.forced(library):
+                bits.append(expected.extracted())
+                bits[-1] += (expected.added(bits[-1][1])[1],)
+                assert n > 1 or not expected.differences(), kind
+            torch.set_num_threads(1)
+        assert all(same(a, b) for other in bits[1:] for a, b in zip(bits[0], other, strict=True)), kind
+
+
+@compiled
+def test_a_perturbed_kernel_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: one bit of a payload, in its codes."""
+    segments = table(SIZES, torch.float32)
+    v = values("gaussian", segments.numel, torch.float32)
+    expected = [Expected(c, segments, v, "gaussian") for c in (Sign("l1", 40000), Natural(), QSGD(norm="max"), TopK(3))]
+    call = Library.call
+
+    def spoilt(self: Library, name: str, *arguments: Any) -> int:
+        result = call(self, name, *arguments)
+        if "extract" in name or name == "positions_take":
+            of_payload = arguments[6 if name == "positions_take" else 4]
+            ctypes.cast(of_payload, ctypes.POINTER(ctypes.c_uint8))[400] ^= 1
+        return result
+
+    with native.forced(library):
+        assert [e.differences() for e in expected] == [[]] * 4
+        monkeypatch.setattr(Library, "call", spoilt)
+        assert all(e.differences() for e in expected)
+
+
+@compiled
+def test_whole_tensors() -> None:
+    """Finiteness and fingerprints of every type, at odd places and sizes."""
+    for _ in variants():
+        check_whole_tensors()
+
+
+def check_whole_tensors() -> None:
+    for dtype, numel in itertools.product((torch.float32, torch.float64, torch.float16, torch.bfloat16), (0, 1, 3, 17, 4097, 70_000)):
+        for kind in ("gaussian", "zeros", "not finite", "huge"):
+            t = values(kind, numel + 1, dtype)[1:]
+            assert kernels.all_finite(t) == reference.all_finite(t) == bool(t.isfinite().all())
+            assert torch.equal(kernels.fingerprint(t), reference.fingerprint(t))
+        for bad, place in itertools.product((math.inf, -math.inf, math.nan), {0, numel // 2, numel - 1} if numel else ()):
+            t = torch.full((numel,), 2.0, dtype=dtype)
+            t[place] = bad
+            assert not kernels.all_finite(t)
+    for integers in (torch.arange(-99, 100, dtype=d) for d in (torch.int8, torch.int16, torch.int32, torch.int64)):
+        assert torch.equal(kernels.fingerprint(integers), reference.fingerprint(integers))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_accumulate_is_torchs(dtype: torch.dtype) -> None:
+    """The product with carry, then the gradient, then the decay, each rounded as torch does; and what the result holds."""
+    for _ in variants():
+        check_accumulate(dtype)
+
+
+def check_accumulate(dtype: torch.dtype) -> None:
+    segments = table([5, 70_001, 64, 1], dtype)
+    for of_gradient, (carry, eta, decay) in itertools.product(
+        (torch.float32, torch.float64, torch.float16, torch.bfloat16), ((1.0, 1.0, 0.0), (0.7, 0.1, 0.0), (0.9, 1.0, 0.3))
+    ):
+        buffer = values("gaussian", segments.numel, dtype, 1)
+        gradients, parameters = ([values("heavy-tailed", s.numel, of_gradient, seed) for s in segments] for seed in (2, 4))
+        gradients = [g.clamp(-100, 100) for g in gradients]
+        parameters = [p.clamp(-100, 100) for p in parameters]
+        expected = buffer.clone()
+        if carry != 1:
+            expected.mul_(carry)
+        for view, g, p in zip(segments.views(expected), gradients, parameters, strict=True):
+            view.add_(g.to(dtype), alpha=eta)
+            if decay:
+                view.add_(p.to(dtype), alpha=decay)
+        kernel = native.native_for(buffer, segments, "test")
+        assert kernel is not None
+        finite, found = kernel.accumulate_(gradients, parameters, carry, eta, decay)
+        assert finite
+        assert same(buffer, expected)
+        for row, view in zip(found, segments.views(expected.double()), strict=True):
+            np.testing.assert_allclose(row, [view.abs().sum(), view.square().sum(), view.abs().max()], rtol=1e-13)
+        gradients[1][69_999] = math.nan
+        assert not kernel.accumulate_(gradients, parameters, carry, eta, decay)[0]
+
+
+@compiled
+@pytest.mark.parametrize("kernels_in_use", ["native", "reference"])
+@pytest.mark.parametrize("compressor", [TopK(4), BlockTopK(4, 16), Threshold(4), Threshold(4, two_bits=True)], ids=str)
+def test_positions_that_cannot_be_are_errors(compressor: Any, kernels_in_use: str) -> None:
+    """Out of range, repeated, descending; the parameter is named, and the result is left alone."""
+    segments = table([7, 64], torch.float32)
+    v = values("gaussian", 71, torch.float32)
+    with native.forced(library if kernels_in_use == "native" else None):
+        payload = compressor.extract_(v.clone(), segments, Key(0, 0))
+        width = torch.int16 if isinstance(compressor, BlockTopK) else torch.int32
+        found = compressor._parts(payload, segments)[1]
+        first = (found.data_ptr() - payload.data_ptr()) // width.itemsize + 1  # one entry of the first parameter
+        last = first + found.numel() - 2
+        for place, wrong in ((first, -1), (first, 64), (first, 2**15 - 1), (first + 1, "previous"), (first, "next"), (last, 99)):
+            spoilt = payload.clone()
+            entries = spoilt.view(width)
+            entries[place] = entries[place - 1] if wrong == "previous" else entries[place + 1] if wrong == "next" else wrong
+            out = torch.zeros(71)
+            with pytest.raises(CompressionError, match=r"layer1\.weight.*must ascend"):
+                compressor.add_(out, spoilt, segments, Key(0, 0))
+            assert kernels_in_use == "reference" or getattr(compressor, "two_bits", False) or not out.any()
+        compressor.add_(torch.zeros(71), payload, segments, Key(0, 0))  # control
+
+
+@compiled
+@pytest.mark.parametrize("kernels_in_use", ["native", "reference"])
+@pytest.mark.parametrize("compressor", [*SELECTING, Natural(), Cast(), QSGD(5, 7), Sign("l1", 5), Ternary()], ids=str)
+def test_payloads_that_are_too_short_are_errors(compressor: Any, kernels_in_use: str) -> None:
+    segments = table([7, 640], torch.float32)
+    with native.forced(library if kernels_in_use == "native" else None):
+        payload = compressor.extract_(values("gaussian", 647, torch.float32), segments, Key(0, 0))
+        for numel in (payload.numel() - (8 if payload.dtype == torch.uint8 else 1), 0):
+            with pytest.raises(CompressionError, match="payload has"):
+                compressor.add_(torch.zeros(647), payload[:numel].clone(), segments, Key(0, 0))
+        compressor.add_(torch.zeros(647), payload, segments, Key(0, 0))
+
+
+@compiled
+def test_a_table_beyond_the_buffer_is_an_error() -> None:
+    with native.forced(library), pytest.raises(CompressionError, match="buffer of 70"):
+        Sign().extract_(torch.zeros(70), table([71], torch.float32), Key(0, 0))
+
+
+def python(code: str, folder: Path = REPO, **env: str) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if k != "HVD_ECSGD_KERNELS"} | {"PYTHONPATH": str(folder)} | env
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def test_what_the_environment_asks_for() -> None:
+    """A word that means nothing is an error when the package is imported, and native where that cannot be."""
+    assert chosen("reference") is None
+    with pytest.raises(CompressionError, match="must be native or reference, or not be set"):
+        chosen("fast")
+    done = python("import hvd_ecsgd", HVD_ECSGD_KERNELS="nativ")
+    assert done.returncode != 0
+    assert "got 'nativ'" in done.stderr
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a place where nothing was built; asked for, it is an error with the remedy."""
+    monkeypatch.setattr(kernels.library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(kernels.library, "_missing", "")
+    with pytest.raises(CompressionError, match=r"HVD_ECSGD_KERNELS=native.*setup\.py build_ext --inplace"):
+        chosen("native")
+    assert chosen(None) is None
+    with native.forced(None), pytest.warns(UserWarning, match="without its compiled kernels") as told:
+        for _ in range(2):
+            Sign().extract_(torch.ones(8), table([8], torch.float32), Key(0, 0))
+    assert len(told) == 1
+
+
+@compiled
+def test_a_library_of_other_sources_is_not_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    (folder / "csrc").mkdir(parents=True)
+    (folder / LIBRARY.name).write_bytes(LIBRARY.read_bytes())
+    for source in (REPO / "hvd_ecsgd/kernels/csrc").iterdir():
+        (folder / "csrc" / source.name).write_bytes(source.read_bytes())
+    Library(folder / LIBRARY.name)  # control
+    (folder / "csrc" / "sign.h").write_text("// changed\n")
+    with pytest.raises(OSError, match="built from other sources"):
+        Library(folder / LIBRARY.name)
+
+
+@compiled
+def test_threads_work_after_a_fork() -> None:
+    """A child has none of its parent's threads. (torch's own threads do not survive it, so nothing here uses them.)"""
+    code = """
+        import os
+        import numpy, torch
+        from hvd_ecsgd.compressors import Sign
+        from hvd_ecsgd.segments import Key, Segments
+        torch.set_num_threads(2)
+        v = numpy.arange(100_000, dtype=numpy.float32) - 5e4  # of less than a thread of torch is woken for, payload included
+        segments = Segments.of([("v", torch.from_numpy(v))])
+        def payload():
+            return Sign().extract_(torch.from_numpy(v.copy()), segments, Key(0, 0)).numpy().tobytes()
+        expected = payload()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if payload() == expected else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert payload() == expected
+    """
+    done = python(textwrap.dedent(code), HVD_ECSGD_KERNELS="native")
+    assert done.returncode == 0, done.stderr
