@@ -1,5 +1,22 @@
 // BlockTopK: the k entries of largest magnitude of each block, ties to the lowest index, NaN as infinity; values first, then positions within the block.
 
+// The k-th largest of n integers, which keep their order.
+template <class U>
+inline U kth_of_few(const U* keys, int64_t n, int64_t k) {
+    U largest[16] = {};
+    if (k > 16) {
+        std::vector<U> copy(keys, keys + n);
+        return kth_largest(copy.data(), n, k);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        if (i >= k && keys[i] <= largest[k - 1]) continue;
+        int64_t at = std::min(i, k - 1);
+        for (; at > 0 && largest[at - 1] < keys[i]; --at) largest[at] = largest[at - 1];
+        largest[at] = keys[i];
+    }
+    return largest[k - 1];
+}
+
 // A key that at least k of n elements reach, and few more: the k-th largest of the largest of 64 groups. 0 where that tells nothing.
 template <class T>
 INLINE static typename Bits<T>::U reached_by(const T* p, int64_t n, int64_t k) {
@@ -16,8 +33,7 @@ INLINE static typename Bits<T>::U reached_by(const T* p, int64_t n, int64_t k) {
         }
     typename Bits<T>::U keys[64];
     std::memcpy(keys, largest, sizeof keys);
-    std::nth_element(keys, keys + (k - 1), keys + 64, std::greater<typename Bits<T>::U>());
-    return std::min(keys[k - 1], Bits<T>::INFINITE);
+    return std::min(kth_of_few(keys, 64, k), Bits<T>::INFINITE);
 }
 
 // One block: writes k positions, ascending, and gives and clears their values. `keys` and `places` have room for the block.
@@ -31,13 +47,11 @@ INLINE static void take_largest(T* p, int64_t n, int64_t k, uint8_t* values, uin
             places[found++] = static_cast<uint16_t>(at);
         }
     });
-    std::nth_element(keys, keys + (k - 1), keys + found, std::greater<typename Bits<T>::U>());
-    const auto smallest = keys[k - 1];
-    int64_t equal = k - std::count_if(keys, keys + k, [&](auto key) { return key > smallest; });
+    const auto smallest = kth_of_few(keys, found, k);
+    int64_t equal = k - std::count_if(keys, keys + found, [&](auto key) { return key > smallest; });
     for (int64_t i = 0, taken = 0; taken < k; ++i) {
+        if (keys[i] < smallest || (keys[i] == smallest && equal-- <= 0)) continue;
         T& value = p[places[i]];
-        const auto key = key_of(value);
-        if (key < smallest || (key == smallest && equal-- <= 0)) continue;
         std::memcpy(values + taken * sizeof(T), &value, sizeof(T));
         std::memcpy(positions + taken * 2, places + i, 2);
         value = 0;

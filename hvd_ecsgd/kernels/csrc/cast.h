@@ -1,18 +1,5 @@
 // Cast: each element rounded to float16 or bfloat16, halves to the even one; what that leaves stays, and so does all of what has no finite value there.
 
-inline uint16_t bfloat16_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-inline float of_bfloat16(uint16_t half) {
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
 #if VARIANT_LEVEL == 0
 inline uint16_t float16_of(float value) {
     uint32_t bits;
@@ -52,7 +39,12 @@ inline float of_float16(uint16_t half) {
 // 64 elements
 INLINE static void narrow(const float* from, uint16_t* to, bool brain) {
     if (brain) {
-        for (int i = 0; i < 64; ++i) to[i] = bfloat16_of(from[i]);
+        uint32_t bits[64];
+        std::memcpy(bits, from, sizeof bits);
+        for (int i = 0; i < 64; ++i) {
+            const uint32_t nan = 0u - ((bits[i] & 0x7fffffffu) > 0x7f800000u), rounded = (bits[i] + 0x7fffu + (bits[i] >> 16 & 1)) >> 16;
+            to[i] = static_cast<uint16_t>((rounded & ~nan) | (0x7fc0u & nan));
+        }
         return;
     }
 #if VARIANT_LEVEL == 2
@@ -71,7 +63,9 @@ INLINE static void narrow(const float* from, uint16_t* to, bool brain) {
 }
 INLINE static void widen(const uint16_t* from, float* to, bool brain) {
     if (brain) {
-        for (int i = 0; i < 64; ++i) to[i] = of_bfloat16(from[i]);
+        uint32_t bits[64];
+        for (int i = 0; i < 64; ++i) bits[i] = static_cast<uint32_t>(from[i]) << 16;
+        std::memcpy(to, bits, sizeof bits);
         return;
     }
 #if VARIANT_LEVEL == 2

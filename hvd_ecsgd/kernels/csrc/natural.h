@@ -2,11 +2,9 @@
 
 constexpr int64_t NOT_FINITE = 255;
 
-// Adding random bits to the mantissa carries into the exponent with exactly the right probability, subnormals included.
-INLINE static uint8_t rounded_exponent(float v, uint32_t draw) {
-    return static_cast<uint8_t>((key_of(v) + (draw & 0x7fffffu)) >> 23);
-}
-INLINE static uint8_t rounded_exponent(double v, uint64_t draw) {  // of float32's range
+// Adding random bits to the mantissa carries into the exponent with exactly the right probability, subnormals included; a double is rounded in
+// float32's range.
+INLINE static uint8_t rounded_exponent(double v, uint64_t draw) {
     const double magnitude = std::fabs(v);
     const int64_t noise = draw & ((int64_t{1} << 52) - 1);
     int64_t code = static_cast<int64_t>((key_of(v) + noise) >> 52) - (1023 - 127);
@@ -14,12 +12,38 @@ INLINE static uint8_t rounded_exponent(double v, uint64_t draw) {  // of float32
     return static_cast<uint8_t>(magnitude < std::numeric_limits<double>::infinity() ? std::clamp<int64_t>(code, 0, NOT_FINITE) : NOT_FINITE);
 }
 
-INLINE static float power_of(uint32_t code, uint32_t negative, bool nan) {
-    uint32_t bits = code << 23 | negative << 31;
-    if (nan) bits |= ((code + 1) >> 8) << 22;  // a NaN of 255, where the bits alone would be inf
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+// The powers of codes; a NaN of 255, where the bits alone would be inf.
+INLINE static Lanes<float>::V powers_of(Codes<float>::Code code) {
+    const auto whole = __builtin_convertvector(code, Codes<float>::Whole);
+    return reinterpret_cast<Lanes<float>::V>(whole << 23 | ((whole + 1) >> 8) << 22);
+}
+INLINE static Lanes<double>::V powers_of(Codes<double>::Code code) {
+    typedef float Half __attribute__((vector_size(WIDTH / 2)));
+    const auto whole = __builtin_convertvector(code, Codes<double>::Whole);
+    return __builtin_convertvector(reinterpret_cast<Half>(whole << 23 | ((whole + 1) >> 8) << 22), Lanes<double>::V);
+}
+
+// codes ← exponents of p, whose rest stays. There is room for a vector behind the last code, and draws are there.
+INLINE static void round_to_powers(float* p, int64_t n, const uint32_t* draws, uint8_t* codes) {
+    using L = Lanes<float>;
+    replace_each(p, n, [&](auto v, int64_t i) ISA {
+        const auto infinite = L::all_bits(Bits<float>::INFINITE), sign = L::all_bits(static_cast<int32_t>(Bits<float>::SIGN));
+        L::M magnitude = L::magnitude_bits(v), draw;
+        magnitude = (magnitude > infinite) ? infinite : magnitude;
+        std::memcpy(&draw, draws + i, sizeof draw);
+        const L::M code = (magnitude + (draw & 0x7fffff)) >> 23;
+        const auto bytes = __builtin_convertvector(code, Codes<float>::Code);
+        std::memcpy(codes + i, &bytes, sizeof bytes);
+        const L::M sent = (code << 23 | ((v < 0) & sign)) & (code != static_cast<int32_t>(NOT_FINITE));
+        return v - reinterpret_cast<L::V>(sent);
+    });
+}
+INLINE static void round_to_powers(double* p, int64_t n, const uint64_t* draws, uint8_t* codes) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint8_t code = codes[i] = rounded_exponent(p[i], draws[i]);
+        const float power = std::ldexp(1.0f, code - 127);
+        p[i] -= code == 0 || code == NOT_FINITE ? 0.0 : static_cast<double>(p[i] < 0 ? -power : power);
+    }
 }
 
 template <class T>
@@ -32,15 +56,11 @@ int64_t natural_extract(void* buffer_, const Segment* table, int64_t n, uint8_t*
         for (int64_t chunk = 0; chunk < table[s].numel; chunk += CHUNK) {
             const int64_t count = std::min<int64_t>(CHUNK, table[s].numel - chunk);
             T* p = buffer + table[s].start + chunk;
-            uint8_t* codes = payload + first[s] + chunk;
+            uint8_t codes[CHUNK + 64];
             draws.next();
             pack_negative(p, count, payload + first[n] + bytes[s] + chunk / 8);
-#pragma GCC ivdep
-            for (int64_t i = 0; i < count; ++i) {
-                const uint32_t code = rounded_exponent(p[i], draws.raw[i]);
-                codes[i] = static_cast<uint8_t>(code);
-                p[i] -= code == NOT_FINITE ? T(0) : static_cast<T>(power_of(code, p[i] < 0, false));
-            }
+            round_to_powers(p, count, draws.raw, codes);
+            std::memcpy(payload + first[s] + chunk, codes, count);
         }
     });
     return DONE;
@@ -59,14 +79,13 @@ int64_t natural_add(void* out_, const Segment* table, int64_t n, const uint8_t* 
         const auto factor = L::all(static_cast<T>(alpha));
         const auto sign = L::all_bits(static_cast<typename Bits<T>::I>(Bits<T>::SIGN));
         replace_each(out + table[tile.segment].start + tile.begin, numel, [&](auto v, int64_t i) ISA {
-            T values[L::N] = {};
-            const int count = static_cast<int>(std::min<int64_t>(L::N, numel - i));
-            if (count == L::N)
-                for (int j = 0; j < L::N; ++j) values[j] = static_cast<T>(power_of(codes[i + j], 0, true));
+            typename Codes<T>::Code code = {};
+            if (i + L::N <= numel)
+                std::memcpy(&code, codes + i, sizeof code);
             else
-                for (int j = 0; j < count; ++j) values[j] = static_cast<T>(power_of(codes[i + j], 0, true));
+                for (int j = 0; i + j < numel; ++j) code[j] = codes[i + j];
             const auto negative = mask_of<T>(word_at(signs, i / 8, available) >> i % 8) & sign;
-            return fused(reinterpret_cast<typename L::V>(reinterpret_cast<typename L::M>(L::load(values)) ^ negative), factor, v);
+            return fused(reinterpret_cast<typename L::V>(reinterpret_cast<typename L::M>(powers_of(code)) ^ negative), factor, v);
         });
     });
     return DONE;

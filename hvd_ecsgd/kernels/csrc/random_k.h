@@ -24,7 +24,7 @@ inline int64_t random_k_positions(const Segment* table, int64_t n, const uint64_
         const int64_t numel = table[s].numel, k = counts[s];
         uint32_t* place = positions + offsets[s];
         Philox words(philox_keys[s]);
-        if (k * 64 < numel) return draw_sorted(words, numel, k, place);
+        if (k * 1024 < numel) return draw_sorted(words, numel, k, place);
         const bool absent = 2 * k > numel;  // then those that stay away are drawn
         std::vector<uint64_t> bits((numel + 63) / 64, 0);
         draw_bits(words, numel, absent ? numel - k : k, bits);

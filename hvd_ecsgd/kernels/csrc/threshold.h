@@ -7,10 +7,19 @@ typename Bits<T>::U sampled_quantile(const T* p, int64_t numel, uint64_t philox_
     std::vector<typename Bits<T>::U> keys(sampled);
     bool nan = false;
     Philox words(philox_key);
-    for (int64_t i = 0; i < sampled; ++i) {
-        const T value = p[sampled == numel ? i : static_cast<int64_t>(words.below(numel))];
-        nan |= value != value;
-        keys[i] = key_of(value);
+    constexpr int64_t AHEAD = 64;  // so many places are on their way from memory at once
+    for (int64_t begin = 0; begin < sampled; begin += AHEAD) {
+        const int64_t count = std::min(AHEAD, sampled - begin);
+        int64_t places[AHEAD];
+        for (int64_t i = 0; i < count; ++i) {
+            places[i] = sampled == numel ? begin + i : static_cast<int64_t>(words.below(numel));
+            __builtin_prefetch(p + places[i]);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const T value = p[places[i]];
+            nan |= value != value;
+            keys[begin + i] = key_of(value);
+        }
     }
     return nan ? Bits<T>::INFINITE : kth_largest(keys.data(), sampled, rank);
 }
@@ -25,18 +34,17 @@ int64_t threshold_positions(const void* buffer_, const Segment* table, int64_t n
     parallel_for(n, threads, [&](int64_t s) {
         if (table[s].numel) least[s] = sampled_quantile(buffer + table[s].start, table[s].numel, philox_keys[s], sampled[s], ranks[s]);
     });
-    const auto tiles = tiles_of(table, n, TILE * 8);
+    const auto tiles = tiles_of(table, n);
     std::vector<std::vector<uint32_t>> found(tiles.size());
     parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
         const Tile& tile = tiles[t];
         const T* p = buffer + table[tile.segment].start + tile.begin;
         const AtLeast<T> test(std::max<typename Bits<T>::U>(1, least[tile.segment]));
-        found[t].resize(tile.end - tile.begin);
-        uint32_t* place = found[t].data();
+        uint32_t places[TILE], *place = places;
         each_64(p, tile.end - tile.begin, test, [&](int64_t i, uint64_t bits, int) ISA {
             for (; bits; bits &= bits - 1) *place++ = static_cast<uint32_t>(tile.begin + i + __builtin_ctzll(bits));
         });
-        found[t].resize(place - found[t].data());
+        found[t].assign(places, place);
     });
     std::fill(counts, counts + n, 0);
     int64_t total = 0;

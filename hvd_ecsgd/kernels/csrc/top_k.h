@@ -12,22 +12,26 @@ struct AtLeast {
 template <class T>
 struct Candidates {
     using U = typename Bits<T>::U;
-    std::vector<U> keys;
-    std::vector<uint32_t> positions;
+    std::unique_ptr<U[]> keys;
+    std::unique_ptr<uint32_t[]> positions;
+    int64_t found = 0;
+
+    void make_room(int64_t capacity) {  // not cleared
+        keys.reset(new U[capacity]);
+        positions.reset(new uint32_t[capacity]);
+        found = 0;
+    }
 
     // All with a key of at least `least`, but when they are many more than k, of which only those stay that are among the k largest so far.
     void collect(const T* p, int64_t begin, int64_t end, U least, int64_t k) {
         const int64_t capacity = std::min<int64_t>(end - begin, 2 * k + TILE);
-        keys.resize(capacity);
-        positions.resize(capacity);
-        int64_t found = 0;
+        make_room(capacity);
         for (int64_t tile = begin; tile < end && least <= Bits<T>::INFINITE; tile += TILE) {
             each_64(p + tile, std::min(tile + TILE, end) - tile, AtLeast<T>(least), [&](int64_t i, uint64_t bits, int) ISA {
                 for (; bits; bits &= bits - 1) {
                     const int64_t at = tile + i + __builtin_ctzll(bits);
                     if (found == capacity) {
-                        least = keep_largest(found, k);
-                        found = k;
+                        least = keep_largest(k);
                     }
                     const U key = key_of(p[at]);
                     if (key < least) continue;  // the threshold rose within this tile
@@ -36,13 +40,17 @@ struct Candidates {
                 }
             });
         }
-        keys.resize(found);
-        positions.resize(found);
     }
 
-    // Only the k largest of the first `found` stay; returns the key that a later entry needs to be among them.
-    U keep_largest(int64_t found, int64_t k) {
-        std::vector<U> copy(keys.begin(), keys.begin() + found);
+    void append(const Candidates& other) {
+        std::copy(other.keys.get(), other.keys.get() + other.found, keys.get() + found);
+        std::copy(other.positions.get(), other.positions.get() + other.found, positions.get() + found);
+        found += other.found;
+    }
+
+    // Only the k largest stay; returns the key that a later entry needs to be among them.
+    U keep_largest(int64_t k) {
+        std::vector<U> copy(keys.get(), keys.get() + found);
         const U smallest = kth_largest(copy.data(), found, k);
         int64_t equal = k;  // how many of those that equal the smallest
         for (int64_t i = 0; i < found; ++i) equal -= keys[i] > smallest;
@@ -52,6 +60,7 @@ struct Candidates {
             keys[left] = keys[i];
             positions[left++] = positions[i];
         }
+        found = left;
         return smallest + 1;
     }
 };
@@ -97,16 +106,16 @@ int64_t top_k(const void* buffer_, const Segment* table, int64_t n, const int64_
     for (bool again = true; again;) {
         parallel_for(parts.size(), threads, [&](int64_t i) {
             const Tile& part = parts[i];
-            if (found[i].keys.empty()) found[i].collect(buffer + table[part.segment].start, part.begin, part.end, least[part.segment], counts[part.segment]);
+            if (!found[i].found) found[i].collect(buffer + table[part.segment].start, part.begin, part.end, least[part.segment], counts[part.segment]);
         });
         std::vector<int64_t> totals(n, 0);
-        for (size_t i = 0; i < parts.size(); ++i) totals[parts[i].segment] += found[i].keys.size();
+        for (size_t i = 0; i < parts.size(); ++i) totals[parts[i].segment] += found[i].found;
         again = false;
         for (size_t i = 0; i < parts.size(); ++i) {
             const int64_t s = parts[i].segment;
             if (totals[s] >= counts[s]) continue;
             least[s] = 0;  // the sample was misleading: take any
-            found[i].keys.clear();
+            found[i].found = 0;
             again = true;
         }
     }
@@ -114,13 +123,16 @@ int64_t top_k(const void* buffer_, const Segment* table, int64_t n, const int64_
     for (int64_t i = static_cast<int64_t>(parts.size()) - 1; i >= 0; --i) first[parts[i].segment] = i;
     parallel_for(n, threads, [&](int64_t s) {
         if (first[s] < 0) return;
-        Candidates<T>& all = found[first[s]];
-        for (int64_t i = first[s] + 1; i < static_cast<int64_t>(parts.size()) && parts[i].segment == s; ++i) {
-            all.keys.insert(all.keys.end(), found[i].keys.begin(), found[i].keys.end());
-            all.positions.insert(all.positions.end(), found[i].positions.begin(), found[i].positions.end());
+        Candidates<T> joined, *all = &found[first[s]];
+        int64_t last = first[s], total = 0;
+        for (; last < static_cast<int64_t>(parts.size()) && parts[last].segment == s; ++last) total += found[last].found;
+        if (last > first[s] + 1) {
+            all = &joined;
+            joined.make_room(total);
+            for (int64_t i = first[s]; i < last; ++i) joined.append(found[i]);
         }
-        all.keep_largest(all.keys.size(), counts[s]);
-        std::copy(all.positions.begin(), all.positions.begin() + counts[s], positions + offsets[s]);
+        all->keep_largest(counts[s]);
+        std::copy(all->positions.get(), all->positions.get() + counts[s], positions + offsets[s]);
     });
     return DONE;
 }
