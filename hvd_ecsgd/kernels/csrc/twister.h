@@ -34,7 +34,8 @@ class Twister {
 // Random numbers of a segment, CHUNK at a time, as torch draws them for type T: 32 bits for a float, 64 for a double, high word first.
 template <class T>
 struct Draws {
-    static constexpr int BLOCKS = 8, CHUNK = BLOCKS * Twister::WORDS * 4 / static_cast<int>(sizeof(T));  // a multiple of 8
+    // Two blocks: what a chunk needs beside them stays in the first cache.
+    static constexpr int BLOCKS = 2, CHUNK = BLOCKS * Twister::WORDS * 4 / static_cast<int>(sizeof(T));  // a multiple of 8
     using U = typename Bits<T>::U;
 
     explicit Draws(uint64_t seed) : twister(seed) {}
@@ -42,7 +43,10 @@ struct Draws {
     void next() {
         uint32_t words[BLOCKS * Twister::WORDS];
         for (int b = 0; b < BLOCKS; ++b) twister.next(words + b * Twister::WORDS);
-        for (int i = 0; i < CHUNK; ++i) raw[i] = sizeof(T) == 4 ? static_cast<U>(words[i]) : static_cast<U>((static_cast<uint64_t>(words[2 * i]) << 32) | words[2 * i + 1]);
+        if constexpr (sizeof(T) == 4)
+            std::memcpy(raw, words, sizeof words);
+        else
+            for (int i = 0; i < CHUNK; ++i) raw[i] = static_cast<U>(words[2 * i]) << 32 | words[2 * i + 1];
     }
 
     // Uniform in [0, 1), a multiple of 2⁻²⁴ or 2⁻⁵³.
