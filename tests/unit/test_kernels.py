@@ -6,10 +6,11 @@ import ctypes
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -306,9 +307,9 @@ def test_a_table_beyond_the_buffer_is_an_error() -> None:
         Sign().extract_(torch.zeros(70), table([71], torch.float32), Key(0, 0))
 
 
-def python(code: str, folder: Path = REPO, **env: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, folder: Path = REPO, arguments: Sequence[str] = (), **env: str) -> subprocess.CompletedProcess[str]:
     variables = {k: v for k, v in os.environ.items() if k != "HVD_ECSGD_KERNELS"} | {"PYTHONPATH": str(folder)} | env
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
 
 
 def test_what_the_environment_asks_for() -> None:
@@ -369,3 +370,79 @@ def test_threads_work_after_a_fork() -> None:
     """
     done = python(textwrap.dedent(code), HVD_ECSGD_KERNELS="native")
     assert done.returncode == 0, done.stderr
+
+
+UNDER_SANITIZERS = """
+    import sys, pathlib, torch
+    from hvd_ecsgd.errors import CompressionError
+    from hvd_ecsgd.kernels import library, native
+    from tests.unit import test_kernels as tests
+    library.digest_of_sources = lambda folder: ""
+    made = library.Library(pathlib.Path(sys.argv[1]))
+    made.limit_variant(sys.argv[2])
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    with native.forced(made):
+        for compressor in [*tests.SELECTING, *tests.ROUNDING, *tests.SCALED, *tests.NORMED]:
+            for dtype in (torch.float32, torch.float64):
+                segments = tests.table([3, 0, 66, 1500], dtype).piece(1, 2).compact
+                for kind in tests.KINDS:
+                    v = tests.values(kind, segments.numel, dtype)
+                    payload = compressor.extract_(v, segments, tests.KEY)
+                    compressor.add_(torch.zeros_like(v), payload, segments, tests.KEY, 0.5)
+                for i in range(8):  # garbage: a few bytes, or all
+                    spoilt = payload.clone()
+                    if spoilt.numel():
+                        raw = spoilt.view(torch.uint8)
+                        n = raw.numel() if i == 0 else 3
+                        raw[torch.randint(raw.numel(), (n,), generator=generator)] = torch.randint(256, (n,), generator=generator, dtype=torch.uint8)
+                    try:
+                        compressor.add_(torch.zeros_like(v), spoilt, segments, tests.KEY)
+                    except CompressionError:
+                        refused += 1
+        tests.check_whole_tensors()
+        if len(sys.argv) > 3:  # a control
+            made.call("all_finite", 0, torch.zeros(100).data_ptr(), 10_000, 1)
+    print("refused", refused)
+"""
+
+
+def preloaded_sanitizer() -> str | None:
+    """The runtime that a sanitized library needs in a process that was built without."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return None
+    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, timeout=60).stdout.strip()
+    return found if os.path.isabs(found) else None
+
+
+@compiled
+@pytest.mark.skipif(preloaded_sanitizer() is None, reason="no g++ with libasan")
+def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path: Path) -> None:
+    """Under the address and undefined-behaviour sanitizers, the widest variant of this processor, also with payloads that are garbage."""
+    assert library is not None
+    sources = sorted(str(f) for f in (REPO / "hvd_ecsgd/kernels/csrc").glob("*.cpp"))
+    flags = [
+        "-std=c++17",
+        "-O0",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-shared",
+        "-pthread",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+    ]
+    made = tmp_path / "kernels.so"
+    command = [os.environ.get("CXX", "g++"), *flags, f"-DHVD_ECSGD_ONLY={VARIANTS.index(library.variant)}", *sources, "-o", str(made)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert built.returncode == 0, built.stderr
+    env = {"LD_PRELOAD": preloaded_sanitizer() or "", "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    done = python(textwrap.dedent(UNDER_SANITIZERS), arguments=[str(made), library.variant], **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) > 10, "garbage was not refused"
+    control = python(
+        textwrap.dedent(UNDER_SANITIZERS).replace("in tests.KINDS", "in ()").replace("range(8)", "()"),
+        arguments=[str(made), library.variant, "too far"],
+        **env,
+    )
+    assert "AddressSanitizer" in control.stderr

@@ -6,6 +6,14 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
 
+// HVD_ECSGD_ONLY: the level of a single variant to compile, for a quick build under sanitizers.
+#ifndef HVD_ECSGD_ONLY
+#define COMPILED(level) 1
+#else
+#define COMPILED(level) (HVD_ECSGD_ONLY == level)
+#endif
+
+#if COMPILED(0)
 #define VARIANT_LEVEL 0
 #define WIDTH 16
 #define ISA
@@ -15,9 +23,12 @@ namespace portable {
 #undef VARIANT_LEVEL
 #undef WIDTH
 #undef ISA
+#define IN_PORTABLE(call) case 0: return portable::call;
+#else
+#define IN_PORTABLE(call)
+#endif
 
-#if defined(__x86_64__)
-
+#if defined(__x86_64__) && COMPILED(1)
 #define VARIANT_LEVEL 1
 #define WIDTH 32
 #define ISA __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
@@ -30,7 +41,12 @@ namespace avx2 {
 #undef VARIANT_LEVEL
 #undef WIDTH
 #undef ISA
+#define IN_AVX2(call) case 1: return avx2::call;
+#else
+#define IN_AVX2(call)
+#endif
 
+#if defined(__x86_64__) && COMPILED(2)
 #define VARIANT_LEVEL 2
 #define WIDTH 64
 #define ISA __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
@@ -43,7 +59,9 @@ namespace avx512 {
 #undef VARIANT_LEVEL
 #undef WIDTH
 #undef ISA
-
+#define IN_AVX512(call) case 2: return avx512::call;
+#else
+#define IN_AVX512(call)
 #endif
 
 namespace {
@@ -78,25 +96,16 @@ EXPORT int hvd_ecsgd_limit_variant(int most) { return variant = std::min(most, b
 #endif
 EXPORT const char* hvd_ecsgd_sources() { return HVD_ECSGD_SOURCES; }
 
-#if defined(__x86_64__)
-#define IN_VARIANT(call)                      \
-    try {                                     \
-        switch (variant) {                    \
-            case 2: return avx512::call;      \
-            case 1: return avx2::call;        \
-            default: return portable::call;   \
-        }                                     \
-    } catch (const std::exception&) {         \
-        return OUT_OF_MEMORY;                 \
+#define IN_VARIANT(call)                                      \
+    {                                                         \
+        try {                                                 \
+            switch (variant) {                                \
+                IN_AVX512(call) IN_AVX2(call) IN_PORTABLE(call) \
+            }                                                 \
+        } catch (const std::exception&) {                     \
+        }                                                     \
+        return OUT_OF_MEMORY;                                 \
     }
-#else
-#define IN_VARIANT(call)                      \
-    try {                                     \
-        return portable::call;                \
-    } catch (const std::exception&) {         \
-        return OUT_OF_MEMORY;                 \
-    }
-#endif
 
 // A kernel for buffers of float and of double; `type` says which.
 #define KERNEL(name, parameters, arguments)              \

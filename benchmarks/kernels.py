@@ -1,0 +1,167 @@
+"""What a whole step of each method costs in one process: native kernels beside the reference, in units of T, the time of one `e.add_(g)`.
+
+    python benchmarks/kernels.py [--numel 25000000] [--threads 1] [--repeat 9] [--only top_k,one_bit] [--output results/kernels] [--short]
+
+A step is accumulate, extract, send to oneself and decode, through `GradientExchange`, as a training loop of one's own calls it. Native and reference
+steps, and T, take turns, so that what else the machine does meets all of them alike; given are the median, and in JSON the quartiles and the least.
+GB/s is the gradient's bytes by time, beside those of a copy. `--output NAME` writes NAME.json, and NAME.png where matplotlib is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvd_ecsgd import Compression, GradientExchange
+from hvd_ecsgd.compressors import Natural, Ternary
+from hvd_ecsgd.kernels import native
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "random_block": lambda: Compression.random_block(64),
+    "detached": lambda: Compression.detached(64),
+    "one_bit": lambda: Compression.one_bit(),
+    "fp16": lambda: Compression.fp16(error_feedback=True),
+    "bf16": lambda: Compression.bf16(error_feedback=True),
+    "random_k": lambda: Compression.random_k(100),
+    "threshold": lambda: Compression.threshold(100),
+    "double_squeeze": lambda: Compression.double_squeeze(),
+    "top_k by block": lambda: Compression.top_k(100, block=512),
+    "power_sgd": lambda: Compression.power_sgd(1),
+    "ternary": lambda: Compression.ternary(),
+    "ternary double_squeeze": lambda: Compression.double_squeeze(Ternary("l1")),
+    "qsgd": lambda: Compression.qsgd(),
+    "qsgd 4 bits": lambda: Compression.qsgd(7),
+    "natural": lambda: Compression.natural(error_feedback=True),
+    "natural double_squeeze": lambda: Compression.double_squeeze(Natural()),
+    "top_k": lambda: Compression.top_k(100),
+}
+LAYERS = 10
+QUARTERS = 4
+
+
+def timed(f: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Least, quartiles and median, in seconds."""
+    low, middle, high = statistics.quantiles(times, n=QUARTERS, method="inclusive") if len(times) > 1 else times * 3
+    return {"least": min(times), "first quartile": low, "median": middle, "third quartile": high}
+
+
+class Stepper:
+    """One method over the model; a call is one step."""
+
+    def __init__(self, method: Any, gradients: list[torch.Tensor], kernels: Any) -> None:
+        self._gradients, self._kernels = {f"layer{i}.weight": g for i, g in enumerate(gradients)}, kernels
+        parameters = [(name, torch.nn.Parameter(torch.zeros_like(g))) for name, g in self._gradients.items()]
+        options = {"lr": 0.01} if method.method.feedback.applies_update else {}
+        self.exchange = GradientExchange(parameters, method, **options)
+        self.means: dict[str, torch.Tensor] = {}
+
+    def __call__(self) -> None:
+        self.means = {}
+        with native.forced(self._kernels):
+            self.means = self.exchange.reduce(self._gradients)
+
+    def error(self) -> float | None:
+        """‖mean − gradient‖ / ‖gradient‖ of the last step; None where the method applies the update itself."""
+        if not self.means:
+            return None
+        wrong = sum(float((self.means[name] - g).square().sum()) for name, g in self._gradients.items())
+        return (wrong / sum(float(g.square().sum()) for g in self._gradients.values())) ** 0.5
+
+
+def measure(name: str, numel: int, repeat: int) -> dict[str, Any]:
+    """A row of the table: times of native and reference, of T and of a copy."""
+    side = max(2, int((numel / LAYERS) ** 0.5))
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(side, side, generator=generator) for _ in range(LAYERS)]
+    flat, other = torch.zeros(side * side * LAYERS), torch.zeros(side * side * LAYERS)
+    kinds = {"native": native.native_library(), "reference": None}
+    steppers = {kind: Stepper(METHODS[name](), gradients, library) for kind, library in kinds.items() if kind == "reference" or library is not None}
+    times: dict[str, list[float]] = {kind: [] for kind in (*steppers, "T", "copy")}
+    for i in range(repeat + 1):
+        round_of = {"T": timed(lambda: flat.add_(other)), "copy": timed(lambda: other.copy_(flat))}
+        round_of |= {kind: timed(step) for kind, step in steppers.items()}
+        for kind, seconds in round_of.items() if i else ():  # the first step allocates
+            times[kind].append(seconds)
+    step = steppers.get("native", steppers["reference"])
+    one = statistics.median(times["T"])
+    n_bytes = flat.nbytes
+    row: dict[str, Any] = {"method": name, "seconds": {kind: spread(t) for kind, t in times.items()}, "error": step.error()}
+    row["T"] = {kind: statistics.median(t) / one for kind, t in times.items()}
+    row["GB/s"] = {kind: n_bytes / statistics.median(t) / 1e9 for kind, t in times.items()}
+    row["bytes"] = step.exchange.compression.traffic.payload // (repeat + 1)
+    return row
+
+
+def plotted(rows: list[dict[str, Any]], path: Path) -> bool:
+    """A bar for each method and kind; False without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1.5))
+    for shift, kind in ((-0.2, "native"), (0.2, "reference")):
+        axes.barh([i + shift for i in range(len(rows))], [row["T"].get(kind, 0.0) for row in rows], 0.4, label=kind)
+    axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("whole step, in passes e += g")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    return True
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--numel", type=int, default=25_000_000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--only", default="", help=f"some of {', '.join(METHODS)}, with commas between")
+    parser.add_argument("--output", type=Path, help="where to write NAME.json and NAME.png")
+    parser.add_argument("--short", action="store_true", help="a small model and two steps: whether it runs, not how fast")
+    given = parser.parse_args(arguments)
+    if given.short:
+        given.numel, given.repeat = 20_000, 2
+    chosen = given.only.split(",") if given.only else list(METHODS)
+    if unknown := [name for name in chosen if name not in METHODS]:
+        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(METHODS)}")
+    torch.set_num_threads(given.threads)
+    library = native.native_library()
+    print(f"{given.numel / 1e6:g} M float32, {given.threads} thread(s), kernels: {library.variant if library else 'reference only'}")
+    print(f"{'method':24}{'native':>9}{'reference':>11}{'copy':>7}  T   {'GB/s':>6}{'copy':>6}{'error':>8}{'bytes':>12}")
+    rows = []
+    for name in chosen:
+        rows.append(row := measure(name, given.numel, given.repeat))
+        ours, speed = row["T"].get("native", float("nan")), row["GB/s"].get("native", row["GB/s"]["reference"])
+        error = "" if row["error"] is None else f"{row['error']:.3f}"
+        print(
+            f"{name:24}{ours:9.2f}{row['T']['reference']:11.2f}{row['T']['copy']:7.2f}      {speed:6.2f}{row['GB/s']['copy']:6.2f}"
+            f"{error:>8}{row['bytes']:12}",
+            flush=True,
+        )
+    if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"numel": given.numel, "threads": given.threads, "variant": library.variant if library else None, "torch": torch.__version__}
+        given.output.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1))
+        if not plotted(rows, given.output.with_suffix(".png")):
+            print("no plot, as matplotlib is not installed", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The benchmarks run; how fast is another matter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import kernels
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_benchmark_of_kernels_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every method, with a row in the table and in the file; lossless ones but for rounding have next to no error, and no method all of it twice."""
+    kernels.main(["--short", "--output", str(tmp_path / "made")])
+    rows = json.loads((tmp_path / "made.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(kernels.METHODS)
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["method"] in printed
+        assert min(row["T"].values()) > 0
+        assert row["bytes"] > 0
+    errors = {row["method"]: row["error"] for row in rows}
+    assert errors["fp16"] < 1e-3
+    assert errors["qsgd"] < 0.1 < errors["top_k"] < 1.1
+    assert errors["detached"] is None
+
+
+def test_a_method_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kernels.main(["--short", "--only", "top_kk"])
+    assert "'top_kk' is none of" in capsys.readouterr().err
