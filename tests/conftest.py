@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
+from hvd_ecsgd.kernels.library import what_is_missing
+from hvd_ecsgd.kernels.native import native_library
+
 TESTS = Path(__file__).parent
 KINDS = ("unit", "property", "conformance", "mpi", "horovod", "convergence", "launch")
+MISSING_KERNELS = pytest.StashKey[str]()
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 
@@ -26,6 +30,12 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, _terminated)
+    config.stash[MISSING_KERNELS] = what_is_missing()  # said at the top, and not in the first test that compresses
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    library = native_library()
+    return f"kernels: {library.variant if library else 'reference'}" + (f" ({reason})" if (reason := config.stash[MISSING_KERNELS]) else "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -109,11 +109,16 @@ def chosen(wanted: str | None) -> Library | None:
 _missing = ""
 
 
-def say_what_is_missing() -> None:
-    """A warning, once, when the compiled kernels would be used and are not there."""
+def what_is_missing() -> str:
+    """Why the compiled kernels are not used although nobody asked for the reference, and the remedy; once, then it is empty."""
     global _missing
     message, _missing = _missing, ""
-    if message:
+    return message
+
+
+def say_what_is_missing() -> None:
+    """That as a warning, if there is anything to say."""
+    if message := what_is_missing():
         warnings.warn(message, UserWarning, stacklevel=2)
 
 

@@ -38,7 +38,9 @@ def loaded() -> Library | None:
 
 
 library = loaded()
-compiled = pytest.mark.skipif(library is None, reason="the kernels are not compiled here: python setup.py build_ext --inplace")
+compiled = pytest.mark.skipif(
+    library is None and os.environ.get("HVD_ECSGD_REQUIRE_ALL") != "1", reason="the kernels are not compiled: python setup.py build_ext --inplace"
+)
 
 SELECTING = [
     TopK(100), TopK(3), TopK(1), TopK(k=5), BlockTopK(100, 512), BlockTopK(4, 16), BlockTopK(3, 100), RandomK(100), RandomK(1.5), RandomK(1),
