@@ -32,12 +32,12 @@ _ZERO_KEY = Key(0, 0)
 _warned: set[str] = set()
 
 
-def check_payload(payload: torch.Tensor, size: int, who: str) -> None:
-    """Raise unless the `payload` has as many elements as decoding will read."""
-    if payload.numel() < size:
+def check_payload(payload: torch.Tensor, dtype: torch.dtype, size: int, who: str) -> None:
+    """Raise unless the `payload` is what decoding will read: contiguous, of `dtype`, of `size` elements or more."""
+    if payload.numel() < size or payload.dtype != dtype or not payload.is_contiguous():
         raise CompressionError(
-            f"{who}: a payload has {payload.numel()} elements of {payload.dtype}, and {size} were expected: it was cut off on its way, or comes from "
-            "ranks with other settings."
+            f"{who}: a payload has {payload.numel()} elements of {payload.dtype} with strides {tuple(payload.stride())}, and {size} of {dtype} were "
+            "expected, one after the other: it was cut off on its way, or comes from ranks with other settings."
         )
 
 

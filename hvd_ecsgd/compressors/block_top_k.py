@@ -59,7 +59,7 @@ class BlockTopK(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
-        check_payload(payload, self.payload_size(segments), "top_k")
+        check_payload(payload, torch.uint8, self.payload_size(segments), "top_k")
         if native := native_for(out, segments, "top_k"):
             return native.block_top_k_add_(payload, self.block, kept(self.block, self.ratio), self._last(segments), alpha)
         values, positions = self._parts(payload, segments)

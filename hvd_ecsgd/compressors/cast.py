@@ -65,7 +65,7 @@ class Cast(Operator):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
-        check_payload(payload, segments.numel, "cast")
+        check_payload(payload, self.dtype, segments.numel, "cast")
         if native := native_for(out, segments, "cast"):
             return native.cast_add_(payload, alpha)
         _PLAIN.add_(out, payload, segments, key, alpha)

@@ -71,7 +71,7 @@ class Natural(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
-        check_payload(payload, self.payload_size(segments), "natural")
+        check_payload(payload, torch.uint8, self.payload_size(segments), "natural")
         if native := native_for(out, segments, "natural"):
             return native.natural_add_(payload, alpha)
         first, at = 0, segments.numel

@@ -100,7 +100,7 @@ class QSGD(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
-        check_payload(payload, self.payload_size(segments), "qsgd")
+        check_payload(payload, torch.uint8, self.payload_size(segments), "qsgd")
         if native := native_for(out, segments, "qsgd"):
             return native.qsgd_add_(payload, self.levels, self.bucket, self.bits, alpha)
         norms, at = self._parts(payload, segments)

@@ -85,7 +85,7 @@ class RandomK(FloatPayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
-        check_payload(payload, self.payload_size(segments), "random_k")
+        check_payload(payload, segments.dtype, self.payload_size(segments), "random_k")
         if native := native_for(out, segments, "random_k"):
             counts = self._counts(segments)
             return native.add_at_(counts, native.random_k(self._keys(segments, key), counts), payload, alpha)

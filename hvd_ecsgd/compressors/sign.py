@@ -68,7 +68,7 @@ class Sign(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
-        check_payload(payload, self.payload_size(segments), "one_bit")
+        check_payload(payload, torch.uint8, self.payload_size(segments), "one_bit")
         if native := self._native(out, segments):
             return native.sign_add_(payload, self.block, alpha)
         scales, at = self._scales(payload, segments)

@@ -60,7 +60,7 @@ class Ternary(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
-        check_payload(payload, self.payload_size(segments), "ternary")
+        check_payload(payload, torch.uint8, self.payload_size(segments), "ternary")
         if native := native_for(out, segments, "ternary"):
             return native.ternary_add_(payload, alpha)
         scales, at = self._scales(payload, segments)

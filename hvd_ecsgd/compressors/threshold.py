@@ -179,7 +179,7 @@ class Threshold(BytePayload):
 
     def _parts(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
         """(values or magnitudes, positions, packed codes, counts): the tensors are views of the payload."""
-        check_payload(payload, 4 * len(segments), "threshold")
+        check_payload(payload, torch.uint8, 4 * len(segments), "threshold")
         counts: list[int] = payload[: 4 * len(segments)].view(torch.int32).tolist()
         for count, s in zip(counts, segments, strict=True):
             if not 0 <= count <= s.numel:
@@ -187,7 +187,7 @@ class Threshold(BytePayload):
                     f"threshold: a payload has {count} entries for parameter '{s.name}', which has {s.numel} elements: it was damaged on its way, or "
                     "comes from ranks with other settings."
                 )
-        check_payload(payload, self._n_bytes(counts, segments), "threshold")
+        check_payload(payload, torch.uint8, self._n_bytes(counts, segments), "threshold")
         total = sum(counts)
         start = aligned(4 * len(segments))
         middle = start + (2 * len(segments) if self.two_bits else total) * segments.dtype.itemsize

@@ -67,7 +67,7 @@ class TopK(BytePayload):
         return payload
 
     def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
-        check_payload(payload, self.payload_size(segments), "top_k")
+        check_payload(payload, torch.uint8, self.payload_size(segments), "top_k")
         values, positions = self._parts(payload, segments)
         if native := native_for(out, segments, "top_k"):
             return native.add_at_(self._counts(segments), positions, values, alpha)

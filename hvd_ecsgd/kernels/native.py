@@ -172,7 +172,7 @@ def native_for(buffer: torch.Tensor, segments: Segments, who: str) -> Native | N
     if _library is None:
         library.say_what_is_missing()
         return None
-    if buffer.device.type != "cpu" or buffer.dtype not in _BUFFERS or not buffer.is_contiguous():
+    if buffer.device.type != "cpu" or buffer.dtype not in _BUFFERS or buffer.dtype != segments.dtype or not buffer.is_contiguous():
         return None
     return Native(_library, buffer, segments, who)
 

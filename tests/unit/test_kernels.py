@@ -293,13 +293,16 @@ def test_positions_that_cannot_be_are_errors(compressor: Any, kernels_in_use: st
 @compiled
 @pytest.mark.parametrize("kernels_in_use", ["native", "reference"])
 @pytest.mark.parametrize("compressor", [*SELECTING, Natural(), Cast(), QSGD(5, 7), Sign("l1", 5), Ternary()], ids=str)
-def test_payloads_that_are_too_short_are_errors(compressor: Any, kernels_in_use: str) -> None:
+def test_payloads_that_are_too_short_or_of_another_kind_are_errors(compressor: Any, kernels_in_use: str) -> None:
     segments = table([7, 640], torch.float32)
     with native.forced(library if kernels_in_use == "native" else None):
         payload = compressor.extract_(values("gaussian", 647, torch.float32), segments, Key(0, 0))
         for numel in (payload.numel() - (8 if payload.dtype == torch.uint8 else 1), 0):
             with pytest.raises(CompressionError, match="payload has"):
                 compressor.add_(torch.zeros(647), payload[:numel].clone(), segments, Key(0, 0))
+        for wrong in (payload.double(), payload.repeat(2)[::2]):
+            with pytest.raises(CompressionError, match="payload has"):
+                compressor.add_(torch.zeros(647), wrong, segments, Key(0, 0))
         compressor.add_(torch.zeros(647), payload, segments, Key(0, 0))
 
 
