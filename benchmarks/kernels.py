@@ -65,7 +65,7 @@ class Stepper:
     def __init__(self, method: Any, gradients: list[torch.Tensor], kernels: Any) -> None:
         self._gradients, self._kernels = {f"layer{i}.weight": g for i, g in enumerate(gradients)}, kernels
         parameters = [(name, torch.nn.Parameter(torch.zeros_like(g))) for name, g in self._gradients.items()]
-        options = {"lr": 0.01} if method.method.feedback.applies_update else {}
+        options = {"lr": 0.01} if method.method.feedback.takes.learning_rate else {}
         self.exchange = GradientExchange(parameters, method, **options)
         self.means: dict[str, torch.Tensor] = {}
 
