@@ -58,25 +58,30 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
 
     from .engine.engine import Engine, fusion_bytes, threads_available
     from .liveness.watchdog import Settings, Watchdog
+    from .transport import forced_algorithm
 
     own = _communicator(comm)
     rank, size = own.Get_rank(), own.Get_size()
     wrong: Exception | None = None
     mine: list[tuple[int, ...]] = []
+    algorithm = ""
     timeline: Timeline | None = None
     try:
         mine = ranks_of(process_sets, own)
         for variable in ("MPI_BACKEND_THREAD", "MPI_BACKEND_OVERLAP", "MPI_BACKEND_CUDA_AWARE"):  # what is wrong shows at once
             switch(variable)
+        algorithm = forced_algorithm()
         settings, limit, stall = Settings.from_environment(), fusion_bytes(), StallCheck.from_environment()
         path = os.environ.get("HOROVOD_TIMELINE", "")
         if path not in ("", "DYNAMIC"):  # Horovod's word for a timeline that the script starts
             timeline = _timeline(path, rank)
     except (ValueError, OSError) as error:
         wrong = error
-    said = own.allgather((None if wrong is None else str(wrong), mine))
+    said = own.allgather((None if wrong is None else str(wrong), mine, algorithm))
     try:
-        raise_if_wrong([text for text, _ in said], wrong)  # where it is right, too: the others will not come any further
+        raise_if_wrong([text for text, _, _ in said], wrong)  # where it is right, too: the others will not come any further
+        if len(algorithms := {algorithm for _, _, algorithm in said}) > 1:
+            raise ValueError(f"MPI_BACKEND_ALLREDUCE differs between ranks: {sorted(algorithms)}; set it to the same on all, or on none.")
     except BaseException:
         own.Free()
         if timeline is not None:
@@ -103,7 +108,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     runtime.install(Context(own, engine, watchdog, *place, homogeneous, everybody, itertools.count(1)))
     job_end.running(own, watchdog, shutdown)
     global_process_set.ranks = list(range(size))
-    register_all([] if process_sets is None or isinstance(process_sets, str) else process_sets, mine, [ranks for _, ranks in said])
+    register_all([] if process_sets is None or isinstance(process_sets, str) else process_sets, mine, [ranks for _, ranks, _ in said])
     engine.timeline = timeline
 
 
@@ -120,7 +125,7 @@ def shutdown() -> None:
     job_end.stopped()
     timeline = closing.engine.timeline
     if not MPI.Is_finalized():
-        closing.engine.close()
+        closing.engine.close(meanwhile=resources.carry_on)
         resources.close_backgrounds()
         closing.watchdog.wait_for_all(closing.engine.failure)
         resources.close_transports()

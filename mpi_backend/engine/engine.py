@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 
@@ -54,6 +54,7 @@ class Engine:
         self._lock = threading.RLock()  # of the turn, and of the list of channels
         self._work = threading.Event()
         self._stop = False
+        self._meanwhile: Callable[[], None] | None = None
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="mpi_backend", daemon=True) if threaded else None
         if self._thread is not None:
@@ -76,8 +77,9 @@ class Engine:
             self._channels = tuple(c for c in self._channels if c is not channel)
         channel.close()
 
-    def close(self) -> None:
-        """Complete what all ranks submitted, and end the thread; collective."""
+    def close(self, meanwhile: Callable[[], None]) -> None:
+        """Complete what all ranks submitted, and end the thread; collective. `meanwhile` is called now and then, while others are waited for."""
+        self._meanwhile = meanwhile
         if self.failure is None:
             for leaving in [c.leave() for c in self._channels]:  # all at once: ranks need not have them in the same order
                 leaving.wait()
@@ -124,6 +126,8 @@ class Engine:
 
     def _turn(self) -> bool:
         with self._lock:
+            if self._meanwhile is not None:
+                self._meanwhile()
             return any([channel.turn() for channel in self._channels])
 
     def _serve(self) -> None:

@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hvd_ecsgd.optimizer import driver_of
 
@@ -49,7 +48,6 @@ _TICK = 0.25  # seconds between looks
 _LEAVING = 1.0  # seconds of shutting down after which others are told: mostly all ranks shut down together
 _FAILED = 3.0  # seconds in which ranks whose communication failed must meet to shut down
 _ELSEWHERE = ""  # among counts by transport: the others, on which a rank goes on
-_INTERRUPT = 2.0  # seconds after SIGINT in which the main thread must have come back from MPI to see it
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,11 @@ class Watchdog:
         self._left: dict[int, dict[str, int | None]] = {}
         self._leaving_since: float | None = None
         self._suspect: str | None = None  # why this rank waited for nothing at the last look
-        self._interrupted: tuple[float, object] | None = None
         self._stop = False
         self._process: subprocess.Popen[bytes] | None = None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._config = ""
         self._thread: threading.Thread | None = None
-        self._signals: tuple[socket.socket, socket.socket] | None = None
         everyone_enabled = all(comm.allgather(settings.enabled))
         if self.size == 1 or not everyone_enabled:
             self._socket.close()
@@ -90,7 +86,6 @@ class Watchdog:
         self._socket.bind(("", 0))
         self._config = self._configuration(settings)
         self._start()
-        self._watch_sigint()
         self._thread = threading.Thread(target=self._serve, name="mpi_backend watchdog", daemon=True)
         self._thread.start()
 
@@ -140,11 +135,6 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join()
         self._socket.close()
-        if self._signals is not None:
-            if threading.current_thread() is threading.main_thread():
-                signal.set_wakeup_fd(-1)
-            for end in self._signals:
-                end.close()
         if self._process is not None:
             assert self._process.stdin is not None and self._process.stdout is not None
             with contextlib.suppress(OSError):
@@ -188,21 +178,6 @@ class Watchdog:
             return
         self._tell(self._config)
 
-    def _watch_sigint(self) -> None:
-        """Learn of Ctrl-C also while the main thread is in MPI, where Python sees no signals."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        reader, writer = socket.socketpair()
-        reader.setblocking(False)
-        writer.setblocking(False)
-        previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        if previous != -1:  # somebody else's, e.g. an event loop's
-            signal.set_wakeup_fd(previous, warn_on_full_buffer=False)
-            reader.close()
-            writer.close()
-            return
-        self._signals = reader, writer
-
     def _tell(self, line: str) -> None:
         if self._process is not None and self._process.stdin is not None:
             data = memoryview(line.replace("\n", " ").encode() + b"\n")
@@ -218,23 +193,18 @@ class Watchdog:
         buffer, told_left = b"", False
         while not self._stop:
             out = None if self._process is None else self._process.stdout
-            sources: list[Any] = [source for source in (out, self._signals and self._signals[0]) if source is not None]
-            readable, _, _ = select.select(sources, [], [], _TICK)
+            readable, _, _ = select.select([] if out is None else [out], [], [], _TICK)
             now = time.monotonic()
-            if out is not None and out in readable:
+            if out is not None and readable:
                 data = os.read(out.fileno(), 65536)
                 if not data and not self._stop:
                     self._restart()
                 *lines, buffer = (buffer + data).split(b"\n")
                 for line in lines:
                     self._handle_line(line.decode())
-            interrupted = self._signals and self._signals[0] in readable and signal.SIGINT in self._signals[0].recv(64)
-            if interrupted and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a script's own handler may mean to go on
-                self._interrupted = now, self._blocked()
             if not told_left and self._leaving_since is not None and now - self._leaving_since > _LEAVING:
                 told_left = True
-                self._tell(f"left {json.dumps({key: link.operations.submitted() for key, (link, _) in self._links.items()})}")
-            self._look_at_interrupts(now)
+                self._tell(f"left {json.dumps({key: link.operations.started() for key, (link, _) in self._links.items()})}")
             self._look_at_those_who_left()
 
     def _restart(self) -> None:
@@ -253,18 +223,6 @@ class Watchdog:
             self._left[int(rank)] = json.loads(counts)
         elif command == "end":
             self._end()
-
-    def _blocked(self) -> object:
-        return next((o for link, _ in self._links.values() if (o := link.operations.blocked) is not None), None)
-
-    def _look_at_interrupts(self, now: float) -> None:
-        if self._interrupted is None:
-            return
-        since, operation = self._interrupted
-        if operation is None or self._blocked() is not operation:
-            self._interrupted = None
-        elif now - since > _INTERRUPT:
-            self._end(f"rank {self.rank} was interrupted (SIGINT) while it waited for other ranks")
 
     def _look_at_those_who_left(self) -> None:
         links = self._links
@@ -310,13 +268,3 @@ class Watchdog:
                 threading.Timer(1.0, os._exit, (1,)).start()  # behind a cut link an abort may not return
             self._comm.Abort(1)
         os._exit(1)
-
-
-def _no_wakeup() -> None:
-    """In processes that this one forks, e.g. to load data, signals are not this one's."""
-    if threading.current_thread() is threading.main_thread():
-        with contextlib.suppress(ValueError):
-            signal.set_wakeup_fd(-1)
-
-
-os.register_at_fork(after_in_child=_no_wakeup)

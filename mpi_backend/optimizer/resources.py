@@ -18,7 +18,7 @@ from .background import Background
 if TYPE_CHECKING:
     from ..transport import Link, MPITransport
 
-__all__ = ["add_optimizer", "close_backgrounds", "close_transports", "new_background", "new_transport", "optimizers", "tell_dropped"]
+__all__ = ["add_optimizer", "carry_on", "close_backgrounds", "close_transports", "new_background", "new_transport", "optimizers", "tell_dropped"]
 
 
 @dataclass
@@ -98,6 +98,13 @@ def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
     if (watchdog := runtime.watchdog()) is not None:
         watchdog.watch(made.link, users.ranks)
     return transport
+
+
+def carry_on() -> None:
+    """Other ranks may still need what was started here."""
+    for made in itertools.chain(*_made.values()):
+        if not made.link.abandoned:
+            made.link.operations.progress()
 
 
 def close_backgrounds() -> None:

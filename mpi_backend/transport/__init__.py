@@ -5,5 +5,6 @@ from __future__ import annotations
 from .collectives import MPITransport, ReduceOp
 from .link import Link
 from .memory import cuda_aware
+from .reduction import forced_algorithm
 
-__all__ = ["Link", "MPITransport", "ReduceOp", "cuda_aware"]
+__all__ = ["Link", "MPITransport", "ReduceOp", "cuda_aware", "forced_algorithm"]

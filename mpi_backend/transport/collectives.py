@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from mpi4py import MPI
@@ -20,23 +19,13 @@ from hvd_ecsgd.transport.base import Handle, Ready
 from . import memory
 from .link import Link
 from .memory import cuda_aware, memory_of, unit_of
-from .parts import start_allgather, start_alltoall
+from .messages import exchange_parts, peers, receive, send
+from .operation import Opening, Task
+from .reduction import REDUCIBLE, ReduceOp, allreduce_tasks, forced_algorithm, mpi_adds, reduce_scatter_tasks
 
 __all__ = ["MPITransport", "ReduceOp"]
 
 T = TypeVar("T")
-ReduceOp = Literal["sum", "min", "max", "product"]
-
-_REDUCED_BY_MPI = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T}
-_HALVES = (torch.float16, torch.bfloat16)  # MPI has no sum of these that rounds once
-_SMALL = (torch.int8, torch.uint8, torch.int16)  # Open MPI's vector code saturates their sums, its scalar code wraps (open-mpi/ompi issue 8045)
-_OPS = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX, "product": MPI.PROD}
-_COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
-    "sum": lambda total, t: total.add_(t),
-    "min": lambda total, t: torch.minimum(total, t.to(total.dtype), out=total),
-    "max": lambda total, t: torch.maximum(total, t.to(total.dtype), out=total),
-    "product": lambda total, t: total.mul_(t),
-}
 
 
 class MPITransport:
@@ -44,7 +33,7 @@ class MPITransport:
 
     Creating one is collective, unless the `link` of one that is used no more is given: every process of `comm` must do so, in the same order.
     Calls start the communication and return; a handle's `done` and `wait` carry it on, for every operation in flight, as does every further call.
-    There is no thread: while a process does none of these, its second stages (see `Operations`) stand still, and so may those who wait for it.
+    There is no thread: while a process does none of these, its operations stand still, and so may those who wait for it.
     A transport is to be used by one thread at a time.
 
     Tensors are contiguous, of any dtype (`allreduce_` says which it reduces), on the CPU or a CUDA device. CPU tensors are read and written in
@@ -59,66 +48,57 @@ class MPITransport:
     size: int
     divisor: int
 
-    def __init__(self, comm: MPI.Comm | None = None, link: Link | None = None) -> None:
+    def __init__(self, comm: MPI.Comm | None = None, link: Link | None = None, algorithm: str | None = None) -> None:
         self.link = Link(MPI.COMM_WORLD if comm is None else comm) if link is None else link
-        self._first, self._second, self._operations = self.link.first, self.link.second, self.link.operations
-        self.rank = self._first.Get_rank()
-        self.size = self.divisor = self._first.Get_size()
+        self._comm, self._operations = self.link.comm, self.link.operations
+        self.rank = self._comm.Get_rank()
+        self.size = self.divisor = self._comm.Get_size()
         self._cuda_aware = cuda_aware()
+        self._algorithm = forced_algorithm(algorithm)
 
     # ---- the protocol
 
     def allreduce_(self, t: torch.Tensor, name: str, op: ReduceOp = "sum") -> Handle[torch.Tensor]:
-        """Reduce over ranks, in place; the result is `t`. Shape and dtype must be equal on every rank; every rank receives the same bits.
+        """Reduce over ranks, in place; the result is `t`. Shape and dtype must be equal on every rank.
 
-        fp32, fp64, int32 and int64 go through MPI's all-reduce. The MPI standard only recommends that all ranks get the same bits; Open MPI's
-        non-blocking algorithms do it, down to the bits of NaNs (verified by `tests/mpi`). The order of the additions is MPI's own there.
-        fp16, bf16, 8 and 16 bit integers (they wrap), and CUDA tensors, which Open MPI cannot reduce without blocking, travel as equal chunks:
-        all-to-all, reduction of one's own chunk in rank order (halves in float32, rounded once), all-gather. That is as many bytes as a ring's.
+        Types: `reduction.REDUCIBLE`. Elements are combined in the order of ranks, so every rank receives the same bits, down to those of NaNs, and
+        they depend neither on timing nor on where in a tensor an element is. Halves are added in float32 and rounded once; small integers wrap.
+        How: `reduction`; MPI_BACKEND_ALLREDUCE forces an algorithm. A type that it cannot reduce is a `TransportError`.
         """
         what = f"allreduce_ {name!r}"
         flat = self._flat(t, what)
-        known_types = (*_REDUCED_BY_MPI, *_HALVES, *_SMALL)
-        if t.dtype not in known_types:
-            known = ", ".join(map(str, known_types))
-            raise TransportError(f"{what}: {t.dtype} cannot be reduced; expected one of {known}. Convert it first.")
+        self._check_reducible(t, what)
         if self.size == 1 or flat.numel() == 0:
             return Ready(t)
         work = self._staged(flat)
+        if self._algorithm == "mpi" and not mpi_adds(work):
+            raise TransportError(
+                f"{what}: the MPI library, which MPI_BACKEND_ALLREDUCE=mpi forces, cannot reduce {t.dtype} on {work.device.type}. "
+                "Unset the variable on all ranks, or set it to direct."
+            )
 
         def finish() -> torch.Tensor:
             if work is not flat:
                 flat.copy_(work)
             return t
 
-        if t.dtype not in _REDUCED_BY_MPI or work.is_cuda:
-            return self._allreduce_chunks(work, what, op, finish)
-        kind = _REDUCED_BY_MPI[t.dtype]
-        pieces = torch.split(work, memory.LARGEST)
-        requests = [self._first.Iallreduce(MPI.IN_PLACE, [memory_of(piece), piece.numel(), kind], _OPS[op]) for piece in pieces]
-        return self._operations.start(what, requests, finish)
+        return self._operations.start(what, lambda tag: allreduce_tasks(self._comm, tag, work, op, self._algorithm), finish)
 
     def reduce_scatter(self, t: torch.Tensor, counts: Sequence[int], name: str, op: ReduceOp = "sum") -> Handle[torch.Tensor]:
-        """Reduce over ranks; rank r gets the r-th part of `counts[r]` elements, a new 1-D tensor. Reduced in rank order, halves in float32.
+        """Reduce over ranks; rank r gets the r-th part of `counts[r]` elements, a new 1-D tensor. The bits are those of `allreduce_`.
 
         Shape and dtype must be equal on every rank; the dtypes are those of `allreduce_`. `t` is only read.
         """
         what = f"reduce_scatter {name!r}"
         flat, counts = self._flat(t, what), list(counts)
+        self._check_reducible(t, what)
         if len(counts) != self.size or min(counts) < 0 or sum(counts) != flat.numel():
             raise TransportError(f"{what}: parts of {counts} elements do not fit {self.size} ranks and a tensor of {flat.numel()} elements.")
         if self.size == 1:
             return Ready(flat.clone())
-        work = self._staged(flat)
-        copies = self._incoming(work, self.size * counts[self.rank]).view(self.size, counts[self.rank])
-        received = [counts[self.rank]] * self.size
-        requests, deliver = start_alltoall(self._first, work, counts, copies, received)
-
-        def finish() -> torch.Tensor:
-            deliver()
-            return _combined(copies, op).to(t.dtype).to(t.device)
-
-        return self._operations.start(what, requests, finish, keep=[work])
+        parts = torch.split(self._staged(flat), counts)
+        out = torch.empty_like(parts[self.rank])
+        return self._operations.start(what, lambda tag: reduce_scatter_tasks(self._comm, tag, parts, out, op), lambda: out.to(t.device), keep=parts)
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         """Everybody's tensor, by rank. First dimensions may differ; give `sizes` (first dimension by rank) when they are known, to save a round.
@@ -151,29 +131,14 @@ class MPITransport:
             )
         if self.size == 1:
             return Ready([t.detach().clone()])
-        work = self._staged(flat)
         row = math.prod(t.shape[1:])
-        result: list[tuple[torch.Tensor, list[int], Callable[[], None]]] = []
 
-        def exchange(comm: MPI.Comm, rows: list[int]) -> list[MPI.Request]:
-            out = self._incoming(t, sum(rows))
-            requests, deliver = start_alltoall(comm, work, [s * row for s in splits], out, [r * row for r in rows])
-            result.append((out, rows, deliver))
-            return requests
+        def outgoing(mine: torch.Tensor) -> Sequence[torch.Tensor]:
+            parts = torch.split(self._staged(flat), [s * row for s in splits])
+            mine.copy_(parts[self.rank])
+            return parts
 
-        def finish() -> list[torch.Tensor]:
-            out, rows, deliver = result[0]
-            deliver()
-            return list(torch.split(out.to(t.device), rows))
-
-        if received is not None:
-            return self._operations.start(what, exchange(self._first, list(received)), finish, keep=[work])
-        tag = _signature(what, t)
-        announced = torch.tensor([[s, tag] for s in splits], dtype=torch.int64, device="cpu")
-        replies = torch.empty_like(announced)
-        request = self._first.Ialltoall([memory_of(announced), 2, MPI.INT64_T], [memory_of(replies), 2, MPI.INT64_T])
-        second = partial(self._after_agreeing, exchange, replies, tag, t, what)
-        return self._operations.start(what, [request], finish, second, keep=[work, announced, replies])
+        return self._exchange(what, t, splits, received, outgoing, lambda out, rows: list(torch.split(out, rows)))
 
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         """Root's values, in place; the result is `t`. Shape and dtype must be equal on every rank."""
@@ -185,14 +150,16 @@ class MPITransport:
             return Ready(t)
         work = self._staged(flat)
         unit = unit_of(t)
-        requests = [self._first.Ibcast([memory_of(piece), piece.numel(), unit], root) for piece in torch.split(work, memory.LARGEST)]
+
+        def task() -> Task:
+            yield [self._comm.Ibcast([memory_of(piece), piece.numel(), unit], root) for piece in torch.split(work, memory.LARGEST)]
 
         def finish() -> torch.Tensor:
             if work is not flat and root != self.rank:
                 flat.copy_(work)
             return t
 
-        return self._operations.start(what, requests, finish)
+        return self._operations.start(what, lambda tag: [task()], finish)
 
     def abandon(self) -> None:
         """Something in flight will never be complete: `close` does not wait for it."""
@@ -203,28 +170,6 @@ class MPITransport:
         self.link.close()
 
     # ---- parts of the collectives
-
-    def _allreduce_chunks(self, work: torch.Tensor, what: str, op: ReduceOp, finish: Callable[[], torch.Tensor]) -> Handle[torch.Tensor]:
-        pieces: list[tuple[torch.Tensor, list[int], torch.Tensor, torch.Tensor, Callable[[], None]]] = []
-        requests = []
-        for piece in torch.split(work, memory.LARGEST):
-            length = -(-piece.numel() // self.size)
-            chunks = [max(0, min(length, piece.numel() - r * length)) for r in range(self.size)]
-            mine = piece.narrow(0, sum(chunks[: self.rank]), chunks[self.rank])
-            copies = piece.new_empty((self.size, mine.numel()))
-            some, deliver = start_alltoall(self._first, piece, chunks, copies, [mine.numel()] * self.size)
-            requests += some
-            pieces.append((piece, chunks, mine, copies, deliver))
-
-        def second() -> list[MPI.Request]:
-            requests = []
-            for piece, chunks, mine, copies, deliver in pieces:
-                deliver()
-                mine.copy_(_combined(copies, op))
-                requests += start_allgather(self._second, piece, chunks)
-            return requests
-
-        return self._operations.start(what, requests, finish, second, keep=[work])
 
     def _allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None, shaped: Callable[[torch.Tensor, list[int]], T]) -> Handle[T]:
         what = f"allgather {name!r}"
@@ -238,41 +183,64 @@ class MPITransport:
             )
         if self.size == 1:
             return Ready(shaped(t.detach().clone(), [t.shape[0]]))
-        row = math.prod(t.shape[1:])
+
+        def outgoing(mine: torch.Tensor) -> list[torch.Tensor]:
+            mine.copy_(flat)
+            return [mine] * self.size
+
+        return self._exchange(what, t, [t.shape[0]] * self.size, sizes, outgoing, shaped)
+
+    def _exchange(
+        self,
+        what: str,
+        t: torch.Tensor,
+        told: Sequence[int],
+        sizes: Sequence[int] | None,
+        outgoing: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+        shaped: Callable[[torch.Tensor, list[int]], T],
+    ) -> Handle[T]:
+        """Receive `sizes[r]` rows like those of `t` from rank r, which has been told so, or (None) is told `told[r]`.
+
+        `outgoing`: the flat parts that are sent, by rank, given the place of this rank's own, which it fills. `shaped` makes the result.
+        """
         result: list[tuple[torch.Tensor, list[int]]] = []
 
-        def gather(comm: MPI.Comm, rows: list[int]) -> list[MPI.Request]:
+        def exchange(tag: int, rows: list[int]) -> list[Task]:
             out = self._incoming(t, sum(rows))
-            out.view(-1).narrow(0, sum(rows[: self.rank]) * row, flat.numel()).copy_(flat)
             result.append((out, rows))
-            return start_allgather(comm, out, [r * row for r in rows])
+            row = math.prod(t.shape[1:])
+            incoming = torch.split(out.view(-1), [r * row for r in rows])
+            return exchange_parts(self._comm, tag, outgoing(incoming[self.rank]), incoming)
+
+        def agree(tag: int) -> Opening:
+            signature = _signature(what, t)
+            announced = torch.tensor([[n, signature] for n in told], dtype=torch.int64, device="cpu")
+            replies = announced.clone()
+            requests = [receive(self._comm, replies[r], r, tag) for r in peers(self._comm)]
+            yield requests + [send(self._comm, announced[r], r, tag) for r in peers(self._comm)]
+            return exchange(tag + 1, self._agreed(replies, signature, t, what))
 
         def finish() -> T:
             out, rows = result[0]
             return shaped(out.to(t.device), rows)
 
-        if sizes is not None:
-            return self._operations.start(what, gather(self._first, list(sizes)), finish)
-        tag = _signature(what, t)
-        announced = torch.tensor([[t.shape[0], tag]], dtype=torch.int64, device="cpu")
-        replies = torch.empty((self.size, 2), dtype=torch.int64, device="cpu")
-        request = self._first.Iallgather([memory_of(announced), 2, MPI.INT64_T], [memory_of(replies), 2, MPI.INT64_T])
-        second = partial(self._after_agreeing, gather, replies, tag, t, what)
-        return self._operations.start(what, [request], finish, second, keep=[announced, replies])
+        return self._operations.start(what, lambda tag: [agree(tag)] if sizes is None else exchange(tag, list(sizes)), finish)
 
-    def _after_agreeing(
-        self, start: Callable[[MPI.Comm, list[int]], list[MPI.Request]], replies: torch.Tensor, tag: int, t: torch.Tensor, what: str
-    ) -> list[MPI.Request]:
-        """Start the second stage with the rows of the (rows, signature) pairs that came. Everybody's signature went to everybody, so all ranks raise
-        or none."""
-        rows, tags = replies.t().tolist()
-        others = [r for r in range(self.size) if tags[r] != tag]
+    def _agreed(self, replies: torch.Tensor, signature: int, t: torch.Tensor, what: str) -> list[int]:
+        """The rows of the (rows, signature) pairs that came. Everybody's signature went to everybody, so all ranks raise or none."""
+        rows, signatures = replies.t().tolist()
+        others = [r for r in range(self.size) if signatures[r] != signature]
         if others:
             raise TransportError(
                 f"{what}: rank {self.rank} passed {t.dtype}, shape {tuple(t.shape)}; ranks {others} passed another dtype or another shape beyond the "
                 "first dimension, or started another collective here. All ranks must start the same collectives in the same order, with equal names."
             )
-        return start(self._second, rows)
+        return rows  # type: ignore[no-any-return]
+
+    def _check_reducible(self, t: torch.Tensor, what: str) -> None:
+        if t.dtype not in REDUCIBLE:
+            known = ", ".join(map(str, REDUCIBLE))
+            raise TransportError(f"{what}: {t.dtype} cannot be reduced; expected one of {known}. Convert it first.")
 
     # ---- memory
 
@@ -296,14 +264,6 @@ class MPITransport:
         if self._stages(t):
             return torch.empty(shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda)
         return torch.empty(shape, dtype=t.dtype, device=t.device)
-
-
-def _combined(copies: torch.Tensor, op: ReduceOp) -> torch.Tensor:
-    """The rows of `copies` reduced in order, halves in float32."""
-    total = copies[0].to(torch.float32 if copies.dtype in _HALVES else copies.dtype, copy=True)
-    for copy in copies[1:]:
-        _COMBINE[op](total, copy)
-    return total
 
 
 def _signature(what: str, t: torch.Tensor) -> int:

@@ -14,12 +14,11 @@ __all__ = ["Link"]
 
 
 class Link:
-    """Two private duplicates of `comm`, for the first and the second stages of operations. Creating one is collective, and so is `close`."""
+    """A private duplicate of `comm`, and the operations on it. Creating one is collective, and so is `close`."""
 
     def __init__(self, comm: MPI.Comm) -> None:
-        self.first = comm.Dup()
-        self.second = comm.Dup()
-        self.operations = Operations()
+        self.comm = comm.Dup()
+        self.operations = Operations(last_tag=self.comm.Get_attr(MPI.TAG_UB) or 32767)
         self.abandoned = False
         self.user: Callable[[], Any] = lambda: None
         """A reference to the optimizer that this serves, for messages."""
@@ -38,5 +37,4 @@ class Link:
         """Complete what is in flight and free the communicators."""
         if not self.abandoned:
             self.operations.complete_all()
-            self.first.Free()
-            self.second.Free()
+            self.comm.Free()

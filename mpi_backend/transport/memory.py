@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from mpi4py import MPI
 
 from ..environment import switch
 
-__all__ = ["LARGEST", "UNITS", "cuda_aware", "memory_of", "parts_of", "unit_of"]
+__all__ = ["LARGEST", "UNITS", "cuda_aware", "memory_of", "unit_of"]
 
 LARGEST = 2**30
 """Elements in one message. Open MPI 5 has no calls with counts above a C int, so what is larger travels in pieces."""
@@ -34,14 +31,9 @@ def memory_of(t: torch.Tensor) -> MPI.buffer:
     """The memory of a contiguous tensor, on any device: MPI gets its address. Does not keep the tensor alive."""
     if t.is_cuda:
         torch.cuda.current_stream(t.device).synchronize()  # MPI knows nothing of streams: what writes this memory, or still reads it, must be over
-    return MPI.buffer.fromaddress(t.data_ptr(), t.numel() * t.element_size())
+    return MPI.buffer.fromaddress(t.data_ptr(), t.nbytes)
 
 
 def unit_of(t: torch.Tensor) -> MPI.Datatype:
     """What its elements are to MPI where nothing is computed."""
     return UNITS[t.element_size()]
-
-
-def parts_of(t: torch.Tensor, counts: Sequence[int]) -> list[Any]:
-    """`t`, of at most about `LARGEST` elements, as consecutive parts of `counts` elements."""
-    return [memory_of(t), (list(counts), [0, *itertools.accumulate(counts)][:-1]), unit_of(t)]

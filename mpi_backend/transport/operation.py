@@ -1,103 +1,125 @@
-"""What is on its way: operations of one or two stages, and the order in which they are carried on."""
+"""What is on its way: collectives made of messages between two ranks, and who carries them on."""
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from mpi4py import MPI
 
 from hvd_ecsgd.errors import TransportError
 
-__all__ = ["Operation", "Operations"]
+__all__ = ["SLOTS", "Opening", "Operation", "Operations", "Task"]
 
 T = TypeVar("T")
 
+Task: TypeAlias = Generator[Sequence[MPI.Request], None, None]
+"""A part of a collective: it starts messages, yields the requests that must be complete before it goes on, and holds what MPI reads or writes."""
+Opening: TypeAlias = Generator[Sequence[MPI.Request], None, Sequence[Task]]
+"""Likewise; it returns the tasks that follow."""
+
+SLOTS = 32
+"""Tags of each collective, from the one it is given. Its tasks use them so that messages of one tag between two ranks are sent and received in one
+order; messages of different collectives never meet."""
+
+_LOOKS = 10  # looks that only yield, before the first that sleeps
+_SHORTEST, _LONGEST = 10e-6, 200e-6
+"""Seconds between looks of a caller that waits. A message of the usual size takes 500 µs at 1 Gbit/s, and several are on their way at once."""
+
+
+class _Lane:
+    """A task, and what it waits for."""
+
+    __slots__ = ("_requests", "_task", "next")
+
+    def __init__(self, task: Task | Opening) -> None:
+        self._requests: Sequence[MPI.Request] = ()
+        self._task = task
+        self.next: Sequence[Task] | None = None
+        """What follows, when the task has come to its end."""
+
+    def advance(self) -> bool:
+        """Go on as far as possible without waiting. Whether anything was done."""
+        moved = False
+        while self.next is None and (not self._requests or MPI.Request.Testall(self._requests)):
+            moved = True
+            try:
+                self._requests = next(self._task)
+            except StopIteration as end:
+                self.next = end.value or ()
+        return moved
+
 
 class Operation(Generic[T]):
-    """A started collective: the requests of its first stage, and perhaps a second stage still to be launched.
+    """A started collective: tasks that go on side by side, and `finish`, which makes the result when they have come to their ends.
 
-    `finish` makes the result once all requests are complete. `keep`: the buffers that MPI reads or writes until then, beside those
-    that `finish`, and in the first stage `second`, refer to.
+    `keep`: buffers that are needed until then, beside those that tasks and `finish` refer to.
     """
 
     def __init__(
-        self,
-        operations: Operations,
-        number: int,
-        what: str,
-        requests: list[MPI.Request],
-        finish: Callable[[], T],
-        second: Callable[[], list[MPI.Request]] | None,
-        keep: Sequence[torch.Tensor],
+        self, operations: Operations, number: int, what: str, tasks: Iterable[Task | Opening], finish: Callable[[], T], keep: Sequence[torch.Tensor]
     ) -> None:
         self.number = number  # equal on all ranks
         self.what = what
         self._operations = operations
-        self._requests = requests
+        self._lanes = [_Lane(task) for task in tasks]
+        self._failed: list[_Lane] = []  # MPI may still write to what these hold
         self._finish: Callable[[], T] | None = finish
-        self._second = second
         self._keep = keep
         self._result: T | None = None
         self._error: TransportError | None = None
 
     def done(self) -> bool:
-        if self._finish is not None:
+        if self._lanes:
             self._operations.progress()
-        return self.quiet()
+        return not self._lanes
 
     def wait(self) -> T:
-        if self._finish is not None and self._error is None:
-            self._operations.blocked = self
-            try:
-                self._operations.progress(through=self.number)
-                self.complete(block=True)
-            finally:
-                self._operations.blocked = None
+        if self._lanes:
+            self._operations.wait_for(self)
         if self._finish is not None and self._error is None:
             try:
                 self._result = self._finish()
             except TransportError as error:
                 self._error = error
+        if not self._failed:
             self._finish, self._keep = None, ()
-            self._operations.sweep()
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]  # set by `finish`, whose type is T
 
-    def quiet(self) -> bool:
-        """Whether MPI has nothing more to do here. Does not start anything."""
-        return self._error is not None or (self._second is None and self.complete(block=False))
+    @property
+    def travels(self) -> bool:
+        """Whether there is anything left to be done before `finish`."""
+        return bool(self._lanes)
 
-    def launch(self, block: bool) -> bool:
-        """Start the second stage if the first is complete, or (`block`) as soon as it is. False if it has to come later."""
-        if not self.complete(block):
-            return False
-        second, self._second = self._second, None
-        if second is not None and self._error is None:
-            try:
-                self._requests = second()
-            except TransportError as error:
-                self._error = error
-            except MPI.Exception as error:
-                self._fail(error)
-        return True
+    @property
+    def failed_in_mpi(self) -> bool:
+        return bool(self._failed)
 
-    def complete(self, block: bool) -> bool:
-        """Whether the requests of the stage in progress are complete (or have failed)."""
-        if not self._requests:
-            return True
+    def advance(self) -> bool:
+        """Go on as far as possible without waiting. Whether anything was done."""
+        moved, lanes = False, self._lanes
         try:
-            complete = MPI.Request.Waitall(self._requests) if block else MPI.Request.Testall(self._requests)
+            while any([lane.advance() for lane in lanes]):
+                moved = True
+                ended = [lane.next for lane in lanes if lane.next is not None]
+                lanes = [lane for lane in lanes if lane.next is None] + [_Lane(task) for tasks in ended for task in tasks]
+        except TransportError as error:  # what all ranks find out alike
+            self._error, lanes = error, []
         except MPI.Exception as error:
             self._fail(error)
-            complete = True
-        if complete:
-            self._requests = []
-        return complete
+            self._failed, lanes = lanes, []
+        except BaseException:  # Ctrl-C
+            self._error = TransportError(f"{self.what} was interrupted, and can never be complete.")
+            self._failed, self._lanes = lanes, []
+            raise
+        self._lanes = lanes
+        return moved or self._error is not None
 
     def _fail(self, error: MPI.Exception) -> None:
         self._error = TransportError(
@@ -107,69 +129,79 @@ class Operation(Generic[T]):
 
 
 class Operations:
-    """The operations of one transport in the order in which they were started, which is the order in which their second stages are launched.
+    """The operations of one transport, which all ranks start in the same order. `progress`, from whichever call or thread, carries all of them on.
 
-    Why operations of two stages are safe. Collectives of one communicator must be started in the same order on every rank, and a second stage
-    starts when its first is seen to be complete, which is a matter of timing. So second stages have a communicator of their own, and are launched
-    in the order in which their operations were started, whatever completes first. Nobody waits for ever: before a rank blocks in an operation it
-    launches all second stages up to and including it, so of all operations that somebody is blocked in, the earliest has been launched everywhere.
+    Why nobody waits for ever. An operation sends all that others need of it, whatever else this rank waits for, as often as anything here is
+    polled or waited for; and its messages are told from those of others by tags that follow from its number, not from who comes first.
     """
 
-    def __init__(self) -> None:
-        self.blocked: Operation[Any] | None = None
-        """What a caller waits for at this moment; others may look."""
+    def __init__(self, last_tag: int) -> None:
+        self._distinct = (last_tag + 1) // SLOTS  # collectives in flight at once that have tags of their own
+        self._lock = threading.RLock()
         self._started = 0
-        self._in_flight: deque[Operation[Any]] = deque()  # in start order; keeps the buffers of handles that were dropped
-        self._unlaunched: deque[Operation[Any]] = deque()  # those with a second stage to come, in start order
+        self._in_flight: list[Operation[Any]] = []  # in start order; keeps the buffers of handles that were dropped. Replaced, never changed
+        self._failed: list[Operation[Any]] = []
 
     def start(
         self,
         what: str,
-        requests: list[MPI.Request],
+        tasks: Callable[[int], Iterable[Task | Opening]],
         finish: Callable[[], T],
-        second: Callable[[], list[MPI.Request]] | None = None,
         keep: Sequence[torch.Tensor] = (),
     ) -> Operation[T]:
-        """Note what was started: `requests` are its first stage; `finish`, `second` and `keep` as for `Operation`."""
-        operation = Operation(self, self._started, what, requests, finish, second, keep)
-        self._started += 1
-        self._in_flight.append(operation)
-        if second is not None:
-            self._unlaunched.append(operation)
-        self.progress()
-        self.sweep()
+        """Start a collective. `tasks` makes its tasks, given the first of its `SLOTS` tags; `finish` and `keep` as for `Operation`."""
+        with self._lock:
+            operation = Operation(self, self._started, what, tasks(self._started % self._distinct * SLOTS), finish, keep)
+            self._started += 1
+            if operation.travels:  # where nobody has anything to send there is nothing to do
+                self._in_flight = [*self._in_flight, operation]
+            self.progress()
         return operation
 
     def submitted(self) -> int:
         """How many collectives, in the order that is equal on all ranks, need no further call of this rank."""
-        return next((o.number for o in list(self._unlaunched)), self._started)
+        return next((o.number for o in self._in_flight), self._started)
+
+    def started(self) -> int:
+        """How many collectives there have been, in the order that is equal on all ranks."""
+        return self._started
 
     def started_beyond(self, number: int) -> str | None:
         """If this rank has started its collective of this number, what it is. Another thread may ask."""
         if number >= self._started:
             return None
-        with contextlib.suppress(RuntimeError):  # the queue changed meanwhile
-            for operation in self._in_flight:
-                if operation.number == number:
-                    return operation.what
-        return f"collective number {number}"
+        return next((o.what for o in self._in_flight if o.number == number), f"collective number {number}")
 
-    def progress(self, through: int = -1) -> None:
-        """Launch second stages in start order: those whose turn has come, and, blocking, those of operations numbered up to `through`."""
-        while self._unlaunched and self._unlaunched[0].launch(block=self._unlaunched[0].number <= through):
-            self._unlaunched.popleft()
+    def progress(self) -> bool:
+        """Carry everything on as far as possible without waiting. Whether anything was done."""
+        with self._lock:
+            moved = [operation.advance() for operation in self._in_flight]
+            if any(moved):
+                self._failed += [o for o in self._in_flight if o.failed_in_mpi]
+                self._in_flight = [o for o in self._in_flight if o.travels]
+        return any(moved)
 
-    def sweep(self) -> None:
-        """Let go of the operations that MPI is done with, in start order up to the first that it is not."""
-        while self._in_flight and self._in_flight[0].quiet():
-            self._in_flight.popleft()
+    def wait_for(self, operation: Operation[Any]) -> None:
+        """Return when `operation` is ready to be finished."""
+        self._wait_while(lambda: operation.travels)
 
     def idle(self) -> bool:
         """Whether nothing is on its way."""
-        return not self._in_flight and not self._unlaunched
+        return not self._in_flight
 
     def complete_all(self) -> None:
-        """Block until MPI is done with everything."""
-        self.progress(through=self._started)
-        while self._in_flight:
-            self._in_flight.popleft().complete(block=True)
+        """Block until everything has arrived."""
+        self._wait_while(lambda: bool(self._in_flight))
+
+    def _wait_while(self, condition: Callable[[], bool]) -> None:
+        """Looking now and then: a wait inside of MPI takes a whole core, and carries nothing else on."""
+        looks, pause = 0, _SHORTEST
+        while condition():
+            if self.progress():
+                looks, pause = 0, _SHORTEST
+            elif looks < _LOOKS:
+                looks += 1
+                os.sched_yield()
+            else:
+                time.sleep(pause)
+                pause = min(1.5 * pause, _LONGEST)

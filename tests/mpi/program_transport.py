@@ -38,10 +38,7 @@ def check_allreduce(t: MPITransport, label: str) -> None:
             total = mine[0].to(wide, copy=True)
             for other in mine[1:]:
                 total += other  # small integers wrap
-            if dtype in (torch.float32, torch.float64):
-                verdict.expect(torch.allclose(out, total, rtol=1e-5, atol=1e-5), f"{what}: is not the sum")
-            else:
-                verdict.equal(out, total.to(dtype), what)
+            verdict.equal(out, total.to(dtype), f"{what}, in the order of ranks")
             lowest, highest = torch.stack(mine).amin(0), torch.stack(mine).amax(0)
             verdict.equal(finished(t.allreduce_(mine[t.rank].clone(), "x", "min")), lowest, f"{what} min")
             verdict.equal(finished(t.allreduce_(mine[t.rank].clone(), "x", "max")), highest, f"{what} max")
@@ -50,15 +47,17 @@ def check_allreduce(t: MPITransport, label: str) -> None:
     # One rounding: 2048 + 1 + 1 is 2050 in fp16, but 2048 when rounded after each addition.
     x = torch.tensor([2048.0 if t.rank == 0 else 1.0] * 5, dtype=torch.float16)
     verdict.equal(finished(t.allreduce_(x, "x")), torch.tensor([2048.0 + t.size - 1] * 5, dtype=torch.float16), f"{label} halves are rounded once")
-    # What CUDA-aware MPI does with float32 is the same scheme.
-    for n in (1, 2, 10):
-        x = sample((n,), torch.float32, t.rank)
-        if t.size > 1:
-            t._allreduce_chunks(x, "chunks", "sum", lambda x=x: x).wait()
-        total = torch.zeros(n)
-        for r in range(t.size):
-            total += sample((n,), torch.float32, r)
-        verdict.equal(x, total, f"{label} float32 in chunks")
+
+
+def check_algorithms(forced: dict[str, MPITransport], sizes: tuple[int, ...]) -> None:
+    """They give the same bits, and together with the MPI library's all-reduce the same integers."""
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        for n in sizes:
+            mine = sample((n,), dtype, forced["direct"].rank)
+            for op in ("sum", "max"):
+                out = {name: t.allreduce_(mine.clone(), "x", op).wait() for name, t in forced.items() if name != "mpi" or not dtype.is_floating_point}
+                for name, other in out.items():
+                    verdict.equal(other, out["direct"], f"{op} of {n} {dtype} by {name}")
 
 
 def check_allgather(t: MPITransport, label: str) -> None:
@@ -132,6 +131,12 @@ for transport, label in ((plain, "plain"), (staged, "staged")):
     for check in (check_allreduce, check_allgather, check_alltoall, check_reduce_scatter, check_broadcast):
         check(transport, label)
 check_errors(plain)
+forced = {name: MPITransport(algorithm=name) for name in ("", "exchange", "direct", "mpi")}
+check_algorithms(forced, (1, 100, 15361, 200001))
+verdict.raises(ValueError, lambda: MPITransport(link=plain.link, algorithm="ring"), "no such algorithm", "MPI_BACKEND_ALLREDUCE", "direct")
+if plain.size > 1:
+    refused = lambda: forced["mpi"].allreduce_(torch.ones(3, dtype=torch.float16), "w")  # noqa: E731
+    verdict.raises(TransportError, refused, "halves by the MPI library", "allreduce_ 'w'", "MPI_BACKEND_ALLREDUCE", "float16", "set it to direct")
 
 # Cut into pieces of 4: what MPI cannot count travels so, whatever the sizes of the parts. Not all ranks have long ones.
 n = plain.size
@@ -139,6 +144,7 @@ for largest in (4, 16):
     memory.LARGEST = largest
     for check in (check_allreduce, check_allgather, check_alltoall, check_reduce_scatter, check_broadcast):
         check(plain, f"cut into {largest}")
+    check_algorithms(forced, (1, 4, 5, 333))
 for rows in ([17] * n, [1 + 40 * (r == 0) for r in range(n)], [3, 0, 50][:n], [13 * r for r in range(n)]):
     mine = [sample((r, 2), torch.float16, r) for r in rows]
     verdict.equal(plain.allgather_concatenated(mine[plain.rank], "x").wait(), torch.cat(mine), f"cut allgather {rows}")
@@ -153,6 +159,6 @@ for rows in ([17] * n, [1 + 40 * (r == 0) for r in range(n)], [3, 0, 50][:n], [1
 memory.LARGEST = 2**30
 
 plain.allgather(torch.ones(plain.rank), "left for close")
-plain.close()
-staged.close()
+for transport in (plain, staged, *forced.values()):
+    transport.close()
 verdict.conclude()

@@ -112,10 +112,10 @@ def test_one_process_without_mpirun(program: str) -> None:
     assert concluded(output), output
 
 
-def test_second_stages_in_different_orders_do_not_pass() -> None:
-    """The control for the discipline that the `flight` program tests: without it, results are wrong, or the job fails or hangs."""
+def test_collectives_in_flight_that_share_tags_do_not_pass() -> None:
+    """The control for what the `flight` program tests: without tags of their own, results are wrong, or the job fails or hangs."""
     with pytest.raises(AssertionError):
-        mpirun(2, HERE / "program_flight.py", "wrong-order", timeout=20)
+        mpirun(2, HERE / "program_flight.py", "same-tags", timeout=20)
 
 
 @pytest.mark.parametrize("n", [2, 3])

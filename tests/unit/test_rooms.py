@@ -83,7 +83,7 @@ MPI_MAY_IMPORT: dict[str, set[str]] = {
     "functions": {"basics", "collectives", *COLLECTIVE},
     "sync_batch_norm": {"basics", "collectives", "tracing"},
     "optimizer": {"collectives", "transport", "devices", *COLLECTIVE},
-    "lifecycle": {"optimizer", "sets", "liveness", "job_end", *COLLECTIVE},
+    "lifecycle": {"optimizer", "sets", "liveness", "job_end", "transport", *COLLECTIVE},
 }
 MPI_MAY_IMPORT["mpi_ops"] = set(MPI_MAY_IMPORT)
 MPI_MAY_IMPORT["__init__"] = set(MPI_MAY_IMPORT)

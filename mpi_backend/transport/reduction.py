@@ -1,0 +1,143 @@
+"""All-reduce and reduce-scatter. Elements are combined in the order of ranks, whatever the size, the timing and (but for *mpi*) the algorithm.
+
+*exchange*: everybody sends all to everybody, and everybody adds. It takes the time of one message, and is all that two ranks need; with more of
+them it is for what is small.
+*direct*: rank r receives the r-th chunks of all, adds, and sends the result to all: the time of two messages, and the bytes of a ring. (A ring would
+take 2(n-1) messages' times, add every chunk in another order, and round halves at every rank.)
+*mpi*: the MPI library's own all-reduce, which may know a better network than TCP. It takes the types that MPI adds, in an order of its own.
+The first two cut what is large into segments, of which several are on their way: while one is added up others arrive, and results leave.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from mpi4py import MPI
+
+from . import memory
+from .memory import memory_of
+from .messages import lanes, peers, receive, segment, send
+from .operation import Task
+
+__all__ = ["ALGORITHMS", "REDUCIBLE", "ReduceOp", "allreduce_tasks", "forced_algorithm", "mpi_adds", "reduce_scatter_tasks"]
+
+ReduceOp = Literal["sum", "min", "max", "product"]
+ALGORITHMS = ("exchange", "direct", "mpi")
+
+_HALVES = (torch.float16, torch.bfloat16)  # added in float32, rounded once
+_BY_MPI = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T}
+"""Not 8 and 16 bit integers: Open MPI's vector code saturates their sums, its scalar code wraps (open-mpi/ompi issue 8045)."""
+REDUCIBLE = (*_BY_MPI, *_HALVES, torch.int8, torch.uint8, torch.int16)
+_MPI_OPS = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX, "product": MPI.PROD}
+_COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]] = {
+    "sum": lambda a, b, out: torch.add(a, b, out=out),
+    "min": lambda a, b, out: torch.minimum(a, b, out=out),
+    "max": lambda a, b, out: torch.maximum(a, b, out=out),
+    "product": lambda a, b, out: torch.mul(a, b, out=out),
+}
+_FEW = 96 * 2**10
+"""Bytes that a rank may send to all others together to save a message's time."""
+
+
+def forced_algorithm(chosen: str | None = None) -> str:
+    """One of `ALGORITHMS`, or "" for the best by size: `chosen`, or if None what MPI_BACKEND_ALLREDUCE says. Raises ValueError for anything else."""
+    value = os.environ.get("MPI_BACKEND_ALLREDUCE", "") if chosen is None else chosen
+    if value not in ("", *ALGORITHMS):
+        raise ValueError(f"MPI_BACKEND_ALLREDUCE is {value!r}; expected one of {', '.join(ALGORITHMS)}, or nothing for the best by size.")
+    return value
+
+
+def mpi_adds(t: torch.Tensor) -> bool:
+    """Whether the MPI library can reduce this tensor: Open MPI does not reduce CUDA memory without blocking."""
+    return t.dtype in _BY_MPI and not t.is_cuda
+
+
+def allreduce_tasks(comm: MPI.Comm, tag: int, t: torch.Tensor, op: ReduceOp, algorithm: str) -> list[Task]:
+    """Reduce the flat tensor `t` over ranks, in place. `algorithm`: one of `ALGORITHMS`, or "" for the best by size; alike on all ranks."""
+    if algorithm == "mpi":
+        return [_by_mpi(comm, t, op)]
+    n = comm.Get_size()
+    if not algorithm:
+        algorithm = "exchange" if n == 2 or (n - 1) * t.numel() * t.element_size() <= _FEW else "direct"
+    if algorithm == "exchange":
+        return [_exchange(comm, tag + k, t, _Rows(comm, t, op), firsts) for k, firsts in enumerate(lanes(t.numel(), segment(t, n)))]
+    length = -(-t.numel() // n)
+    chunks = [t[r * length : (r + 1) * length] for r in range(n)]
+    return [_direct(comm, tag + 2 * k, chunks, _Rows(comm, chunks[0], op), firsts) for k, firsts in enumerate(lanes(length, segment(t, n)))]
+
+
+def reduce_scatter_tasks(comm: MPI.Comm, tag: int, parts: Sequence[torch.Tensor], out: torch.Tensor, op: ReduceOp) -> list[Task]:
+    """Reduce over ranks; rank r gets the r-th part in `out`. The parts are flat, and only read."""
+    longest = max(parts, key=len)
+    firsts_by_lane = lanes(len(longest), segment(out, comm.Get_size()))
+    return [_reduce_scatter(comm, tag + k, parts, out, _Rows(comm, longest, op), firsts) for k, firsts in enumerate(firsts_by_lane)]
+
+
+def _by_mpi(comm: MPI.Comm, t: torch.Tensor, op: ReduceOp) -> Task:
+    kind = _BY_MPI[t.dtype]
+    yield [comm.Iallreduce(MPI.IN_PLACE, [memory_of(p), p.numel(), kind], _MPI_OPS[op]) for p in torch.split(t, memory.LARGEST)]
+
+
+def _exchange(comm: MPI.Comm, tag: int, t: torch.Tensor, rows: _Rows, firsts: range) -> Task:
+    for first in firsts:
+        mine = t[first : first + rows.size]
+        yield [*rows.receive(mine, tag), *(send(comm, mine, r, tag) for r in peers(comm))]
+        rows.combine(mine, mine)
+
+
+def _direct(comm: MPI.Comm, tag: int, chunks: Sequence[torch.Tensor], rows: _Rows, firsts: range) -> Task:
+    rank = comm.Get_rank()
+    for first in firsts:
+        parts = [chunk[first : first + rows.size] for chunk in chunks]
+        mine, others = parts[rank], [(r, parts[r]) for r in peers(comm) if parts[r].numel()]
+        receives = rows.receive(mine, tag)
+        sends = [send(comm, part, r, tag) for r, part in others]
+        yield receives
+        rows.combine(mine, mine)
+        yield sends  # the results are received where these are read
+        receives = [receive(comm, part, r, tag + 1) for r, part in reversed(others)]
+        yield receives + ([send(comm, mine, r, tag + 1) for r in peers(comm)] if mine.numel() else [])
+
+
+def _reduce_scatter(comm: MPI.Comm, tag: int, parts: Sequence[torch.Tensor], out: torch.Tensor, rows: _Rows, firsts: range) -> Task:
+    for first in firsts:
+        mine = parts[comm.Get_rank()][first : first + rows.size]
+        others = [(r, parts[r][first : first + rows.size]) for r in peers(comm)]
+        yield [*rows.receive(mine, tag), *(send(comm, part, r, tag) for r, part in others if part.numel())]
+        rows.combine(mine, out[first : first + rows.size])
+
+
+class _Rows:
+    """Memory for a segment of each rank, and the sum of them. `size`: the elements of a segment of the tensors like `like`, which is the longest."""
+
+    def __init__(self, comm: MPI.Comm, like: torch.Tensor, op: ReduceOp) -> None:
+        self._comm, self._rank, self._n = comm, comm.Get_rank(), comm.Get_size()
+        self.size = segment(like, self._n)
+        self._rows = like.new_empty((self._n, min(self.size, like.numel())))  # this rank's own row is for sums
+        self._combine = _COMBINE[op]
+
+    def receive(self, mine: torch.Tensor, tag: int) -> list[MPI.Request]:
+        """Start to receive what the others have for `mine`."""
+        if mine.numel() == 0:
+            return []
+        return [receive(self._comm, self._rows[r, : mine.numel()], r, tag) for r in reversed(list(peers(self._comm)))]
+
+    def combine(self, mine: torch.Tensor, out: torch.Tensor) -> None:
+        """What was received, and `mine`, in the order of ranks; halves in float32. `out` may be `mine`."""
+        if mine.numel() == 0:
+            return
+        rows = [mine if r == self._rank else self._rows[r, : mine.numel()] for r in range(self._n)]
+        if mine.dtype in _HALVES:
+            total = rows[0].float()
+            for row in rows[1:]:
+                self._combine(total, row.float(), total)
+            out.copy_(total)
+            return
+        total, spare = rows[0], self._rows[self._rank, : mine.numel()]
+        for row in rows[1:-1]:
+            self._combine(total, row, spare)
+            total = spare
+        self._combine(total, rows[-1], out)
