@@ -1,0 +1,178 @@
+"""A training step: compute alone, torch's DDP, mpi_backend with several methods, and stock Horovod where it is installed.
+
+    benchmarks/netlab.sh with 4 1gbit python benchmarks/step_time.py --json step_time.json --plot step_time.svg
+
+The model is ten square linear layers. Rows take turns, in one run: in each round every row makes its model, warms up, and takes a few steps. A step's
+time is that of the slowest rank. `wire`: the bytes that the row's steps moved over the busiest host's link (as the system counts them, headers
+and all) ÷ its rate. On ranks of one host there is no wire.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed
+from reporting import Row, add_arguments, meet, slowest, start_gloo, wire_bytes, write
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+import mpi_backend as hvd
+from hvd_ecsgd import Compression
+
+hvd.init()
+from mpi4py import MPI  # noqa: E402
+
+comm = MPI.COMM_WORLD.Dup()
+rank, size = comm.Get_rank(), comm.Get_size()
+Step = Callable[[torch.Tensor], None]
+Make = Callable[[torch.nn.Module], Step]
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "none": lambda: Compression.none,
+    "fp16": lambda: Compression.fp16,
+    "random_block(64)": lambda: Compression.random_block(64),
+    "detached(64)": lambda: Compression.detached(64),
+    "double_squeeze()": lambda: Compression.double_squeeze(),
+    "random_k(100)": lambda: Compression.random_k(100),
+    "one_bit()": lambda: Compression.one_bit(),
+    "power_sgd(1)": lambda: Compression.power_sgd(1),
+    "top_k(100)": lambda: Compression.top_k(100),
+    "qsgd()": lambda: Compression.qsgd(),
+}
+
+
+def plain(model: torch.nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+
+def stepped(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    def step(x: torch.Tensor) -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def compute_alone(model: torch.nn.Module) -> Step:
+    return stepped(model, plain(model))
+
+
+def ddp(model: torch.nn.Module, hook: Any = None) -> Step:
+    wrapped = DistributedDataParallel(model, init_sync=False)
+    if hook is not None:
+        wrapped.register_comm_hook(None, hook)
+    return stepped(wrapped, plain(wrapped))
+
+
+def ours(model: torch.nn.Module, method: str) -> Step:
+    return stepped(model, hvd.DistributedOptimizer(plain(model), model.named_parameters(), compression=METHODS[method]()))
+
+
+def horovod(model: torch.nn.Module, method: str) -> Step:
+    import horovod.torch as stock
+
+    optimizer, compression = plain(model), METHODS[method]()
+    if method not in ("none", "fp16"):
+        compression = compression.bind(model)
+    wrapped = stock.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), compression=compression)
+    if hasattr(compression, "attach"):
+        compression.attach(wrapped)
+    return stepped(model, wrapped)
+
+
+@contextlib.contextmanager
+def horovod_running(needed: bool) -> Iterator[None]:
+    """Its thread looks for work a thousand times a second: only while it is measured."""
+    if not needed:
+        yield
+        return
+    import horovod.torch as stock
+
+    stock.init()
+    try:
+        yield
+    finally:
+        stock.shutdown()
+
+
+def all_rows() -> dict[str, Make]:
+    rows: dict[str, Make] = {"compute alone": compute_alone, "DDP dense": ddp, "DDP fp16 hook": partial(ddp, hook=default_hooks.fp16_compress_hook)}
+    rows |= {f"ours {method}": partial(ours, method=method) for method in METHODS}
+    if importlib.util.find_spec("horovod") is not None:
+        rows |= {f"Horovod {method}": partial(horovod, method=method) for method in ("none", "fp16", "random_block(64)", "double_squeeze()")}
+    return rows
+
+
+DEFAULT = [
+    *("compute alone", "DDP dense", "DDP fp16 hook", "ours none", "ours fp16", "ours random_block(64)", "ours detached(64)", "ours double_squeeze()"),
+    *("ours power_sgd(1)", "Horovod none", "Horovod random_block(64)"),
+]
+
+
+def measure(make: Make, width: int, layers: int, batch: int, steps: int) -> tuple[list[float], float]:
+    """Seconds of each step, and bytes that a step has moved over the busiest link."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(layers)))
+    x = torch.randn(batch, width)
+    step = make(model)
+    for _ in range(2):
+        step(x)
+    meet(comm)
+    before, seconds = wire_bytes(), []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step(x)
+        seconds.append(time.perf_counter() - start)
+    meet(comm)
+    moved = max(after - earlier for after, earlier in zip(wire_bytes(), before))
+    return slowest(comm, seconds), max(comm.allgather(moved)) / steps
+
+
+def main() -> None:
+    rows = all_rows()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument(
+        "--rows", nargs="+", default=[name for name in DEFAULT if name in rows], choices=list(rows), metavar="ROW", help="; ".join(rows)
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="measured ones, for each row in each round")
+    parser.add_argument("--batch", type=int, default=16)
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    warnings.simplefilter("ignore")
+    start_gloo(comm)
+    width, layers, rounds, steps = (64, 3, 1, 1) if options.short else (1581, 10, options.rounds, options.steps)
+    results = {name: Row(name) for name in options.rows}
+    for _ in range(rounds):
+        for name, row in results.items():
+            with horovod_running(name.startswith("Horovod")):
+                seconds, moved = measure(rows[name], width, layers, options.batch, steps)
+            row.seconds += seconds
+            row.limit = 8 * moved / options.rate if options.rate and name != "compute alone" else None
+
+    def plot(axes: Any) -> None:
+        names = list(results)[::-1]
+        axes.barh(names, [1e3 * results[name].median for name in names], label="median step")
+        axes.barh(names, [1e3 * (results[name].limit or 0) for name in names], height=0.3, label="wire alone")
+        axes.set(xlabel="ms", xscale="log")
+        axes.legend()
+
+    if rank == 0:
+        title = f"A step of {layers} × Linear({width}), {size} ranks"
+        write(options, title, {title: list(results.values())}, plot, size=size, batch=options.batch)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
