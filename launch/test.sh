@@ -38,7 +38,7 @@ part 'launch/install_horovod.sh' launch/install_horovod.sh
 part 'ruff check .' ruff check .
 part 'ruff format --check .' ruff format --check .
 part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
-part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun .ci/run
+part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun benchmarks/netlab.sh .ci/run
 part 'pytest, one process' tests "${ALONE[@]}" -n auto --maxprocesses 8 "$@"
 part 'pytest, ranks' tests tests "${ALONE[@]/#/--ignore=}" "$@"
 

@@ -19,7 +19,7 @@ from hvd_ecsgd.transport.base import Handle, Ready
 from . import memory
 from .link import Link
 from .memory import cuda_aware, memory_of, unit_of
-from .messages import exchange_parts, peers, receive, send
+from .messages import exchange_parts
 from .operation import Opening, Task
 from .reduction import REDUCIBLE, ReduceOp, allreduce_tasks, forced_algorithm, mpi_adds, reduce_scatter_tasks
 
@@ -50,9 +50,9 @@ class MPITransport:
 
     def __init__(self, comm: MPI.Comm | None = None, link: Link | None = None, algorithm: str | None = None) -> None:
         self.link = Link(MPI.COMM_WORLD if comm is None else comm) if link is None else link
-        self._comm, self._operations = self.link.comm, self.link.operations
-        self.rank = self._comm.Get_rank()
-        self.size = self.divisor = self._comm.Get_size()
+        self._messages, self._operations = self.link.messages, self.link.operations
+        self.rank = self._messages.rank
+        self.size = self.divisor = self._messages.size
         self._cuda_aware = cuda_aware()
         self._algorithm = forced_algorithm(algorithm)
 
@@ -82,7 +82,7 @@ class MPITransport:
                 flat.copy_(work)
             return t
 
-        return self._operations.start(what, lambda tag: allreduce_tasks(self._comm, tag, work, op, self._algorithm), finish)
+        return self._operations.start(what, lambda tag: allreduce_tasks(self._messages, tag, work, op, self._algorithm), finish)
 
     def reduce_scatter(self, t: torch.Tensor, counts: Sequence[int], name: str, op: ReduceOp = "sum") -> Handle[torch.Tensor]:
         """Reduce over ranks; rank r gets the r-th part of `counts[r]` elements, a new 1-D tensor. The bits are those of `allreduce_`.
@@ -98,7 +98,9 @@ class MPITransport:
             return Ready(flat.clone())
         parts = torch.split(self._staged(flat), counts)
         out = torch.empty_like(parts[self.rank])
-        return self._operations.start(what, lambda tag: reduce_scatter_tasks(self._comm, tag, parts, out, op), lambda: out.to(t.device), keep=parts)
+        return self._operations.start(
+            what, lambda tag: reduce_scatter_tasks(self._messages, tag, parts, out, op), lambda: out.to(t.device), keep=parts
+        )
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         """Everybody's tensor, by rank. First dimensions may differ; give `sizes` (first dimension by rank) when they are known, to save a round.
@@ -152,7 +154,7 @@ class MPITransport:
         unit = unit_of(t)
 
         def task() -> Task:
-            yield [self._comm.Ibcast([memory_of(piece), piece.numel(), unit], root) for piece in torch.split(work, memory.LARGEST)]
+            yield [self._messages.comm.Ibcast([memory_of(piece), piece.numel(), unit], root) for piece in torch.split(work, memory.LARGEST)]
 
         def finish() -> torch.Tensor:
             if work is not flat and root != self.rank:
@@ -210,14 +212,14 @@ class MPITransport:
             result.append((out, rows))
             row = math.prod(t.shape[1:])
             incoming = torch.split(out.view(-1), [r * row for r in rows])
-            return exchange_parts(self._comm, tag, outgoing(incoming[self.rank]), incoming)
+            return exchange_parts(self._messages, tag, outgoing(incoming[self.rank]), incoming)
 
         def agree(tag: int) -> Opening:
             signature = _signature(what, t)
             announced = torch.tensor([[n, signature] for n in told], dtype=torch.int64, device="cpu")
             replies = announced.clone()
-            requests = [receive(self._comm, replies[r], r, tag) for r in peers(self._comm)]
-            yield requests + [send(self._comm, announced[r], r, tag) for r in peers(self._comm)]
+            requests = [self._messages.receive(replies[r], r, tag) for r in self._messages.peers]
+            yield requests + [self._messages.send(announced[r], r, tag) for r in self._messages.peers]
             return exchange(tag + 1, self._agreed(replies, signature, t, what))
 
         def finish() -> T:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from .messages import Messages
 from .operation import Operations
 
 __all__ = ["Link"]
@@ -18,6 +19,7 @@ class Link:
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm.Dup()
+        self.messages = Messages(self.comm)
         self.operations = Operations(last_tag=self.comm.Get_attr(MPI.TAG_UB) or 32767)
         self.abandoned = False
         self.user: Callable[[], Any] = lambda: None

@@ -1,8 +1,9 @@
-"""Messages between two ranks, of any size, and what is made of them without arithmetic: all-to-all and all-gather."""
+"""Messages between two ranks, how what is large is cut, and what is made of them without arithmetic: all-to-all and all-gather."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from mpi4py import MPI
@@ -11,53 +12,68 @@ from . import memory
 from .memory import memory_of
 from .operation import Task
 
-__all__ = ["LANES", "exchange_parts", "lanes", "peers", "receive", "segment", "send"]
+__all__ = ["Messages", "Pace", "exchange_parts"]
 
-LANES = 16
-"""Segments of a collective that are on their way at once, to and from each rank: what a link takes while the ranks do not look."""
-_BYTES = 60 * 2**10
-"""Of a message, where what is large is cut: just below what MPIs send over TCP without asking, as a question waits until the other rank looks."""
 _SCRATCH = 16 * 2**20
-"""Bytes for segments of others in all lanes together: of more ranks they are shorter."""
+"""Bytes for segments of others, in all lanes together: of more ranks they are shorter."""
 
 
-def segment(t: torch.Tensor, n: int) -> int:
-    """Elements of a message, where what is large is cut, among n ranks: alike on all of them."""
-    return max(1, min(min(_BYTES, _SCRATCH // (LANES * n)) // t.element_size(), memory.LARGEST))
+@dataclass(frozen=True)
+class Pace:
+    """Bytes of a segment, and how many of a collective are on their way at once, to and from each rank."""
+
+    bytes: int
+    lanes: int
 
 
-def lanes(longest: int, size: int) -> list[range]:
-    """Where segments of `size` elements begin in what has at most `longest`: by lane, each of which takes one after the other."""
-    return [range(k * size, longest, LANES * size) for k in range(min(LANES, -(-longest // size)))]
+FAR = Pace(60 * 2**10, 16)
+"""Just below what MPIs send over TCP without asking, as a question waits until the other rank looks; as many as a link takes meanwhile."""
+NEAR = Pace(2**20, 4)
+"""In shared memory every message asks, so there are few of them, which caches can hold."""
 
 
-def peers(comm: MPI.Comm) -> Iterator[int]:
-    """The other ranks, beginning with the next one, so that not all send to one rank first."""
-    rank, size = comm.Get_rank(), comm.Get_size()
-    return ((rank + k) % size for k in range(1, size))
+class Messages:
+    """Messages among the ranks of `comm`. Creating one is collective: all cut what is large alike."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm = comm
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.peers = [(self.rank + k) % self.size for k in range(1, self.size)]
+        """The other ranks, beginning with the next one, so that not all send to one rank first."""
+        assert isinstance(comm, MPI.Intracomm)
+        host = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self._pace = NEAR if host.Get_size() == self.size else FAR
+        host.Free()
+
+    def segment(self, t: torch.Tensor) -> int:
+        """Elements of a segment of what is like `t`."""
+        room = _SCRATCH // (self._pace.lanes * self.size)
+        return max(1, min(min(self._pace.bytes, room) // t.element_size(), memory.LARGEST))
+
+    def lanes(self, longest: torch.Tensor) -> list[range]:
+        """Where segments begin in tensors of which `longest` is the longest: by lane, each of which takes one after the other."""
+        size, lanes = self.segment(longest), self._pace.lanes
+        return [range(k * size, longest.numel(), lanes * size) for k in range(min(lanes, -(-longest.numel() // size)))]
+
+    def send(self, t: torch.Tensor, peer: int, tag: int) -> MPI.Request:
+        """Start to send a contiguous tensor of less than 2 GiB."""
+        return self.comm.Isend(memory_of(t), peer, tag)
+
+    def receive(self, t: torch.Tensor, peer: int, tag: int) -> MPI.Request:
+        """Start to receive into a contiguous tensor of less than 2 GiB."""
+        return self.comm.Irecv(memory_of(t), peer, tag)
 
 
-def send(comm: MPI.Comm, t: torch.Tensor, peer: int, tag: int) -> MPI.Request:
-    """Start to send a contiguous tensor of less than 2 GiB."""
-    return comm.Isend(memory_of(t), peer, tag)
-
-
-def receive(comm: MPI.Comm, t: torch.Tensor, peer: int, tag: int) -> MPI.Request:
-    """Start to receive into a contiguous tensor of less than 2 GiB."""
-    return comm.Irecv(memory_of(t), peer, tag)
-
-
-def exchange_parts(comm: MPI.Comm, tag: int, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> list[Task]:
+def exchange_parts(messages: Messages, tag: int, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> list[Task]:
     """Send the r-th of `outgoing` to each other rank r, and receive the r-th of `incoming` from it: flat tensors whose sizes both sides know."""
-    n = comm.Get_size()
-    longest = max(max(outgoing[r].numel(), incoming[r].numel()) for r in peers(comm))
-    size = segment(incoming[0], n)
+    longest = max((part[r] for part in (outgoing, incoming) for r in messages.peers), key=torch.numel)
+    size = messages.segment(longest)
 
-    def lane(k: int, firsts: range) -> Task:
+    def lane(tag: int, firsts: range) -> Task:
         for first in firsts:
-            pieces_in = [(r, incoming[r][first : first + size]) for r in peers(comm)]
-            pieces_out = [(r, outgoing[r][first : first + size]) for r in peers(comm)]
-            requests = [receive(comm, piece, r, tag + k) for r, piece in reversed(pieces_in) if piece.numel()]
-            yield requests + [send(comm, piece, r, tag + k) for r, piece in pieces_out if piece.numel()]
+            pieces_in = [(r, incoming[r][first : first + size]) for r in messages.peers]
+            pieces_out = [(r, outgoing[r][first : first + size]) for r in messages.peers]
+            requests = [messages.receive(piece, r, tag) for r, piece in reversed(pieces_in) if piece.numel()]
+            yield requests + [messages.send(piece, r, tag) for r, piece in pieces_out if piece.numel()]
 
-    return [lane(k, firsts) for k, firsts in enumerate(lanes(longest, size))]
+    return [lane(tag + k, firsts) for k, firsts in enumerate(messages.lanes(longest))]

@@ -19,7 +19,7 @@ from mpi4py import MPI
 
 from . import memory
 from .memory import memory_of
-from .messages import lanes, peers, receive, segment, send
+from .messages import Messages
 from .operation import Task
 
 __all__ = ["ALGORITHMS", "REDUCIBLE", "ReduceOp", "allreduce_tasks", "forced_algorithm", "mpi_adds", "reduce_scatter_tasks"]
@@ -55,25 +55,24 @@ def mpi_adds(t: torch.Tensor) -> bool:
     return t.dtype in _BY_MPI and not t.is_cuda
 
 
-def allreduce_tasks(comm: MPI.Comm, tag: int, t: torch.Tensor, op: ReduceOp, algorithm: str) -> list[Task]:
+def allreduce_tasks(messages: Messages, tag: int, t: torch.Tensor, op: ReduceOp, algorithm: str) -> list[Task]:
     """Reduce the flat tensor `t` over ranks, in place. `algorithm`: one of `ALGORITHMS`, or "" for the best by size; alike on all ranks."""
     if algorithm == "mpi":
-        return [_by_mpi(comm, t, op)]
-    n = comm.Get_size()
+        return [_by_mpi(messages.comm, t, op)]
+    n = messages.size
     if not algorithm:
-        algorithm = "exchange" if n == 2 or (n - 1) * t.numel() * t.element_size() <= _FEW else "direct"
+        algorithm = "exchange" if n == 2 or (n - 1) * t.nbytes <= _FEW else "direct"
     if algorithm == "exchange":
-        return [_exchange(comm, tag + k, t, _Rows(comm, t, op), firsts) for k, firsts in enumerate(lanes(t.numel(), segment(t, n)))]
+        return [_exchange(messages, tag + k, t, _Rows(messages, t, op), firsts) for k, firsts in enumerate(messages.lanes(t))]
     length = -(-t.numel() // n)
     chunks = [t[r * length : (r + 1) * length] for r in range(n)]
-    return [_direct(comm, tag + 2 * k, chunks, _Rows(comm, chunks[0], op), firsts) for k, firsts in enumerate(lanes(length, segment(t, n)))]
+    return [_direct(messages, tag + 2 * k, chunks, _Rows(messages, chunks[0], op), firsts) for k, firsts in enumerate(messages.lanes(chunks[0]))]
 
 
-def reduce_scatter_tasks(comm: MPI.Comm, tag: int, parts: Sequence[torch.Tensor], out: torch.Tensor, op: ReduceOp) -> list[Task]:
+def reduce_scatter_tasks(messages: Messages, tag: int, parts: Sequence[torch.Tensor], out: torch.Tensor, op: ReduceOp) -> list[Task]:
     """Reduce over ranks; rank r gets the r-th part in `out`. The parts are flat, and only read."""
-    longest = max(parts, key=len)
-    firsts_by_lane = lanes(len(longest), segment(out, comm.Get_size()))
-    return [_reduce_scatter(comm, tag + k, parts, out, _Rows(comm, longest, op), firsts) for k, firsts in enumerate(firsts_by_lane)]
+    longest = max(parts, key=torch.numel)
+    return [_reduce_scatter(messages, tag + k, parts, out, _Rows(messages, longest, op), firsts) for k, firsts in enumerate(messages.lanes(longest))]
 
 
 def _by_mpi(comm: MPI.Comm, t: torch.Tensor, op: ReduceOp) -> Task:
@@ -81,62 +80,62 @@ def _by_mpi(comm: MPI.Comm, t: torch.Tensor, op: ReduceOp) -> Task:
     yield [comm.Iallreduce(MPI.IN_PLACE, [memory_of(p), p.numel(), kind], _MPI_OPS[op]) for p in torch.split(t, memory.LARGEST)]
 
 
-def _exchange(comm: MPI.Comm, tag: int, t: torch.Tensor, rows: _Rows, firsts: range) -> Task:
+def _exchange(messages: Messages, tag: int, t: torch.Tensor, rows: _Rows, firsts: range) -> Task:
     for first in firsts:
         mine = t[first : first + rows.size]
-        yield [*rows.receive(mine, tag), *(send(comm, mine, r, tag) for r in peers(comm))]
+        yield [*rows.receive(mine, tag), *(messages.send(mine, r, tag) for r in messages.peers)]
         rows.combine(mine, mine)
 
 
-def _direct(comm: MPI.Comm, tag: int, chunks: Sequence[torch.Tensor], rows: _Rows, firsts: range) -> Task:
-    rank = comm.Get_rank()
+def _direct(messages: Messages, tag: int, chunks: Sequence[torch.Tensor], rows: _Rows, firsts: range) -> Task:
     for first in firsts:
         parts = [chunk[first : first + rows.size] for chunk in chunks]
-        mine, others = parts[rank], [(r, parts[r]) for r in peers(comm) if parts[r].numel()]
+        mine, others = parts[messages.rank], [(r, parts[r]) for r in messages.peers if parts[r].numel()]
         receives = rows.receive(mine, tag)
-        sends = [send(comm, part, r, tag) for r, part in others]
+        sends = [messages.send(part, r, tag) for r, part in others]
         yield receives
         rows.combine(mine, mine)
         yield sends  # the results are received where these are read
-        receives = [receive(comm, part, r, tag + 1) for r, part in reversed(others)]
-        yield receives + ([send(comm, mine, r, tag + 1) for r in peers(comm)] if mine.numel() else [])
+        receives = [messages.receive(part, r, tag + 1) for r, part in reversed(others)]
+        yield receives + ([messages.send(mine, r, tag + 1) for r in messages.peers] if mine.numel() else [])
 
 
-def _reduce_scatter(comm: MPI.Comm, tag: int, parts: Sequence[torch.Tensor], out: torch.Tensor, rows: _Rows, firsts: range) -> Task:
+def _reduce_scatter(messages: Messages, tag: int, parts: Sequence[torch.Tensor], out: torch.Tensor, rows: _Rows, firsts: range) -> Task:
     for first in firsts:
-        mine = parts[comm.Get_rank()][first : first + rows.size]
-        others = [(r, parts[r][first : first + rows.size]) for r in peers(comm)]
-        yield [*rows.receive(mine, tag), *(send(comm, part, r, tag) for r, part in others if part.numel())]
+        mine = parts[messages.rank][first : first + rows.size]
+        others = [(r, parts[r][first : first + rows.size]) for r in messages.peers]
+        yield [*rows.receive(mine, tag), *(messages.send(part, r, tag) for r, part in others if part.numel())]
         rows.combine(mine, out[first : first + rows.size])
 
 
 class _Rows:
     """Memory for a segment of each rank, and the sum of them. `size`: the elements of a segment of the tensors like `like`, which is the longest."""
 
-    def __init__(self, comm: MPI.Comm, like: torch.Tensor, op: ReduceOp) -> None:
-        self._comm, self._rank, self._n = comm, comm.Get_rank(), comm.Get_size()
-        self.size = segment(like, self._n)
-        self._rows = like.new_empty((self._n, min(self.size, like.numel())))  # this rank's own row is for sums
+    def __init__(self, messages: Messages, like: torch.Tensor, op: ReduceOp) -> None:
+        self._messages = messages
+        self.size = messages.segment(like)
+        self._rows = like.new_empty((messages.size, min(self.size, like.numel())))  # this rank's own row is for sums
         self._combine = _COMBINE[op]
 
     def receive(self, mine: torch.Tensor, tag: int) -> list[MPI.Request]:
         """Start to receive what the others have for `mine`."""
         if mine.numel() == 0:
             return []
-        return [receive(self._comm, self._rows[r, : mine.numel()], r, tag) for r in reversed(list(peers(self._comm)))]
+        return [self._messages.receive(self._rows[r, : mine.numel()], r, tag) for r in reversed(self._messages.peers)]
 
     def combine(self, mine: torch.Tensor, out: torch.Tensor) -> None:
         """What was received, and `mine`, in the order of ranks; halves in float32. `out` may be `mine`."""
         if mine.numel() == 0:
             return
-        rows = [mine if r == self._rank else self._rows[r, : mine.numel()] for r in range(self._n)]
+        rank = self._messages.rank
+        rows = [mine if r == rank else self._rows[r, : mine.numel()] for r in range(self._messages.size)]
         if mine.dtype in _HALVES:
             total = rows[0].float()
             for row in rows[1:]:
                 self._combine(total, row.float(), total)
             out.copy_(total)
             return
-        total, spare = rows[0], self._rows[self._rank, : mine.numel()]
+        total, spare = rows[0], self._rows[rank, : mine.numel()]
         for row in rows[1:-1]:
             self._combine(total, row, spare)
             total = spare

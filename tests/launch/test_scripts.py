@@ -18,8 +18,8 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 COMMANDS = [s for s in sorted((REPO / "launch").glob("*.sh")) if s.name != "common.sh"]
 BATCH = sorted((REPO / "launch" / "slurm").glob("*.sbatch"))
-OTHERS = [REPO / name for name in ("launch/common.sh", "launch/shim/mpirun", "benchmarks/netlab.sh", ".ci/run")]
-SCRIPTS = [*COMMANDS, *BATCH, *OTHERS]
+OTHERS = [REPO / name for name in ("launch/shim/mpirun", "benchmarks/netlab.sh", ".ci/run")]
+SCRIPTS = [REPO / "launch" / "common.sh", *COMMANDS, *BATCH, *OTHERS]
 TOOLS = """
     bash sh env cat dirname id grep sed awk mktemp cksum sha256sum cut head tail rm cp mv mkdir ls df printf true false uname nproc chmod sleep
 """
