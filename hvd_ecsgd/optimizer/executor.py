@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 __all__ = ["Executor", "Inline", "Observer", "never", "wait_patiently"]
 
-_SHORTEST, _LONGEST = 20e-6, 1e-3  # seconds between looks at a payload on its way, in a thread that must not take a core from the backward pass
+_SHORTEST, _LONGEST = 20e-6, 250e-6  # seconds between looks at a payload on its way, in a thread that must not take a core from the backward pass
 
 Observer = Callable[[str, str, float, float], None]
 """Is told the bucket (or "backward"), what was done (BACKWARD, COMPRESS, COMMUNICATE), and from when to when (time.perf_counter)."""

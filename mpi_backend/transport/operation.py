@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -32,26 +33,13 @@ _SHORTEST, _LONGEST = 10e-6, 200e-6
 
 
 class _Lane:
-    """A task, and what it waits for."""
+    """A task, and how many requests it waits for."""
 
-    __slots__ = ("_requests", "_task", "next")
+    __slots__ = ("missing", "task")
 
     def __init__(self, task: Task | Opening) -> None:
-        self._requests: Sequence[MPI.Request] = ()
-        self._task = task
-        self.next: Sequence[Task] | None = None
-        """What follows, when the task has come to its end."""
-
-    def advance(self) -> bool:
-        """Go on as far as possible without waiting. Whether anything was done."""
-        moved = False
-        while self.next is None and (not self._requests or MPI.Request.Testall(self._requests)):
-            moved = True
-            try:
-                self._requests = next(self._task)
-            except StopIteration as end:
-                self.next = end.value or ()
-        return moved
+        self.task = task
+        self.missing = 0
 
 
 class Operation(Generic[T]):
@@ -66,27 +54,30 @@ class Operation(Generic[T]):
         self.number = number  # equal on all ranks
         self.what = what
         self._operations = operations
-        self._lanes = [_Lane(task) for task in tasks]
-        self._failed: list[_Lane] = []  # MPI may still write to what these hold
+        self._ready = deque(_Lane(task) for task in tasks)  # lanes that wait for nothing
+        self._lanes = set(self._ready)  # those that have not come to their ends
+        self._requests: list[MPI.Request] = []
+        self._owners: list[_Lane | None] = []  # of the requests; None of those that are complete
+        self.failed_in_mpi = False  # it may still write to what the lanes hold
         self._finish: Callable[[], T] | None = finish
         self._keep = keep
         self._result: T | None = None
         self._error: TransportError | None = None
 
     def done(self) -> bool:
-        if self._lanes:
+        if self.travels:
             self._operations.progress()
-        return not self._lanes
+        return not self.travels
 
     def wait(self) -> T:
-        if self._lanes:
+        if self.travels:
             self._operations.wait_for(self)
         if self._finish is not None and self._error is None:
             try:
                 self._result = self._finish()
             except TransportError as error:
                 self._error = error
-        if not self._failed:
+        if not self.failed_in_mpi:
             self._finish, self._keep = None, ()
         if self._error is not None:
             raise self._error
@@ -95,31 +86,56 @@ class Operation(Generic[T]):
     @property
     def travels(self) -> bool:
         """Whether there is anything left to be done before `finish`."""
-        return bool(self._lanes)
-
-    @property
-    def failed_in_mpi(self) -> bool:
-        return bool(self._failed)
+        return self._error is None and bool(self._lanes)
 
     def advance(self) -> bool:
         """Go on as far as possible without waiting. Whether anything was done."""
-        moved, lanes = False, self._lanes
+        moved = False
         try:
-            while any([lane.advance() for lane in lanes]):
+            while self._ready or (self._lanes and self._look()):
                 moved = True
-                ended = [lane.next for lane in lanes if lane.next is not None]
-                lanes = [lane for lane in lanes if lane.next is None] + [_Lane(task) for tasks in ended for task in tasks]
+                while self._ready:
+                    self._step(self._ready.popleft())
         except TransportError as error:  # what all ranks find out alike
-            self._error, lanes = error, []
+            self._error = error
         except MPI.Exception as error:
+            self.failed_in_mpi = True
             self._fail(error)
-            self._failed, lanes = lanes, []
         except BaseException:  # Ctrl-C
+            self.failed_in_mpi = True
             self._error = TransportError(f"{self.what} was interrupted, and can never be complete.")
-            self._failed, self._lanes = lanes, []
             raise
-        self._lanes = lanes
         return moved or self._error is not None
+
+    def _step(self, lane: _Lane) -> None:
+        """Let a task go on to where it waits again."""
+        try:
+            requests = next(lane.task)
+        except StopIteration as end:
+            self._lanes.remove(lane)
+            following = [_Lane(task) for task in end.value or ()]
+            self._lanes.update(following)
+            self._ready += following
+            return
+        if not requests:
+            self._ready.append(lane)
+        lane.missing = len(requests)
+        self._requests += requests
+        self._owners += [lane] * len(requests)
+
+    def _look(self) -> bool:
+        """Whether requests have become complete; lanes without others are ready then. One look at all: each lets MPI look at the network."""
+        complete = MPI.Request.Testsome(self._requests)
+        for i in complete or ():
+            lane, self._owners[i] = self._owners[i], None
+            assert lane is not None
+            lane.missing -= 1
+            if lane.missing == 0:
+                self._ready.append(lane)
+        if complete:
+            left = [i for i, owner in enumerate(self._owners) if owner is not None]
+            self._requests, self._owners = [self._requests[i] for i in left], [self._owners[i] for i in left]
+        return bool(complete)
 
     def _fail(self, error: MPI.Exception) -> None:
         self._error = TransportError(

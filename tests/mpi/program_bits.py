@@ -1,6 +1,10 @@
-"""All ranks receive the same bits from an all-reduce: sizes 1 to 10^6, values of all magnitudes, infinities and NaNs with different bits."""
+"""All ranks receive the same bits from an all-reduce, whenever they look and however tensors are cut: sizes 1 to 10^6, values of all magnitudes,
+infinities and NaNs with different bits."""
 
 from __future__ import annotations
+
+import random
+import time
 
 import torch
 
@@ -32,6 +36,18 @@ for n in SIZES:
 together = [transport.allreduce_(values(n, torch.float32, rank + n), "x") for n in SIZES]
 for n, handle in zip(SIZES, together, strict=True):
     verdict.same_bits(handle.wait(), f"in flight together, {n} elements")
+
+# Cut in other places, and carried on at times of each rank's own.
+delays = random.Random(rank)
+for dtype in (torch.float32, torch.float16):
+    n = 300001
+    whole = transport.allreduce_(values(n, dtype, rank), "x").wait()
+    for first in (1, 4099, 150000):
+        again = values(n, dtype, rank)
+        handles = [transport.allreduce_(part, "x") for part in torch.split(again, [first, n - first - 70, 70])]
+        while not all(handle.done() for handle in handles):
+            time.sleep(0.004 * delays.random())
+        verdict.expect(content(again) == content(whole), f"{dtype}, cut after {first} elements")
 
 # The check can fail: each rank adds in an order of its own (with two ranks that is the same), and one rank flips one bit of 10^6 elements.
 if size > 1:
