@@ -32,7 +32,7 @@ class MPITransport:
     """Collectives over a private duplicate of `comm` (default: all processes), as `hvd_ecsgd.transport.base.Transport` describes them.
 
     Creating one is collective, unless the `link` of one that is used no more is given: every process of `comm` must do so, in the same order.
-    Calls start the communication and return; a handle's `done` and `wait` carry it on, for every operation in flight, as does every further call.
+    Calls start the communication and return; a handle's `done` and `wait` carry it on, for every operation in flight on any transport of the process.
     There is no thread: while a process does none of these, its operations stand still, and so may those who wait for it.
     A transport is to be used by one thread at a time.
 

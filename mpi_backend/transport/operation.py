@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -91,6 +92,8 @@ class Operation(Generic[T]):
     def advance(self) -> bool:
         """Go on as far as possible without waiting. Whether anything was done."""
         moved = False
+        if self._error is not None:
+            return True
         try:
             while self._ready or (self._lanes and self._look()):
                 moved = True
@@ -145,11 +148,16 @@ class Operation(Generic[T]):
 
 
 class Operations:
-    """The operations of one transport, which all ranks start in the same order. `progress`, from whichever call or thread, carries all of them on.
+    """The operations of one transport, which all ranks start in the same order.
 
-    Why nobody waits for ever. An operation sends all that others need of it, whatever else this rank waits for, as often as anything here is
-    polled or waited for; and its messages are told from those of others by tags that follow from its number, not from who comes first.
+    Why nobody waits for ever. Whenever a rank polls or waits for something, on whichever transport, `progress` carries on what it has started on all
+    of them, so others get what they need of it; and messages are told from those of other operations by tags that follow from their
+    numbers, not from who comes first.
     """
+
+    _all: tuple[weakref.ref[Operations], ...] = ()
+    """Of this process. Replaced, never changed, under the lock."""
+    _all_lock = threading.Lock()
 
     def __init__(self, last_tag: int) -> None:
         self._distinct = (last_tag + 1) // SLOTS  # collectives in flight at once that have tags of their own
@@ -157,6 +165,8 @@ class Operations:
         self._started = 0
         self._in_flight: list[Operation[Any]] = []  # in start order; keeps the buffers of handles that were dropped. Replaced, never changed
         self._failed: list[Operation[Any]] = []
+        with Operations._all_lock:
+            Operations._all = (*(known for known in Operations._all if known() is not None), weakref.ref(self))
 
     def start(
         self,
@@ -189,13 +199,24 @@ class Operations:
         return next((o.what for o in self._in_flight if o.number == number), f"collective number {number}")
 
     def progress(self) -> bool:
-        """Carry everything on as far as possible without waiting. Whether anything was done."""
+        """Carry everything on as far as possible without waiting, on other transports too. Whether anything was done on this one."""
         with self._lock:
-            moved = [operation.advance() for operation in self._in_flight]
-            if any(moved):
-                self._failed += [o for o in self._in_flight if o.failed_in_mpi]
-                self._in_flight = [o for o in self._in_flight if o.travels]
-        return any(moved)
+            moved = self._advance()
+        for known in Operations._all:
+            other = known()
+            if other is not None and other is not self and other._in_flight and other._lock.acquire(blocking=False):  # else another thread does it
+                try:
+                    other._advance()
+                finally:
+                    other._lock.release()
+        return moved
+
+    def _advance(self) -> bool:
+        moved = any([operation.advance() for operation in self._in_flight])
+        if moved:
+            self._failed += [o for o in self._in_flight if o.failed_in_mpi]
+            self._in_flight = [o for o in self._in_flight if o.travels]
+        return moved
 
     def wait_for(self, operation: Operation[Any]) -> None:
         """Return when `operation` is ready to be finished."""

@@ -92,5 +92,12 @@ for round_ in range(8):
         for what, handle, check in started:
             check(handle.wait(), what)
 
+# On two transports, waited for in opposite orders: what one rank waits for, the other carries on while it waits for the other one.
+second = MPITransport()
+handles = [(t.allreduce_(torch.ones(8 * 10**6), "large"), t) for t in (transport, second)]
+for handle, t in handles if rank % 2 else reversed(handles):
+    verdict.expect(bool((handle.wait() == size).all()), f"{'first' if t is transport else 'second'} of two transports")
+second.close()
+
 transport.close()
 verdict.conclude()
