@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, auto
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -102,13 +102,13 @@ class UnbiasedCompressor(Compressor, Protocol):
 class Role(Enum):
     """What those who save, undo, carry over and resize state must know of a slot, and who know no method."""
 
-    RESIDUAL = "residual"
+    RESIDUAL = auto()
     """What was not sent yet, in the rule's unit: of a rule, this worker's; of an exchange, this server's. At most one of each."""
-    POINT = "point"
+    POINT = auto()
     """x, equal on all ranks, of a rule that takes gradients at another point. Only a step that stands moves it. At most one."""
-    MEMORY = "memory"
+    MEMORY = auto()
     """Of the means that came back, equal on all ranks. It is multiplied by every later learning rate. At most one."""
-    OWN = "own"
+    OWN = auto()
     """What the rule or the exchange keeps for itself."""
 
 
