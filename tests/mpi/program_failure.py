@@ -18,7 +18,7 @@ import torch
 from mpi4py import MPI
 
 import mpi_backend as hvd
-from mpi_backend.engine import channel
+from mpi_backend.engine import channel, flights
 
 how, where = sys.argv[1:3]
 hvd.init()
@@ -105,7 +105,7 @@ if last:
         def out_of_memory(*given: object) -> None:
             raise MemoryError("on purpose")
 
-        setattr(channel, "scale_" if how == "start" else "finish_", out_of_memory)
+        setattr(flights, "scale_" if how == "start" else "finish_", out_of_memory)
         collective()
     elif how == "stall":
         pass  # and never comes
