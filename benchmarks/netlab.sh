@@ -21,7 +21,7 @@ fail() {
 }
 
 usage() {
-    sed -n '/^# /s/^# \{0,1\}//p' "$SELF" | sed -n '1,10p' >&2
+    sed -n '/^# /s/^# \{0,1\}//p' "$SELF" | sed -n '1,8p' >&2
     exit 2
 }
 
