@@ -16,7 +16,7 @@ import torch
 
 import mpi_backend as hvd
 from mpi_backend import runtime
-from mpi_backend.engine.channel import Channel
+from mpi_backend.engine.flights import Flights
 from mpi_backend.transport import MPITransport
 from tests.mpi.verdict import Verdict
 
@@ -141,7 +141,7 @@ if size > 1:
 hvd.barrier()
 hvd.shutdown()
 hvd.init()
-Channel._reduce = lambda self, run: 1 // 0  # type: ignore[assignment,method-assign,return-value]
+Flights.reduce = lambda self, run, submissions: 1 // 0  # type: ignore[assignment,method-assign,return-value]
 handle = hvd.allreduce_async(torch.ones(3))
 verdict.raises(hvd.HorovodInternalError, handle.wait, "what was pending", "ZeroDivisionError")
 earlier = "communication has failed earlier", "ZeroDivisionError"
