@@ -18,6 +18,7 @@ from mpi4py import MPI
 
 from ..environment import switch, whole_number
 from ..errors import HorovodInternalError
+from ..transport.operation import Operations
 from .channel import Channel
 from .negotiation import StallCheck
 from .timeline import Timeline
@@ -128,6 +129,7 @@ class Engine:
         with self._lock:
             if self._meanwhile is not None:
                 self._meanwhile()
+            Operations.carry_on()
             return any([channel.turn() for channel in self._channels])
 
     def _serve(self) -> None:
@@ -144,7 +146,7 @@ class Engine:
                     self._work.wait(pause)
                     pause = min(pause * 1.5, _LONGEST)
                 else:
-                    self._work.wait(_IDLE if any(c.coordinates for c in self._channels) else None)
+                    self._work.wait(_IDLE)
                     pause = _SHORTEST
         except BaseException as error:
             self._fail(error)

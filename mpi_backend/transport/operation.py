@@ -211,6 +211,17 @@ class Operations:
                     other._lock.release()
         return moved
 
+    @staticmethod
+    def carry_on() -> None:
+        """Carry on what is on its way on all transports, also where an error has ended whoever waited for it: others may need its messages."""
+        for known in Operations._all:
+            one = known()
+            if one is not None and one._in_flight and one._lock.acquire(blocking=False):  # else another thread does it
+                try:
+                    one._advance()
+                finally:
+                    one._lock.release()
+
     def _advance(self) -> bool:
         moved = any([operation.advance() for operation in self._in_flight])
         if moved:

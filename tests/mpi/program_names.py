@@ -137,6 +137,17 @@ if size > 1:
     verdict.equal(hvd.allreduce(torch.ones(3), name="forgotten"), torch.ones(3), "and all goes on")
     verdict.expect(not said or rank == 0, "only the coordinator warns")
 
+# What this rank has started on a transport and does not wait for, others need before they come to what it does wait for.
+hvd.barrier()
+private = MPITransport()
+large = private.allreduce_(torch.ones(4 * 10**6), "large")
+if rank == 0:
+    verdict.equal(hvd.allreduce(torch.ones(3), name="meanwhile"), torch.ones(3), "rank 0 waits for this first")
+verdict.expect(bool((large.wait() == size).all()), "the others for this")
+if rank > 0:
+    verdict.equal(hvd.allreduce(torch.ones(3), name="meanwhile"), torch.ones(3), "and then for rank 0's")
+private.close()
+
 # An exception in the middle of communication: here it surfaces in what was pending and at the next call.
 hvd.barrier()
 hvd.shutdown()
