@@ -87,6 +87,9 @@ class GradientExchange:
         """A step is under way; see `Driver`."""
         return self._step.begun
 
+    def catch_up(self) -> None:
+        """`reduce` returns when all is done."""
+
     def meet(self, what: str) -> None:
         """See `Driver`."""
         self._step.meet(what)

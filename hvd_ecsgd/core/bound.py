@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Literal, NoReturn, Protocol
 
 import torch
@@ -49,6 +49,10 @@ class Driver(Protocol):
     @property
     def begun(self) -> bool:
         """Gradients of a step have come that the aggregator has not seen yet."""
+        ...
+
+    def catch_up(self) -> None:
+        """Return when nothing reads the parameters any more of gradients that were handed over: a thread may be behind the script."""
         ...
 
     def meet(self, what: str) -> None:
@@ -289,8 +293,14 @@ class BoundCompression:
         if point == "virtual":
             self._horovod.appear()
         if not self._used and self.method.feedback.unit == "gradient":  # one process under Horovod, which does not call us then
-            return self._aggregator.at(point, self.check_together)
-        return self.aggregator.at(point, self.check_together)
+            return self._held_at(self._aggregator, point)
+        return self._held_at(self.aggregator, point)
+
+    @contextmanager
+    def _held_at(self, aggregator: Aggregator, point: Point) -> Iterator[None]:
+        self._driver.catch_up()
+        with aggregator.at(point, self.check_together):
+            yield
 
     @property
     def replicas(self) -> Literal["equal", "equal_at_x"]:

@@ -155,6 +155,9 @@ class HorovodDriver:
 
     # -- together with the other ranks -------------------------------------------------------------------------------------------
 
+    def catch_up(self) -> None:
+        """Gradients are accumulated where Horovod hands them over."""
+
     def appear(self) -> None:
         if self._compression.driven_by(self) and self._slot is None:
             transport = self.transport()

@@ -107,6 +107,10 @@ class OptimizerDriver:
         """Whether this optimizer exchanges the gradients of its parameters; a newer one for them may have taken over."""
         return self.hooks.listens
 
+    def catch_up(self) -> None:
+        """See `Driver`."""
+        self.step.drain()
+
     def meet(self, what: str) -> None:
         """See `Driver`."""
         self.step.meet(what)

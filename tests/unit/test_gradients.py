@@ -343,3 +343,26 @@ def test_result_buffers_are_used_again_in_the_usual_loop(set_to_none: bool) -> N
                 kept.append(p.grad.detach())
                 p.grad = None
         assert len(set(places)) == (6 if keeps else 1 if set_to_none else 2)
+
+
+# -- evaluating in the middle of a step ------------------------------------------------------------------------------------------
+
+
+def test_parameters_move_only_when_nothing_reads_them_any_more() -> None:
+    """`at` between backward() and step(), where a slow thread reads parameters (weight decay, the check of who wrote to them) inside of it and
+    afterwards: the same bits as without evaluation."""
+
+    def run(evaluate: bool) -> torch.Tensor:
+        model, late = mlp(), Late()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), Compression.detached(8, **ALL), executor=late)
+        for t in range(4):
+            optimizer.zero_grad()
+            backward(model, t)
+            if evaluate:
+                with optimizer.compression.at("averaged"):
+                    late.drain()  # the thread goes on here
+            optimizer.step()
+        return weights(model, optimizer.compression)
+
+    assert torch.equal(run(True), run(False))
