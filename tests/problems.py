@@ -92,3 +92,14 @@ def simulate(
 def same_bits(tensors: Iterable[torch.Tensor]) -> bool:
     first, *others = tensors
     return all(torch.equal(first, t) for t in others)
+
+
+def told(kind: type[Exception], run: Callable[[], object], *fragments: str) -> None:
+    """`run` raises `kind`, and the message holds the fragments."""
+    try:
+        run()
+    except kind as error:
+        missing = [f for f in fragments if f not in str(error)]
+        assert not missing, f"{missing} not in: {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__} was raised")

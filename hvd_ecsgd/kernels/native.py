@@ -126,38 +126,6 @@ class Native:
         given = min(positions.numel(), values.numel())
         self._call("positions_add", *self._buffer, _address(counts), positions.data_ptr(), values.data_ptr(), alpha, given)
 
-    # -- accumulate ----------------------------------------------------------------------------------------------------------------------
-
-    def accumulate_(
-        self,
-        gradients: Sequence[torch.Tensor],
-        parameters: Sequence[torch.Tensor],
-        carry: float,
-        eta: float,
-        decay: float,
-    ) -> tuple[bool, np.ndarray]:
-        """buffer ← carry·buffer + eta·gradient + decay·parameter, each product and sum rounded as torch rounds them.
-
-        Returns whether all of the result is finite, and for each segment Σ|a|, Σa² and the largest magnitude of it (float64). Gradients, and
-        parameters (none without decay), are contiguous, of one floating-point type each, in the order of the segments.
-        """
-        statistics = np.empty((len(gradients), 3))
-        of_gradients = np.array([g.data_ptr() for g in gradients], np.uint64)
-        of_parameters = np.array([p.data_ptr() for p in parameters], np.uint64)
-        finite = self._call(
-            "accumulate",
-            *self._buffer,
-            _address(of_gradients),
-            _TYPES[gradients[0].dtype] if len(gradients) else 0,
-            _address(of_parameters) if decay else None,
-            _TYPES[parameters[0].dtype] if len(parameters) else 0,
-            carry,
-            eta,
-            decay,
-            _address(statistics),
-        )
-        return bool(finite), statistics
-
 
 _library: Library | None = library.from_environment()
 

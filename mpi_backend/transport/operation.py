@@ -202,21 +202,15 @@ class Operations:
         """Carry everything on as far as possible without waiting, on other transports too. Whether anything was done on this one."""
         with self._lock:
             moved = self._advance()
-        for known in Operations._all:
-            other = known()
-            if other is not None and other is not self and other._in_flight and other._lock.acquire(blocking=False):  # else another thread does it
-                try:
-                    other._advance()
-                finally:
-                    other._lock.release()
+        Operations.carry_on(but=self)
         return moved
 
     @staticmethod
-    def carry_on() -> None:
-        """Carry on what is on its way on all transports, also where an error has ended whoever waited for it: others may need its messages."""
+    def carry_on(but: Operations | None = None) -> None:
+        """Carry on what is on its way on all transports `but` one, also where an error has ended whoever waited: others may need its messages."""
         for known in Operations._all:
             one = known()
-            if one is not None and one._in_flight and one._lock.acquire(blocking=False):  # else another thread does it
+            if one is not None and one is not but and one._in_flight and one._lock.acquire(blocking=False):  # else another thread does it
                 try:
                     one._advance()
                 finally:

@@ -82,13 +82,3 @@ def check_run(name: str, run: Callable[[torch.nn.Module, Any, int], object], mak
 def backward(model: Any, rank: int, step: int) -> None:
     x, y = batch(rank, step)
     torch.nn.functional.cross_entropy(model(x), y).backward()
-
-
-def told(kind: type[Exception], run: Callable[[], object], *fragments: str) -> None:
-    try:
-        run()
-    except kind as error:
-        missing = [f for f in fragments if f not in str(error)]
-        assert not missing, f"{missing} not in: {error}"
-    else:
-        raise AssertionError(f"no {kind.__name__} was raised")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from hvd_ecsgd import CompressionError, DisagreementError
-from tests.conformance.lifecycle import BACKEND, METHODS, backward, check_run, everywhere, hvd, real, told
-from tests.problems import batch, mlp, weights
+from tests.conformance.lifecycle import BACKEND, METHODS, backward, check_run, everywhere, hvd, real
+from tests.problems import batch, mlp, told, weights
 
 # -- memory formats ----------------------------------------------------------------------------------------------------------------
 

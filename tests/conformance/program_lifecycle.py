@@ -15,9 +15,9 @@ import torch
 
 from hvd_ecsgd import CompressionError, DistributedOptimizer
 from hvd_ecsgd.transport import run_simulated
-from tests.conformance.lifecycle import METHODS, Build, backward, check_run, compression_of, everywhere, hvd, prefixed, real, told
+from tests.conformance.lifecycle import METHODS, Build, backward, check_run, compression_of, everywhere, hvd, prefixed, real
 from tests.conformance.lifecycle_arithmetic import autocast, channels_last, drift, exact, scaler, unattached_scaler
-from tests.problems import batch, mlp, weights
+from tests.problems import batch, mlp, told, weights
 
 # -- learning rates --------------------------------------------------------------------------------------------------------------
 

@@ -16,18 +16,7 @@ from hvd_ecsgd import Compression, CompressionError, DisagreementError, UnboundP
 from hvd_ecsgd.horovod import opening
 from tests.cases import ALL
 from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
-from tests.problems import batch, mlp
-
-
-def told(kind: type[Exception], run: Callable[[], object], *fragments: str) -> None:
-    """This rank raises `kind`, and the message holds the fragments."""
-    try:
-        run()
-    except kind as error:
-        missing = [f for f in fragments if f not in str(error)]
-        assert not missing, f"{missing} not in: {error}"
-    else:
-        raise AssertionError(f"no {kind.__name__} was raised")
+from tests.problems import batch, mlp, told
 
 
 def one_step(prefix: str, compression: Any, model: Any = None, **options: Any) -> None:

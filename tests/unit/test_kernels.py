@@ -232,41 +232,6 @@ def check_whole_tensors() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_accumulate_is_torchs(dtype: torch.dtype) -> None:
-    """The product with carry, then the gradient, then the decay, each rounded as torch does; and what the result holds."""
-    for _ in variants():
-        check_accumulate(dtype)
-
-
-def check_accumulate(dtype: torch.dtype) -> None:
-    segments = table([5, 70_001, 64, 1], dtype)
-    for of_gradient, (carry, eta, decay) in itertools.product(
-        (torch.float32, torch.float64, torch.float16, torch.bfloat16), ((1.0, 1.0, 0.0), (0.7, 0.1, 0.0), (0.9, 1.0, 0.3))
-    ):
-        buffer = values("gaussian", segments.numel, dtype, 1)
-        gradients, parameters = ([values("heavy-tailed", s.numel, of_gradient, seed) for s in segments] for seed in (2, 4))
-        gradients = [g.clamp(-100, 100) for g in gradients]
-        parameters = [p.clamp(-100, 100) for p in parameters]
-        expected = buffer.clone()
-        if carry != 1:
-            expected.mul_(carry)
-        for view, g, p in zip(segments.views(expected), gradients, parameters, strict=True):
-            view.add_(g.to(dtype), alpha=eta)
-            if decay:
-                view.add_(p.to(dtype), alpha=decay)
-        kernel = native.native_for(buffer, segments, "test")
-        assert kernel is not None
-        finite, found = kernel.accumulate_(gradients, parameters, carry, eta, decay)
-        assert finite
-        assert same(buffer, expected)
-        for row, view in zip(found, segments.views(expected.double()), strict=True):
-            np.testing.assert_allclose(row, [view.abs().sum(), view.square().sum(), view.abs().max()], rtol=1e-13)
-        gradients[1][69_999] = math.nan
-        assert not kernel.accumulate_(gradients, parameters, carry, eta, decay)[0]
-
-
-@compiled
 @pytest.mark.parametrize("kernels_in_use", ["native", "reference"])
 @pytest.mark.parametrize("compressor", [TopK(4), BlockTopK(4, 16), Threshold(4), Threshold(4, two_bits=True)], ids=str)
 def test_positions_that_cannot_be_are_errors(compressor: Any, kernels_in_use: str) -> None:

@@ -150,10 +150,6 @@ KERNEL(cast_extract, (int type, void* buffer, TABLE, uint16_t* payload, int brai
        (buffer, table, n, payload, brain, limit, threads))
 KERNEL(cast_add, (int type, void* out, TABLE, const uint16_t* payload, int brain, double alpha, int threads),
        (out, table, n, payload, brain, alpha, threads))
-KERNEL(accumulate,
-       (int type, void* buffer, TABLE, const void* const* gradients, int gradient_type, const void* const* parameters, int parameter_type, double carry,
-        double eta, double decay, double* statistics, int threads),
-       (buffer, table, n, gradients, gradient_type, parameters, parameter_type, carry, eta, decay, statistics, threads))
 
 EXPORT int64_t hvd_ecsgd_random_k_positions(TABLE, const uint64_t* keys, const int64_t* counts, uint32_t* positions, int threads) {
     IN_VARIANT(random_k_positions(table, n, keys, counts, positions, threads))

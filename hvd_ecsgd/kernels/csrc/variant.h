@@ -24,5 +24,3 @@
 #include "natural.h"
 
 #include "cast.h"
-
-#include "accumulate.h"
