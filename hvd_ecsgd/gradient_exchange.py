@@ -10,6 +10,7 @@ import torch
 from .compression import AnyCompression, Compression, bind
 from .core.aggregator import Aggregator
 from .core.agreement import in_common_order
+from .core.attached import refuse_other
 from .core.bound import Named
 from .core.bucket import Bucket
 from .core.gradients import clip_factor, take_
@@ -86,6 +87,10 @@ class GradientExchange:
     def begun(self) -> bool:
         """A step is under way; see `Driver`."""
         return self._step.begun
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """See `Driver`; options are those of this object."""
+        refuse_other(self.compression.method, optimizer)
 
     def catch_up(self) -> None:
         """`reduce` returns when all is done."""

@@ -14,7 +14,7 @@ from hvd_ecsgd.kernels.library import what_is_missing
 from hvd_ecsgd.kernels.native import native_library
 
 TESTS = Path(__file__).parent
-KINDS = ("unit", "property", "conformance", "mpi", "horovod", "convergence", "launch")
+KINDS = ("unit", "property", "conformance", "mpi", "horovod", "torch", "convergence", "launch")
 MISSING_KERNELS = pytest.StashKey[str]()
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -186,6 +186,11 @@ class Aggregator:
         """A step was finished and stands, the method keeps something of it, and it was neither kept nor discarded so far."""
         return self._exchanged is not None
 
+    def gradients_are_gone(self) -> None:
+        """The gradients of the step that was finished are overwritten by the results from now on."""
+        if self._exchanged is not None:
+            self._exchanged = replace(self._exchanged, gradients_gone=True)
+
     def keep_step(self) -> None:
         """The step that was finished is applied: let go of what would undo it. Nothing when that is done already; collective otherwise."""
         if self._exchanged is not None:
@@ -204,8 +209,8 @@ class Aggregator:
             return
         if self._exchanged.gradients_gone and not self.state.method.exact:
             raise CompressionError(
-                "discard(): an unmodified Horovod has written the mean over this worker's gradients, so what the method keeps of them can only be "
-                "taken back with a copy of its state: give the preset exact=True. Own optimizers (`import mpi_backend as hvd`) need none."
+                "discard(): an unmodified Horovod, and DDP's hook, write the mean over this worker's gradients, so what the method keeps of them can "
+                "only be taken back with a copy of its state: give the preset exact=True. Own optimizers (`import mpi_backend as hvd`) need none."
             )
         exchanged, self._exchanged, self._in_step = self._exchanged, None, False
         for reduction in exchanged.reductions:

@@ -13,7 +13,7 @@ from .bucket import Bucket
 from .method import Method
 from .state import NamedParameters
 
-__all__ = ["ATTACH", "Attached", "check_plain_sgd"]
+__all__ = ["ATTACH", "Attached", "check_plain_sgd", "refuse_other"]
 
 ATTACH = "call compression.attach(optimizer), with what hvd.DistributedOptimizer returned, before the first backward pass."
 
@@ -100,6 +100,16 @@ class Attached:
                     self._places[id(parameter)] = (g, i)
                     return g
         return None
+
+
+def refuse_other(method: Method, optimizer: torch.optim.Optimizer) -> None:
+    """Raise `CompressionError` where a method that applies the update would have to follow `optimizer`, and its driver has hyper-parameters of its
+    own. Others need not be told: theirs are read where the gradients come from."""
+    if method.feedback.takes.update:
+        raise CompressionError(
+            f"attach(): {method.feedback} applies the update itself, by the options of what it was given to when it was bound; a "
+            f"{type(optimizer).__name__} beside that is not stepped. Attach the optimizer that DistributedOptimizer returned, or none."
+        )
 
 
 def check_plain_sgd(method: Method, step: Any, name: str) -> None:

@@ -51,6 +51,11 @@ class Driver(Protocol):
         """Gradients of a step have come that the aggregator has not seen yet."""
         ...
 
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """`compression.attach` was called with another optimizer than the driver's. Raises `CompressionError` where the method cannot work with it
+        here."""
+        ...
+
     def catch_up(self) -> None:
         """Return when nothing reads the parameters any more of gradients that were handed over: a thread may be behind the script."""
         ...
@@ -71,10 +76,6 @@ class HorovodProtocol(Driver, Protocol):
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]: ...
 
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor: ...
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """`compression.attach` was called. Raises `CompressionError` where the method cannot work with this optimizer on Horovod."""
-        ...
 
     def appear(self) -> None:
         """Make what other ranks can be met by, also before the first step, where there are some."""
@@ -159,7 +160,7 @@ class BoundCompression:
         self.scaler = scaler if scaler is not None else self.scaler
         if self._driver.optimizer is not optimizer:  # else it is attached already
             self.attached.check(optimizer, self.method, self.named)
-            self._horovod.attach(optimizer)
+            self._driver.attach(optimizer)
             self.attached.optimizer = optimizer
         return self
 

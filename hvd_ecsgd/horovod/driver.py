@@ -11,11 +11,11 @@ from ..core.aggregator import Aggregator
 from ..core.attached import ATTACH, check_plain_sgd
 from ..core.bound import BoundCompression
 from ..core.state import MethodState
+from ..core.step_hooks import claim
 from ..errors import CompressionError
 from ..transport.base import Transport
 from .introduction import Introduction
 from .slot import HorovodSlot
-from .step_hooks import claim
 from .transport import HorovodTransport, SlotTransport, horovod_is_running
 
 __all__ = ["HorovodDriver"]

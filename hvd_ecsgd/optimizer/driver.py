@@ -11,6 +11,7 @@ import torch
 
 from ..core.aggregator import Aggregator
 from ..core.agreement import in_common_order
+from ..core.attached import refuse_other
 from ..core.bound import BoundCompression
 from ..core.gradients import clip_factor, take_
 from ..core.guard import Guard
@@ -106,6 +107,10 @@ class OptimizerDriver:
     def listens(self) -> bool:
         """Whether this optimizer exchanges the gradients of its parameters; a newer one for them may have taken over."""
         return self.hooks.listens
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """See `Driver`."""
+        refuse_other(self.state.method, optimizer)
 
     def catch_up(self) -> None:
         """See `Driver`."""

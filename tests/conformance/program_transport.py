@@ -1,4 +1,4 @@
-"""One rank of the conformance test: `program_transport.py mpi|horovod`."""
+"""One rank of the conformance test: `program_transport.py mpi|horovod|torch FILE`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ import torch
 from tests.conformance.body import FLOATS, INTEGERS, check_all
 
 
-def main(kind: str) -> None:
+def main(kind: str, file: str = "") -> None:
     if kind == "mpi":
         from mpi_backend.transport import MPITransport
 
         t = MPITransport()
         check_all(t, (*FLOATS, *INTEGERS), (*FLOATS, *INTEGERS))
         print(f"conforms: rank {t.rank} of {t.size}")
+        return
+    if kind == "torch":
+        from hvd_ecsgd.transport.torch_dist import TorchTransport
+        from tests.torch.meeting import meet
+
+        meet(file)
+        check_all(g := TorchTransport(), (*FLOATS, *INTEGERS), (*FLOATS, *INTEGERS))
+        g.close()
+        print(f"conforms: rank {g.rank} of {g.size}")
         return
     import horovod.torch as hvd
 
@@ -30,4 +39,4 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

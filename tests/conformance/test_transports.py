@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -26,6 +28,11 @@ def test_simulated(n: int) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_mpi(n: int) -> None:
     said = mpirun(n, PROGRAM, "mpi", timeout=90)
+    assert all(f"conforms: rank {r} of {n}" in said for r in range(n))
+
+
+def test_torch_distributed(tmp_path: Path) -> None:
+    said = mpirun(n := 3, PROGRAM, "torch", str(tmp_path / "meet"), timeout=90)
     assert all(f"conforms: rank {r} of {n}" in said for r in range(n))
 
 

@@ -33,6 +33,7 @@ CORE: dict[str, set[str]] = {
     "points": {"method", "bucket", "state"},
     "saved_state": {"method", "bucket", "state"},
     "attached": {"method", "bucket", "state"},
+    "step_hooks": set(),
     "agreement": {"talk", "refusal", "method", "bucket", "state"},
     "switch": {"agreement", "points", "method", "bucket", "state"},
     "aggregator": {"agreement", "points", "saved_state", "switch", "gradients", "refusal", "step", "method", "bucket", "state"},
@@ -56,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compression": {"horovod", *IN_CORE, *BELOW_CORE},
     "presets": {"compression", "feedback", "core.method"},
     "optimizer": {"compression", *IN_CORE, *BELOW_CORE},
+    "ddp": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "gradient_exchange": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "checkpoint": {*IN_CORE, *BELOW_CORE},
 }

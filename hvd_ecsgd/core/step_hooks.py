@@ -1,7 +1,7 @@
 """Steps of optimizers that are not ours, for parameters of a method that must know.
 
-With one process an unmodified Horovod never calls compress, and a method with momentum inside would vanish silently; and Horovod steps after an
-undone exchange.
+Such an optimizer (Horovod's, or any beside DDP's hook) steps after an undone exchange, too, and methods that apply the update do so in its place.
+With one process an unmodified Horovod never calls compress, and a method with momentum inside would vanish silently.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                     late = parameter
     if late is not None and claimed:
         raise CompressionError(
-            f"a parameter of shape {tuple(late.shape)} takes part in training but was frozen or absent when the compression was bound; Horovod does "
-            "not average its gradients, and ranks would drift apart. Bind and wrap while everything is trainable and freeze afterwards, or bind "
+            f"a parameter of shape {tuple(late.shape)} takes part in training but was frozen or absent when the compression was bound; its "
+            "gradients are not averaged, and ranks would drift apart. Bind and wrap while everything is trainable and freeze afterwards, or bind "
             "again and make a new optimizer after unfreezing or adding parameters."
         )
     for bound in claimed.values():

@@ -1,0 +1,285 @@
+"""The hook of torch's DistributedDataParallel: every method on torch.distributed, in place of DDP's own all-reduce.
+
+model = DistributedDataParallel(model)
+hook = hvd_ecsgd.ddp.register(model, Compression.double_squeeze())
+hook.compression.attach(optimizer)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from .compression import AnyCompression, bind
+from .core.aggregator import Aggregator
+from .core.agreement import in_common_order
+from .core.attached import check_plain_sgd
+from .core.gradients import clip_factor, scale_of, take_
+from .core.guard import Guard
+from .core.state import MethodState
+from .core.step_hooks import claim
+from .errors import CompressionError, DisagreementError, SequenceError
+from .optimizer.distributed import BUCKET_BYTES
+from .optimizer.executor import Inline
+from .optimizer.step import Outcome, Phase, StepExchange
+from .transport import Transport
+from .transport.torch_dist import TorchTransport
+
+__all__ = ["DDPHook", "hook", "register"]
+
+
+def register(model: DistributedDataParallel, compression: AnyCompression) -> DDPHook:
+    """Exchange the gradients of `model` by `compression`, bound or not, from now on. Returns the hook, whose `compression` is the bound method.
+
+    The same as `model.register_comm_hook(DDPHook(model, compression), hook)`. Collective: every process of the model's group calls it.
+    Raises `CompressionError` as `DDPHook` does.
+    """
+    state = DDPHook(model, compression)
+    model.register_comm_hook(state, hook)
+    return state
+
+
+def hook(state: DDPHook, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What DDP calls with each of its buckets."""
+    return state.take(bucket)
+
+
+# DDP compares the annotations with these objects.
+hook.__annotations__.update(bucket=GradBucket, **{"return": torch.futures.Future[torch.Tensor]})
+
+
+@dataclass
+class _Waiting:
+    """A bucket of DDP's that waits for what comes of its gradients."""
+
+    buffer: torch.Tensor
+    future: torch.futures.Future[torch.Tensor]
+
+
+def _after_backward(work: Callable[[], object]) -> None:
+    """Run `work` at the end of the backward pass that calls this, after DDP has put its buffers into `p.grad`: DDP queues that after its last hook,
+    and what is queued then comes behind it."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(partial(engine.queue_callback, work))
+
+
+class DDPHook:
+    """Feeds the gradients of `model` to the exchange, bucket by bucket while the backward pass goes on, and gives DDP the means. Collective.
+
+    State is kept by parameter name, so it does not matter that DDP forms its buckets anew after the first step. After `backward()` the mean over
+    workers is in `p.grad`, and may be clipped there. Methods that apply the update themselves (`detached`, `local_momentum`, `pef`, …) leave this
+    worker's own gradient there instead, and move the parameters when the attached `torch.optim.SGD` steps. A step in which some worker held an inf or
+    NaN is undone on all of them: `p.grad` is NaN then, as a GradScaler expects, and None once the optimizer steps, so that it moves nothing.
+
+    Raises `CompressionError` where `model` is no DistributedDataParallel, has a hook already, or trains other parameters than are bound.
+    """
+
+    def __init__(self, model: DistributedDataParallel, compression: AnyCompression) -> None:
+        if not isinstance(model, DistributedDataParallel):
+            raise CompressionError(
+                f"register(): expected a DistributedDataParallel, got a {type(model).__name__}. Wrap the model first: DistributedDataParallel(model)."
+            )
+        if getattr(model, "_comm_hooks", None):
+            raise CompressionError(
+                "register(): this model has a communication hook already, and DDP takes one only. Another method can take its place by "
+                "hook.compression.switch(…)."
+            )
+        ignored = getattr(model, "parameters_to_ignore", ())
+        trained = [(n, p) for n, p in model.module.named_parameters() if p.requires_grad and n not in ignored]
+        self.compression = bind(compression, trained if ignored else model.module)
+        self._check_all_bound(trained)
+        self._check_cpu(trained)
+        transport: Transport = TorchTransport(model.process_group)
+        state = MethodState(
+            self.compression.method,
+            in_common_order(self.compression.named, transport),
+            rank=transport.rank,
+            size=transport.size,
+            bucket_bytes=BUCKET_BYTES,
+            settings=lambda bucket: self.compression.attached.settings(self.compression.method, bucket),
+            transport=transport,
+        )
+        aggregator = Aggregator(state, also={"optimizer": "DistributedDataParallel's hook"}, statistics=self.compression.statistics)
+        self.compression.adopt(aggregator, self)
+        self._step = StepExchange(aggregator, transport, Inline(), None, bytes)
+        self._gradients: dict[int, torch.Tensor] = {}
+        """Of the step that accumulates, by parameter."""
+        self._waiting: list[_Waiting] = []
+        self._undone = False
+        """The step whose gradients are in place was undone."""
+        self._refused: CompressionError | None = None
+        """Raised when the optimizer steps: DDP does not go on after an error in its backward pass."""
+        self._guard = Guard(self.compression.method.feedback)
+        claim(self)
+
+    def _check_all_bound(self, trained: list[tuple[str, torch.nn.Parameter]]) -> None:
+        ids = {id(p) for _, p in trained}
+        for name, p in trained:
+            if id(p) not in self.compression.ids:
+                raise CompressionError(f"register(): parameter '{name}' is trained by the model and not bound; bind the model that DDP wraps.")
+        for name, p in self.compression.named:
+            if id(p) not in ids:
+                raise CompressionError(f"register(): parameter '{name}' is bound and not trained by the model; bind the model that DDP wraps.")
+
+    def _check_cpu(self, trained: list[tuple[str, torch.nn.Parameter]]) -> None:
+        for name, p in trained:
+            if p.device.type != "cpu":
+                raise CompressionError(
+                    f"register(): parameter '{name}' is on {p.device}; the hook exchanges over gloo, for models on the CPU. On GPUs use "
+                    "`import mpi_backend as hvd`, or Horovod."
+                )
+
+    # -- Driver ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Hyper-parameters are those of the optimizer that is attached."""
+        return None
+
+    @property
+    def named(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return self.compression.named
+
+    @property
+    def ids(self) -> frozenset[int]:
+        return self.compression.ids
+
+    @property
+    def _applies(self) -> bool:
+        return self.compression.method.feedback.takes.update
+
+    @property
+    def begun(self) -> bool:
+        """A backward pass was broken off."""
+        return self._step.begun or bool(self._waiting)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """See `Driver`."""
+        if self._applies:
+            check_plain_sgd(self.compression.method, type(optimizer).step, type(optimizer).__name__)
+
+    def catch_up(self) -> None:
+        """Gradients are accumulated where DDP hands them over."""
+
+    def meet(self, what: str) -> None:
+        """See `Driver`."""
+        self._step.meet(what)
+
+    def discard(self) -> None:
+        """See `Driver`."""
+        if self._step.aggregator.step_is_open:
+            self._step.meet("discard")
+        self._step.discard()
+        self._let_go()
+
+    # -- DDP's backward pass -----------------------------------------------------------------------------------------------------
+
+    def take(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Take a bucket of DDP's; the future becomes its buffer, with the means in it, when DDP's last bucket has come."""
+        if bucket.index() == 0:
+            self._begin()
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            self._gradients[id(parameter)] = gradient
+        self._waiting.append(_Waiting(bucket.buffer(), torch.futures.Future()))
+        future = self._waiting[-1].future
+        self._submit_ready(last=bucket.is_last())
+        if bucket.is_last():
+            self._finish()
+        return future
+
+    def _begin(self) -> None:
+        if self.begun:
+            raise SequenceError(
+                "a backward pass before this one was broken off, and half of its gradients were sent. Make the DDP model and hook anew."
+            )
+        if self._applies and self._step.phase is Phase.EXCHANGED and not self._undone:
+            raise SequenceError(
+                f"a second backward pass before optimizer.step(): {self.compression.method.feedback} applies what was exchanged in the first one. "
+                "Accumulate gradients inside `with model.no_sync():`, or throw the step away by hook.compression.discard(), on every rank."
+            )
+        self._raise_refusal()
+        self._step.begin()
+
+    def _submit_ready(self, last: bool) -> None:
+        state = self._step.aggregator.state
+        if self.compression.method.clip_norm is not None and not last:
+            return  # the norm is of the whole gradient
+        factor = clip_factor(state, list(self._gradients.values()))
+        while (bucket := self._step.next_bucket) is not None and all(id(p) in self._gradients for p in bucket.parameters):
+            gradients = [self._gradients[id(p)] for p in bucket.parameters]
+            if self._applies and (state.method.clips or scale_of(state, state.settings(bucket)) != 1.0):
+                gradients = [g.clone() for g in gradients]  # what stays in p.grad is as the script's loss made it
+            self._step.submit(take_(state, bucket, gradients, factor))
+
+    def _finish(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        gradients, self._gradients = self._gradients, {}
+        self._step.drain()
+        try:
+            outcome = self._step.complete()
+        except CompressionError as error:
+            if isinstance(error, DisagreementError):
+                raise
+            outcome, self._refused = Outcome.UNDONE, error
+        self._undone = outcome is Outcome.UNDONE
+        if self._undone:
+            for one in waiting:
+                one.buffer.fill_(float("nan"))
+        elif not self._applies:
+            self._write_means(gradients)
+        else:
+            _after_backward(partial(self._guard.note, self.named))
+        for one in waiting:
+            one.future.set_result(one.buffer)
+
+    def _write_means(self, gradients: dict[int, torch.Tensor]) -> None:
+        for bucket, reduction in zip(self._step.aggregator.state.buckets, self._step.results, strict=True):
+            views = [gradients[id(p)] for p in bucket.parameters]
+            if reduction is None or reduction.out is None:  # learning rate 0
+                torch._foreach_zero_(views)
+            else:
+                torch._foreach_copy_(views, bucket.segments.shaped_views(reduction.out))
+        self._step.aggregator.gradients_are_gone()
+
+    # -- the optimizer's step ----------------------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Before the step of an optimizer that holds these parameters: the method's own update, or nothing where the step was undone."""
+        self._raise_refusal()
+        if self._step.phase is not Phase.EXCHANGED:
+            return
+        if self._undone:
+            self._let_go()
+        elif self._applies:
+            scaled = self.compression.attached.loss_scale  # a GradScaler may have unscaled the gradients
+            self._guard.check_exchanged([1.0] if scaled == 1.0 else [1.0, 1 / scaled])
+            self._step.aggregator.apply_updates(self._step.reductions)
+            self._let_go()
+        self._step.forget()
+
+    def _raise_refusal(self) -> None:
+        refused, self._refused = self._refused, None
+        if refused is not None:
+            self._let_go()
+            raise refused
+
+    def _let_go(self) -> None:
+        self._guard.forget()
+        for _, parameter in self.named:
+            parameter.grad = None
+
+    # -- state -------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `BoundCompression.state_dict`: this rank's residuals and the like."""
+        return self.compression.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `BoundCompression.load_state_dict`."""
+        self.compression.load_state_dict(state)

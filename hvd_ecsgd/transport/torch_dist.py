@@ -1,0 +1,122 @@
+"""A process group of torch.distributed as a transport. Imported only where it is used, since torch may be built without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import TransportError
+from .base import Handle
+
+__all__ = ["TorchTransport"]
+
+T = TypeVar("T")
+
+
+class _TorchHandle(Generic[T]):
+    def __init__(self, name: str, work: Any, finish: Callable[[], T]) -> None:
+        self._name, self._work, self._finish = name, work, finish
+        self._result: list[T] = []
+
+    def done(self) -> bool:
+        return bool(self._result) or bool(self._work.is_completed())
+
+    def wait(self) -> T:
+        if not self._result:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                raise TransportError(f"'{self._name}': torch.distributed failed, perhaps because another rank has ended: {error}") from error
+            self._result.append(self._finish())
+        return self._result[0]
+
+
+class TorchTransport:
+    """Collectives of a gloo group of its own among the processes of `group` (torch.distributed's default group by default). Making one is collective
+    among these.
+
+    Tensors are on the CPU. What a collective cannot carry as it is (rows of different number, 16-bit sums) travels padded, or in float32.
+    Raises `TransportError` when torch.distributed is not initialised, and for tensors of a GPU, which gloo would copy without telling.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise TransportError("torch.distributed is not initialised; call torch.distributed.init_process_group() first.")
+        ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+        self._group: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)  # else other sets of ranks would have to make it too
+        self.rank: int = dist.get_rank(self._group)
+        self.size: int = len(ranks)
+
+    @property
+    def divisor(self) -> int:
+        return self.size
+
+    def close(self) -> None:
+        """Give the group's connections and threads back. Nothing may be on its way. Collective."""
+        dist.destroy_process_group(self._group)
+
+    def allreduce_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
+        _check_device(t, name)
+        if t.dtype not in (torch.float16, torch.bfloat16):
+            return _TorchHandle(name, dist.all_reduce(t, group=self._group, async_op=True), lambda: t)
+        wide = t.float()
+        return _TorchHandle(name, dist.all_reduce(wide, group=self._group, async_op=True), lambda: t.copy_(wide))
+
+    def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        _check_device(t, name)
+        rows = self._everybodys(t.shape[0]) if sizes is None else list(sizes)
+        if len(rows) != self.size or rows[self.rank] != t.shape[0]:
+            raise TransportError(f"all-gather '{name}': sizes {rows} must be {self.size} numbers, of which this rank's is {t.shape[0]}.")
+        width = math.prod(t.shape[1:]) * t.element_size()  # as bytes: every type travels alike
+        sent = torch.empty(max(rows) * width, dtype=torch.uint8) if len(set(rows)) > 1 else _bytes(t)
+        if len(set(rows)) > 1:
+            sent[: t.nbytes].copy_(_bytes(t))
+        parts = [torch.empty_like(sent) for _ in rows]
+        work = dist.all_gather(parts, sent, group=self._group, async_op=True)
+        return _TorchHandle(name, work, lambda: [_rows(part[: n * width], t) for part, n in zip(parts, rows, strict=True)])
+
+    def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        _check_device(t, name)
+        if len(splits) != self.size or sum(splits) != t.shape[0]:
+            raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be {self.size} numbers that add up to {t.shape[0]} rows.")
+        width = math.prod(t.shape[1:]) * t.element_size()
+        rows = self._swapped(splits) if received is None else list(received)
+        came = torch.empty(sum(rows) * width, dtype=torch.uint8)
+        sizes = [width * n for n in rows]
+        work = dist.all_to_all_single(came, _bytes(t), sizes, [width * n for n in splits], group=self._group, async_op=True)
+        return _TorchHandle(name, work, lambda: [_rows(part, t) for part in torch.split(came, sizes)])
+
+    def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
+        _check_device(t, name)
+        return _TorchHandle(name, dist.broadcast(t, group_src=root, group=self._group, async_op=True), lambda: t)
+
+    def _everybodys(self, number: int) -> list[int]:
+        numbers = torch.empty(self.size, dtype=torch.int64)
+        dist.all_gather([numbers[r : r + 1] for r in range(self.size)], torch.tensor([number], dtype=torch.int64), group=self._group)
+        return [int(n) for n in numbers]
+
+    def _swapped(self, numbers: Sequence[int]) -> list[int]:
+        """One to each rank, one from each."""
+        came = torch.empty(self.size, dtype=torch.int64)
+        dist.all_to_all_single(came, torch.tensor(numbers, dtype=torch.int64), group=self._group)
+        return [int(n) for n in came]
+
+
+def _check_device(t: torch.Tensor, name: str) -> None:
+    if t.device.type != "cpu":
+        raise TransportError(f"'{name}': expected a tensor on the CPU, got one on {t.device}; exchanges over torch.distributed use gloo.")
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1).view(torch.uint8)
+
+
+def _rows(data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Bytes as rows of the type and shape of `like`'s; a copy where they do not lie as that type must."""
+    if data.storage_offset() % like.element_size():
+        data = data.clone()
+    return data.view(like.dtype).view(-1, *like.shape[1:]) if data.numel() else like.new_empty((0, *like.shape[1:]))

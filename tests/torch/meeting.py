@@ -1,0 +1,16 @@
+"""Ranks of mpirun as processes of torch.distributed: torchrun takes seconds to start itself."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+
+__all__ = ["meet"]
+
+
+def meet(file: str) -> tuple[int, int]:
+    """Initialise torch.distributed among the ranks; `file` is where they meet. Returns rank and size."""
+    rank, size = int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
+    return rank, size

@@ -1,0 +1,318 @@
+"""One rank of: DDP's hook against `DistributedOptimizer` over the same transport.  program_ddp.py FILE [methods] [use] [METHOD…]"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer, SequenceError, ddp, load_checkpoint, save_checkpoint
+from hvd_ecsgd.transport.torch_dist import TorchTransport
+from tests.cases import CASES, COVERING, Case, bound_method, by_name
+from tests.problems import batch, flat, mlp, weights
+from tests.torch.meeting import meet
+
+RATES = (0.1, 0.1, 0.05, 0.0, 0.05, 0.1, 0.1)
+INF_AT = 5
+
+
+def options(case: Case) -> dict[str, float]:
+    method = bound_method(case)
+    more = {"weight_decay": 1e-4} if method.feedback.takes.update else {}
+    return {"momentum": 0 if "momentum=0" in repr(method) else case.momentum, **more}
+
+
+def loss_of(model: Callable[[torch.Tensor], torch.Tensor], step: int, rank: int | None = None) -> torch.Tensor:
+    x, y = batch(dist.get_rank() if rank is None else rank, step)
+    return torch.nn.functional.cross_entropy(model(x), y)
+
+
+def steps(optimizer: Any, model: Any, rates: tuple[float, ...] = RATES) -> Iterator[int]:
+    """Train, with a schedule and an inf on rank 1; yields between backward and step."""
+    for step, lr in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        (loss * float("inf") if step == INF_AT and dist.get_rank() == 1 else loss).backward()
+        yield step
+        optimizer.step()
+
+
+def by_hook(case: Case, **settings: Any) -> tuple[torch.Tensor, dict[str, Any], int]:
+    model = mlp()
+    wrapped = DistributedDataParallel(model, **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options(case))  # type: ignore[arg-type]
+    hook = ddp.register(wrapped, case.make())
+    hook.compression.attach(optimizer)
+    for _ in steps(optimizer, wrapped):
+        pass
+    return weights(model, hook.compression), hook.state_dict(), hook.compression.undone_steps
+
+
+def by_optimizer(case: Case) -> tuple[torch.Tensor, dict[str, Any], int]:
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, **options(case))  # type: ignore[arg-type]
+    optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=TorchTransport())
+    for _ in steps(optimizer, model):
+        pass
+    return weights(model, optimizer.compression), optimizer.compression.state_dict(), optimizer.compression.undone_steps
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
+def methods(cases: tuple[Case, ...]) -> None:
+    """Weights and all state are the same to the bit, with a schedule, a rate of zero, and a step that is undone."""
+    wrong = []
+    for i, case in enumerate(cases):
+        settings: dict[str, Any] = [{}, {"gradient_as_bucket_view": True}, {"bucket_cap_mb": 0.002}, {"static_graph": True}][i % 4]
+        mine, expected = by_hook(case, **settings), by_optimizer(case)
+        if not (equal(mine[0], expected[0]) and equal(mine[1], expected[1])):
+            wrong.append(f"{case.name} {settings}: {(mine[0] - expected[0]).abs().max()}")
+        assert mine[2] == expected[2] and mine[0].isfinite().all(), case.name
+    assert not wrong, wrong
+
+
+# -- what scripts do -----------------------------------------------------------------------------------------------------------------
+
+
+def made(compression: Any, **settings: Any) -> tuple[torch.nn.Module, DistributedDataParallel, torch.optim.Optimizer, ddp.DDPHook]:
+    model = mlp()
+    wrapped = DistributedDataParallel(model, **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook = ddp.register(wrapped, compression)
+    hook.compression.attach(optimizer)
+    return model, wrapped, optimizer, hook
+
+
+def nothing_is_lost_without_compression() -> None:
+    """`none` is DDP's own mean; a lossy method is not (the control)."""
+    plain = DistributedDataParallel(mlp())
+    loss_of(plain, 0).backward()
+    expected = flat(p.grad for p in plain.parameters() if p.grad is not None)
+    for compression, same in ((Compression.none, True), (Compression.top_k(10), False)):
+        model, wrapped, _, _ = made(compression)
+        loss_of(wrapped, 0).backward()
+        assert torch.allclose(flat(p.grad for p in model.parameters() if p.grad is not None), expected, atol=1e-7) == same
+
+
+def gradients_accumulate() -> None:
+    """Within `no_sync` nothing is sent; the next backward pass sends the sum."""
+    model, wrapped, optimizer, hook = made(Compression.top_k(1, **{"dense_below": 0, "dense_1d": False}))
+    with wrapped.no_sync():
+        loss_of(wrapped, 0).backward()
+    assert hook.compression.traffic.sent == 0
+    loss_of(wrapped, 1).backward()
+    mine = flat(p.grad for p in model.parameters() if p.grad is not None)
+    expected = torch.zeros_like(mine)
+    for rank in range(dist.get_world_size()):
+        other = mlp()
+        (loss_of(other, 0, rank) + loss_of(other, 1, rank)).backward()
+        expected += flat(p.grad for p in other.parameters() if p.grad is not None) / dist.get_world_size()
+    assert torch.allclose(mine, expected, atol=1e-6)
+    optimizer.step()
+
+
+class Parted(torch.nn.Module):
+    """Uses one of two layers, chosen by rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(20, 40) for _ in range(2)])
+        self.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen: torch.Tensor = self.layers[dist.get_rank() % 2](x)
+        return chosen
+
+
+def unused_and_frozen_parameters() -> None:
+    model = Parted()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook = ddp.register(wrapped, Compression.top_k(1, dense_below=0))
+    hook.compression.attach(optimizer)
+    for step in range(3):
+        optimizer.zero_grad()
+        wrapped(batch(dist.get_rank(), step)[0]).square().mean().backward()
+        optimizer.step()
+    everybodys = [torch.empty_like(flat(model.parameters())) for _ in range(dist.get_world_size())]
+    dist.all_gather(everybodys, flat(model.parameters()))
+    assert all(torch.equal(w, everybodys[0]) for w in everybodys)
+    fresh = Parted()
+    assert all(not torch.equal(a, b) for a, b in zip(model.layers.parameters(), fresh.layers.parameters())), "both layers have moved"
+
+
+def uneven_inputs() -> None:
+    """DDP's `join`: a rank without data takes part with zeros, and what its residual holds goes on being sent."""
+    _, wrapped, optimizer, hook = made(Compression.top_k(10))
+    with wrapped.join():
+        for step in range(2 + 2 * (dist.get_rank() == 0)):
+            optimizer.zero_grad()
+            loss_of(wrapped, step).backward()
+            optimizer.step()
+    assert hook.compression.aggregator.state.step == 4
+
+
+def a_scaler_finds_the_overflow() -> None:
+    """On all ranks, and the scale does not enter the state."""
+    states = []
+    for scaled in (False, True):
+        model, wrapped, optimizer, hook = made(Compression.detached(8))
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scaled)
+        hook.compression.attach(optimizer, scaler if scaled else None)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = loss_of(wrapped, step)
+            bad = step == 2 and dist.get_rank() == 0
+            scaler.scale(loss * float("inf") if bad else loss).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+        assert hook.compression.undone_steps == 1
+        assert not scaled or scaler.get_scale() == 128.0
+        states.append(weights(model, hook.compression))
+    assert torch.allclose(*states, atol=1e-6)
+
+
+def the_mean_may_be_clipped() -> None:
+    model, wrapped, optimizer, _ = made(Compression.double_squeeze())
+    before = weights(model)
+    loss_of(wrapped, 0).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.step()
+    assert (weights(model) - before).norm() <= 1.01e-4
+    model, wrapped, optimizer, hook = made(Compression.detached(8))
+    before = weights(model, hook.compression)
+    loss_of(wrapped, 0).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(CompressionError, match="changed after it had been exchanged"):
+        optimizer.step()
+
+
+def state_survives() -> None:
+    """A checkpoint in the middle: the rest is the same to the bit; without the residuals it is not (the control)."""
+    with tempfile.TemporaryDirectory() if dist.get_rank() == 0 else nullcontext("") as folder:
+        where = [folder]
+        dist.broadcast_object_list(where)
+
+        def run(from_checkpoint: bool, residuals: bool = True) -> torch.Tensor:
+            model, wrapped, optimizer, hook = made(Compression.double_squeeze())
+            begin = 3 * from_checkpoint
+            if from_checkpoint:
+                fresh = copy.deepcopy(hook.state_dict())
+                load_checkpoint(where[0], model, optimizer, hook.compression)
+                if not residuals:
+                    hook.load_state_dict(fresh)
+            for step in range(begin, 6):
+                if step == 3 and not from_checkpoint:
+                    save_checkpoint(where[0], model, optimizer, hook.compression)
+                optimizer.zero_grad()
+                loss_of(wrapped, step).backward()
+                optimizer.step()
+            return weights(model)
+
+        expected = run(False)
+        assert torch.equal(run(True), expected)
+        assert not torch.equal(run(True, residuals=False), expected)
+        dist.barrier()
+
+
+def methods_are_switched_and_steps_discarded() -> None:
+    model, wrapped, optimizer, hook = made(Compression.top_k(10, exact=True))
+    loss_of(wrapped, 0).backward()
+    optimizer.step()
+    state, before = copy.deepcopy(hook.state_dict()), weights(model)
+    loss_of(wrapped, 1).backward()
+    hook.compression.discard()
+    optimizer.step()
+    assert torch.equal(weights(model), before) and equal(state["parameters"], hook.state_dict()["parameters"])
+    hook.compression.switch(Compression.double_squeeze())
+    loss_of(wrapped, 2).backward()
+    optimizer.step()
+    assert not torch.equal(weights(model), before)
+
+
+def wrong_use_is_told() -> None:
+    model = mlp()
+    with pytest.raises(CompressionError, match="expected a DistributedDataParallel, got a Sequential"):
+        ddp.register(model, Compression.none)  # type: ignore[arg-type]
+    with pytest.raises(CompressionError, match=r"'0\.weight' is trained by the model and not bound"):
+        ddp.register(DistributedDataParallel(model), Compression.top_k(10).bind(mlp()))
+    model, wrapped, optimizer, hook = made(Compression.detached(8))
+    with pytest.raises(CompressionError, match="has a communication hook already"):
+        ddp.register(wrapped, Compression.none)
+    with pytest.raises(CompressionError, match=r"torch\.optim\.SGD"):
+        hook.compression.attach(torch.optim.Adam(model.parameters()))
+    loss_of(wrapped, 0).backward()
+    with pytest.raises(SequenceError, match="no_sync"):
+        loss_of(wrapped, 0).backward()
+    # On one rank only, and told to all; afterwards training goes on.
+    model, wrapped, optimizer, hook = made(Compression.top_k(10))
+    loss_of(wrapped, 0).backward()
+    optimizer.step()
+    before = weights(model)
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = float("nan") if dist.get_rank() == 1 else 0.1
+    loss_of(wrapped, 0).backward()
+    with pytest.raises(CompressionError, match="lr"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.zero_grad()
+    loss_of(wrapped, 0).backward()
+    optimizer.step()
+    assert weights(model).isfinite().all() and not torch.equal(weights(model), before)
+
+
+def ranks_that_differ_are_told() -> None:
+    _, wrapped, _, _ = made(Compression.top_k(10 + dist.get_rank()))
+    with pytest.raises(DisagreementError, match="compressor"):
+        loss_of(wrapped, 0).backward()
+
+
+USES = (
+    nothing_is_lost_without_compression,
+    gradients_accumulate,
+    unused_and_frozen_parameters,
+    uneven_inputs,
+    a_scaler_finds_the_overflow,
+    the_mean_may_be_clipped,
+    state_survives,
+    methods_are_switched_and_steps_discarded,
+    wrong_use_is_told,
+    ranks_that_differ_are_told,
+)
+
+
+def main(file: str, *what: str) -> None:
+    rank, size = meet(file)
+    warnings.filterwarnings("ignore", "a gradient or a payload held an inf")
+    for name in what:
+        if name == "methods":
+            methods(CASES if size == 2 else COVERING)
+        elif name == "use":
+            for use in USES:
+                use()
+        else:
+            methods((by_name(name),))
+    print(f"rank {rank} of {size}: all right")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

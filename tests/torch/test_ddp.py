@@ -1,0 +1,34 @@
+"""The hook of torch's DistributedDataParallel, on real ranks over gloo."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import REPO, mpirun, run_job
+
+PROGRAM = "tests/torch/program_ddp.py"
+
+
+@pytest.mark.parametrize(("n", "what"), [(2, ["methods"]), (3, ["top_k", "detached", "double_squeeze", "power_sgd", "use"])], ids=["2", "3"])
+def test_the_bits_are_those_of_our_optimizer_over_the_same_network(n: int, what: list[str], tmp_path: Path) -> None:
+    """Weights and state of every method, with a schedule and an undone step, and however DDP forms its buckets; then what scripts do with it."""
+    said = mpirun(n, PROGRAM, str(tmp_path / "meet"), *what, timeout=150)
+    assert all(f"rank {r} of {n}: all right" in said for r in range(n))
+
+
+def hash_of(said: str) -> str:
+    found = re.search(r"test accuracy (0\.\d+), .* weights (\w+)", said)
+    assert found is not None and float(found[1]) > 0.8, said
+    return found[2]
+
+
+def test_a_script_started_by_torchrun_gives_the_weights_of_the_one_started_by_mpirun() -> None:
+    options = ("--method", "double_squeeze", "--epochs", "2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    mine = hash_of(run_job(torchrun, REPO / "examples" / "ddp.py", options, timeout=120))
+    assert mine == hash_of(mpirun(2, REPO / "examples" / "digits.py", *options, timeout=120))
+    assert mine != hash_of(mpirun(2, REPO / "examples" / "digits.py", "--method", "one_bit", *options[2:], timeout=120)), "control"
