@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CompressionError
+from ..errors import CompressionError, SequenceError
 
 __all__ = ["Guard", "Noted"]
 
@@ -79,6 +79,7 @@ class Guard:
         self._feedback = feedback
         self._noted: list[Noted] = []
         self._steps = 0
+        self._added_to = ""
 
     def note(self, named: Sequence[tuple[str, torch.Tensor]]) -> Noted | None:
         """The gradients of these are handed over now. To be called where the script cannot come in between."""
@@ -90,7 +91,20 @@ class Guard:
     def forget(self) -> None:
         """The step is over."""
         self._steps += bool(self._noted)
-        self._noted = []
+        self._noted, self._added_to = [], ""
+
+    def mean_is_spoilt(self, name: str) -> None:
+        """A further backward pass has added to this parameter's gradient, which is the mean that was exchanged; that pass raises."""
+        self._added_to = self._added_to or name
+
+    def check_mean_is_whole(self) -> None:
+        """Raise `SequenceError` where it is not: a script may have caught what the pass raised, and each rank would apply something else."""
+        if self._added_to:
+            raise SequenceError(
+                f"the gradient of parameter '{self._added_to}' holds the mean of this step and, on top of it, what a further backward pass has added "
+                "on this rank alone, so it cannot be applied. Throw the step away by optimizer.discard() (an unmodified Horovod: "
+                "compression.discard()), on every rank."
+            )
 
     def check_in_flight(self, factors: Sequence[float] = (1.0,), replaced: bool = True) -> None:
         """Raise `CompressionError` that names the parameter when a gradient was changed since it was handed over. Arguments as in `Noted.changed`."""

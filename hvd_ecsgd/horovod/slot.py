@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
@@ -65,17 +66,19 @@ class HorovodSlot:
         self._results: dict[str, weakref.ref[torch.Tensor]] = {}
         self.accumulates = False
         """A backward pass has left gradients that Horovod has not taken yet (backward_passes_per_step)."""
+        self._interrupted = ""
+        """The name of a parameter at which an exchange was ended by an error, from where Horovod cannot go on: it takes it for started still."""
         _slots.add(self)
         this = weakref.ref(self)
 
-        def accumulated(parameter: torch.Tensor) -> None:
+        def accumulated(name: str, parameter: torch.Tensor) -> None:
             slot = this()
             if slot is not None:
-                slot.accumulates = True
+                slot._accumulated(name)
 
-        for _, parameter in aggregator.state.named:
+        for name, parameter in aggregator.state.named:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(partial(accumulated, name))  # type: ignore[no-untyped-call]
 
     @property
     def _exchanging(self) -> SlotStep | None:
@@ -100,6 +103,30 @@ class HorovodSlot:
     def compress(self, gradient: torch.Tensor) -> tuple[torch.Tensor, Pending]:
         step = self._exchanging or SlotStep()
         name = self._names.of(gradient, step.parts)
+        try:
+            return self._compress(gradient, step, name)
+        except Exception:
+            if inside_backward():
+                self._interrupted = name
+            raise
+
+    def _accumulated(self, name: str) -> None:
+        """A backward pass has added to this parameter's gradient; Horovod hears of it after this. Raises `SequenceError` after an exchange that an
+        error of ours has ended: Horovod would raise, without a word."""
+        self.accumulates = True
+        if self.aggregator.step_is_open and self.aggregator.state.settings(self._buckets[name]).loss_scale == 1.0:
+            self._guard.mean_is_spoilt(name)
+        self._check_not_interrupted()
+
+    def _check_not_interrupted(self) -> None:
+        if self._interrupted:
+            raise SequenceError(
+                f"an exchange before this one was ended by an error at parameter '{self._interrupted}', which the script caught. Horovod takes it for "
+                "started still, and cannot go on. Let such errors end the program; or make the compression and hvd.DistributedOptimizer anew, and drop "
+                "the former ones."
+            )
+
+    def _compress(self, gradient: torch.Tensor, step: SlotStep, name: str) -> tuple[torch.Tensor, Pending]:
         step.check_takes(name)
         if self._exchanging is None:
             self._begin_step(name, gradient)
@@ -155,11 +182,20 @@ class HorovodSlot:
                 f"Horovod gathered a sparse gradient of shape {tuple(reduced.shape)} without compressing it; pass sparse_as_dense=True to "
                 "hvd.DistributedOptimizer, or use sparse=False in the embedding."
             )
+        try:
+            return self._decompress(reduced, pending)
+        except Exception:
+            self._interrupted = self._interrupted or pending.name
+            raise
+
+    def _decompress(self, reduced: torch.Tensor, pending: Pending) -> torch.Tensor:
+        self._check_not_interrupted()
         step = self._exchanging
         if step is None or step.parts.get(pending.name) is not pending:
             raise CompressionError(f"parameter '{pending.name}': decompress() was called with a context of another step.")
         if step.phase is Phase.COMPRESSING:
             self._meeting.check_same()
+            step.awaits_synchronize = False
             self._guard.check_in_flight()
             step.phase = Phase.DECOMPRESSING
             self.aggregator.agreement.finish_comparisons()
@@ -204,7 +240,7 @@ class HorovodSlot:
             gradient.zero_()  # frozen since: what is left of it in the residual must not move it
 
     def _end_step(self, step: SlotStep) -> None:
-        self._step, self.accumulates = None, False
+        self._step, self.accumulates, self._interrupted = None, False, ""
         step.end(undone=not self.aggregator.finish_step(step.reductions, gradients_gone=not self._applies, transport=self.transport.direct))
         self._step = step
         if not self._applies:
@@ -227,9 +263,14 @@ class HorovodSlot:
                 "optimizer.step() with a GradScaler attached needs optimizer.synchronize() and scaler.unscale_(optimizer) before it: "
                 "the mean would be applied with the loss scale in it. Then scaler.step(optimizer) inside `with optimizer.skip_synchronize():`."
             )
+        if (step := self._exchanging) is not None:
+            if step.awaits_synchronize:
+                raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
+            step.awaits_synchronize = True
         if not self._applies:
             self._raise_refusal()
             if not self._exchanging:
+                self._guard.check_mean_is_whole()
                 self.aggregator.keep_step()
             self._drop_what_stands_still()
             return

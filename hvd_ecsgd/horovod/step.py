@@ -52,6 +52,8 @@ class SlotStep:
         self.parts: dict[str, Pending] = {}
         self.undone = False
         """Of a step that is EXCHANGED: some rank held an inf or NaN."""
+        self.awaits_synchronize = False
+        """`step()` was called: of Horovod's optimizer, which calls `synchronize()` now, before that of the optimizer inside."""
         self._taken = 0
 
     @property

@@ -162,9 +162,13 @@ class OptimizerDriver:
         self._check_applied("zero_grad()")
         self.step.forget()
 
+    @property
+    def _unapplied(self) -> bool:
+        """Gradients were exchanged that were not applied, and of which the method keeps something."""
+        return self.step.phase is Phase.EXCHANGED and self.step.aggregator.step_is_open
+
     def _check_applied(self, what: str) -> None:
-        """Raise `SequenceError` when gradients were exchanged that were not applied, and of which the method keeps something."""
-        if self.step.phase is Phase.EXCHANGED and self.step.aggregator.step_is_open:
+        if self._unapplied:
             raise SequenceError(
                 f"{what} after synchronize() and before step(): what was exchanged is not applied yet, and what the method keeps of it would come "
                 "back in later steps. Call optimizer.step() inside `with optimizer.skip_synchronize():`, or throw the step away by "
@@ -177,7 +181,7 @@ class OptimizerDriver:
             if not self.begun:
                 for p in self.parameters:
                     p.grad = None
-            self._finish(replaced=False)
+            self._finish(discarding=True)
         if self.step.aggregator.step_is_open:
             self.step.meet("discard")
         self.step.discard()
@@ -186,6 +190,8 @@ class OptimizerDriver:
             p.grad = None
 
     def _gradient_ready(self, parameter: torch.nn.Parameter) -> None:
+        if self._unapplied:
+            self.guard.mean_is_spoilt(self.names[id(parameter)])
         self._check_applied("a backward pass")
         self.step.forget()
         complete = self.hooks.count(parameter)
@@ -232,13 +238,14 @@ class OptimizerDriver:
             self._leftover.check_fresh(self.names)
         self._finish()
 
-    def _finish(self, replaced: bool = True) -> None:
-        """Finish the exchange. `replaced`: a gradient that is another tensor than was handed over is an error too."""
-        lost, local = self._lost(), self.state.local
+    def _finish(self, discarding: bool = False) -> None:
+        """Finish the exchange. `discarding`: gradients may have been taken away or replaced since they were handed over; and changed, where nothing
+        is taken back from them."""
+        lost, local, method = self._lost(), self.state.local, self.state.method
         self._submit_ready(everything=True, lost=lost)
         self.step.drain()
-        if not lost:
-            self.guard.check_in_flight(replaced=replaced)
+        if not lost and not (discarding and (method.exact or not method.stateful)):
+            self.guard.check_in_flight(replaced=not discarding)
         self.hooks.reset()
         self._timer.reset()
         outcome = self.step.complete()
@@ -283,6 +290,7 @@ class OptimizerDriver:
             self.synchronize("optimizer.step() called without optimizer.skip_synchronize()", stacklevel=5)  # in Horovod's words
         elif self.step.phase is not Phase.EXCHANGED:
             raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
+        self.guard.check_mean_is_whole()
         if found is not None:
             self.scaler.meet(scale)
         if self.applies_update and self.step.outcome is not Outcome.UNDONE:

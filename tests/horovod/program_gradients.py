@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from typing import Any
 
 import torch
 
-from hvd_ecsgd import Compression, CompressionError
+from hvd_ecsgd import Compression, CompressionError, SequenceError
 from tests.cases import ALL
 from tests.horovod.programs import hvd, run_checks, same_on_all, stock
 from tests.problems import batch, mlp, slot, weights
@@ -124,6 +126,50 @@ def never_applied() -> None:
     told("discard()", lambda: backward(model, 1))
 
 
+CALLS = ("backward", "synchronize", "clip", "step", "step inside", "zero_grad", "discard")
+
+
+def in_any_order() -> None:
+    """All orders of three calls, and two of four: errors that were raised, and caught, on both ranks have words, and leave them equal."""
+    further = [("backward", "backward", "synchronize", "synchronize"), ("backward", "synchronize", "backward", "backward")]
+    heard = set()
+    for i, calls in enumerate([*itertools.product(CALLS, repeat=3), *further]):
+        if "backward" not in calls[:2]:
+            continue
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        bound = Compression.top_k(2, **ALL).bind(model)
+        optimizer = stock(model, bound, f"order.{i}", momentum=0)
+        bound.attach(optimizer)
+
+        def inside(optimizer: Any = optimizer) -> None:
+            with optimizer.skip_synchronize():
+                optimizer.step()
+
+        do: dict[str, Any] = {
+            "backward": lambda model=model: model(torch.full((1, 3), 1.0 + hvd.rank())).square().sum().backward(),
+            "synchronize": optimizer.synchronize,
+            "clip": lambda model=model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+            "step": optimizer.step,
+            "step inside": inside,
+            "zero_grad": optimizer.zero_grad,
+            "discard": bound.discard,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for call in calls:
+                try:
+                    do[call]()
+                except (CompressionError, SequenceError, AssertionError) as error:  # the last are Horovod's own
+                    heard.add(str(error))
+        assert same_on_all(weights(model), f"order.{i}"), calls
+    assert all(heard), "one without a word"
+    for words in ("holds the mean of this step and, on top of it", "Horovod takes it for started still", "needs optimizer.synchronize() before it"):
+        assert any(words in text for text in heard), (words, heard)
+
+
 if __name__ == "__main__":
     hvd.init()
-    run_checks({check.__name__: check for check in (written_on_their_way, written_afterwards, clipping_inside, discarded, never_applied)})
+    run_checks(
+        {check.__name__: check for check in (written_on_their_way, written_afterwards, clipping_inside, discarded, never_applied, in_any_order)}
+    )

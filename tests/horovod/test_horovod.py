@@ -37,7 +37,7 @@ def test_mistakes_are_told_to_every_rank() -> None:
 
 
 def test_what_scripts_do_to_gradients() -> None:
-    assert len(passed(horovodrun, 2, "program_gradients.py")) == 5
+    assert len(passed(horovodrun, 2, "program_gradients.py")) == 6
 
 
 def test_a_failing_check_fails_the_job() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -341,7 +343,25 @@ def test_gradients_of_another_type_than_their_parameter(case: Case, dtype: torch
 
 # -- calls in any order ----------------------------------------------------------------------------------------------------------
 
-CALLS = ("backward", "synchronize", "clip", "step", "step inside", "zero_grad")
+CALLS = ("backward", "synchronize", "clip", "step", "step inside", "zero_grad", "discard")
+
+
+def calls_of(model: Any, optimizer: Any, backward: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """What a script may call, by name."""
+
+    def inside() -> None:
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+    return {
+        "backward": backward,
+        "synchronize": optimizer.synchronize,
+        "clip": lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+        "step": optimizer.step,
+        "step inside": inside,
+        "zero_grad": optimizer.zero_grad,
+        "discard": optimizer.discard,
+    }
 
 
 class Expected:
@@ -372,6 +392,8 @@ class Expected:
         if call in ("step", "step inside"):
             self.here = self.exchanged = False
             self.moves += 1
+        if call == "discard":
+            self.here = self.exchanged = self.left = False
         return None
 
 
@@ -384,18 +406,7 @@ def test_calls_in_any_order(calls: list[str], name: str, overlap: bool) -> None:
     model, optimizer = wrapped(Compression.none if name == "none" else getattr(Compression, name)(4, **ALL), overlap=overlap)
     expected, clipped = Expected(keeps=name != "none"), False
 
-    def inside() -> None:
-        with optimizer.skip_synchronize():
-            optimizer.step()
-
-    do = {
-        "backward": lambda: backward(model),
-        "synchronize": optimizer.synchronize,
-        "clip": lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1),
-        "step": optimizer.step,
-        "step inside": inside,
-        "zero_grad": optimizer.zero_grad,
-    }
+    do = calls_of(model, optimizer, lambda: backward(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for call in calls:
@@ -412,9 +423,76 @@ def test_calls_in_any_order(calls: list[str], name: str, overlap: bool) -> None:
                 break  # one pass too many: what follows is the test of lost steps above
         for _ in range(2):  # what was written to while it travelled is an error once
             with contextlib.suppress(CompressionError):
-                optimizer.step()
+                optimizer.discard()
         optimizer.zero_grad()
         before = weights(model)
         backward(model)
         optimizer.step()
     assert not torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("name", ["top_k", "local_momentum"])
+def test_all_orders_of_three_calls_leave_two_workers_equal(name: str) -> None:
+    """Whatever was raised, and caught, on both: each hears the same, and no order of calls moves them apart."""
+
+    def worker(calls: Sequence[str], transport: Transport) -> tuple[torch.Tensor, list[str]]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), getattr(Compression, name)(2, **ALL), transport=transport)
+        do = calls_of(model, optimizer, lambda: model(torch.full((1, 3), 1.0 + transport.rank)).square().sum().backward())
+        said = []
+        for call in calls:
+            try:
+                do[call]()
+                said.append("")
+            except (CompressionError, SequenceError) as error:
+                said.append(str(error))
+        return weights(model, optimizer.compression), said
+
+    heard = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for calls in itertools.product(CALLS, repeat=3):
+            if "backward" in calls[:2]:
+                (first, said), (second, also_said) = run_simulated(2, partial(worker, calls))
+                assert torch.equal(first, second) and said == also_said, (calls, said, also_said)
+                heard.update(said)
+    assert any("what a further backward pass has added" in text for text in heard) or name != "top_k", "the case that did move them apart"
+
+
+def test_a_mean_that_a_backward_pass_has_added_to_can_be_thrown_away_only() -> None:
+    model, optimizer = wrapped(Compression.top_k(4, **ALL))
+    before = weights(model)
+    backward(model)
+    optimizer.synchronize()
+    with pytest.raises(SequenceError, match="a backward pass after synchronize"):
+        backward(model)
+    for _ in range(2):
+        with (
+            pytest.raises(SequenceError, match=r"'\d\.(weight|bias)' holds the mean .* Throw the step away by optimizer\.discard"),
+            optimizer.skip_synchronize(),
+        ):
+            optimizer.step()
+    optimizer.discard()
+    assert torch.equal(weights(model), before)
+    backward(model)
+    optimizer.step()
+    assert not torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("name", ["none", "top_k"])
+def test_discarding_gradients_that_were_changed(name: str) -> None:
+    """What is kept of them is taken back from what they were; where nothing is kept, or a copy, there is nothing to tell."""
+    for exact in (True, False):
+        options = {"exact": True} if exact and name == "top_k" else {}
+        model, optimizer = wrapped(Compression.none if name == "none" else Compression.top_k(4, **ALL, **options))
+        before = weights(model)
+        backward(model)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        if name == "top_k" and not exact:
+            with pytest.raises(CompressionError, match="was changed after its exchange had started"):
+                optimizer.discard()
+            continue
+        optimizer.discard()
+        assert torch.equal(weights(model), before) and not any(p.grad is not None for p in model.parameters())
