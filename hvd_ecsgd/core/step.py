@@ -108,11 +108,10 @@ class BucketStep:
             self.task.forget_undo()
             return
         self.task.undo_()
-        if self.task.poisoned:
-            return
-        method.feedback.undo_(self.bucket.part, None if gradients_gone else self.gradients, self.task.ctx)
+        if not self.task.poisoned:
+            method.feedback.undo_(self.bucket.part, None if gradients_gone else self.gradients, self.task.ctx)
         if self.task.residual_was_zero and self.bucket.residual is not None:
-            self.bucket.residual.zero_()  # such a payload is not kept for adding back
+            self.bucket.residual.zero_()  # such a payload is not kept for adding back, and what was taken back is so to rounding
 
     def apply_(self) -> None:
         """The step stands, of a method that applies the update itself: x moves by what came back, if anything did, and parameters are shifted anew.

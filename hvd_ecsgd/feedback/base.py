@@ -9,12 +9,11 @@ from typing import Any, Literal
 import torch
 
 from ..errors import CompressionError
-from ..kernels import all_finite
+from ..kernels import Addition
 from ..protocols import Accumulated, Part, StepContext, Takes
 from ..segments import Key
 
-__all__ = ["AppliesUpdate", "GradientUnit", "Rule", "LocalPoint", "add_scaled_", "add_to_momentum_", "refuse_no_learning_rate",
-           "refuse_options", "take_from_momentum_"]  # fmt: skip
+__all__ = ["AppliesUpdate", "GradientUnit", "LocalPoint", "Rule", "refuse_no_learning_rate", "refuse_options"]
 
 
 def refuse_options(rule: object, options: Mapping[str, Any], where: str, plain: Mapping[str, Any], remedy: str = "") -> None:
@@ -33,76 +32,23 @@ def refuse_no_learning_rate(rule: object, options: Mapping[str, Any], where: str
         )
 
 
-def add_to_momentum_(part: Part, gradients: Sequence[torch.Tensor], mu: float, wd: float) -> torch.Tensor:
-    """m ← μm + g + wd·x, coupled weight decay at the point where the gradient was taken. Returns m."""
-    momentum = part.state["momentum"].mul_(mu)
-    views = part.segments.shaped_views(momentum)
-    torch._foreach_add_(views, list(gradients))
-    if wd:
-        torch._foreach_add_(views, list(part.parameters), alpha=wd)
-    return momentum
-
-
-def take_from_momentum_(part: Part, gradients: Sequence[torch.Tensor], mu: float, wd: float) -> None:
-    """Reverse `add_to_momentum_`, to rounding. With μ = 0 nothing is left of what was before, and nobody asks for it."""
-    momentum = part.state["momentum"]
-    if mu == 0:
-        momentum.zero_()
-        return
-    views = part.segments.shaped_views(momentum)
-    if wd:
-        torch._foreach_add_(views, list(part.parameters), alpha=-wd)
-    torch._foreach_sub_(views, list(gradients))
-    momentum.div_(mu)
-
-
-def add_scaled_(part: Part, gradients: Sequence[torch.Tensor], eta: float, wd: float = 0.0) -> torch.Tensor:
-    """e ← e + η·(g + wd·x); with -η, its reverse, to rounding. Returns e."""
-    residual = part.state["residual"]
-    views = part.segments.shaped_views(residual)
-    torch._foreach_add_(views, list(gradients), alpha=eta)
-    if wd:
-        torch._foreach_add_(views, list(part.parameters), alpha=eta * wd)
-    return residual
-
-
 class Rule(ABC):
-    """Mixin: a step's way into the state and out of it again, and what most rules do without.
+    """Mixin: a step's way into the state and out of it again, and what most rules do without. A rule says what gradients add (`addition`)."""
 
-    A rule says in `_add_` what gradients add, and in `_take_` how that is taken back. One that reads them in a fused kernel has an `accumulate_` of
-    its own, to which the same reversal belongs.
-    """
+    @abstractmethod
+    def addition(self, part: Part, ctx: StepContext) -> Addition:
+        """What a step adds to which slots. The old residual comes in this step's units, `ctx.carry` times itself."""
 
     def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
-        """A pass that looks for inf and NaN, before anything is changed, and one that adds."""
-        if not all(all_finite(g) for g in gradients):
+        """One pass, compiled; in torch one that looks for inf and NaN before anything is changed, and those that add."""
+        addition = self.addition(part, ctx)
+        if not addition.add_(gradients, part.parameters):
             return Accumulated.nothing(part.segments)
-        self._carry_(part, ctx)
-        return Accumulated(self._add_(part, gradients, ctx))
+        return Accumulated(addition.buffer)
 
     def undo_(self, part: Part, gradients: Sequence[torch.Tensor] | None, ctx: StepContext) -> None:
         """Where gradients are gone, momentum and residual keep them: those of this worker, which are finite."""
-        if gradients is not None:
-            self._take_(part, gradients, ctx)
-        self._carry_back_(part, ctx)
-
-    def _carry_(self, part: Part, ctx: StepContext) -> None:
-        """The old residual, in this step's units."""
-        if ctx.carry != 1.0 and "residual" in part.state:
-            part.state["residual"].mul_(ctx.carry)
-
-    def _carry_back_(self, part: Part, ctx: StepContext) -> None:
-        """Reverse `_carry_`, to rounding."""
-        if ctx.carry != 1.0 and "residual" in part.state:
-            part.state["residual"].div_(ctx.carry)
-
-    @abstractmethod
-    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
-        """Add what finite gradients bring to the state, and return the buffer."""
-
-    @abstractmethod
-    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
-        """Reverse `_add_`, to rounding."""
+        self.addition(part, ctx).take_(gradients, part.parameters)
 
     def exchanges(self, step: int) -> bool:
         return True

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..kernels import Addition
 from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
-from .base import LocalPoint, add_to_momentum_, take_from_momentum_
+from .base import LocalPoint
 
 __all__ = ["CSER"]
 
@@ -39,11 +39,19 @@ class CSER(LocalPoint):
         point = {} if self.dense else {"x": Slot(Role.POINT)}
         return {"residual": Slot(Role.RESIDUAL, settled=not self.dense), "momentum": Slot(), **point}
 
-    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
-        return add_to_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay) * ctx.settings.lr
-
-    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
-        take_from_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)
+    def addition(self, part: Part, ctx: StepContext) -> Addition:
+        """The buffer is ηm alone; the exchange adds what is left of it to the residual."""
+        sgd = ctx.settings
+        return Addition(
+            part.segments,
+            part.segments.empty(),
+            0.0,
+            gradient=0.0,
+            decay=sgd.weight_decay,
+            momentum=part.state["momentum"],
+            mu=sgd.momentum,
+            of_momentum=sgd.lr,
+        )
 
     def shift(self, part: Part) -> tuple[torch.Tensor, float] | None:
         """The parameters hold x − e."""

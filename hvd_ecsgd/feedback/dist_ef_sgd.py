@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 
 from ..arguments import check_number
 from ..errors import CompressionError
+from ..kernels import Addition
 from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext, Takes
 from ..segments import Segments
-from .base import GradientUnit, add_scaled_, add_to_momentum_, refuse_no_learning_rate, refuse_options, take_from_momentum_
+from .base import GradientUnit, refuse_no_learning_rate, refuse_options
 
 __all__ = ["DistEFSGD"]
 
@@ -76,18 +77,18 @@ class DistEFSGD(GradientUnit):
             return ctx.settings.momentum, ctx.settings.weight_decay, ctx.settings.nesterov
         return self.momentum or 0.0, self.weight_decay or 0.0, self.nesterov
 
-    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
+    def addition(self, part: Part, ctx: StepContext) -> Addition:
         mu, wd, nesterov = self._settings(ctx)
-        momentum = add_to_momentum_(part, gradients, mu, wd)
-        part.state["residual"].add_(momentum, alpha=mu if nesterov else 1.0)
-        return add_scaled_(part, gradients, 1.0, wd) if nesterov else part.state["residual"]
-
-    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
-        mu, wd, nesterov = self._settings(ctx)
-        if nesterov:
-            add_scaled_(part, gradients, -1.0, wd)
-        part.state["residual"].sub_(part.state["momentum"], alpha=mu if nesterov else 1.0)
-        take_from_momentum_(part, gradients, mu, wd)
+        return Addition(
+            part.segments,
+            part.state["residual"],
+            ctx.carry,
+            gradient=1.0 if nesterov else 0.0,
+            decay=wd,
+            momentum=part.state["momentum"],
+            mu=mu,
+            of_momentum=mu if nesterov else 1.0,
+        )
 
     def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """x ← x − η·D, when the optimizer does not."""

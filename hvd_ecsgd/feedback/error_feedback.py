@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from ..kernels import Addition
 from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
 from .base import GradientUnit
@@ -34,10 +32,5 @@ class ErrorFeedback(GradientUnit):
     def slots(self, segments: Segments) -> Slots:
         return {"residual": Slot(Role.RESIDUAL)}
 
-    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
-        residual = part.state["residual"]
-        torch._foreach_add_(part.segments.shaped_views(residual), list(gradients))
-        return residual
-
-    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
-        torch._foreach_sub_(part.segments.shaped_views(part.state["residual"]), list(gradients))
+    def addition(self, part: Part, ctx: StepContext) -> Addition:
+        return Addition(part.segments, part.state["residual"], ctx.carry)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Feedback, Part, Slots, StepContext, Takes
+from ..kernels import all_finite
+from ..protocols import Accumulated, Feedback, Part, Slots, StepContext, Takes
 from ..segments import Key, Segments
 from .curvature import Curvature
 from .error_feedback import ErrorFeedback
@@ -55,26 +56,24 @@ class HessianAided(ErrorFeedback):
     def slots(self, segments: Segments) -> Slots:
         return {**super().slots(segments), **self.curvature.slots(segments)}
 
-    def _carry_(self, part: Part, ctx: StepContext) -> None:
+    def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
+        """The residual is corrected before it is carried, and gradients are looked at before that."""
+        if not all(all_finite(g) for g in gradients):
+            return Accumulated.nothing(part.segments)
         state = part.state
         if not self.curvature.ahead:
             state["correction"] = self.curvature.correction(part, ctx.settings.lr)  # until the step stands or is undone
         state["residual"].sub_(state["correction"], alpha=ctx.settings.lr)
-        super()._carry_(part, ctx)
+        accumulated = super().accumulate_(part, gradients, ctx)
+        self.curvature.observe_(part, gradients)
+        return accumulated
 
-    def _carry_back_(self, part: Part, ctx: StepContext) -> None:
-        super()._carry_back_(part, ctx)
+    def undo_(self, part: Part, gradients: Sequence[torch.Tensor] | None, ctx: StepContext) -> None:
+        if gradients is not None:
+            self.curvature.forget_(part, gradients)
+        super().undo_(part, gradients, ctx)
         state = part.state
         state["residual"].add_(state["correction"] if self.curvature.ahead else state.pop("correction"), alpha=ctx.settings.lr)
-
-    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
-        residual = super()._add_(part, gradients, ctx)
-        self.curvature.observe_(part, gradients)
-        return residual
-
-    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
-        self.curvature.forget_(part, gradients)
-        super()._take_(part, gradients, ctx)
 
     def between_steps(self, parts: Sequence[Part], key: Key) -> Generator[list[torch.Tensor], None, None]:
         if not self.curvature.ahead:

@@ -9,9 +9,10 @@ import torch
 
 from ..arguments import check_integer, check_number, is_integer
 from ..errors import CompressionError
+from ..kernels import Addition
 from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Key, Segments
-from .base import LocalPoint, add_to_momentum_, take_from_momentum_
+from .base import LocalPoint
 
 __all__ = ["LocalMomentum"]
 
@@ -67,19 +68,18 @@ class LocalMomentum(LocalPoint):
             kept["x"] = Slot(Role.POINT)
         return {**kept, "displacement": Slot()} if self.period > 1 else kept
 
-    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
-        state, eta = part.state, ctx.settings.lr
-        momentum = add_to_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)
-        if self.period > 1:
-            state["displacement"].add_(momentum, alpha=eta)
-        return state["residual"].add_(momentum, alpha=eta)
-
-    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
-        state, eta = part.state, ctx.settings.lr
-        state["residual"].sub_(state["momentum"], alpha=eta)
-        if self.period > 1:
-            state["displacement"].sub_(state["momentum"], alpha=eta)
-        take_from_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)
+    def addition(self, part: Part, ctx: StepContext) -> Addition:
+        state, sgd = part.state, ctx.settings
+        return Addition(
+            part.segments,
+            state["residual"],
+            gradient=0.0,
+            decay=sgd.weight_decay,
+            momentum=state["momentum"],
+            mu=sgd.momentum,
+            of_momentum=sgd.lr,
+            displacement=state.get("displacement"),
+        )
 
     def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         if self.period > 1:  # the local steps are part of x now

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..kernels import Addition
 from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
-from .base import AppliesUpdate, add_scaled_, refuse_options
+from .base import AppliesUpdate, refuse_options
 
 __all__ = ["MemSGD"]
 
@@ -41,11 +42,9 @@ class MemSGD(AppliesUpdate):
     def slots(self, segments: Segments) -> Slots:
         return {"residual": Slot(Role.RESIDUAL)}
 
-    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
-        return add_scaled_(part, gradients, ctx.settings.lr, ctx.settings.weight_decay)
-
-    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
-        add_scaled_(part, gradients, -ctx.settings.lr, ctx.settings.weight_decay)
+    def addition(self, part: Part, ctx: StepContext) -> Addition:
+        eta = ctx.settings.lr
+        return Addition(part.segments, part.state["residual"], gradient=eta, decay=eta * ctx.settings.weight_decay)
 
     def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         torch._foreach_sub_(list(part.parameters), part.segments.shaped_views(out))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from ..kernels import Addition
 from ..protocols import Feedback, Part, Slots, StepContext
 from ..segments import Segments
 from .base import GradientUnit
@@ -24,11 +22,5 @@ class NoFeedback(GradientUnit):
     def slots(self, segments: Segments) -> Slots:
         return {}
 
-    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
-        buffer = part.segments.empty()
-        for view, gradient in zip(part.segments.shaped_views(buffer), gradients, strict=True):
-            view.copy_(gradient)
-        return buffer
-
-    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
-        """Nothing was kept."""
+    def addition(self, part: Part, ctx: StepContext) -> Addition:
+        return Addition(part.segments, part.segments.empty(), 0.0)

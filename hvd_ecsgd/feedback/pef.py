@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..kernels import Addition
 from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
-from .base import AppliesUpdate, add_scaled_
+from .base import AppliesUpdate
 
 __all__ = ["PEF"]
 
@@ -31,11 +31,8 @@ class PEF(AppliesUpdate):
     def slots(self, segments: Segments) -> Slots:
         return {"residual": Slot(Role.RESIDUAL), "momentum": Slot(Role.MEMORY)}
 
-    def _add_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> torch.Tensor:
-        return add_scaled_(part, gradients, ctx.unit)
-
-    def _take_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> None:
-        add_scaled_(part, gradients, -ctx.unit)
+    def addition(self, part: Part, ctx: StepContext) -> Addition:
+        return Addition(part.segments, part.state["residual"], gradient=ctx.unit)
 
     def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         sgd, parameters = ctx.settings, list(part.parameters)

@@ -1,5 +1,6 @@
 """The few hot loops. `reference` is torch (and NumPy on CPU); `native` are the compiled ones, which take the same and give the same."""
 
+from .accumulate import Addition
 from .native import Native, all_finite, fingerprint, native_for
 from .reference import (
     check_positions,
@@ -15,5 +16,5 @@ from .reference import (
     unpack_codes,
 )
 
-__all__ = ["Native", "all_finite", "check_positions", "check_rows", "column_sums", "fingerprint", "native_for", "negative", "pack_bits", "pack_codes",
-           "signs", "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]  # fmt: skip
+__all__ = ["Addition", "Native", "all_finite", "check_positions", "check_rows", "column_sums", "fingerprint", "native_for", "negative", "pack_bits",
+           "pack_codes", "signs", "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]  # fmt: skip

@@ -13,7 +13,7 @@ from ..segments import Segments
 from . import library, reference
 from .library import Library
 
-__all__ = ["Native", "all_finite", "fingerprint", "forced", "native_for", "native_library"]
+__all__ = ["Native", "all_finite", "common_type", "fingerprint", "forced", "native_for", "native_library"]
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _BUFFERS = (torch.float32, torch.float64)
@@ -93,6 +93,28 @@ class Native:
     def block_top_k_add_(self, payload: torch.Tensor, block: int, k_full: int, k_last: Counts, alpha: float) -> None:
         self._call("block_top_k_add", *self._buffer, payload.data_ptr(), block, k_full, _address(k_last), alpha)
 
+    def accumulate_(
+        self,
+        momentum: torch.Tensor | None,
+        displacement: torch.Tensor | None,
+        gradients: Sequence[torch.Tensor],
+        points: Sequence[torch.Tensor] | None,
+        factors: np.ndarray,
+    ) -> bool:
+        """See `Addition`; the tensors by segment are each of one type (`common_type`). False when a gradient is not finite."""
+        flat = [0 if t is None else t.data_ptr() for t in (momentum, displacement)]
+        tensors = [None if given is None else self._in_one_piece(given) for given in (gradients, points)]
+        tables = [np.array([t.data_ptr() for t in given or ()], np.int64) for given in tensors]
+        places = [(_TYPES[given[0].dtype], _address(table)) if given else (0, 0) for given, table in zip(tensors, tables, strict=True)]
+        return bool(self._call("accumulate", *self._buffer, *flat, *places[0], *places[1], _address(factors)))
+
+    def _in_one_piece(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """A tensor by segment, in the order of its elements: contiguous ones as they are, others (channels_last) copied."""
+        for segment, t in zip(self._segments, tensors, strict=True):
+            if t.numel() != segment.numel:
+                raise CompressionError(f"{self._who}: parameter '{segment.name}' has {segment.numel} elements, and {t.numel()} came for it.")
+        return [t.contiguous() for t in tensors]
+
     # -- positions: int32 or uint32, ascending within each segment, one segment after the other ------------------------------------------
 
     def top_k(self, counts: Counts, positions: torch.Tensor) -> None:
@@ -125,6 +147,13 @@ class Native:
         """The entries at `positions` += alpha·values."""
         given = min(positions.numel(), values.numel())
         self._call("positions_add", *self._buffer, _address(counts), positions.data_ptr(), values.data_ptr(), alpha, given)
+
+
+def common_type(tensors: Sequence[torch.Tensor]) -> torch.dtype | None:
+    """That of all of them, where compiled kernels can read them: strided, on the CPU."""
+    types = {t.dtype if t.device.type == "cpu" and t.layout is torch.strided else None for t in tensors}
+    kind = types.pop() if len(types) == 1 else None
+    return kind if kind in _TYPES else None
 
 
 _library: Library | None = library.from_environment()

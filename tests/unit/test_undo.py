@@ -11,7 +11,7 @@ import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.compressors import Identity
-from hvd_ecsgd.exchange import CompSkip
+from hvd_ecsgd.exchange import AllReduce, CompSkip
 from hvd_ecsgd.feedback import LocalMomentum
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, bound_method, by_name, ids
@@ -280,3 +280,19 @@ def test_a_bad_exchange_of_a_loaded_run_keeps_the_local_steps() -> None:
         assert undone == 1
         assert (before != 0).double().mean() > 0.9, "control: everything has moved locally"
         torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-13)
+
+
+def test_what_travels_uncompressed_holds_nothing_back_after_a_bad_gradient() -> None:
+    """To the bit, as such payloads are not kept for adding back: also on the rank that takes back what it had added before it came upon the NaN."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(4000, generator=generator))
+    compression = Compression(Identity(), LocalMomentum(0.0), AllReduce(), **ALL)
+    optimizer = DistributedOptimizer(torch.optim.SGD([p], lr=0.1, momentum=0.9), [("p", p)], compression)
+    for bad in (False, True):
+        p.grad = None
+        factors = torch.randn(4000, generator=generator)
+        factors[-1] = float("nan") if bad else 1.0
+        (p * factors).sum().backward()
+        optimizer.step()
+    assert optimizer.compression.undone_steps == 1
+    assert not slot(optimizer.compression, "residual").any()

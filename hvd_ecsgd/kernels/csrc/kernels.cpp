@@ -150,6 +150,10 @@ KERNEL(cast_extract, (int type, void* buffer, TABLE, uint16_t* payload, int brai
        (buffer, table, n, payload, brain, limit, threads))
 KERNEL(cast_add, (int type, void* out, TABLE, const uint16_t* payload, int brain, double alpha, int threads),
        (out, table, n, payload, brain, alpha, threads))
+KERNEL(accumulate,
+       (int type, void* residual, TABLE, void* momentum, void* displacement, int gradient_type, const void* const* gradients, int point_type,
+        const void* const* points, const double* factors, int threads),
+       (residual, table, n, momentum, displacement, gradient_type, gradients, point_type, points, factors, threads))
 
 EXPORT int64_t hvd_ecsgd_random_k_positions(TABLE, const uint64_t* keys, const int64_t* counts, uint32_t* positions, int threads) {
     IN_VARIANT(random_k_positions(table, n, keys, counts, positions, threads))

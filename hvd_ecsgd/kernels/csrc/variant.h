@@ -24,3 +24,5 @@
 #include "natural.h"
 
 #include "cast.h"
+
+#include "accumulate.h"

@@ -1,12 +1,17 @@
 // Questions about whole tensors: is all finite, what are the bits.
 
-template <class U, U INFINITE>
-INLINE static bool finite_tile(const void* data, int64_t begin, int64_t end) {
+// The bits of the largest magnitude of p[begin], …, p[end - 1].
+template <class U>
+INLINE static std::make_signed_t<U> largest_bits(const U* p, int64_t begin, int64_t end) {
     using I = std::make_signed_t<U>;
-    const U* p = static_cast<const U*>(data);
     I largest = 0;
     for (int64_t i = begin; i < end; ++i) largest = std::max<I>(largest, static_cast<I>(p[i] & static_cast<U>(std::numeric_limits<I>::max())));
-    return largest < static_cast<I>(INFINITE);
+    return largest;
+}
+
+template <class U, U INFINITE>
+INLINE static bool finite_tile(const void* data, int64_t begin, int64_t end) {
+    return largest_bits<U>(static_cast<const U*>(data), begin, end) < static_cast<std::make_signed_t<U>>(INFINITE);
 }
 
 // 1 when no element is inf or NaN, else 0.

@@ -1,0 +1,108 @@
+"""What a step adds to a feedback rule's state: compiled in one pass over state and gradients, and in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..segments import Segments
+from . import native
+
+__all__ = ["Addition"]
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """buffer ← carry·buffer + gradient·g + decay·x; or with `momentum` m, m ← mu·m + g + decay·x, then buffer ← carry·buffer + of_momentum·m, and
+    where `gradient` is not 0 also + gradient·g + decay·x, and displacement ← displacement + of_momentum·m.
+
+    g are the gradients and x the parameters, which are not read where `decay` is 0. `buffer`, `momentum` and `displacement` are flat, of float32 or
+    float64, and laid out by `segments`. carry = 0: the buffer is written and not read.
+    """
+
+    segments: Segments
+    buffer: torch.Tensor
+    carry: float = 1.0
+    gradient: float = 1.0
+    decay: float = 0.0
+    momentum: torch.Tensor | None = None
+    mu: float = 0.0
+    of_momentum: float = 1.0
+    displacement: torch.Tensor | None = None
+
+    def add_(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> bool:
+        """False when some gradient holds an inf or NaN: then all is as it was, to rounding (in torch, to the bit).
+
+        Compiled, it gives what torch gives to the bit, in one pass. What that had added before it came upon an inf or NaN is taken away again; of
+        magnitudes of 2¹⁶ and more nothing is added before all gradients were looked at, so that rounding stays small.
+        """
+        compiled = self._compiled(gradients, parameters)
+        if compiled is not None:
+            return compiled
+        if not all(native.all_finite(g) for g in gradients):
+            return False
+        if self.carry not in (0.0, 1.0):
+            self.buffer.mul_(self.carry)
+        views = self.segments.shaped_views
+        if self.momentum is not None:
+            momentum = views(self.momentum.mul_(self.mu))
+            torch._foreach_add_(momentum, list(gradients))
+            if self.decay:
+                torch._foreach_add_(momentum, list(parameters), alpha=self.decay)
+            if self.displacement is not None:
+                self.displacement.add_(self.momentum, alpha=self.of_momentum)
+            if self.carry:
+                self.buffer.add_(self.momentum, alpha=self.of_momentum)
+            else:
+                torch.mul(self.momentum, self.of_momentum, out=self.buffer)
+        if self.gradient and self.carry:
+            torch._foreach_add_(views(self.buffer), list(gradients), alpha=self.gradient)
+        elif self.gradient:
+            torch._foreach_copy_(views(self.buffer), list(gradients))
+        if self.gradient and self.decay:
+            torch._foreach_add_(views(self.buffer), list(parameters), alpha=self.decay)
+        return True
+
+    def take_(self, gradients: Sequence[torch.Tensor] | None, parameters: Sequence[torch.Tensor]) -> None:
+        """Reverse `add_` of finite gradients, to rounding; without `gradients` all but what they added. With mu = 0 nothing is left of what the
+        momentum was, and nobody asks for it: it is zero then."""
+        views = self.segments.shaped_views
+        if gradients is not None and self.carry:
+            if self.gradient:
+                torch._foreach_add_(views(self.buffer), list(gradients), alpha=-self.gradient)
+            if self.gradient and self.decay:
+                torch._foreach_add_(views(self.buffer), list(parameters), alpha=-self.decay)
+            if self.momentum is not None:
+                self.buffer.sub_(self.momentum, alpha=self.of_momentum)
+        if gradients is not None and self.momentum is not None:
+            if self.displacement is not None:
+                self.displacement.sub_(self.momentum, alpha=self.of_momentum)
+            if self.mu == 0:
+                self.momentum.zero_()
+            else:
+                momentum = views(self.momentum)
+                if self.decay:
+                    torch._foreach_add_(momentum, list(parameters), alpha=-self.decay)
+                torch._foreach_sub_(momentum, list(gradients))
+                self.momentum.div_(self.mu)
+        if self.carry not in (0.0, 1.0):
+            self.buffer.div_(self.carry)
+
+    def _compiled(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> bool | None:
+        """What the compiled kernel says; None where the reference is to run."""
+        kernels = native.native_for(self.buffer, self.segments, "accumulate")
+        kind, point_kind = native.common_type(gradients), native.common_type(parameters if self.decay else gradients)
+        flat = [t for t in (self.momentum, self.displacement) if t is not None]
+        if kernels is None or kind is None or point_kind is None or not all(t.dtype == self.buffer.dtype and t.is_contiguous() for t in flat):
+            return None
+        narrow = self.buffer.dtype == torch.float32
+        if any(k != self.buffer.dtype and not (narrow and k in (torch.float16, torch.bfloat16)) for k in (kind, point_kind)):
+            return None
+        return kernels.accumulate_(self.momentum, self.displacement, gradients, parameters if self.decay else None, self._factors)
+
+    @property
+    def _factors(self) -> np.ndarray:
+        return np.array([self.carry, self.gradient, self.decay, self.mu, self.of_momentum], np.float64)
