@@ -121,9 +121,9 @@ class HorovodSlot:
     def _check_not_interrupted(self) -> None:
         if self._interrupted:
             raise SequenceError(
-                f"an exchange before this one was ended by an error at parameter '{self._interrupted}', which the script caught. Horovod takes it for "
-                "started still, and cannot go on. Let such errors end the program; or make the compression and hvd.DistributedOptimizer anew, and drop "
-                "the former ones."
+                f"an exchange before this one was ended by an error at parameter '{self._interrupted}', which the script caught. Horovod takes it "
+                "for started still, and cannot go on. Let such errors end the program; or make the compression and hvd.DistributedOptimizer anew, and "
+                "drop the former ones."
             )
 
     def _compress(self, gradient: torch.Tensor, step: SlotStep, name: str) -> tuple[torch.Tensor, Pending]:
