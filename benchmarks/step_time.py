@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mpi_backend as hvd
 from hvd_ecsgd import Compression
+from hvd_ecsgd import ddp as ddp_hook
 
 hvd.init()
 from mpi4py import MPI  # noqa: E402
@@ -74,6 +75,13 @@ def ddp(model: torch.nn.Module, hook: Any = None) -> Step:
     return stepped(wrapped, plain(wrapped))
 
 
+def ddp_with_our_hook(model: torch.nn.Module, method: str) -> Step:
+    wrapped = DistributedDataParallel(model, init_sync=False)
+    optimizer = plain(wrapped)
+    ddp_hook.register(wrapped, METHODS[method]()).compression.attach(optimizer)
+    return stepped(wrapped, optimizer)
+
+
 def ours(model: torch.nn.Module, method: str) -> Step:
     return stepped(model, hvd.DistributedOptimizer(plain(model), model.named_parameters(), compression=METHODS[method]()))
 
@@ -108,6 +116,7 @@ def horovod_running(needed: bool) -> Iterator[None]:
 def all_rows() -> dict[str, Make]:
     rows: dict[str, Make] = {"compute alone": compute_alone, "DDP dense": ddp, "DDP fp16 hook": partial(ddp, hook=default_hooks.fp16_compress_hook)}
     rows |= {f"ours {method}": partial(ours, method=method) for method in METHODS}
+    rows |= {f"DDP {method}": partial(ddp_with_our_hook, method=method) for method in METHODS}
     if importlib.util.find_spec("horovod") is not None:
         rows |= {f"Horovod {method}": partial(horovod, method=method) for method in ("none", "fp16", "random_block(64)", "double_squeeze()")}
     return rows
