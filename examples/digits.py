@@ -2,9 +2,10 @@
 
     mpirun -n 2 python examples/digits.py --method detached --ratio 64
     horovodrun --gloo -np 2 python examples/digits.py --backend horovod --method double_squeeze
+    torchrun --nproc-per-node 2 examples/digits.py --backend torch --method double_squeeze
     mpirun -n 2 python examples/digits.py --checkpoint folder        # saves after every epoch, and goes on from there when it is started again
 
-Both backends give the same weights (of two processes or more: with one, Horovod does not compress), to float32 rounding.
+All backends give the same weights (of two processes or more: with one, Horovod does not compress), to float32 rounding.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from hvd_ecsgd import Compression, load_checkpoint, save_checkpoint  # (+)
 
+BACKENDS = {"mpi": "mpi_backend", "horovod": "horovod.torch", "torch": "hvd_ecsgd.torch_backend"}
 METHODS: dict[str, Callable[[float], Any]] = {
     "none": lambda ratio: Compression.none(),
     "fp16": lambda ratio: Compression.fp16(error_feedback=True),
@@ -97,7 +99,7 @@ def train(
     tick: Callable[[], None] = lambda: None,
     checkpoint: Path | None = None,
 ) -> Result:
-    """Train on this rank's share of the data; `hvd` is horovod.torch or mpi_backend. `tick` is called after every step.
+    """Train on this rank's share of the data; `hvd` is horovod.torch, mpi_backend or torch_backend. `tick` is called after every step.
 
     With `checkpoint`, a directory that all ranks share, training is saved there after every epoch, and what is saved there is gone on from.
     """
@@ -159,14 +161,14 @@ def positive(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--backend", choices=("mpi", "horovod"), default="mpi", help="mpi: mpi_backend, needs no Horovod")
+    parser.add_argument("--backend", choices=sorted(BACKENDS), default="mpi", help="mpi: mpi_backend, needs no Horovod; torch: under torchrun")
     parser.add_argument("--method", choices=sorted(METHODS), default="detached")
     parser.add_argument("--ratio", type=float, default=64.0, help="elements in ÷ elements sent, for methods that have a ratio")
     parser.add_argument("--epochs", type=positive, default=10)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--checkpoint", type=Path, help="a directory that all ranks share: save there after every epoch, and go on from there")
     args = parser.parse_args()
-    hvd = importlib.import_module("mpi_backend" if args.backend == "mpi" else "horovod.torch")
+    hvd = importlib.import_module(BACKENDS[args.backend])
     hvd.init()
     torch.set_num_threads(1)
     if torch.cuda.is_available():

@@ -28,7 +28,6 @@ from .errors import CompressionError, DisagreementError, SequenceError
 from .optimizer.distributed import BUCKET_BYTES
 from .optimizer.executor import Inline
 from .optimizer.step import Outcome, Phase, StepExchange
-from .transport import Transport
 from .transport.torch_dist import TorchTransport
 
 __all__ = ["DDPHook", "hook", "register"]
@@ -95,7 +94,7 @@ class DDPHook:
         self.compression = bind(compression, trained if ignored else model.module)
         self._check_all_bound(trained)
         self._check_cpu(trained)
-        transport: Transport = TorchTransport(model.process_group)
+        transport = TorchTransport.lent(model.process_group)
         state = MethodState(
             self.compression.method,
             in_common_order(self.compression.named, transport),
@@ -108,6 +107,7 @@ class DDPHook:
         aggregator = Aggregator(state, also={"optimizer": "DistributedDataParallel's hook"}, statistics=self.compression.statistics)
         self.compression.adopt(aggregator, self)
         self._step = StepExchange(aggregator, transport, Inline(), None, bytes)
+        transport.lend_to(self)
         self._gradients: dict[int, torch.Tensor] = {}
         """Of the step that accumulates, by parameter."""
         self._waiting: list[_Waiting] = []

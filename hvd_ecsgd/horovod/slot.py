@@ -122,7 +122,7 @@ class HorovodSlot:
         if self._interrupted:
             raise SequenceError(
                 f"an exchange before this one was ended by an error at parameter '{self._interrupted}', which the script caught. Horovod takes it "
-                "for started still, and cannot go on. Let such errors end the program; or make the compression and hvd.DistributedOptimizer anew, and "
+                "for started still, and cannot go on. Let such errors end the program; or make compression and hvd.DistributedOptimizer anew, and "
                 "drop the former ones."
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -39,17 +40,37 @@ class TorchTransport:
     """Collectives of a gloo group of its own among the processes of `group` (torch.distributed's default group by default). Making one is collective
     among these.
 
-    Tensors are on the CPU. What a collective cannot carry as it is (rows of different number, 16-bit sums) travels padded, or in float32.
+    Groups cost connections and threads, so those of users that are gone are lent again (`lent`). Tensors are on the CPU. What a collective cannot
+    carry as it is (rows of different number, 16-bit sums) travels padded, or in float32.
     Raises `TransportError` when torch.distributed is not initialised, and for tensors of a GPU, which gloo would copy without telling.
     """
 
     def __init__(self, group: Any = None) -> None:
-        if not dist.is_available() or not dist.is_initialized():
-            raise TransportError("torch.distributed is not initialised; call torch.distributed.init_process_group() first.")
-        ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+        ranks = _ranks(group)
         self._group: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)  # else other sets of ranks would have to make it too
         self.rank: int = dist.get_rank(self._group)
         self.size: int = len(ranks)
+        self._user: Callable[[], object] = lambda: self
+
+    @classmethod
+    def lent(cls, group: Any = None) -> TorchTransport:
+        """One for `lend_to`, of a user that is gone on all ranks if there is such a one, or a new one. Collective.
+
+        When a user is collected is a matter of memory management, so ranks ask each other which ones are gone.
+        """
+        members = _ranks(group)
+        made = _made.setdefault(dist.group.WORLD, {}).setdefault(tuple(members), [])
+        if made:
+            gone = torch.tensor([t._user() is None for t in made], dtype=torch.uint8)
+            for transport, everywhere in zip(made, torch.stack(made[0].allgather(gone, "lent", [len(made)] * len(members)).wait()).all(0).tolist()):
+                if everywhere:
+                    return transport
+        made.append(cls(group))
+        return made[-1]
+
+    def lend_to(self, user: object) -> None:
+        """`user` has this one while it lives."""
+        self._user = weakref.ref(user)
 
     @property
     def divisor(self) -> int:
@@ -104,6 +125,17 @@ class TorchTransport:
         came = torch.empty(self.size, dtype=torch.int64)
         dist.all_to_all_single(came, torch.tensor(numbers, dtype=torch.int64), group=self._group)
         return [int(n) for n in came]
+
+
+_made: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], list[TorchTransport]]] = weakref.WeakKeyDictionary()
+"""That were lent, by default group (a script may end one and begin another) and members."""
+
+
+def _ranks(group: Any) -> list[int]:
+    if not dist.is_available() or not dist.is_initialized():
+        raise TransportError("torch.distributed is not initialised; call torch.distributed.init_process_group() first.")
+    found: list[int] = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+    return found
 
 
 def _check_device(t: torch.Tensor, name: str) -> None:

@@ -22,13 +22,15 @@ def test_the_bits_are_those_of_our_optimizer_over_the_same_network(n: int, what:
 
 def hash_of(said: str) -> str:
     found = re.search(r"test accuracy (0\.\d+), .* weights (\w+)", said)
-    assert found is not None and float(found[1]) > 0.8, said
+    assert found is not None and float(found[1]) > 0.5, said
     return found[2]
 
 
 def test_a_script_started_by_torchrun_gives_the_weights_of_the_one_started_by_mpirun() -> None:
-    options = ("--method", "double_squeeze", "--epochs", "2")
+    """DDP's hook, and `torch_backend` in the script that Horovod and MPI run, too."""
+    options = ("--method", "double_squeeze", "--epochs", "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     mine = hash_of(run_job(torchrun, REPO / "examples" / "ddp.py", options, timeout=120))
+    assert mine == hash_of(run_job(torchrun, REPO / "examples" / "digits.py", ("--backend", "torch", *options), timeout=120))
     assert mine == hash_of(mpirun(2, REPO / "examples" / "digits.py", *options, timeout=120))
     assert mine != hash_of(mpirun(2, REPO / "examples" / "digits.py", "--method", "one_bit", *options[2:], timeout=120)), "control"

@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compression": {"horovod", *IN_CORE, *BELOW_CORE},
     "presets": {"compression", "feedback", "core.method"},
     "optimizer": {"compression", *IN_CORE, *BELOW_CORE},
+    "torch_backend": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "ddp": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "gradient_exchange": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "checkpoint": {*IN_CORE, *BELOW_CORE},

@@ -1,0 +1,235 @@
+"""The part of Horovod's torch API that training scripts use, on torch.distributed: `import hvd_ecsgd.torch_backend as hvd`, started by torchrun.
+
+Models are on the CPU; everything travels over gloo. `mpi_backend` has all of Horovod's API, on MPI.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from .compression import AnyCompression, Compression
+from .errors import CompressionError, TransportError
+from .optimizer import DistributedOptimizer as _DistributedOptimizer
+from .transport.torch_dist import TorchTransport
+
+__all__ = [
+    "Average",
+    "Compression",
+    "DistributedOptimizer",
+    "Sum",
+    "allgather",
+    "allgather_object",
+    "allreduce",
+    "allreduce_",
+    "barrier",
+    "broadcast",
+    "broadcast_",
+    "broadcast_object",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "init",
+    "is_initialized",
+    "local_rank",
+    "local_size",
+    "rank",
+    "shutdown",
+    "size",
+]
+
+T = TypeVar("T")
+
+
+class Operation(Enum):
+    """What an all-reduce does."""
+
+    AVERAGE = "Average"
+    SUM = "Sum"
+
+
+Average, Sum = Operation.AVERAGE, Operation.SUM
+
+_network: TorchTransport | None = None
+_began = False
+"""`init` has initialised torch.distributed, and `shutdown` ends it."""
+
+
+def init() -> None:
+    """Join the job that torchrun has started (its variables RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without one, a job of one process.
+
+    Where the script has initialised torch.distributed already, among all of its processes. Nothing when it was called before.
+    """
+    global _network, _began
+    if _network is not None:
+        return
+    if not dist.is_initialized():
+        _began = True
+        if "RANK" in os.environ:
+            dist.init_process_group("gloo")
+        else:
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    _network = TorchTransport()
+
+
+def shutdown() -> None:
+    """Leave the job. Collective."""
+    global _network, _began
+    if _network is not None:
+        _network.close()
+        if _began:
+            dist.destroy_process_group()
+    _network, _began = None, False
+
+
+def is_initialized() -> bool:
+    return _network is not None
+
+
+def _connected() -> TorchTransport:
+    if _network is None:
+        raise TransportError("torch_backend has not been initialised; call hvd.init() first.")
+    return _network
+
+
+def rank() -> int:
+    return _connected().rank
+
+
+def size() -> int:
+    return _connected().size
+
+
+def local_rank() -> int:
+    """This process's number on its machine, as torchrun counts them."""
+    _connected()
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_size() -> int:
+    _connected()
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+    compression: AnyCompression = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: Operation = Average,
+) -> Any:
+    """Wrap `optimizer` so that `step()` applies the mean (or sum) of all ranks' gradients, compressed by `compression`, bound or not. Collective.
+
+    As `hvd_ecsgd.DistributedOptimizer`, over a process group of its own. Raises ValueError for another `op`, and what that raises.
+    """
+    _check_op(op, "DistributedOptimizer()")
+    _connected()
+    transport = TorchTransport.lent()
+    wrapped = _DistributedOptimizer(
+        optimizer,
+        named_parameters,
+        compression,
+        transport=transport,
+        backward_passes_per_step=backward_passes_per_step,
+        sum_gradients=op is Sum,
+    )
+    transport.lend_to(wrapped)
+    return wrapped
+
+
+# -- collectives ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_op(op: object, what: str) -> None:
+    if not isinstance(op, Operation):
+        raise ValueError(f"{what}: op must be Average or Sum of torch_backend, got {op!r:.100}.")
+
+
+def allreduce_(tensor: torch.Tensor, average: bool | None = None, name: str | None = None, op: Operation | None = None) -> torch.Tensor:
+    """The mean (or sum) over ranks, in place. `average=False` is op=Sum. The mean of integers is rounded towards zero."""
+    if average is not None and op is not None:
+        raise ValueError("allreduce: average and op exclude each other; give op.")
+    op = (Average if average in (None, True) else Sum) if op is None else op
+    _check_op(op, "allreduce")
+    flat = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
+    _connected().allreduce_(flat, name or "allreduce").wait()
+    if op is Average:
+        flat.div_(size(), rounding_mode=None if flat.is_floating_point() else "trunc")
+    if flat.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(flat)
+    return tensor
+
+
+def allreduce(tensor: torch.Tensor, average: bool | None = None, name: str | None = None, op: Operation | None = None) -> torch.Tensor:
+    """The mean (or sum) over ranks, as a new tensor."""
+    return allreduce_(tensor.detach().clone(memory_format=torch.contiguous_format), average, name, op)
+
+
+def allgather(tensor: torch.Tensor, name: str | None = None) -> torch.Tensor:
+    """Everybody's rows, by rank; the first dimension may differ."""
+    return torch.cat(_connected().allgather(tensor.detach().contiguous(), name or "allgather").wait())
+
+
+def broadcast_(tensor: torch.Tensor, root_rank: int, name: str | None = None) -> torch.Tensor:
+    """Root's values, in place."""
+    if not 0 <= root_rank < size():
+        raise ValueError(f"broadcast: root_rank must be one of 0 … {size() - 1}, got {root_rank}.")
+    values = tensor.detach().contiguous()
+    _connected().broadcast_(values, root_rank, name or "broadcast").wait()
+    if values.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(values)
+    return tensor
+
+
+def broadcast(tensor: torch.Tensor, root_rank: int, name: str | None = None) -> torch.Tensor:
+    """Root's values, as a new tensor."""
+    return broadcast_(tensor.detach().clone(), root_rank, name)
+
+
+def barrier() -> None:
+    """Return when every rank has come here."""
+    allreduce_(torch.zeros(1, device="cpu"), name="barrier")
+
+
+def broadcast_object(obj: T, root_rank: int = 0, name: str | None = None) -> T:
+    """Root's object on every rank, pickled; unpickling runs code, so this is for processes that trust each other."""
+    objects: list[Any] = [obj]
+    _connected()
+    dist.broadcast_object_list(objects, src=root_rank)
+    found: T = objects[0]
+    return found
+
+
+def allgather_object(obj: T, name: str | None = None) -> list[T]:
+    """The objects of all ranks, in rank order, pickled."""
+    objects: list[Any] = [None] * size()
+    dist.all_gather_object(objects, obj)
+    return objects
+
+
+def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, torch.Tensor]], root_rank: int = 0) -> None:
+    """Copy root's values into all tensors of a dict (a module's `state_dict()`), or of (name, tensor) pairs.
+
+    Raises `CompressionError` on every rank when ranks hold other names or shapes.
+    """
+    pairs = sorted(params.items()) if isinstance(params, Mapping) else list(params)
+    tensors = [(name, p) for name, p in pairs if isinstance(p, torch.Tensor)]
+    layouts = allgather_object([(name, tuple(p.shape), p.dtype) for name, p in tensors])
+    for r, layout in enumerate(layouts):
+        if layout != layouts[0]:
+            mine, theirs = next((pair for pair in zip(layouts[0], layout) if pair[0] != pair[1]), (len(layouts[0]), len(layout)))
+            raise CompressionError(f"broadcast_parameters: ranks hold different tensors: rank 0 has {mine}, rank {r} has {theirs}.")
+    for name, p in tensors:
+        broadcast_(p, root_rank, name)
+
+
+def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int = 0) -> None:
+    """Make the state and options of all groups equal to root's."""
+    state = broadcast_object(optimizer.state_dict(), root_rank)
+    if rank() != root_rank:
+        optimizer.load_state_dict(state)
