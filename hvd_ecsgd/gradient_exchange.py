@@ -74,7 +74,7 @@ class GradientExchange:
             transport=transport,
         )
         also = {"optimizer": type(self).__name__, "exchange in a thread": executor.concurrent}
-        aggregator = Aggregator(state, also=also, statistics=self.compression.statistics)
+        aggregator = Aggregator(state, also=also, statistics=self.compression.statistics, averages=self.compression.averages)
         self.compression.adopt(aggregator, self)
         self._step = StepExchange(aggregator, transport, executor, None, bytes)
 

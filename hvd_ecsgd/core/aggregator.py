@@ -17,6 +17,7 @@ from ..transport.base import Transport
 from . import saved_state, switch
 from .agreement import Agreement
 from .bucket import Bucket
+from .copies import Averages
 from .gradients import scale_of
 from .method import Method
 from .points import Point, Points
@@ -40,13 +41,20 @@ class Aggregator:
     """`state` is the record, `agreement` compares it across ranks, and `points` knows where its parameters are.
 
     `also` names further things that must be equal on all ranks. `statistics` returns the running statistics of the model (batch norm), which are
-    averaged where workers evaluate at different points.
+    averaged where workers evaluate at different points; `averages` are those of its weights.
     """
 
-    def __init__(self, state: MethodState, *, also: Mapping[str, Any] | None = None, statistics: Callable[[], list[torch.Tensor]] = list) -> None:
+    def __init__(
+        self,
+        state: MethodState,
+        *,
+        also: Mapping[str, Any] | None = None,
+        statistics: Callable[[], list[torch.Tensor]] = list,
+        averages: Averages | None = None,
+    ) -> None:
         self.state = state
         self.agreement = Agreement(state, also)
-        self.points = Points(state)
+        self.points = Points(state, averages or Averages())
         self._statistics = statistics
         self._in_step = False
         self._exchanged: _Exchanged | None = None
@@ -245,6 +253,7 @@ class Aggregator:
         there was an exchange.
         """
         self.keep_step()
+        self.points.look_at_averages()
         for reduction in reductions:
             self.points.recapture(reduction.bucket, contents=True)
         if Role.POINT in self.state.method.slot_names and not all(r.task.skipped for r in reductions):

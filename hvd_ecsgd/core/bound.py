@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import Any, Literal, NoReturn, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from ..protocols import Role, Traffic
 from ..transport.base import Transport
 from .aggregator import Aggregator
 from .attached import Attached
+from .copies import Averages, ShiftWarning
 from .method import Method
 from .points import Point, check_point
 from .saved_state import check_head
@@ -99,6 +100,7 @@ class BoundCompression:
         self._modules: list[Any] = [m for m in modules if hasattr(m, "running_mean") and hasattr(m, "running_var")]
         self.ids = frozenset(id(p) for _, p in self.named)
         self.attached = Attached()
+        self.averages = Averages()
         self._aggregator = Aggregator(MethodState(method, self.named))
         """Until a driver brings one, one without state."""
         self._loaded_state: Mapping[str, Any] | None = None
@@ -109,7 +111,7 @@ class BoundCompression:
         """A driver has brought its aggregator."""
         if Role.POINT in method.slot_names and isinstance(model, torch.nn.Module):
             with suppress(Exception):  # a convenience, which scripted modules and some wrappers do not offer
-                model.register_state_dict_pre_hook(_ShiftWarning(self))  # type: ignore[no-untyped-call]
+                model.register_state_dict_pre_hook(ShiftWarning(partial(_shift, weakref.ref(self))))  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.method}, {len(self.named)} parameters>"
@@ -319,27 +321,10 @@ class BoundCompression:
         return self._aggregator.state.undone
 
 
-class _ShiftWarning:
-    """Says that `model.state_dict()` was called where the parameters are shifted. A copied or unpickled module leaves the warning behind."""
-
-    def __init__(self, bound: BoundCompression | None) -> None:
-        self._bound = (lambda: None) if bound is None else weakref.ref(bound)
-
-    def __call__(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-        bound = self._bound()
-        if bound is not None and bound._aggregator.points.shifted:
-            warnings.warn(
-                f"{bound.method.feedback} holds the parameters at a shifted point that differs between ranks; "
-                "save and evaluate inside `with compression.at('averaged'):`.",
-                UserWarning,
-                stacklevel=3,
-            )
-
-    def __reduce__(self) -> tuple[type[_ShiftWarning], tuple[None]]:
-        return (_ShiftWarning, (None,))
-
-    def __deepcopy__(self, memo: Any) -> _ShiftWarning:
-        return _ShiftWarning(None)
+def _shift(bound: weakref.ref[BoundCompression]) -> tuple[bool, object, Averages] | None:
+    """As `ShiftWarning` wants it."""
+    compression = bound()
+    return None if compression is None else (compression._aggregator.points.shifted, compression.method.feedback, compression.averages)
 
 
 def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[tuple[str, torch.nn.Parameter]]]:

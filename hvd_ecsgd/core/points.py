@@ -10,6 +10,7 @@ import torch
 
 from ..errors import CompressionError
 from .bucket import Bucket, add_servers_
+from .copies import Averages
 from .state import MethodState
 
 __all__ = ["Point", "Points", "check_point"]
@@ -27,10 +28,11 @@ def check_point(point: str) -> None:
 
 
 class Points:
-    """Of the parameters of one record."""
+    """Of the parameters of one record, and of `averages` of them."""
 
-    def __init__(self, state: MethodState) -> None:
+    def __init__(self, state: MethodState, averages: Averages) -> None:
         self._state = state
+        self._averages = averages
         self.held = False
         """Inside of `at`."""
         self._moved = False
@@ -39,6 +41,10 @@ class Points:
     def shifted(self) -> bool:
         """The parameters hold a shifted point now, different on every rank."""
         return not self.held and any(b.point is not None and b.versions == [p._version for p in b.parameters] for b in self._state.buckets)
+
+    def look_at_averages(self) -> None:
+        """Before parameters are moved: warn of averages that were taken where they are now, if that is a shifted point."""
+        self._averages.look(self.shifted, self._state.method.feedback)
 
     def check_trainable(self) -> None:
         """Raise `CompressionError` where a step would be lost, as the parameters are elsewhere for the time being."""
@@ -68,6 +74,7 @@ class Points:
                 "(clipping, averaging, broadcasting, loading a checkpoint) inside `with compression.at('averaged'):`, which keeps what is "
                 "written; when resuming, load the model before the compression's state and broadcast nothing after it."
             )
+        self.look_at_averages()  # of what nothing has shifted yet
         with torch.no_grad():
             bucket.capture_()
             bucket.note_written()
@@ -92,6 +99,8 @@ class Points:
         if point == "virtual":
             meet("at('virtual')")
         moved: _Moved = []
+        if point != "local":  # there they are still shifted
+            self.look_at_averages()
         self.held = True
         try:
             with torch.no_grad():
@@ -99,6 +108,8 @@ class Points:
                     self._move_to(point, bucket, moved)
             self._moved = bool(moved)
             yield
+            if point != "local":
+                self.look_at_averages()  # and say nothing
         finally:
             self.held = self._moved = False
             with torch.no_grad():

@@ -79,7 +79,7 @@ class HorovodDriver:
                 settings=lambda bucket: compression.attached.settings(compression.method, bucket),
                 transport=transport.direct,
             )
-            aggregator = Aggregator(state, statistics=compression.statistics)
+            aggregator = Aggregator(state, statistics=compression.statistics, averages=compression.averages)
             compression.adopt(aggregator, self)
             self._slot = HorovodSlot(aggregator, transport, compression.frozen, self._check_skip, self._introduction)
             claim(self)

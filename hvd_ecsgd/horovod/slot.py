@@ -122,8 +122,8 @@ class HorovodSlot:
         if self._interrupted:
             raise SequenceError(
                 f"an exchange before this one was ended by an error at parameter '{self._interrupted}', which the script caught. Horovod takes it "
-                "for started still, and cannot go on. Let such errors end the program; or make compression and hvd.DistributedOptimizer anew, and "
-                "drop the former ones."
+                "for started still, and cannot go on. Let such errors end the program; or make the compression and hvd.DistributedOptimizer anew, "
+                "and drop the former ones."
             )
 
     def _compress(self, gradient: torch.Tensor, step: SlotStep, name: str) -> tuple[torch.Tensor, Pending]:

@@ -77,6 +77,7 @@ class OptimizerDriver:
         aggregator = Aggregator(
             self.state,
             statistics=compression.statistics,
+            averages=compression.averages,
             also={
                 "optimizer": type(inner).__name__,
                 "gradients": "summed" if sum_gradients else "averaged",

@@ -29,15 +29,16 @@ CORE: dict[str, set[str]] = {
     "bucket": {"method"},
     "step": {"method", "bucket"},
     "state": {"method", "bucket"},
+    "copies": set(),
     "gradients": {"method", "bucket", "state"},
-    "points": {"method", "bucket", "state"},
+    "points": {"copies", "method", "bucket", "state"},
     "saved_state": {"method", "bucket", "state"},
     "attached": {"method", "bucket", "state"},
     "step_hooks": set(),
     "agreement": {"talk", "refusal", "method", "bucket", "state"},
     "switch": {"agreement", "points", "method", "bucket", "state"},
-    "aggregator": {"agreement", "points", "saved_state", "switch", "gradients", "refusal", "step", "method", "bucket", "state"},
-    "bound": {"aggregator", "attached", "points", "saved_state", "trees", "method", "bucket", "state"},
+    "aggregator": {"agreement", "copies", "points", "saved_state", "switch", "gradients", "refusal", "step", "method", "bucket", "state"},
+    "bound": {"aggregator", "attached", "copies", "points", "saved_state", "trees", "method", "bucket", "state"},
 }
 IN_CORE = {f"core.{room}" for room in CORE}
 # room (a module or a folder of hvd_ecsgd, of core each file) → the other rooms of hvd_ecsgd that it may import

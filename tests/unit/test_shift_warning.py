@@ -1,10 +1,12 @@
-"""A model that is saved where DEF holds it at a shifted point is saved with a warning, and only then."""
+"""A model that is saved, copied or averaged where DEF holds it at a shifted point is so with a warning, and only then."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -39,26 +41,32 @@ def test_saving_outside_at_warns_and_inside_does_not() -> None:
         trained(Compression.local_momentum(8))[0].state_dict()  # the control: nothing is shifted
 
 
-def test_the_module_can_still_be_copied_and_pickled() -> None:
-    model, _ = trained(Compression.detached(8))
+def test_a_module_that_is_copied_or_pickled_leaves_the_warning_behind() -> None:
+    model, optimizer = trained(Compression.detached(8))
     file = io.BytesIO()
-    torch.save(model, file)
+    with pytest.warns(UserWarning, match="copy and evaluate inside"):
+        torch.save(model, file)
+    with pytest.warns(UserWarning, match="copy and evaluate inside"):
+        copied = copy.deepcopy(model)
     file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.load(file, weights_only=False).state_dict()
-        copy.deepcopy(model).state_dict()
+        copied.state_dict()
+        with optimizer.compression.at("averaged"):
+            copy.deepcopy(model)
+        copy.deepcopy(trained(Compression.top_k(8))[0])
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_an_average_of_weights_is_equal_on_all_ranks_when_it_is_made_at_averaged(right: bool) -> None:
-    """`AveragedModel` made and updated inside the block; the control averages other weights on each rank."""
+    """`AveragedModel` made and updated inside the block; the control averages other weights on each rank, and is told so, once."""
 
     def worker(transport: Transport) -> torch.Tensor:
         torch.manual_seed(0)
         model = torch.nn.Linear(40, 40)
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = DistributedOptimizer(sgd, model.named_parameters(), Compression.detached(8, **ALL), transport=transport)
+        optimizer = DistributedOptimizer(sgd, compression=Compression.detached(8, **ALL).bind(model), transport=transport)
         mean: torch.optim.swa_utils.AveragedModel | None = None
         for t in range(4):
             optimizer.zero_grad()
@@ -71,5 +79,51 @@ def test_an_average_of_weights_is_equal_on_all_ranks_when_it_is_made_at_averaged
         assert mean is not None
         return torch.cat([p.detach().reshape(-1) for p in mean.module.parameters()])
 
-    first, second = run_simulated(2, worker)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first, second = run_simulated(2, worker)
     assert torch.equal(first, second) is right
+    assert ["averages other weights on each rank" in str(w.message) for w in caught] == [True] * (0 if right else 2)
+
+
+@pytest.mark.parametrize("method", ["detached", "cser", "local_momentum", "top_k"])
+@pytest.mark.parametrize("use", ["outside", "before training", "at averaged", "made outside", "loaded"])
+def test_an_averaged_model_is_told_of_where_it_is_updated_at_a_shifted_point(method: str, use: str) -> None:
+    """Of one that is made before the optimizer, too, whether training goes on by a step or by `at`; not of a state that is loaded, nor of what was
+    taken before the first step, nor of a copy that nobody updates."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 40)
+    bound = (Compression.cser() if method == "cser" else getattr(Compression, method)(8)).bind(model)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), compression=bound)
+    saved = copy.deepcopy(averaged)
+    saved.n_averaged.fill_(7)
+    if use == "before training":
+        averaged.update_parameters(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for t in range(4):
+            optimizer.zero_grad()
+            model(torch.ones(2, 40)).square().sum().backward()
+            optimizer.step()
+            if use == "made outside" and t == 1:
+                averaged = torch.optim.swa_utils.AveragedModel(model)
+            if use == "outside":
+                averaged.update_parameters(model)
+            elif use == "loaded":
+                averaged.load_state_dict(saved.state_dict())
+            elif use in ("at averaged", "made outside"):
+                with bound.at("averaged"):
+                    averaged.update_parameters(model)
+    told = [str(w.message) for w in caught if "averages other weights" in str(w.message)]
+    assert len(told) == (use == "outside" and method in ("detached", "cser")) and len(caught) == len(told)
+
+
+def test_an_averaged_model_that_is_dropped_is_let_go() -> None:
+    model, optimizer = trained(Compression.detached(8))
+    with optimizer.compression.at("averaged"):
+        averaged = weakref.ref(torch.optim.swa_utils.AveragedModel(model))
+    gc.collect()
+    assert averaged() is None
+    with optimizer.compression.at("averaged"):
+        assert not optimizer.compression.averages._watched
