@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from hvd_ecsgd.compressors import RandomBlock, TopK
 from hvd_ecsgd.exchange import Bernoulli, CompSkip, Every, NormBased, SkipAllReduce
 from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback
 from hvd_ecsgd.transport import run_simulated
+from tests.horovod.programs import run_checks
 from tests.problems import batch, flat, mlp
 
 ALL: dict[str, Any] = {"dense_below": 0, "dense_1d": False}
@@ -93,14 +93,4 @@ if __name__ == "__main__":
     hvd.init()
     checks: dict[str, Callable[[], None]] = {name: (lambda n=name, m=make: check(n, m)) for name, make in METHODS.items()}
     checks["mistakes"] = mistakes
-    for what, body in checks.items():
-        try:
-            body()
-            problem = ""
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        verdicts = hvd.allgather_object(problem, name=f"verdict.{what}")
-        if hvd.rank() == 0:
-            print(f"FAILED {what}: {verdicts}" if any(verdicts) else f"passed {what}", flush=True)
-        if any(verdicts):
-            sys.exit(1)
+    run_checks(checks)

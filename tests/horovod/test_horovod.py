@@ -40,15 +40,19 @@ def test_what_scripts_do_to_gradients() -> None:
     assert len(passed(horovodrun, 2, "program_gradients.py")) == 6
 
 
-def test_a_failing_check_fails_the_job() -> None:
-    """Control of the programs themselves: a check that fails on one rank only ends the job with a non-zero status on all."""
+def test_a_failing_check_ends_the_job_at_once() -> None:
+    """Control of the programs themselves, of those of conformance tests too: a check fails on one rank, for which the other waits; the job ends long
+    before its time limit, and says why."""
     program = """
         from tests.horovod.programs import hvd, run_checks
         def check():
             assert hvd.rank() == 0, "on purpose"
+            hvd.broadcast_object(1, 0, name="awaited")
+            hvd.barrier()
         hvd.init()
         run_checks({"check": check})
+        print("got through")
     """
     said = horovodrun(2, program, timeout=60, expect_failure=True)
-    assert "FAILED check" in said
+    assert "FAILED check" in said and "got through" not in said
     assert "on purpose" in said
