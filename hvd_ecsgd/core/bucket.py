@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from ..errors import CompressionError
-from ..kernels import column_sums
+from ..kernels import column_sums, shift_, sums_of
 from ..protocols import Exchange, GroupSettings, Part, Role, State, StepContext, zeros
 from ..segments import Segment, Segments
 from .method import Method
@@ -139,11 +139,11 @@ class Bucket:
         shift = self.method.feedback.shift(self.part)
         assert shift is not None, f"{self.method.feedback} keeps x, and does not say where the parameters are"
         t, factor = shift
-        torch._foreach_copy_(list(self.parameters), self.segments.shaped_views(x))
-        torch._foreach_add_(list(self.parameters), self.segments.shaped_views(t), alpha=-factor)
+        sums = shift_(self.parameters, self.segments, x, t, factor)
         for i in self.frozen():
             self.parameters[i].copy_(self.segments.shaped_views(x)[i])
-        self.note_written()
+            sums[i] = column_sums(self.parameters[i])
+        self._note(sums)
 
     def capture_(self) -> None:
         """x ← what the parameters hold now, of rules that shift them: at the first step, and after somebody else wrote to them."""
@@ -152,7 +152,10 @@ class Bucket:
 
     def note_written(self) -> None:
         """Shifted parameters hold what we want them to hold."""
-        self.versions, self.sums = [p._version for p in self.parameters], [column_sums(p) for p in self.parameters]
+        self._note(sums_of(self.parameters, self.segments))
+
+    def _note(self, sums: list[torch.Tensor]) -> None:
+        self.versions, self.sums = [p._version for p in self.parameters], sums
 
     def written_to(self, contents: bool) -> str | None:
         """The name of a parameter that somebody else has written to since `note_written`. Without `contents` version counters alone are looked at."""
@@ -160,8 +163,9 @@ class Bucket:
             if parameter._version != version:
                 return name
         if contents:
-            for name, parameter, sums in zip(self.segments.names, self.parameters, self.sums, strict=True):
-                if not torch.equal(column_sums(parameter), sums):
+            now = sums_of(self.parameters, self.segments)
+            for name, were, are in zip(self.segments.names, self.sums, now, strict=True):
+                if not torch.equal(were, are):
                     return name
         return None
 

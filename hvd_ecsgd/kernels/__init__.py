@@ -15,6 +15,7 @@ from .reference import (
     unpack_bits,
     unpack_codes,
 )
+from .shift import shift_, sums_of
 
 __all__ = ["Addition", "Native", "all_finite", "check_positions", "check_rows", "column_sums", "fingerprint", "native_for", "negative", "pack_bits",
-           "pack_codes", "signs", "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]  # fmt: skip
+           "pack_codes", "shift_", "signs", "sums_of", "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]  # fmt: skip

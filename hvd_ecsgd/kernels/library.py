@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "cast_extract": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int),
     "cast_add": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int),
     "accumulate": (_int, _pointer, *_TABLE, _pointer, _pointer, _int, _pointer, _int, _pointer, _pointer, _int),
+    "shift": (_int, _pointer, *_TABLE, _pointer, _double, _pointer, _pointer, _pointer, _int),
     "all_finite": (_int, _pointer, _long, _int),
     "fingerprint": (_pointer, _long, _int, _pointer, _int),
 }

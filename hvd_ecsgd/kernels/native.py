@@ -33,14 +33,14 @@ class Native:
     Payloads are flat bytes, but for `Cast`. Raises `CompressionError` that names the parameter where a payload holds what cannot be.
     """
 
-    def __init__(self, library: Library, buffer: torch.Tensor, segments: Segments, who: str) -> None:
+    def __init__(self, library: Library, buffer: torch.Tensor | None, segments: Segments, who: str) -> None:
         ranges = segments.ranges
-        if len(ranges) and int(ranges.sum(1).max()) > buffer.numel():
+        if buffer is not None and len(ranges) and int(ranges.sum(1).max()) > buffer.numel():
             raise CompressionError(f"{who}: the table of segments ends at element {int(ranges.sum(1).max())} of a buffer of {buffer.numel()}.")
         self._library, self._segments, self._who = library, segments, who
         self._threads = torch.get_num_threads()
         self._table = (_address(ranges), len(ranges))
-        self._buffer = (_TYPES[buffer.dtype], buffer.data_ptr(), *self._table)
+        self._buffer = (_TYPES[segments.dtype], 0 if buffer is None else buffer.data_ptr(), *self._table)
 
     def _call(self, name: str, *arguments: object) -> int:
         result = self._library.call(name, *arguments, self._threads)
@@ -108,6 +108,17 @@ class Native:
         places = [(_TYPES[given[0].dtype], _address(table)) if given else (0, 0) for given, table in zip(tensors, tables, strict=True)]
         return bool(self._call("accumulate", *self._buffer, *flat, *places[0], *places[1], _address(factors)))
 
+    def shift_(self, parameters: Sequence[torch.Tensor], t: torch.Tensor | None = None, factor: float = 0.0) -> list[torch.Tensor]:
+        """`parameters` ← the buffer + factor·t, and their `column_sums`; without `t` these alone."""
+        sizes = [reference.column_sums_size(p) for p in parameters]
+        sums = torch.zeros(sum(sizes), dtype=torch.int64, device="cpu")
+        places = np.cumsum([0, *sizes], dtype=np.int64)
+        addresses = np.array([p.data_ptr() for p in self._in_one_piece(parameters)], np.int64)
+        buffer = self._buffer if t is not None else (self._buffer[0], 0, *self._table)
+        of_t = 0 if t is None else t.data_ptr()
+        self._call("shift", *buffer, of_t, factor, _address(addresses), sums.data_ptr(), _address(places))
+        return list(torch.split(sums, sizes))
+
     def _in_one_piece(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """A tensor by segment, in the order of its elements: contiguous ones as they are, others (channels_last) copied."""
         for segment, t in zip(self._segments, tensors, strict=True):
@@ -164,12 +175,14 @@ def native_library() -> Library | None:
     return _library
 
 
-def native_for(buffer: torch.Tensor, segments: Segments, who: str) -> Native | None:
-    """The compiled kernels for this buffer; None where the reference is to run. `who` is named in errors."""
+def native_for(buffer: torch.Tensor | None, segments: Segments, who: str) -> Native | None:
+    """The compiled kernels for this buffer, or for what has a table alone; None where the reference is to run. `who` is named in errors."""
     if _library is None:
         library.say_what_is_missing()
         return None
-    if buffer.device.type != "cpu" or buffer.dtype not in _BUFFERS or buffer.dtype != segments.dtype or not buffer.is_contiguous():
+    if segments.dtype not in _BUFFERS:
+        return None
+    if buffer is not None and (buffer.device.type != "cpu" or buffer.dtype != segments.dtype or not buffer.is_contiguous()):
         return None
     return Native(_library, buffer, segments, who)
 

@@ -10,8 +10,8 @@ import torch
 from ..errors import CompressionError
 from ..segments import Segment
 
-__all__ = ["all_finite", "check_positions", "check_rows", "column_sums", "fingerprint", "negative", "pack_bits", "pack_codes", "signs",
-           "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]  # fmt: skip
+__all__ = ["all_finite", "check_positions", "check_rows", "column_sums", "column_sums_size", "fingerprint", "negative", "pack_bits", "pack_codes",
+           "signs", "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]  # fmt: skip
 
 
 def check_rows(positions: torch.Tensor, numel: int, segment: Segment, who: str) -> None:
@@ -82,6 +82,13 @@ def column_sums(t: torch.Tensor) -> torch.Tensor:
     # NumPy's sum of columns runs at the memory's speed, torch's at a third of it.
     sums = torch.from_numpy(body.numpy().sum(0)) if t.device.type == "cpu" else body.sum(0)
     return torch.cat([sums, words[rows * _COLUMNS :], rest])
+
+
+def column_sums_size(t: torch.Tensor) -> int:
+    """Elements of `column_sums` of `t`."""
+    words, rest = divmod(t.numel(), 8 // t.element_size())
+    rows = words // _COLUMNS
+    return (words if rows < 2 else _COLUMNS + words - rows * _COLUMNS) + rest
 
 
 def _fills_its_memory(t: torch.Tensor) -> bool:

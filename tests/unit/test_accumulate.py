@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hvd_ecsgd.kernels import Addition, native
+from hvd_ecsgd.segments import Segments
 from tests.unit.test_kernels import compiled, library, table, values, variants
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -118,7 +119,6 @@ def test_threads_change_nothing() -> None:
 @compiled
 def test_who_reads_gradients_of_other_layouts_and_types() -> None:
     """Channels last and transposed ones are the same numbers; double gradients of single residuals are torch's."""
-    segments = table([24, 24], torch.float32)
     plain = [values("gaussian", 24, torch.float32, i).view(2, 3, 2, 2) for i in range(2)]
     for turned in (
         [g.contiguous(memory_format=torch.channels_last) for g in plain],
@@ -129,6 +129,6 @@ def test_who_reads_gradients_of_other_layouts_and_types() -> None:
         for kernels in (library, None):
             with native.forced(kernels):
                 buffers.append(torch.ones(48))
-                segments_of = type(segments).of([("a", plain[0]), ("b", plain[1])])
-                assert Addition(segments_of, buffers[-1]).add_(turned, turned)
+                segments = Segments.of([("a", plain[0]), ("b", plain[1])])
+                assert Addition(segments, buffers[-1]).add_(turned, turned)
         assert torch.equal(*buffers)

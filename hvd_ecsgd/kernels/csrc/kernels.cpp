@@ -154,6 +154,9 @@ KERNEL(accumulate,
        (int type, void* residual, TABLE, void* momentum, void* displacement, int gradient_type, const void* const* gradients, int point_type,
         const void* const* points, const double* factors, int threads),
        (residual, table, n, momentum, displacement, gradient_type, gradients, point_type, points, factors, threads))
+KERNEL(shift,
+       (int type, const void* x, TABLE, const void* t, double factor, void* const* parameters, int64_t* sums, const int64_t* places, int threads),
+       (x, table, n, t, factor, parameters, sums, places, threads))
 
 EXPORT int64_t hvd_ecsgd_random_k_positions(TABLE, const uint64_t* keys, const int64_t* counts, uint32_t* positions, int threads) {
     IN_VARIANT(random_k_positions(table, n, keys, counts, positions, threads))

@@ -125,6 +125,20 @@ INLINE static void replace_each(T* p, int64_t n, F f) {
     }
 }
 
+// p ← v past the caches, where p is a multiple of WIDTH and is not read soon.
+template <class T>
+INLINE static void stream(T* p, typename Lanes<T>::V v) {
+#if VARIANT_LEVEL == 2
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif VARIANT_LEVEL == 1
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#elif defined(__x86_64__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#else
+    Lanes<T>::store(p, v);
+#endif
+}
+
 // The bits of `test` for up to 64 elements.
 template <class T, class F>
 INLINE static uint64_t test_64(const T* p, F test) {

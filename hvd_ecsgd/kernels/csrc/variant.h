@@ -26,3 +26,5 @@
 #include "cast.h"
 
 #include "accumulate.h"
+
+#include "shift.h"
