@@ -7,18 +7,20 @@ all state is plain dictionaries of flat tensors that one record owns, so that sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Literal, Protocol, runtime_checkable
+from functools import cache
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 
 from .segments import Key, Segments
 from .transport.base import Handle, Transport
 
-__all__ = ["NO_SEGMENTS", "Accumulated", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Role", "Slot", "Slots", "State", "Steps",
-           "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor", "poison", "settled", "slot_of", "zeros"]  # fmt: skip
+__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Role", "Slot", "Slots",
+           "State", "Steps", "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor", "decode_sum_", "poison", "settled",
+           "slot_of", "zeros"]  # fmt: skip
 
 State = dict[str, torch.Tensor]
 """Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
@@ -88,6 +90,39 @@ class Compressor(Protocol):
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         """False when decoding would give an inf or NaN."""
         ...
+
+
+class Assigns(Protocol):
+    """A compressor that can decode into memory that holds anything, which saves the pass that zeroes it."""
+
+    def assign_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        """`out = alpha · C⁻¹(payload)` in the segments' ranges of the flat `out`: the bits that `Compressor.add_` to zeros gives."""
+        ...
+
+
+@cache
+def _assigns(kind: type) -> bool:
+    """Whether `assign_` says the same as `add_`: not where a class derived from one that has both brings an `add_` of its own."""
+    return next(("assign_" in vars(c) for c in kind.__mro__ if "assign_" in vars(c) or "add_" in vars(c)), False)
+
+
+def decode_sum_(
+    out: torch.Tensor, compressor: Compressor, segments: Segments, payloads: Iterable[tuple[torch.Tensor, Key]], alpha: float = 1.0
+) -> None:
+    """`out = alpha · Σ C⁻¹(payload)` in the segments' ranges of the flat `out`, whatever it held, in the order given; zeros when there are none.
+
+    Each payload comes with the key that it was extracted with.
+    """
+    rest = iter(payloads)
+    first = next(rest, None)
+    if first is not None and _assigns(type(compressor)):
+        cast(Assigns, compressor).assign_(out, first[0], segments, first[1], alpha)
+    else:
+        segments.zero_(out)
+        if first is not None:
+            compressor.add_(out, first[0], segments, first[1], alpha)
+    for payload, key in rest:
+        compressor.add_(out, payload, segments, key, alpha)
 
 
 @runtime_checkable
@@ -450,8 +485,8 @@ class Task:
         self._reversals.clear()
 
     def result(self) -> torch.Tensor:
-        """The zeroed tensor to decode into. Gradients may live in it (Horovod), so ask for it once nothing reads them any more."""
-        return self.out.zero_()
+        """The tensor to decode into; it holds anything. Gradients may live in it (Horovod), so ask for it once nothing reads them any more."""
+        return self.out
 
 
 def poison(compressor: Compressor, segments: Segments, key: Key) -> torch.Tensor:

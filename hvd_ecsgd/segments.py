@@ -124,6 +124,14 @@ class Segments:
             start += s.numel
         return replace(self, table=tuple(table))
 
+    def zero_(self, buffer: torch.Tensor) -> None:
+        """The segments of `buffer` become zeros; what is outside of the table is not touched."""
+        if self.numel == buffer.numel():
+            buffer.zero_()
+            return
+        for view in self.views(buffer):
+            view.zero_()
+
     def empty(self) -> torch.Tensor:
         """An uninitialised compact buffer."""
         return torch.empty(self.numel, dtype=self.dtype, device=self.device)

@@ -142,6 +142,16 @@ class Operator:
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         raise NotImplementedError
 
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        self.decode_(out, payload, segments, key, alpha, add=True)
+
+    def assign_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        self.decode_(out, payload, segments, key, alpha, add=False)
+
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
+        """`add_`, or `assign_`, of which the bits are those of adding to zeros."""
+        raise NotImplementedError
+
 
 class FloatPayload(Operator):
     """Mixin for payloads that are floating-point elements of the buffer's own type and nothing else."""

@@ -58,10 +58,12 @@ class BlockTopK(BytePayload):
                 at += n
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "top_k")
         if native := native_for(out, segments, "top_k"):
-            return native.block_top_k_add_(payload, self.block, kept(self.block, self.ratio), self._last(segments), alpha)
+            return native.block_top_k_decode_(payload, self.block, kept(self.block, self.ratio), self._last(segments), alpha, add)
+        if not add:
+            segments.zero_(out)
         values, positions = self._parts(payload, segments)
         at = 0
         for s, view in zip(segments, segments.views(out), strict=True):

@@ -64,8 +64,8 @@ class Cast(Operator):
             at += view.numel()
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, self.dtype, segments.numel, "cast")
         if native := native_for(out, segments, "cast"):
-            return native.cast_add_(payload, alpha)
-        _PLAIN.add_(out, payload, segments, key, alpha)
+            return native.cast_decode_(payload, alpha, add)
+        _PLAIN.decode_(out, payload, segments, key, alpha, add=add)

@@ -71,7 +71,9 @@ class GlobalRandomBlock(FloatPayload):
             buffer[low:high] = 0
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
+        if not add:
+            segments.zero_(out)
         at = 0
         for low, high in self._ranges(segments, key):
             out[low:high].add_(payload[at : at + high - low], alpha=alpha)

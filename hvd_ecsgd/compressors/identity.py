@@ -46,11 +46,9 @@ class Identity(FloatPayload):
             view.zero_()
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
-        if segments.numel == out.numel():
-            out.add_(payload, alpha=alpha)
-            return
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
+        zero = out.new_zeros(1)  # of one dimension, so that its type counts
         at = 0
-        for view in segments.views(out):
-            view.add_(payload[at : at + view.numel()], alpha=alpha)
+        for view in [out] if segments.numel == out.numel() else segments.views(out):
+            torch.add(view if add else zero, payload[at : at + view.numel()], alpha=alpha, out=view)
             at += view.numel()

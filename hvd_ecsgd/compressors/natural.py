@@ -70,10 +70,12 @@ class Natural(BytePayload):
             at += n_bytes
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "natural")
         if native := native_for(out, segments, "natural"):
-            return native.natural_add_(payload, alpha)
+            return native.natural_decode_(payload, alpha, add)
+        if not add:
+            segments.zero_(out)
         first, at = 0, segments.numel
         for view in segments.views(out):
             n_bytes = -(-view.numel() // 8)

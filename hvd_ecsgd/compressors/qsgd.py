@@ -99,10 +99,12 @@ class QSGD(BytePayload):
             at += n_bytes
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "qsgd")
         if native := native_for(out, segments, "qsgd"):
-            return native.qsgd_add_(payload, self.levels, self.bucket, self.bits, alpha)
+            return native.qsgd_decode_(payload, self.levels, self.bucket, self.bits, alpha, add)
+        if not add:
+            segments.zero_(out)
         norms, at = self._parts(payload, segments)
         i = 0
         for view in segments.views(out):

@@ -50,7 +50,9 @@ class RandomBlock(FloatPayload):
                 at += high - low
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
+        if not add:
+            segments.zero_(out)
         at = 0
         for s in segments:
             for low, high in self._ranges(s, key):

@@ -84,11 +84,13 @@ class RandomK(FloatPayload):
             at += positions.numel()
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, segments.dtype, self.payload_size(segments), "random_k")
         if native := native_for(out, segments, "random_k"):
             counts = self._counts(segments)
-            return native.add_at_(counts, native.random_k(self._keys(segments, key), counts), payload, alpha)
+            return native.decode_at_(counts, native.random_k(self._keys(segments, key), counts), payload, alpha, add)
+        if not add:
+            segments.zero_(out)
         at = 0
         for s, view in zip(segments, segments.views(out), strict=True):
             positions = self._positions(s, key, out.device)

@@ -50,7 +50,9 @@ class Rounding(BytePayload):
             at += view.numel()
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
+        if not add:
+            segments.zero_(out)
         dtype, at = _TYPES[self.bits], 0
         words = payload.view(dtype)
         for view in segments.views(out):

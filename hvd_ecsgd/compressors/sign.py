@@ -67,10 +67,12 @@ class Sign(BytePayload):
                 i += part.shape[0]
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "one_bit")
         if native := self._native(out, segments):
-            return native.sign_add_(payload, self.block, alpha)
+            return native.sign_decode_(payload, self.block, alpha, add)
+        if not add:
+            segments.zero_(out)
         scales, at = self._scales(payload, segments)
         i = 0
         for view in segments.views(out):

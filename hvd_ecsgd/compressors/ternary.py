@@ -59,10 +59,12 @@ class Ternary(BytePayload):
             at += n_bytes
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "ternary")
         if native := native_for(out, segments, "ternary"):
-            return native.ternary_add_(payload, alpha)
+            return native.ternary_decode_(payload, alpha, add)
+        if not add:
+            segments.zero_(out)
         scales, at = self._scales(payload, segments)
         for i, view in enumerate(segments.views(out)):
             if view.numel() == 0:

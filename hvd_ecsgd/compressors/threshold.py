@@ -87,11 +87,13 @@ class Threshold(BytePayload):
             packed.copy_(pack_codes(torch.cat([*codes, payload[:0]]), 2))
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         sent, positions, packed, counts = self._parts(payload, segments)
         native = native_for(out, segments, "threshold")
         if native and not self.two_bits:
-            return native.add_at_(np.array(counts, np.int64), positions, sent, alpha)
+            return native.decode_at_(np.array(counts, np.int64), positions, sent, alpha, add)
+        if not add:
+            segments.zero_(out)
         codes = unpack_codes(packed, sum(counts), 2) if self.two_bits else packed
         at = 0
         for i, (count, s, view) in enumerate(zip(counts, segments, segments.views(out), strict=True)):

@@ -66,11 +66,13 @@ class TopK(BytePayload):
             at += k
         return payload
 
-    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+    def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "top_k")
         values, positions = self._parts(payload, segments)
         if native := native_for(out, segments, "top_k"):
-            return native.add_at_(self._counts(segments), positions, values, alpha)
+            return native.decode_at_(self._counts(segments), positions, values, alpha, add)
+        if not add:
+            segments.zero_(out)
         at = 0
         for s, view in zip(segments, segments.views(out), strict=True):
             k = self._k(s.numel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import CompressionError
-from ..protocols import Compressor, Feedback, Steps, Task, Traffic
+from ..protocols import Compressor, Feedback, Steps, Task, Traffic, decode_sum_
 from ..transport.base import Transport
 from .base import Stateless
 
@@ -29,5 +29,5 @@ class AllReduce(Stateless):
         total = yield transport.allreduce_(payload, f"{task.name}.reduce")
         task.finite = task.compressor.finite(total, task.segments)
         out = task.result()
-        task.compressor.add_(out, total, task.segments, task.ctx.key(task.compressor, "reduce"), 1.0 / transport.divisor)
+        decode_sum_(out, task.compressor, task.segments, [(total, task.ctx.key(task.compressor, "reduce"))], 1.0 / transport.divisor)
         return out

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, poison
+from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, decode_sum_, poison
 from ..segments import Key, Segments
 from ..transport.base import Handle, Transport
 from .all_reduce import AllReduce
@@ -165,8 +165,7 @@ class CompSkip(Skipping):
         task.skipped = not serves if self.server.predictable else not any(a.numel() for a in answers)
         out = task.result()
         for r, a in enumerate(answers):
-            if a.numel():
-                server.add_(out, a, pieces[r], task.ctx.key(server, "pull", r))
+            decode_sum_(out, server, pieces[r], [(a, task.ctx.key(server, "pull", r))] if a.numel() else [])
         self._remember(task, out, pieces[rank])
         return out
 
@@ -243,4 +242,4 @@ class SkipAllReduce(Skipping):
         if any(bool(a) for a in (yield _raise_alarm(task, transport, task.poisoned))):
             return _spoiled(task)
         task.skipped = True
-        return task.result()
+        return task.result().zero_()

@@ -10,7 +10,7 @@ import torch
 
 from ..arguments import check_flag
 from ..errors import CompressionError
-from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, poison
+from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, decode_sum_, poison
 from ..segments import Segments
 from ..transport.base import Transport
 from .base import Faithful
@@ -29,11 +29,12 @@ def finite(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> bool
     return all(task.compressor.finite(p, mine) for p in received if p.numel())
 
 
-def add_mean_(total: torch.Tensor, task: Task, received: Sequence[torch.Tensor], mine: Segments) -> None:
-    """total += (1/n) Σ C⁻¹(payloads), by rank; n counts workers that sent nothing too."""
-    for r, p in enumerate(received):
-        if p.numel():
-            task.compressor.add_(total, p, mine, task.ctx.key(task.compressor, "push", r), 1.0 / task.ctx.size)
+def mean_of(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> torch.Tensor:
+    """(1/n) Σ C⁻¹(payloads), by rank; n counts workers that sent nothing too."""
+    total = mine.empty()
+    sent = [(p, task.ctx.key(task.compressor, "push", r)) for r, p in enumerate(received) if p.numel()]
+    decode_sum_(total, task.compressor, mine, sent, 1.0 / task.ctx.size)
+    return total
 
 
 def absorb_(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> None:
@@ -42,9 +43,7 @@ def absorb_(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> Non
     if task.ctx.carry != 1.0:
         residual.mul_(task.ctx.carry)
         task.undo_by(partial(residual.div_, task.ctx.carry))
-    total = mine.zeros()
-    add_mean_(total, task, received, mine)
-    residual.add_(total)
+    residual.add_(mean_of(task, received, mine))
     for r, p in enumerate(received):
         if p.numel():
             task.undo_by_adding(residual, task.compressor, p, mine, task.ctx.key(task.compressor, "push", r), -1.0 / task.ctx.size)
@@ -124,9 +123,7 @@ class TwoPass(Faithful):
             absorb_(task, received, mine)
             answer = answer_(task, server, mine)
         else:
-            total = mine.zeros()
-            add_mean_(total, task, received, mine)
-            answer = server.extract_(total, mine, ctx.key(server, "pull"))
+            answer = server.extract_(mean_of(task, received, mine), mine, ctx.key(server, "pull"))
         task.traffic += Traffic(payload=answer.nbytes, sent=(n - 1) * answer.nbytes)
         answers = yield transport.allgather(answer, f"{task.name}.pull", _sizes(server, pieces))
 
@@ -134,5 +131,5 @@ class TwoPass(Faithful):
         task.finite = all(server.finite(a, pieces[r]) for r, a in served)
         out = task.result()
         for r, a in served:
-            server.add_(out, a, pieces[r], ctx.key(server, "pull", r))
+            decode_sum_(out, server, pieces[r], [(a, ctx.key(server, "pull", r))])
         return out

@@ -8,6 +8,8 @@ import os
 import warnings
 from pathlib import Path
 
+import torch
+
 from ..errors import CompressionError
 
 __all__ = ["VARIANTS", "Library", "chosen", "digest_of_sources"]
@@ -27,22 +29,22 @@ _TABLE = (_pointer, _long)
 # Arguments by function; all but the first few return int64.
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "sign_extract": (_int, _pointer, *_TABLE, _pointer, _int, _long, _int),
-    "sign_add": (_int, _pointer, *_TABLE, _pointer, _long, _double, _int),
+    "sign_decode": (_int, _pointer, *_TABLE, _pointer, _long, _double, _int, _int),
     "ternary_extract": (_int, _pointer, *_TABLE, _pointer, _int, _int),
-    "ternary_add": (_int, _pointer, *_TABLE, _pointer, _double, _int),
+    "ternary_decode": (_int, _pointer, *_TABLE, _pointer, _double, _int, _int),
     "positions_take": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _int),
-    "positions_add": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _double, _long, _int),
+    "positions_decode": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _double, _int, _long, _int),
     "top_k": (_int, _pointer, *_TABLE, _pointer, _pointer, _int),
     "block_top_k_extract": (_int, _pointer, *_TABLE, _pointer, _long, _long, _pointer, _int),
-    "block_top_k_add": (_int, _pointer, *_TABLE, _pointer, _long, _long, _pointer, _double, _int),
+    "block_top_k_decode": (_int, _pointer, *_TABLE, _pointer, _long, _long, _pointer, _double, _int, _int),
     "threshold_positions": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _pointer, _pointer, _long, _int),
     "random_k_positions": (*_TABLE, _pointer, _pointer, _pointer, _int),
     "qsgd_extract": (_int, _pointer, *_TABLE, _pointer, _pointer, _long, _long, _int, _int, _int),
-    "qsgd_add": (_int, _pointer, *_TABLE, _pointer, _long, _long, _int, _double, _int),
+    "qsgd_decode": (_int, _pointer, *_TABLE, _pointer, _long, _long, _int, _double, _int, _int),
     "natural_extract": (_int, _pointer, *_TABLE, _pointer, _pointer, _int),
-    "natural_add": (_int, _pointer, *_TABLE, _pointer, _double, _int),
+    "natural_decode": (_int, _pointer, *_TABLE, _pointer, _double, _int, _int),
     "cast_extract": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int),
-    "cast_add": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int),
+    "cast_decode": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int, _int),
     "accumulate": (_int, _pointer, *_TABLE, _pointer, _pointer, _int, _pointer, _int, _pointer, _pointer, _int),
     "shift": (_int, _pointer, *_TABLE, _pointer, _double, _pointer, _pointer, _pointer, _int),
     "all_finite": (_int, _pointer, _long, _int),
@@ -54,6 +56,15 @@ def digest_of_sources(folder: Path) -> str:
     """Names the C++ sources in `folder` by their content; setup.py compiles it in. Empty when there are none."""
     files = sorted(f for f in folder.glob("*") if f.suffix in (".cpp", ".h"))
     return hashlib.blake2b(b"".join(f.name.encode() + b"\0" + f.read_bytes() for f in files), digest_size=8).hexdigest() if files else ""
+
+
+def _fork_of_torch() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch is linked with, which the runtimes of GCC, LLVM and Intel have; None without."""
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # loaded long since
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 class Library:
@@ -68,10 +79,13 @@ class Library:
             for name, arguments in _SIGNATURES.items():
                 function = getattr(self._library, f"hvd_ecsgd_{name}")
                 function.argtypes, function.restype = arguments, _long
+            use_openmp = self._library.hvd_ecsgd_use_openmp
+            use_openmp.argtypes, use_openmp.restype = (_pointer,), None
         except AttributeError as error:
             raise OSError(f"{path} was built from other sources: {error}") from None
         if built_from != (expected := digest_of_sources(path.parent / "csrc")) and expected:
             raise OSError(f"{path} was built from other sources than those in {path.parent / 'csrc'}")
+        use_openmp(_fork_of_torch())
 
     def call(self, name: str, *arguments: object) -> int:
         """What the kernel returns: 0 or a count; -1 - i when the payload of segment i is wrong. MemoryError when there is not enough."""

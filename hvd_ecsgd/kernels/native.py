@@ -55,43 +55,43 @@ class Native:
     def sign_extract_(self, payload: torch.Tensor, l2: bool, block: int | None) -> None:
         self._call("sign_extract", *self._buffer, payload.data_ptr(), l2, block or 0)
 
-    def sign_add_(self, payload: torch.Tensor, block: int | None, alpha: float) -> None:
-        self._call("sign_add", *self._buffer, payload.data_ptr(), block or 0, alpha)
+    def sign_decode_(self, payload: torch.Tensor, block: int | None, alpha: float, add: bool) -> None:
+        self._call("sign_decode", *self._buffer, payload.data_ptr(), block or 0, alpha, add)
 
     def ternary_extract_(self, payload: torch.Tensor, l2: bool) -> None:
         self._call("ternary_extract", *self._buffer, payload.data_ptr(), l2)
 
-    def ternary_add_(self, payload: torch.Tensor, alpha: float) -> None:
-        self._call("ternary_add", *self._buffer, payload.data_ptr(), alpha)
+    def ternary_decode_(self, payload: torch.Tensor, alpha: float, add: bool) -> None:
+        self._call("ternary_decode", *self._buffer, payload.data_ptr(), alpha, add)
 
     def qsgd_extract_(self, payload: torch.Tensor, seeds: Sequence[int], levels: int, bucket: int, bits: int, largest: bool) -> None:
         """`seeds`: of torch's generator, one for each segment. `largest`: the norm is the largest magnitude, else ℓ2."""
         of = np.array(seeds, np.uint64)
         self._call("qsgd_extract", *self._buffer, payload.data_ptr(), _address(of), levels, bucket, bits, largest)
 
-    def qsgd_add_(self, payload: torch.Tensor, levels: int, bucket: int, bits: int, alpha: float) -> None:
-        self._call("qsgd_add", *self._buffer, payload.data_ptr(), levels, bucket, bits, alpha)
+    def qsgd_decode_(self, payload: torch.Tensor, levels: int, bucket: int, bits: int, alpha: float, add: bool) -> None:
+        self._call("qsgd_decode", *self._buffer, payload.data_ptr(), levels, bucket, bits, alpha, add)
 
     def natural_extract_(self, payload: torch.Tensor, seeds: Sequence[int]) -> None:
         of = np.array(seeds, np.uint64)
         self._call("natural_extract", *self._buffer, payload.data_ptr(), _address(of))
 
-    def natural_add_(self, payload: torch.Tensor, alpha: float) -> None:
-        self._call("natural_add", *self._buffer, payload.data_ptr(), alpha)
+    def natural_decode_(self, payload: torch.Tensor, alpha: float, add: bool) -> None:
+        self._call("natural_decode", *self._buffer, payload.data_ptr(), alpha, add)
 
     def cast_extract_(self, payload: torch.Tensor, limit: float) -> None:
         """`limit`: magnitudes beyond it are sent as that; inf for none. `payload`: float16 or bfloat16."""
         self._call("cast_extract", *self._buffer, payload.data_ptr(), payload.dtype == torch.bfloat16, limit)
 
-    def cast_add_(self, payload: torch.Tensor, alpha: float) -> None:
-        self._call("cast_add", *self._buffer, payload.data_ptr(), payload.dtype == torch.bfloat16, alpha)
+    def cast_decode_(self, payload: torch.Tensor, alpha: float, add: bool) -> None:
+        self._call("cast_decode", *self._buffer, payload.data_ptr(), payload.dtype == torch.bfloat16, alpha, add)
 
     def block_top_k_extract_(self, payload: torch.Tensor, block: int, k_full: int, k_last: Counts) -> None:
         """`k_last`: entries of each segment's last block when it is shorter than `block`, else 0."""
         self._call("block_top_k_extract", *self._buffer, payload.data_ptr(), block, k_full, _address(k_last))
 
-    def block_top_k_add_(self, payload: torch.Tensor, block: int, k_full: int, k_last: Counts, alpha: float) -> None:
-        self._call("block_top_k_add", *self._buffer, payload.data_ptr(), block, k_full, _address(k_last), alpha)
+    def block_top_k_decode_(self, payload: torch.Tensor, block: int, k_full: int, k_last: Counts, alpha: float, add: bool) -> None:
+        self._call("block_top_k_decode", *self._buffer, payload.data_ptr(), block, k_full, _address(k_last), alpha, add)
 
     def accumulate_(
         self,
@@ -154,10 +154,10 @@ class Native:
         """`values` ← the entries at `positions`, which become zero."""
         self._call("positions_take", *self._buffer, _address(counts), positions.data_ptr(), values.data_ptr())
 
-    def add_at_(self, counts: Counts, positions: torch.Tensor, values: torch.Tensor, alpha: float) -> None:
-        """The entries at `positions` += alpha·values."""
+    def decode_at_(self, counts: Counts, positions: torch.Tensor, values: torch.Tensor, alpha: float, add: bool) -> None:
+        """The entries at `positions` += alpha·values; or these, and zeros elsewhere."""
         given = min(positions.numel(), values.numel())
-        self._call("positions_add", *self._buffer, _address(counts), positions.data_ptr(), values.data_ptr(), alpha, given)
+        self._call("positions_decode", *self._buffer, _address(counts), positions.data_ptr(), values.data_ptr(), alpha, add, given)
 
 
 def common_type(tensors: Sequence[torch.Tensor]) -> torch.dtype | None:

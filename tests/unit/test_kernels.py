@@ -23,6 +23,7 @@ from hvd_ecsgd.compressors import QSGD, BlockTopK, Cast, Natural, RandomK, Sign,
 from hvd_ecsgd.errors import CompressionError
 from hvd_ecsgd.kernels import native, reference
 from hvd_ecsgd.kernels.library import VARIANTS, Library, chosen
+from hvd_ecsgd.protocols import decode_sum_
 from hvd_ecsgd.segments import Key, Segments
 
 REPO = Path(__file__).resolve().parents[2]
@@ -118,6 +119,10 @@ class Expected:
         with native.forced(None):
             self.rest, self.payload = self.extracted()
             self.sums = self.added(self.payload)
+            zeros = torch.full_like(self.v, 7.0)
+            segments.zero_(zeros)
+            compressor.add_(zeros, self.payload, segments, KEY)
+        assert same(self.sums[1], zeros), "assigning is adding to zeros, and what is outside of the table is not touched"
 
     def extracted(self) -> tuple[torch.Tensor, torch.Tensor]:
         rest = self.v.clone()
@@ -129,6 +134,8 @@ class Expected:
         for alpha in (1.0, 1 / 3):
             sums.append(values("gaussian", self.v.numel(), self.v.dtype, 9))
             self.compressor.add_(sums[-1], payload, self.segments, KEY, alpha)
+            sums.append(torch.full_like(self.v, 7.0))
+            self.compressor.assign_(sums[-1], payload, self.segments, KEY, alpha)
         return sums
 
     def differences(self) -> list[str]:
@@ -187,6 +194,39 @@ def test_long_segments_and_threads_change_nothing(compressor: Any) -> None:
                 assert n > 1 or not expected.differences(), kind
             torch.set_num_threads(1)
         assert all(same(a, b) for other in bits[1:] for a, b in zip(bits[0], other, strict=True)), kind
+
+
+class Doubled(Sign):
+    """A user's own, derived from one that assigns, which decodes in its own way."""
+
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        super().add_(out, payload, segments, key, 2 * alpha)
+
+
+class Wrapped:
+    """One that is all of another but for `add_`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(Sign(), name)
+
+    def add_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float = 1.0) -> None:
+        Sign().add_(out, payload, segments, key, 2 * alpha)
+
+
+@pytest.mark.parametrize("kind", [Doubled, Wrapped])
+def test_a_compressor_that_only_adds_is_added_to_zeros(kind: Any) -> None:
+    """Whatever the result held; what lies outside of the table is not touched. Control: one that assigns."""
+    segments, v = table([9, 640], torch.float32), values("gaussian", 649, torch.float32)
+    payload = Sign().extract_(v, segments.piece(0, 2), KEY)
+    results = []
+    for compressor in (kind(), Sign()):
+        results.append(torch.full((649,), 7.0))
+        decode_sum_(results[-1], compressor, segments.piece(0, 2), [(payload, KEY), (payload, KEY)], 0.5)
+    left, right = (torch.cat([result[s.start : s.stop] for s in segments.piece(0, 2)]) for result in results)
+    assert torch.equal(left, 2 * right)
+    assert all(bool((result[s.start : s.stop] == 7.0).all()) for result in results for s in segments.piece(1, 2))
+    decode_sum_(results[0], kind(), segments, [])
+    assert not results[0].any()
 
 
 @compiled

@@ -81,43 +81,49 @@ int64_t block_top_k_extract(void* buffer_, const Segment* table, int64_t n, uint
     return DONE;
 }
 
-// The chosen entries += values·alpha. Positions of each block must ascend below its length.
+// Zeros, or what is there, and at the chosen entries values·alpha more. Positions of each block must ascend below its length.
 template <class T>
-int64_t block_top_k_add(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last,
-                        double alpha_, int threads) {
+int64_t block_top_k_decode(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last,
+                           double alpha, int add, int threads) {
     T* out = static_cast<T*>(out_);
-    const T alpha = static_cast<T>(alpha_);
+    const Into<T> into(table, n, alpha, add);
     std::vector<int64_t> before(n + 1, 0);
     for (int64_t s = 0; s < n; ++s) before[s + 1] = before[s] + table[s].numel / block * k_full + k_last[s];
     const uint8_t* positions = payload + before[n] * sizeof(T);
     const auto tiles = tiles_of(table, n, block * std::max<int64_t>(1, TILE / block));
     std::vector<uint8_t> wrong(tiles.size(), 0);
-    const auto each = [&](int64_t t, auto f) ISA {
+    const auto place_of = [&](int64_t i) {
+        uint16_t place;
+        std::memcpy(&place, positions + i * 2, 2);
+        return static_cast<int64_t>(place);
+    };
+    const auto each_block = [&](int64_t t, auto f) ISA {  // f(begin, width, first entry, entries)
         const Tile& tile = tiles[t];
         for (int64_t begin = tile.begin; begin < tile.end; begin += block) {
-            const int64_t width = std::min(block, tile.end - begin), at = before[tile.segment] + begin / block * k_full;
-            const int64_t k = width == block ? k_full : k_last[tile.segment];
-            int64_t previous = -1;
-            for (int64_t i = at; i < at + k; ++i) {
-                uint16_t place;
-                std::memcpy(&place, positions + i * 2, 2);
-                f(begin, width, i, previous, static_cast<int64_t>(place));
-                previous = place;
-            }
+            const int64_t width = std::min(block, tile.end - begin);
+            f(begin, width, before[tile.segment] + begin / block * k_full, width == block ? k_full : k_last[tile.segment]);
         }
     };
-    threads = useful(threads, before[n]);
-    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
-        each(t, [&](int64_t, int64_t width, int64_t, int64_t previous, int64_t place) { wrong[t] |= place <= previous || place >= width; });
+    parallel_for(tiles.size(), useful(threads, before[n]), [&](int64_t t) ISA {
+        each_block(t, [&](int64_t, int64_t width, int64_t at, int64_t k) ISA {
+            int64_t previous = -1;
+            for (int64_t i = at; i < at + k; previous = place_of(i), ++i) wrong[t] |= place_of(i) <= previous || place_of(i) >= width;
+        });
     });
     for (size_t t = 0; t < tiles.size(); ++t)
         if (wrong[t]) return -1 - tiles[t].segment;
-    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
-        T* p = out + table[tiles[t].segment].start;
-        each(t, [&](int64_t begin, int64_t, int64_t i, int64_t, int64_t place) {
-            T value;
-            std::memcpy(&value, payload + i * sizeof(T), sizeof(T));
-            p[begin + place] += value * alpha;
+    parallel_for(tiles.size(), useful(threads, add ? before[n] : elements(table, n)), [&](int64_t t) ISA {
+        std::vector<T> zeros(add ? 0 : block, T(0));
+        each_block(t, [&](int64_t begin, int64_t width, int64_t at, int64_t k) ISA {
+            T *there = out + table[tiles[t].segment].start + begin, *p = add ? there : zeros.data();
+            for (int64_t i = at; i < at + k; ++i) {
+                T value;
+                std::memcpy(&value, payload + i * sizeof(T), sizeof(T));
+                p[place_of(i)] += value * into.alpha;
+            }
+            if (add) return;
+            into.copy(there, p, width);
+            for (int64_t i = at; i < at + k; ++i) p[place_of(i)] = 0;
         });
     });
     return DONE;

@@ -117,28 +117,54 @@ int64_t cast_extract(void* buffer_, const Segment* table, int64_t n, uint16_t* p
     return DONE;
 }
 
+// The N elements from i on, of n; behind the last there are zeros.
+INLINE static Lanes<float>::V widened_halves(const uint16_t* from, int64_t i, int64_t n, bool brain) {
+    constexpr int N = Lanes<float>::N;
+    uint16_t halves[N];
+    if (i + N > n) {
+        std::fill(halves, halves + N, uint16_t{0});
+        std::copy(from + i, from + n, halves);
+        from = halves;
+        i = 0;
+    }
+#if VARIANT_LEVEL == 2
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    return reinterpret_cast<Lanes<float>::V>(brain ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16) : _mm512_castps_si512(_mm512_cvtph_ps(raw)));
+#elif VARIANT_LEVEL == 1
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    return reinterpret_cast<Lanes<float>::V>(brain ? _mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16) : _mm256_castps_si256(_mm256_cvtph_ps(raw)));
+#else
+    Lanes<float>::V values;
+    for (int j = 0; j < N; ++j) {
+        const uint32_t bits = static_cast<uint32_t>(from[i + j]) << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof bits);
+        values[j] = brain ? value : of_float16(from[i + j]);
+    }
+    return values;
+#endif
+}
+
 template <class T>
-int64_t cast_add(void* out_, const Segment* table, int64_t n, const uint16_t* payload, int brain, double alpha, int threads) {
+int64_t cast_decode(void* out_, const Segment* table, int64_t n, const uint16_t* payload, int brain, double alpha, int add, int threads) {
     T* out = static_cast<T*>(out_);
+    const Into<T> into(table, n, alpha, add);
     const auto first = offsets_of(table, n, 1);
     const auto tiles = tiles_of(table, n);
     parallel_for(tiles.size(), useful(threads, first[n]), [&](int64_t t) ISA {
-        using L = Lanes<T>;
         const Tile& tile = tiles[t];
-        const auto factor = L::all(static_cast<T>(alpha));
-        T* p = out + table[tile.segment].start + tile.begin;
         const uint16_t* sent = payload + first[tile.segment] + tile.begin;
         const int64_t numel = tile.end - tile.begin;
-        for (int64_t i = 0; i < numel; i += 64) {
-            const int64_t count = std::min<int64_t>(64, numel - i);
-            uint16_t halves[64] = {};
-            float wide[64];
-            T values[64];
-            std::copy(sent + i, sent + i + count, halves);
-            widen(halves, wide, brain);
-            for (int j = 0; j < 64; ++j) values[j] = static_cast<T>(wide[j]);
-            replace_each(p + i, count, [&](auto v, int64_t j) ISA { return fused(L::load(values + j), factor, v); });
-        }
+        into.put(out + table[tile.segment].start + tile.begin, numel, [&](int64_t i) ISA {
+            if constexpr (sizeof(T) == 4) {
+                return widened_halves(sent, i, numel, brain);
+            } else {  // half a vector of floats
+                const auto floats = widened_halves(sent, i, numel, brain);
+                typename Lanes<T>::V values;
+                for (int j = 0; j < Lanes<T>::N; ++j) values[j] = static_cast<T>(floats[j]);
+                return values;
+            }
+        });
     });
     return DONE;
 }

@@ -48,6 +48,14 @@ inline std::vector<Tile> tiles_of(const Segment* table, int64_t n, int64_t size 
     return tiles;
 }
 
+// first[s]: the first tile of segment s, of n.
+inline std::vector<int64_t> first_tiles(const std::vector<Tile>& tiles, int64_t n) {
+    std::vector<int64_t> first(n, 0);
+    for (size_t t = 0; t < tiles.size(); ++t)
+        if (tiles[t].begin == 0) first[tiles[t].segment] = t;
+    return first;
+}
+
 inline int64_t elements(const Segment* table, int64_t n) {
     int64_t total = 0;
     for (int64_t s = 0; s < n; ++s) total += table[s].numel;
@@ -65,6 +73,20 @@ inline std::vector<int64_t> offsets_of(const int64_t* counts, int64_t n) {
     std::vector<int64_t> offsets(n + 1, 0);
     std::partial_sum(counts, counts + n, offsets.begin() + 1);
     return offsets;
+}
+
+// Calls first(t) for the tiles of a few segments, then between(s) for each of these, then second(t): what the first pass has read is in a cache still.
+template <class First, class Between, class Second>
+void in_two_passes(const std::vector<Tile>& tiles, int threads, First first, Between between, Second second) {
+    constexpr int64_t AT_ONCE = 1 << 19;
+    const int64_t n = tiles.size();
+    for (int64_t begin = 0, end = 0; begin < n; begin = end) {
+        for (int64_t numel = 0; end < n && (numel < AT_ONCE || tiles[end].segment == tiles[end - 1].segment); ++end) numel += tiles[end].end - tiles[end].begin;
+        parallel_for(end - begin, threads, [&](int64_t i) { first(begin + i); });
+        for (int64_t t = begin; t < end; ++t)
+            if (tiles[t].begin == 0) between(tiles[t].segment);
+        parallel_for(end - begin, threads, [&](int64_t i) { second(end - 1 - i); });
+    }
 }
 
 inline int useful(int threads, int64_t elements) { return elements < WORTH_THREADS ? 1 : threads; }

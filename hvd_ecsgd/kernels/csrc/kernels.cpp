@@ -117,23 +117,23 @@ EXPORT const char* hvd_ecsgd_sources() { return HVD_ECSGD_SOURCES; }
 
 KERNEL(sign_extract, (int type, void* buffer, TABLE, uint8_t* payload, int l2, int64_t block, int threads),
        (buffer, table, n, payload, l2, block, threads))
-KERNEL(sign_add, (int type, void* out, TABLE, const uint8_t* payload, int64_t block, double alpha, int threads),
-       (out, table, n, payload, block, alpha, threads))
+KERNEL(sign_decode, (int type, void* out, TABLE, const uint8_t* payload, int64_t block, double alpha, int add, int threads),
+       (out, table, n, payload, block, alpha, add, threads))
 KERNEL(ternary_extract, (int type, void* buffer, TABLE, uint8_t* payload, int l2, int threads), (buffer, table, n, payload, l2, threads))
-KERNEL(ternary_add, (int type, void* out, TABLE, const uint8_t* payload, double alpha, int threads), (out, table, n, payload, alpha, threads))
+KERNEL(ternary_decode, (int type, void* out, TABLE, const uint8_t* payload, double alpha, int add, int threads), (out, table, n, payload, alpha, add, threads))
 KERNEL(positions_take, (int type, void* buffer, TABLE, const int64_t* counts, const uint32_t* positions, void* values, int threads),
        (buffer, table, n, counts, positions, values, threads))
-KERNEL(positions_add,
-       (int type, void* out, TABLE, const int64_t* counts, const uint32_t* positions, const void* values, double alpha, int64_t given, int threads),
-       (out, table, n, counts, positions, values, alpha, given, threads))
+KERNEL(positions_decode,
+       (int type, void* out, TABLE, const int64_t* counts, const uint32_t* positions, const void* values, double alpha, int add, int64_t given, int threads),
+       (out, table, n, counts, positions, values, alpha, add, given, threads))
 KERNEL(top_k, (int type, const void* buffer, TABLE, const int64_t* counts, uint32_t* positions, int threads),
        (buffer, table, n, counts, positions, threads))
 KERNEL(block_top_k_extract,
        (int type, void* buffer, TABLE, uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last, int threads),
        (buffer, table, n, payload, block, k_full, k_last, threads))
-KERNEL(block_top_k_add,
-       (int type, void* out, TABLE, const uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last, double alpha, int threads),
-       (out, table, n, payload, block, k_full, k_last, alpha, threads))
+KERNEL(block_top_k_decode,
+       (int type, void* out, TABLE, const uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last, double alpha, int add, int threads),
+       (out, table, n, payload, block, k_full, k_last, alpha, add, threads))
 KERNEL(threshold_positions,
        (int type, const void* buffer, TABLE, const uint64_t* keys, const int64_t* sampled, const int64_t* ranks, int64_t* counts, uint32_t* positions,
         int64_t capacity, int threads),
@@ -141,15 +141,15 @@ KERNEL(threshold_positions,
 KERNEL(qsgd_extract,
        (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* seeds, int64_t levels, int64_t bucket, int bits, int largest, int threads),
        (buffer, table, n, payload, seeds, levels, bucket, bits, largest, threads))
-KERNEL(qsgd_add, (int type, void* out, TABLE, const uint8_t* payload, int64_t levels, int64_t bucket, int bits, double alpha, int threads),
-       (out, table, n, payload, levels, bucket, bits, alpha, threads))
+KERNEL(qsgd_decode, (int type, void* out, TABLE, const uint8_t* payload, int64_t levels, int64_t bucket, int bits, double alpha, int add, int threads),
+       (out, table, n, payload, levels, bucket, bits, alpha, add, threads))
 KERNEL(natural_extract, (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* seeds, int threads),
        (buffer, table, n, payload, seeds, threads))
-KERNEL(natural_add, (int type, void* out, TABLE, const uint8_t* payload, double alpha, int threads), (out, table, n, payload, alpha, threads))
+KERNEL(natural_decode, (int type, void* out, TABLE, const uint8_t* payload, double alpha, int add, int threads), (out, table, n, payload, alpha, add, threads))
 KERNEL(cast_extract, (int type, void* buffer, TABLE, uint16_t* payload, int brain, double limit, int threads),
        (buffer, table, n, payload, brain, limit, threads))
-KERNEL(cast_add, (int type, void* out, TABLE, const uint16_t* payload, int brain, double alpha, int threads),
-       (out, table, n, payload, brain, alpha, threads))
+KERNEL(cast_decode, (int type, void* out, TABLE, const uint16_t* payload, int brain, double alpha, int add, int threads),
+       (out, table, n, payload, brain, alpha, add, threads))
 KERNEL(accumulate,
        (int type, void* residual, TABLE, void* momentum, void* displacement, int gradient_type, const void* const* gradients, int point_type,
         const void* const* points, const double* factors, int threads),

@@ -73,8 +73,38 @@ INLINE static Lanes<float>::V of_whole(Codes<float>::Whole c) { return __builtin
 INLINE static Lanes<double>::V of_whole(Codes<double>::Whole c) { return __builtin_convertvector(c, Lanes<double>::V); }
 INLINE static Codes<float>::Whole to_whole(Lanes<float>::V v) { return __builtin_convertvector(v, Codes<float>::Whole); }
 INLINE static Codes<double>::Whole to_whole(Lanes<double>::V v) { return __builtin_convertvector(v, Codes<double>::Whole); }
-INLINE static Lanes<float>::V of_codes(Codes<float>::Code c) { return of_whole(__builtin_convertvector(c, Codes<float>::Whole)); }
-INLINE static Lanes<double>::V of_codes(Codes<double>::Code c) { return of_whole(__builtin_convertvector(c, Codes<double>::Whole)); }
+// (By instructions, since GCC 12 converts these byte by byte.)
+INLINE static Codes<float>::Whole widened(Codes<float>::Code c) {
+#if VARIANT_LEVEL == 2
+    return reinterpret_cast<Codes<float>::Whole>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(c)));
+#elif VARIANT_LEVEL == 1
+    int64_t bits;
+    std::memcpy(&bits, &c, sizeof bits);
+    return reinterpret_cast<Codes<float>::Whole>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits)));
+#elif defined(__x86_64__)
+    int32_t bits;
+    std::memcpy(&bits, &c, sizeof bits);
+    const __m128i zero = _mm_setzero_si128(), bytes = _mm_cvtsi32_si128(bits);
+    return reinterpret_cast<Codes<float>::Whole>(_mm_unpacklo_epi16(_mm_unpacklo_epi8(bytes, zero), zero));
+#else
+    return __builtin_convertvector(c, Codes<float>::Whole);
+#endif
+}
+INLINE static Codes<double>::Whole widened(Codes<double>::Code c) {
+#if VARIANT_LEVEL == 2
+    int64_t bits;
+    std::memcpy(&bits, &c, sizeof bits);
+    return reinterpret_cast<Codes<double>::Whole>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits)));
+#elif VARIANT_LEVEL == 1
+    int32_t bits;
+    std::memcpy(&bits, &c, sizeof bits);
+    return reinterpret_cast<Codes<double>::Whole>(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bits)));
+#else
+    return __builtin_convertvector(c, Codes<double>::Whole);
+#endif
+}
+INLINE static Lanes<float>::V of_codes(Codes<float>::Code c) { return of_whole(widened(c)); }
+INLINE static Lanes<double>::V of_codes(Codes<double>::Code c) { return of_whole(widened(c)); }
 INLINE static Codes<float>::Code to_codes(Lanes<float>::V v) { return __builtin_convertvector(to_whole(v), Codes<float>::Code); }
 INLINE static Codes<double>::Code to_codes(Lanes<double>::V v) { return __builtin_convertvector(to_whole(v), Codes<double>::Code); }
 
@@ -139,6 +169,50 @@ INLINE static void stream(T* p, typename Lanes<T>::V v) {
 #endif
 }
 
+// Where decoded values go: `add` them, times alpha, to what is there, or write them over it. Results larger than a cache do not go through it.
+template <class T>
+struct Into {
+    using L = Lanes<T>;
+    T alpha;
+    bool add, streams;
+
+    Into(const Segment* table, int64_t n, double alpha_, int add_)
+        : alpha(static_cast<T>(alpha_)), add(add_), streams(elements(table, n) * static_cast<int64_t>(sizeof(T)) > (int64_t{1} << 22)) {}
+
+    // p ← from, of n elements
+    INLINE void copy(T* p, const T* from, int64_t n) const {
+        if (!streams) {
+            std::memcpy(p, from, n * sizeof(T));
+            return;
+        }
+        const int64_t past = reinterpret_cast<uintptr_t>(p) % WIDTH / sizeof(T), head = std::min<int64_t>(n, past ? L::N - past : 0);
+        std::copy(from, from + head, p);
+        int64_t i = head;
+        for (; i + L::N <= n; i += L::N) stream(p + i, L::load(from + i));
+        std::copy(from + i, from + n, p + i);
+#if defined(__x86_64__)
+        _mm_sfence();
+#endif
+    }
+
+    // value(i): the vector of the decoded elements from i on, i a multiple of N; behind the last there may be any.
+    template <class F>
+    INLINE void put(T* p, int64_t n, F value) const {
+        const auto factor = L::all(alpha);
+        if (add) {
+            replace_each(p, n, [&](auto v, int64_t i) ISA { return fused(value(i), factor, v); });
+            return;
+        }
+        constexpr int64_t CHUNK = 2048;
+        alignas(WIDTH) T made[CHUNK];
+        for (int64_t begin = 0; begin < n; begin += CHUNK) {
+            const int64_t count = std::min(CHUNK, n - begin);
+            for (int64_t i = 0; i < count; i += L::N) L::store(made + i, fused(value(begin + i), factor, typename L::V{}));
+            copy(p + begin, made, count);
+        }
+    }
+};
+
 // The bits of `test` for up to 64 elements.
 template <class T, class F>
 INLINE static uint64_t test_64(const T* p, F test) {
@@ -192,6 +266,8 @@ struct Sum {
             add_32(rest, f);
         }
     }
+    // |p| or, `squares`, p²
+    INLINE void add_norm(const T* p, int64_t n, bool squares);
     INLINE double total() const {
         double flat[32];
         std::memcpy(flat, lanes, sizeof flat);
@@ -207,14 +283,19 @@ INLINE static D absolute(D v) {
     return reinterpret_cast<D>(reinterpret_cast<M>(v) & (M{} + std::numeric_limits<int64_t>::max()));
 }
 
+template <class T>
+INLINE void Sum<T>::add_norm(const T* p, int64_t n, bool squares) {
+    if (squares)
+        add(p, n, [](auto v) ISA { return v * v; });
+    else
+        add(p, n, [](auto v) ISA { return absolute(v); });
+}
+
 // Σ|p| or, `squares`, Σp² of up to a tile.
 template <class T>
 INLINE static double sum_of(const T* p, int64_t n, bool squares) {
     Sum<T> sum;
-    if (squares)
-        sum.add(p, n, [](auto v) ISA { return v * v; });
-    else
-        sum.add(p, n, [](auto v) ISA { return absolute(v); });
+    sum.add_norm(p, n, squares);
     return sum.total();
 }
 

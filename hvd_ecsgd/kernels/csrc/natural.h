@@ -14,12 +14,12 @@ INLINE static uint8_t rounded_exponent(double v, uint64_t draw) {
 
 // The powers of codes; a NaN of 255, where the bits alone would be inf.
 INLINE static Lanes<float>::V powers_of(Codes<float>::Code code) {
-    const auto whole = __builtin_convertvector(code, Codes<float>::Whole);
+    const auto whole = widened(code);
     return reinterpret_cast<Lanes<float>::V>(whole << 23 | ((whole + 1) >> 8) << 22);
 }
 INLINE static Lanes<double>::V powers_of(Codes<double>::Code code) {
     typedef float Half __attribute__((vector_size(WIDTH / 2)));
-    const auto whole = __builtin_convertvector(code, Codes<double>::Whole);
+    const auto whole = widened(code);
     return __builtin_convertvector(reinterpret_cast<Half>(whole << 23 | ((whole + 1) >> 8) << 22), Lanes<double>::V);
 }
 
@@ -67,8 +67,9 @@ int64_t natural_extract(void* buffer_, const Segment* table, int64_t n, uint8_t*
 }
 
 template <class T>
-int64_t natural_add(void* out_, const Segment* table, int64_t n, const uint8_t* payload, double alpha, int threads) {
+int64_t natural_decode(void* out_, const Segment* table, int64_t n, const uint8_t* payload, double alpha, int add, int threads) {
     T* out = static_cast<T*>(out_);
+    const Into<T> into(table, n, alpha, add);
     const auto first = offsets_of(table, n, 1), bytes = offsets_of(table, n, 8);
     const auto tiles = tiles_of(table, n);
     parallel_for(tiles.size(), useful(threads, first[n]), [&](int64_t t) ISA {
@@ -76,16 +77,15 @@ int64_t natural_add(void* out_, const Segment* table, int64_t n, const uint8_t* 
         const Tile& tile = tiles[t];
         const int64_t numel = tile.end - tile.begin, available = (numel + 7) / 8;
         const uint8_t *codes = payload + first[tile.segment] + tile.begin, *signs = payload + first[n] + bytes[tile.segment] + tile.begin / 8;
-        const auto factor = L::all(static_cast<T>(alpha));
         const auto sign = L::all_bits(static_cast<typename Bits<T>::I>(Bits<T>::SIGN));
-        replace_each(out + table[tile.segment].start + tile.begin, numel, [&](auto v, int64_t i) ISA {
+        into.put(out + table[tile.segment].start + tile.begin, numel, [&](int64_t i) ISA {
             typename Codes<T>::Code code = {};
             if (i + L::N <= numel)
                 std::memcpy(&code, codes + i, sizeof code);
             else
                 for (int j = 0; i + j < numel; ++j) code[j] = codes[i + j];
             const auto negative = mask_of<T>(word_at(signs, i / 8, available) >> i % 8) & sign;
-            return fused(reinterpret_cast<typename L::V>(reinterpret_cast<typename L::M>(powers_of(code)) ^ negative), factor, v);
+            return reinterpret_cast<typename L::V>(reinterpret_cast<typename L::M>(powers_of(code)) ^ negative);
         });
     });
     return DONE;

@@ -1,4 +1,6 @@
-// Threads that wait for work. Not OpenMP: torch brings a runtime of its own, and a second one would neither share its threads nor survive a fork.
+// Threads: torch's, lent by its OpenMP runtime. After their work they look for more for some milliseconds, so threads of our own would have to share the
+// processors with them, and two would be slower than one. Where there is no such runtime, and in a child of fork, which has none of its parent's
+// threads, own threads wait for work.
 #include "common.h"
 
 #include <atomic>
@@ -73,20 +75,35 @@ class Pool {
 std::atomic<bool> busy{false};
 Pool* pool = nullptr;  // never deleted: its threads wait in it until the process ends
 
+using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Fork openmp = nullptr;
+
 void in_a_child() {  // of fork: the threads are the parent's, and a lock may be held by one of them
+    openmp = nullptr;
     pool = nullptr;
     busy = false;
 }
 
+void survive_forks() {
+    static const int once = pthread_atfork(nullptr, nullptr, in_a_child);
+    static_cast<void>(once);
+}
+
 }  // namespace
+
+// GOMP_parallel of the OpenMP runtime that torch uses, or null.
+extern "C" __attribute__((visibility("default"))) void hvd_ecsgd_use_openmp(void* fork) {
+    survive_forks();
+    openmp = reinterpret_cast<Fork>(fork);
+}
 
 void parallel(int64_t n, int threads, void (*task)(void*, int64_t), void* context) {
     Job job{n, task, context};
-    // Two threads of the program at once: the second one works alone.
-    if (threads > 1 && n > 1 && !busy.exchange(true)) {
+    if (threads > 1 && n > 1 && openmp != nullptr) {
+        openmp([](void* given) { static_cast<Job*>(given)->work(); }, &job, static_cast<unsigned>(std::min<int64_t>(threads, n)), 0);
+    } else if (threads > 1 && n > 1 && !busy.exchange(true)) {  // two threads of the program at once: the second one works alone
         if (pool == nullptr) {
-            static const int once = pthread_atfork(nullptr, nullptr, in_a_child);
-            static_cast<void>(once);
+            survive_forks();
             pool = new (std::nothrow) Pool;
         }
         if (pool != nullptr) pool->run(job, static_cast<int>(std::min<int64_t>(threads, n)) - 1);

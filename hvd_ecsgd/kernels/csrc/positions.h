@@ -35,25 +35,46 @@ int64_t positions_take(void* buffer_, const Segment* table, int64_t n, const int
     return DONE;
 }
 
-// The chosen entries += alpha·values, with two roundings, as torch's index_add_ has.
+// Zeros, or what is there, and at the chosen entries alpha·values more, with two roundings, as torch's index_add_ has.
 template <class T>
-int64_t positions_add(void* out_, const Segment* table, int64_t n, const int64_t* counts, const uint32_t* positions, const void* values_, double alpha_,
-                      int64_t given, int threads) {
+int64_t positions_decode(void* out_, const Segment* table, int64_t n, const int64_t* counts, const uint32_t* positions, const void* values_, double alpha,
+                         int add, int64_t given, int threads) {
     T* out = static_cast<T*>(out_);
     const uint8_t* values = static_cast<const uint8_t*>(values_);
-    const T alpha = static_cast<T>(alpha_);
+    const Into<T> into(table, n, alpha, add);
     if (const int64_t wrong = check_positions(table, n, counts, positions, given)) return wrong;
     const auto offsets = offsets_of(counts, n);
-    std::vector<Segment> chosen(n);
-    for (int64_t s = 0; s < n; ++s) chosen[s] = {offsets[s], counts[s]};
-    const auto tiles = tiles_of(chosen.data(), n);
-    parallel_for(tiles.size(), useful(threads, offsets[n]), [&](int64_t t) ISA {
-        const Tile& tile = tiles[t];
-        T* p = out + table[tile.segment].start;
-        for (int64_t i = offsets[tile.segment] + tile.begin; i < offsets[tile.segment] + tile.end; ++i) {
+    const auto each = [&](T* p, int64_t first, int64_t begin, int64_t end) ISA {  // entries [begin, end) of all; p has the element at `first`
+        for (int64_t i = begin; i < end; ++i) {
             T value;
             std::memcpy(&value, values + i * sizeof(T), sizeof(T));
-            p[positions[i]] += alpha * value;
+            p[positions[i] - first] += into.alpha * value;
+        }
+    };
+    if (add) {
+        std::vector<Segment> chosen(n);
+        for (int64_t s = 0; s < n; ++s) chosen[s] = {offsets[s], counts[s]};
+        const auto tiles = tiles_of(chosen.data(), n);
+        parallel_for(tiles.size(), useful(threads, offsets[n]), [&](int64_t t) ISA {
+            const Tile& tile = tiles[t];
+            each(out + table[tile.segment].start, 0, offsets[tile.segment] + tile.begin, offsets[tile.segment] + tile.end);
+        });
+        return DONE;
+    }
+    const auto tiles = tiles_of(table, n);
+    parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
+        constexpr int64_t CHUNK = 4096;
+        alignas(WIDTH) T made[CHUNK];
+        const Tile& tile = tiles[t];
+        const uint32_t *last = positions + offsets[tile.segment + 1], *at = std::lower_bound(positions + offsets[tile.segment], last, tile.begin);
+        for (int64_t begin = tile.begin; begin < tile.end; begin += CHUNK) {
+            const int64_t count = std::min(CHUNK, tile.end - begin);
+            std::fill(made, made + count, T(0));
+            const uint32_t* next = at;
+            while (next < last && *next < begin + count) ++next;
+            each(made, begin, at - positions, next - positions);
+            at = next;
+            into.copy(out + table[tile.segment].start + begin, made, count);
         }
     });
     return DONE;

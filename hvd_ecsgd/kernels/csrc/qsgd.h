@@ -71,8 +71,10 @@ int64_t qsgd_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* pa
 }
 
 template <class T>
-int64_t qsgd_add(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t levels_, int64_t bucket, int bits, double alpha, int threads) {
+int64_t qsgd_decode(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t levels_, int64_t bucket, int bits, double alpha, int add,
+                    int threads) {
     T* out = static_cast<T*>(out_);
+    const Into<T> into(table, n, alpha, add);
     const auto rows = offsets_of(table, n, bucket), bytes = code_offsets(table, n, bits);
     const auto tiles = tiles_of(table, n, 4096);
     parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
@@ -90,17 +92,17 @@ int64_t qsgd_add(void* out_, const Segment* table, int64_t n, const uint8_t* pay
                 codes[4 * i] = packed[i] & 3, codes[4 * i + 1] = packed[i] >> 2 & 3, codes[4 * i + 2] = packed[i] >> 4 & 3, codes[4 * i + 3] = packed[i] >> 6;
         }
         const T levels = static_cast<T>(levels_);
-        const auto most = L::all(levels), factor = L::all(static_cast<T>(alpha));
+        const auto most = L::all(levels);
         for (int64_t begin = tile.begin; begin < tile.end;) {
             const int64_t row = begin / bucket, stop = std::min(tile.end, (row + 1) * bucket);
             T norm;
             std::memcpy(&norm, payload + (rows[tile.segment] + row) * sizeof(T), sizeof(T));
             const auto step = L::all(norm / levels);
             const uint8_t* code = codes + (begin - tile.begin);
-            replace_each(out + table[tile.segment].start + begin, stop - begin, [&](auto v, int64_t i) ISA {
+            into.put(out + table[tile.segment].start + begin, stop - begin, [&](int64_t i) ISA {
                 typename Codes<T>::Code c;
                 std::memcpy(&c, code + i, sizeof c);
-                return fused((of_codes(c) - most) * step, factor, v);
+                return (of_codes(c) - most) * step;
             });
             begin = stop;
         }

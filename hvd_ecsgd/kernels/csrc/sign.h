@@ -35,6 +35,19 @@ INLINE static void pack_negative(const T* p, int64_t n, uint8_t* bytes) {
     each_64(p, n, [](auto v) ISA { return v < 0; }, [&](int64_t i, uint64_t bits, int count) ISA { std::memcpy(bytes + i / 8, &bits, (count + 7) / 8); });
 }
 
+// The same, and Σ|p| or Σp² of up to a tile, as `sum_of` adds.
+template <class T>
+INLINE static double pack_and_sum(const T* p, int64_t n, uint8_t* bytes, bool squares) {
+    constexpr int64_t AT_ONCE = 4096;  // it stays in the first cache
+    Sum<T> sum;
+    for (int64_t i = 0; i < n; i += AT_ONCE) {
+        const int64_t count = std::min(AT_ONCE, n - i);
+        pack_negative(p + i, count, bytes + i / 8);
+        sum.add_norm(p + i, count, squares);
+    }
+    return sum.total();
+}
+
 // p −= ±scale by the signs of p
 template <class T>
 INLINE static void subtract_sign(T* p, int64_t n, T scale) {
@@ -82,42 +95,31 @@ int64_t sign_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* pa
     } else {
         const auto tiles = tiles_of(all.rows.data(), n_rows);
         std::vector<double> sums(tiles.size());
-        parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
-            const Tile& tile = tiles[t];
-            const T* p = buffer + all.rows[tile.segment].start + tile.begin;
-            const int64_t numel = tile.end - tile.begin;
-            pack_negative(p, numel, payload + all.bytes[tile.segment] + tile.begin / 8);
-            sums[t] = sum_of(p, numel, l2);
-        });
-        std::vector<double> totals(n_rows, 0.0);
-        for (size_t t = 0; t < tiles.size(); ++t) totals[tiles[t].segment] += sums[t];
-        for (int64_t r = 0; r < n_rows; ++r)
-            if (all.rows[r].numel) scales[r] = sign_scale<T>(totals[r], all.rows[r].numel, l2);
-        const int64_t last = static_cast<int64_t>(tiles.size()) - 1;
-        parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
-            const Tile& tile = tiles[last - t];  // what was read last is still in the cache
-            subtract_sign(buffer + all.rows[tile.segment].start + tile.begin, tile.end - tile.begin, scales[tile.segment]);
-        });
+        const auto first = first_tiles(tiles, n_rows);
+        in_two_passes(
+            tiles, threads,
+            [&](int64_t t) ISA {
+                const Tile& tile = tiles[t];
+                sums[t] = pack_and_sum(buffer + all.rows[tile.segment].start + tile.begin, tile.end - tile.begin,
+                                       payload + all.bytes[tile.segment] + tile.begin / 8, l2);
+            },
+            [&](int64_t r) {
+                const double total = std::accumulate(&sums[first[r]], &sums[first[r]] + (all.rows[r].numel + TILE - 1) / TILE, 0.0);
+                scales[r] = sign_scale<T>(total, all.rows[r].numel, l2);
+            },
+            [&](int64_t t) ISA {
+                const Tile& tile = tiles[t];
+                subtract_sign(buffer + all.rows[tile.segment].start + tile.begin, tile.end - tile.begin, scales[tile.segment]);
+            });
     }
     std::memcpy(payload, scales.data(), scales.size() * sizeof(T));
     return DONE;
 }
 
-// p += alpha·(±scale) by the bits
 template <class T>
-INLINE static void add_sign(T* p, int64_t n, const uint8_t* bytes, int skip, T scale, T alpha) {
-    using L = Lanes<T>;
-    const auto plus = L::all(scale), minus = L::all(-scale), factor = L::all(alpha);
-    const int64_t available = (n + skip + 7) / 8;
-    replace_each(p, n, [&](auto v, int64_t i) ISA {
-        const uint32_t word = word_at(bytes, (i + skip) / 8, available) >> (i + skip) % 8;
-        return fused(L::select(mask_of<T>(word), minus, plus), factor, v);
-    });
-}
-
-template <class T>
-int64_t sign_add(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t block, double alpha, int threads) {
+int64_t sign_decode(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t block, double alpha, int add, int threads) {
     T* out = static_cast<T*>(out_);
+    const Into<T> into(table, n, alpha, add);
     const SignRows all = sign_rows(table, n, block, sizeof(T));
     const auto tiles = tiles_of(all.rows.data(), all.rows.size());
     // Which bit of its first byte a row begins with.
@@ -130,11 +132,18 @@ int64_t sign_add(void* out_, const Segment* table, int64_t n, const uint8_t* pay
         } while (begin < table[s].numel);
     }
     parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
+        using L = Lanes<T>;
         const Tile& tile = tiles[t];
         T scale;
         std::memcpy(&scale, payload + tile.segment * sizeof(T), sizeof(T));
-        add_sign(out + all.rows[tile.segment].start + tile.begin, tile.end - tile.begin, payload + all.bytes[tile.segment] + tile.begin / 8,
-                 skips[tile.segment], scale, static_cast<T>(alpha));
+        const auto plus = L::all(scale), minus = L::all(-scale);
+        const uint8_t* bytes = payload + all.bytes[tile.segment] + tile.begin / 8;
+        const int skip = skips[tile.segment];
+        const int64_t numel = tile.end - tile.begin, available = (numel + skip + 7) / 8;
+        into.put(out + all.rows[tile.segment].start + tile.begin, numel, [&](int64_t i) ISA {
+            const uint32_t word = word_at(bytes, (i + skip) / 8, available) >> (i + skip) % 8;
+            return L::select(mask_of<T>(word), minus, plus);
+        });
     });
     return DONE;
 }

@@ -34,40 +34,48 @@ int64_t ternary_extract(void* buffer_, const Segment* table, int64_t n, uint8_t*
     threads = useful(threads, elements(table, n));
     const auto tiles = tiles_of(table, n);
     const auto bytes = offsets_of(table, n, 4);
+    const auto first = first_tiles(tiles, n);
     std::vector<double> sums(tiles.size());
     std::vector<int64_t> counts(tiles.size());
-    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
-        const Tile& tile = tiles[t];
-        const T* p = buffer + table[tile.segment].start + tile.begin;
-        counts[t] = pack_ternary(p, tile.end - tile.begin, payload + n * sizeof(T) + bytes[tile.segment] + tile.begin / 4);
-        sums[t] = sum_of(p, tile.end - tile.begin, l2);
-    });
-    std::vector<double> totals(n, 0.0);
-    std::vector<int64_t> nonzero(n, 0);
-    for (size_t t = 0; t < tiles.size(); ++t) {
-        totals[tiles[t].segment] += sums[t];
-        nonzero[tiles[t].segment] += counts[t];
-    }
     std::vector<T> scales(n, T(0));
-    for (int64_t s = 0; s < n; ++s)
-        if (table[s].numel) scales[s] = sign_scale<T>(totals[s], std::max<int64_t>(1, nonzero[s]), l2);
-    const int64_t last = static_cast<int64_t>(tiles.size()) - 1;
-    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
-        using L = Lanes<T>;
-        const Tile& tile = tiles[last - t];
-        const T scale = scales[tile.segment];
-        if (!std::isfinite(scale) || scale == 0) return;
-        const auto plus = L::all(scale), minus = L::all(-scale), zero = L::all(0);
-        replace_each(buffer + table[tile.segment].start + tile.begin, tile.end - tile.begin,
-                     [&](auto v, int64_t) ISA { return v - L::select(v < 0, minus, L::select(v > 0, plus, zero)); });
-    });
+    in_two_passes(
+        tiles, threads,
+        [&](int64_t t) ISA {
+            constexpr int64_t AT_ONCE = 4096;  // it stays in the first cache
+            const Tile& tile = tiles[t];
+            const T* p = buffer + table[tile.segment].start;
+            uint8_t* codes = payload + n * sizeof(T) + bytes[tile.segment];
+            Sum<T> sum;
+            for (int64_t i = tile.begin; i < tile.end; i += AT_ONCE) {
+                const int64_t count = std::min(AT_ONCE, tile.end - i);
+                counts[t] += pack_ternary(p + i, count, codes + i / 4);
+                sum.add_norm(p + i, count, l2);
+            }
+            sums[t] = sum.total();
+        },
+        [&](int64_t s) {
+            double total = 0;
+            int64_t nonzero = 0;
+            for (int64_t t = first[s]; t < first[s] + (table[s].numel + TILE - 1) / TILE; ++t) total += sums[t], nonzero += counts[t];
+            scales[s] = sign_scale<T>(total, std::max<int64_t>(1, nonzero), l2);
+        },
+        [&](int64_t t) ISA {
+            using L = Lanes<T>;
+            const Tile& tile = tiles[t];
+            const T scale = scales[tile.segment];
+            if (!std::isfinite(scale) || scale == 0) return;
+            const auto plus = L::all(scale), minus = L::all(-scale), zero = L::all(0);
+            replace_each(buffer + table[tile.segment].start + tile.begin, tile.end - tile.begin,
+                         [&](auto v, int64_t) ISA { return v - L::select(v < 0, minus, L::select(v > 0, plus, zero)); });
+        });
     std::memcpy(payload, scales.data(), scales.size() * sizeof(T));
     return DONE;
 }
 
 template <class T>
-int64_t ternary_add(void* out_, const Segment* table, int64_t n, const uint8_t* payload, double alpha, int threads) {
+int64_t ternary_decode(void* out_, const Segment* table, int64_t n, const uint8_t* payload, double alpha, int add, int threads) {
     T* out = static_cast<T*>(out_);
+    const Into<T> into(table, n, alpha, add);
     const auto tiles = tiles_of(table, n);
     const auto bytes = offsets_of(table, n, 4);
     parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
@@ -75,15 +83,14 @@ int64_t ternary_add(void* out_, const Segment* table, int64_t n, const uint8_t* 
         const Tile& tile = tiles[t];
         T scale;
         std::memcpy(&scale, payload + tile.segment * sizeof(T), sizeof(T));
-        const auto plus = L::all(scale), minus = L::all(-scale), zero = L::all(0 * scale), factor = L::all(static_cast<T>(alpha));
+        const auto plus = L::all(scale), minus = L::all(-scale), zero = L::all(0 * scale);
         const uint8_t* codes = payload + n * sizeof(T) + bytes[tile.segment] + tile.begin / 4;
         const int64_t available = (tile.end - tile.begin + 3) / 4;
-        replace_each(out + table[tile.segment].start + tile.begin, tile.end - tile.begin, [&](auto v, int64_t i) ISA {
+        into.put(out + table[tile.segment].start + tile.begin, tile.end - tile.begin, [&](int64_t i) ISA {
             const uint32_t word = word_at(codes, i / 4, available) >> i % 4 * 2;
             const auto positive = mask_of<T, 2>(word), negative = mask_of<T, 2>(word >> 1);
             // As sign times scale: 3, which nobody writes, is zero.
-            const auto sent = L::select(positive & ~negative, plus, L::select(negative & ~positive, minus, zero));
-            return fused(sent, factor, v);
+            return L::select(positive & ~negative, plus, L::select(negative & ~positive, minus, zero));
         });
     });
     return DONE;
