@@ -1,10 +1,12 @@
 """What a whole step of each method costs in one process: native kernels beside the reference, in units of T, the time of one `e.add_(g)`.
 
-    python benchmarks/kernels.py [--numel 25000000] [--threads 1] [--repeat 9] [--only top_k,one_bit] [--output results/kernels] [--short]
+    python benchmarks/kernels.py [--numel 25000000] [--threads 1] [--repeat 9] [--device cpu] [--only top_k,one_bit] [--output NAME] [--short]
 
 A step is accumulate, extract, send to oneself and decode, through `GradientExchange`, as a training loop of one's own calls it. Native and reference
 steps, and T, take turns, so that what else the machine does meets all of them alike; given are the median, and in JSON the quartiles and the least.
-GB/s is the gradient's bytes by time, beside those of a copy. `--output NAME` writes NAME.json, and NAME.png where matplotlib is installed.
+GB/s is the gradient's bytes by time, beside those of a copy. `of copy`: the three accesses of e += g, which every step makes at least, by the step's
+time, as a share of the bandwidth that a copy was measured to have. `--device cuda`: torch on the GPU, for which there are no compiled kernels; a step
+ends when the GPU has done its work. `--output NAME` writes NAME.json, and NAME.png where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -47,9 +49,13 @@ LAYERS = 10
 QUARTERS = 4
 
 
-def timed(f: Callable[[], object]) -> float:
+def timed(f: Callable[[], object], device: torch.device) -> float:
+    """In seconds."""
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else int
+    wait()
     start = time.perf_counter()
     f()
+    wait()
     return time.perf_counter() - start
 
 
@@ -82,18 +88,18 @@ class Stepper:
         return (wrong / sum(float(g.square().sum()) for g in self._gradients.values())) ** 0.5
 
 
-def measure(name: str, numel: int, repeat: int) -> dict[str, Any]:
+def measure(name: str, numel: int, repeat: int, device: torch.device) -> dict[str, Any]:
     """A row of the table: times of native and reference, of T and of a copy."""
     side = max(2, int((numel / LAYERS) ** 0.5))
     generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(side, side, generator=generator) for _ in range(LAYERS)]
-    flat, other = torch.zeros(side * side * LAYERS), torch.zeros(side * side * LAYERS)
-    kinds = {"native": native.native_library(), "reference": None}
+    gradients = [torch.randn(side, side, generator=generator).to(device) for _ in range(LAYERS)]
+    flat, other = (torch.zeros(side * side * LAYERS, device=device) for _ in range(2))
+    kinds = {"native": native.native_library() if device.type == "cpu" else None, "reference": None}
     steppers = {kind: Stepper(METHODS[name](), gradients, library) for kind, library in kinds.items() if kind == "reference" or library is not None}
     times: dict[str, list[float]] = {kind: [] for kind in (*steppers, "T", "copy")}
     for i in range(repeat + 1):
-        round_of = {"T": timed(lambda: flat.add_(other)), "copy": timed(lambda: other.copy_(flat))}
-        round_of |= {kind: timed(step) for kind, step in steppers.items()}
+        round_of = {"T": timed(lambda: flat.add_(other), device), "copy": timed(lambda: other.copy_(flat), device)}
+        round_of |= {kind: timed(step, device) for kind, step in steppers.items()}
         for kind, seconds in round_of.items() if i else ():  # the first step allocates
             times[kind].append(seconds)
     step = steppers.get("native", steppers["reference"])
@@ -102,6 +108,8 @@ def measure(name: str, numel: int, repeat: int) -> dict[str, Any]:
     row: dict[str, Any] = {"method": name, "seconds": {kind: spread(t) for kind, t in times.items()}, "error": step.error()}
     row["T"] = {kind: statistics.median(t) / one for kind, t in times.items()}
     row["GB/s"] = {kind: n_bytes / statistics.median(t) / 1e9 for kind, t in times.items()}
+    copy = 2 / statistics.median(times["copy"])
+    row["of copy"] = {kind: 3 / statistics.median(times[kind]) / copy for kind in steppers}
     row["bytes"] = step.exchange.compression.traffic.payload // (repeat + 1)
     return row
 
@@ -132,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--numel", type=int, default=25_000_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--only", default="", help=f"some of {', '.join(METHODS)}, with commas between")
     parser.add_argument("--output", type=Path, help="where to write NAME.json and NAME.png")
     parser.add_argument("--short", action="store_true", help="a small model and two steps: whether it runs, not how fast")
@@ -142,22 +151,30 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := [name for name in chosen if name not in METHODS]:
         parser.error(f"--only: {unknown[0]!r} is none of {', '.join(METHODS)}")
     torch.set_num_threads(given.threads)
-    library = native.native_library()
-    print(f"{given.numel / 1e6:g} M float32, {given.threads} thread(s), kernels: {library.variant if library else 'reference only'}")
-    print(f"{'method':24}{'native':>9}{'reference':>11}{'copy':>7}  T   {'GB/s':>6}{'copy':>6}{'error':>8}{'bytes':>12}")
+    device = torch.device(given.device)
+    library = native.native_library() if device.type == "cpu" else None
+    where = "" if device.type == "cpu" else f" on {given.device}"
+    print(f"{given.numel / 1e6:g} M float32{where}, {given.threads} thread(s), kernels: {library.variant if library else 'reference only'}")
+    print(f"{'method':24}{'native':>9}{'reference':>11}{'copy':>7}  T   {'GB/s':>6}{'copy':>6}{'of copy':>9}{'error':>8}{'bytes':>12}")
     rows = []
     for name in chosen:
-        rows.append(row := measure(name, given.numel, given.repeat))
+        rows.append(row := measure(name, given.numel, given.repeat, device))
         ours, speed = row["T"].get("native", float("nan")), row["GB/s"].get("native", row["GB/s"]["reference"])
         error = "" if row["error"] is None else f"{row['error']:.3f}"
         print(
             f"{name:24}{ours:9.2f}{row['T']['reference']:11.2f}{row['T']['copy']:7.2f}      {speed:6.2f}{row['GB/s']['copy']:6.2f}"
-            f"{error:>8}{row['bytes']:12}",
+            f"{row['of copy'].get('native', row['of copy']['reference']):9.1%}{error:>8}{row['bytes']:12}",
             flush=True,
         )
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"numel": given.numel, "threads": given.threads, "variant": library.variant if library else None, "torch": torch.__version__}
+        facts = {
+            "numel": given.numel,
+            "device": given.device,
+            "threads": given.threads,
+            "variant": library.variant if library else None,
+            "torch": torch.__version__,
+        }
         given.output.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1))
         if not plotted(rows, given.output.with_suffix(".png")):
             print("no plot, as matplotlib is not installed", file=sys.stderr)

@@ -1,0 +1,221 @@
+"""What can be found out on a machine with one GPU, part by part, in one table and one file. launch/gpu_check.sh starts it:
+
+    python tests/gpu/check.py [--device cuda|cpu] [--short] [--dry-run] [--seconds 480] [--output results/gpu_check.json]
+
+A part that fails does not end the others. With `--device cpu` every part runs on the CPU in the GPU's place, which shows whether the check itself
+works. Ends with status 1 when a part failed, 2 when nothing was tried, as there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+NOT_HERE = {
+    "NCCL between two GPUs": "one GPU cannot hold two NCCL ranks",
+    "unmodified Horovod on a GPU": "Horovod is not carried: it must be compiled against this torch and CUDA",
+}
+"""What no run of this check can find out, and why."""
+SHORT = ("random_block", "top_k", "double_squeeze", "detached")
+
+
+class NotRun(Exception):
+    """Why a part could not be tried."""
+
+
+class Failed(Exception):
+    """What was wrong."""
+
+
+@dataclass
+class Part:
+    """`run(seconds)` returns figures, or raises `NotRun` or `Failed`; `command` is what it amounts to."""
+
+    name: str
+    command: str
+    limit: float
+    """In seconds."""
+    run: Callable[[float], dict[str, Any]]
+    result: str = "not run"
+    said: str = ""
+    seconds: float = 0.0
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def started(command: Sequence[str], seconds: float) -> str:
+    """What the command printed. Raises `Failed` when it does not end, or ends with another status than 0."""
+    try:
+        done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout or b""
+        raise Failed(f"not over after {seconds:.0f} s; {_end(said.decode(errors='replace') if isinstance(said, bytes) else said)}") from None
+    if done.returncode:
+        raise Failed(_end(done.stdout))
+    return done.stdout
+
+
+def _end(text: str) -> str:
+    return text.strip()[-2000:] or "it printed nothing"
+
+
+def tests_that_skip(device: str) -> Part:
+    """Those of the test suite that need a GPU; on the CPU those of the same files that do not."""
+    chosen = "gpu or cuda" if device == "cuda" else "test_a_gpu or test_cuda or cpu"
+    files = ["tests/mpi/test_gpu.py", "tests/property/test_definitions.py", "tests/property/test_packing.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
+
+    def run(seconds: float) -> dict[str, Any]:
+        said = started(command, seconds)
+        counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped)", said.strip().splitlines()[-1])}
+        reasons = sorted(set(re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", said, re.MULTILINE)))
+        return {**counts, "why skipped": reasons}
+
+    return Part("tests that need a GPU", " ".join([*command[:-1], f"'{chosen}'"]), 100, run)
+
+
+def ranks(name: str, n: int, program: str, device: str, only: Sequence[str], limit: float) -> Part:
+    """A program of this folder on n ranks that share the GPU."""
+    path = f"tests/gpu/{program}.py"
+
+    def run(seconds: float) -> dict[str, Any]:
+        try:
+            from tests.ranks import mpirun
+        except ImportError as error:
+            raise NotRun(f"{error.name} is not installed") from error
+        try:
+            said = mpirun(n, path, device, *only, timeout=seconds, env={"MPI_BACKEND_CUDA_AWARE": "0"})
+        except AssertionError as error:
+            raise Failed(_end(str(error))) from None
+        rows: dict[str, Any] = json.loads(re.findall(r"^RESULT (.*)$", said, re.MULTILINE)[-1])
+        if not rows:
+            raise Failed("no method was tried")
+        if wrong := [row for row, found in rows.items() if not found["good"]]:
+            raise Failed(f"{len(wrong)} of {len(rows)} methods: " + "; ".join(f"{row}: {rows[row]}" for row in wrong[:5]))
+        bits = sum(row.get("promised") == "bits" for row in rows.values())
+        return {"methods": len(rows), **({"bits of the CPU": bits} if bits else {}), "rows": rows}
+
+    return Part(name, f"mpirun -n {n} python {path} {' '.join([device, *only])}", limit, run)
+
+
+def bench(device: str, short: bool) -> Part:
+    command = [sys.executable, "benchmarks/kernels.py", "--device", device]
+
+    def run(seconds: float) -> dict[str, Any]:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            started([*command, *(["--short"] if short else []), "--output", f"{folder}/kernels"], seconds)
+            rows = json.loads((Path(folder) / "kernels.json").read_text())["rows"]
+        steps = {row["method"]: {"in T": row["T"].get("native", row["T"]["reference"]), "of copy": max(row["of copy"].values())} for row in rows}
+        return {"copy in GB/s": 2 * rows[0]["GB/s"]["copy"], "steps": steps}
+
+    return Part("kernels", " ".join([*command, *(["--short"] if short else [])]), 90, run)
+
+
+def parts_of(device: str, short: bool) -> list[Part]:
+    only = SHORT if short else ()
+    return [
+        tests_that_skip(device),
+        ranks("every method, 2 ranks", 2, "program_methods", device, only, 130),
+        ranks("every method, 3 ranks", 3, "program_methods", device, only, 130),
+        ranks("streams, autocast, scaler", 2, "program_training", device, only, 70),
+        bench(device, short),
+    ]
+
+
+def machine() -> tuple[dict[str, Any], str]:
+    """Facts for the file, and why there is no GPU ('' where there is one)."""
+    facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
+    try:
+        import torch
+    except ImportError:
+        return facts, "torch is not installed"
+    facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
+    if not torch.cuda.is_available():
+        return facts, "no GPU: torch.cuda.is_available() is False"
+    about = torch.cuda.get_device_properties(0)
+    return facts | {"gpu": about.name, "GiB": round(about.total_memory / 2**30, 1), "processors": about.multi_processor_count}, ""
+
+
+def go_through(parts: Sequence[Part], seconds: float) -> None:
+    """Run all, within so many seconds together."""
+    end = time.monotonic() + seconds
+    for part in parts:
+        left = end - time.monotonic()
+        if left < 5:
+            part.said = f"the {seconds:g} s of the whole check were over"
+            continue
+        print(f"== {part.name}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        try:
+            part.figures, part.result = part.run(min(part.limit, left)), "passed"
+        except NotRun as error:
+            part.said = str(error)
+        except Failed as error:
+            part.result, part.said = "FAILED", str(error)
+        except Exception as error:
+            part.result, part.said = "FAILED", repr(error)
+        except BaseException as error:  # of pytest's, where mpirun or mpi4py is missing
+            if type(error).__name__ != "Skipped":
+                raise
+            part.said = str(error)
+        part.seconds = time.monotonic() - start
+
+
+def _summary(part: Part) -> str:
+    if part.said:
+        return part.said.splitlines()[-1][:110]
+    shown = {what: value for what, value in part.figures.items() if isinstance(value, int | float)}
+    return ", ".join(f"{what} {value:.4g}" for what, value in shown.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--short", action="store_true", help="few methods, and small sizes")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run")
+    parser.add_argument("--seconds", type=float, default=480.0, help="for all parts together")
+    parser.add_argument("--output", type=Path, default=REPO / "results" / "gpu_check.json")
+    given = parser.parse_args(arguments)
+    parts = parts_of(given.device, given.short)
+    if given.dry_run:
+        for part in parts:
+            print(f"{part.name:28}{part.limit:5.0f} s  {part.command}")
+        return 0
+    facts, missing = machine()
+    if missing and (given.device == "cuda" or "torch" not in facts):
+        for part in parts:
+            part.said = missing
+    else:
+        go_through(parts, given.seconds)
+    print(f"\n{'part':28}{'result':9}{'seconds':>8}  ")
+    for part in parts:
+        print(f"{part.name:28}{part.result:9}{part.seconds:8.1f}  {_summary(part)}")
+    for what, why in NOT_HERE.items():
+        print(f"{what:28}{'not run':9}{'':8}  {why}")
+    if steps := parts[-1].figures.get("steps"):
+        print(f"\nwhole step: {'T':>18}{'of copy':>10}      (T: one e.add_(g))")
+        for name, row in steps.items():
+            print(f"{name:24}{row['in T']:6.2f}{row['of copy']:10.1%}")
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{key: getattr(part, key) for key in ("name", "command", "result", "seconds", "said", "figures")} for part in parts]
+    given.output.write_text(
+        json.dumps({"device": given.device, "short": given.short, "machine": facts, "parts": rows, "not run": NOT_HERE}, indent=1)
+    )
+    print(f"\nwritten to {given.output}")
+    return 1 if any(part.result == "FAILED" for part in parts) else 2 if all(part.result == "not run" for part in parts) else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPO))
+    sys.exit(main())
