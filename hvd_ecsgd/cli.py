@@ -1,4 +1,4 @@
-"""The `hvd-ecsgd` command: what is installed, which methods there are, and the papers' comparisons."""
+"""The `hvd-ecsgd` command: what is installed, which methods there are, which to take, and the papers' comparisons."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from inspect import getdoc, isfunction
 from pathlib import Path
 
+from .advisor import add_arguments, advise
 from .compression import Compression
 from .presets import needs_attach
 from .reproduce import PAPERS, reproduce
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=(getdoc(command) or "").split("\n")[0])
+    add_arguments(
+        commands.add_parser("advise", help="On the ranks of a job: say which method this model should be trained with on this network, or none.")
+    )
     again = commands.add_parser("reproduce", help="Run the central comparison of a paper, and say where its claims hold here.")
     again.add_argument("paper", choices=list(PAPERS))
     again.add_argument("--seeds", type=int, default=None, help="default 3; with --full 5, with --smoke 1")
@@ -73,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how_much.add_argument("--full", action="store_true", help="larger models, more steps and seeds: up to hours")
     how_much.add_argument("--smoke", action="store_true", help="seconds, to see that it runs; the figures mean nothing")
     options = parser.parse_args(arguments)
+    if options.command == "advise":
+        return advise(options)
     if options.command != "reproduce":
         return COMMANDS[options.command]()
     seeds = options.seeds if options.seeds is not None else 5 if options.full else 1 if options.smoke else 3

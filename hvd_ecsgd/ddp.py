@@ -104,7 +104,12 @@ class DDPHook:
             settings=lambda bucket: self.compression.attached.settings(self.compression.method, bucket),
             transport=transport,
         )
-        aggregator = Aggregator(state, also={"optimizer": "DistributedDataParallel's hook"}, statistics=self.compression.statistics)
+        aggregator = Aggregator(
+            state,
+            also={"optimizer": "DistributedDataParallel's hook"},
+            statistics=self.compression.statistics,
+            averages=self.compression.averages,
+        )
         self.compression.adopt(aggregator, self)
         self._step = StepExchange(aggregator, transport, Inline(), None, bytes)
         transport.lend_to(self)

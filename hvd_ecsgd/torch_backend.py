@@ -88,6 +88,7 @@ def shutdown() -> None:
 
 
 def is_initialized() -> bool:
+    """Between `init` and `shutdown`."""
     return _network is not None
 
 
@@ -98,10 +99,12 @@ def _connected() -> TorchTransport:
 
 
 def rank() -> int:
+    """This process's number in the job, from 0 on. Raises `TransportError` before `init`, as all below do."""
     return _connected().rank
 
 
 def size() -> int:
+    """How many processes the job has."""
     return _connected().size
 
 
@@ -112,6 +115,7 @@ def local_rank() -> int:
 
 
 def local_size() -> int:
+    """How many processes of the job are on this machine, as torchrun counts them."""
     _connected()
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -193,7 +197,7 @@ def broadcast(tensor: torch.Tensor, root_rank: int, name: str | None = None) -> 
 
 def barrier() -> None:
     """Return when every rank has come here."""
-    allreduce_(torch.zeros(1, device="cpu"), name="barrier")
+    allreduce_(torch.zeros(1, dtype=torch.float32, device="cpu"), name="barrier")
 
 
 def broadcast_object(obj: T, root_rank: int = 0, name: str | None = None) -> T:

@@ -61,7 +61,7 @@ class TorchTransport:
         members = _ranks(group)
         made = _made.setdefault(dist.group.WORLD, {}).setdefault(tuple(members), [])
         if made:
-            gone = torch.tensor([t._user() is None for t in made], dtype=torch.uint8)
+            gone = torch.tensor([t._user() is None for t in made], dtype=torch.uint8, device="cpu")
             for transport, everywhere in zip(made, torch.stack(made[0].allgather(gone, "lent", [len(made)] * len(members)).wait()).all(0).tolist()):
                 if everywhere:
                     return transport
@@ -93,7 +93,7 @@ class TorchTransport:
         if len(rows) != self.size or rows[self.rank] != t.shape[0]:
             raise TransportError(f"all-gather '{name}': sizes {rows} must be {self.size} numbers, of which this rank's is {t.shape[0]}.")
         width = math.prod(t.shape[1:]) * t.element_size()  # as bytes: every type travels alike
-        sent = torch.empty(max(rows) * width, dtype=torch.uint8) if len(set(rows)) > 1 else _bytes(t)
+        sent = torch.empty(max(rows) * width, dtype=torch.uint8, device="cpu") if len(set(rows)) > 1 else _bytes(t)
         if len(set(rows)) > 1:
             sent[: t.nbytes].copy_(_bytes(t))
         parts = [torch.empty_like(sent) for _ in rows]
@@ -106,7 +106,7 @@ class TorchTransport:
             raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be {self.size} numbers that add up to {t.shape[0]} rows.")
         width = math.prod(t.shape[1:]) * t.element_size()
         rows = self._swapped(splits) if received is None else list(received)
-        came = torch.empty(sum(rows) * width, dtype=torch.uint8)
+        came = torch.empty(sum(rows) * width, dtype=torch.uint8, device="cpu")
         sizes = [width * n for n in rows]
         work = dist.all_to_all_single(came, _bytes(t), sizes, [width * n for n in splits], group=self._group, async_op=True)
         return _TorchHandle(name, work, lambda: [_rows(part, t) for part in torch.split(came, sizes)])
@@ -116,14 +116,14 @@ class TorchTransport:
         return _TorchHandle(name, dist.broadcast(t, group_src=root, group=self._group, async_op=True), lambda: t)
 
     def _everybodys(self, number: int) -> list[int]:
-        numbers = torch.empty(self.size, dtype=torch.int64)
-        dist.all_gather([numbers[r : r + 1] for r in range(self.size)], torch.tensor([number], dtype=torch.int64), group=self._group)
+        numbers = torch.empty(self.size, dtype=torch.int64, device="cpu")
+        dist.all_gather([numbers[r : r + 1] for r in range(self.size)], torch.tensor([number], dtype=torch.int64, device="cpu"), group=self._group)
         return [int(n) for n in numbers]
 
     def _swapped(self, numbers: Sequence[int]) -> list[int]:
         """One to each rank, one from each."""
-        came = torch.empty(self.size, dtype=torch.int64)
-        dist.all_to_all_single(came, torch.tensor(numbers, dtype=torch.int64), group=self._group)
+        came = torch.empty(self.size, dtype=torch.int64, device="cpu")
+        dist.all_to_all_single(came, torch.tensor(numbers, dtype=torch.int64, device="cpu"), group=self._group)
         return [int(n) for n in came]
 
 

@@ -82,6 +82,13 @@ def test_steps_on_ranks_of_one_host(tmp_path: Path) -> None:
     assert (tmp_path / "s.svg").stat().st_size > 1000
 
 
+def test_predictions_beside_measured_steps(tmp_path: Path) -> None:
+    arguments = ("--short", "--methods", "none", "top_k(100)", "--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.svg"))
+    assert "within 25 %" in mpirun(2, REPO / "benchmarks" / "predictions.py", *arguments)
+    check_tables(tmp_path / "p.json", "none", "top_k(100)")
+    assert set(json.loads((tmp_path / "p.json").read_text())["predicted"]) == {"none", "top_k(100)"}
+
+
 def test_hosts_are_refused_twice_and_taken_away_after_ctrl_c_and_a_killed_launcher(lab: str, tmp_path: Path) -> None:
     assert netlab(lab, "up", "2", "1gbit").returncode == 0
     again = netlab(lab, "up", "2", "1gbit")

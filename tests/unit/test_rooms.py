@@ -61,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "torch_backend": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "ddp": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "gradient_exchange": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
+    "advisor": {"gradient_exchange", "optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "checkpoint": {*IN_CORE, *BELOW_CORE},
 }
 # The package itself and the command line may import every room.
