@@ -27,22 +27,29 @@ die() {   # $1: what is wrong; further arguments: lines with the remedy
 }
 
 # guarded COMMAND…: run it in a process group of its own, which ends when this script ends, however that comes (Ctrl-C, kill, a closed terminal).
-GUARDED=
-guarded() {
+# start_guarded COMMAND…: the same, without waiting for it; STARTED is what `finish_guarded` waits for.
+GUARDED=   # the groups there are, each after a space
+start_guarded() { set -m; "$@" </dev/null & STARTED=$!; set +m; GUARDED+=" $STARTED"; }
+finish_guarded() {   # $1: the group; the status is its command's
     local status=0
-    set -m; "$@" </dev/null & GUARDED=$!; set +m
-    wait "$GUARDED" || status=$?
-    GUARDED=
+    wait "$1" || status=$?
+    GUARDED=${GUARDED/ $1/}
     return "$status"
+}
+guarded() { start_guarded "$@"; finish_guarded "$STARTED"; }
+signal_guarded() {   # $1: the signal; fails when no process is left
+    local group there=1
+    for group in $GUARDED; do if kill "-$1" -- "-$group" 2>/dev/null; then there=0; fi; done
+    return "$there"
 }
 end_guarded() {   # $1: exit status
     trap '' INT TERM HUP
-    if [ -n "$GUARDED" ]; then
-        kill -TERM -- "-$GUARDED" 2>/dev/null || true
+    if signal_guarded TERM; then
         local deadline=$((SECONDS + END_AFTER))
-        while [ "$SECONDS" -lt "$deadline" ] && kill -0 -- "-$GUARDED" 2>/dev/null; do sleep 0.2; done
-        kill -KILL -- "-$GUARDED" 2>/dev/null || true
-        wait "$GUARDED" 2>/dev/null || true
+        while [ "$SECONDS" -lt "$deadline" ] && signal_guarded 0; do sleep 0.2; done
+        signal_guarded KILL || true
+        # shellcheck disable=SC2086  # one argument for each
+        wait $GUARDED 2>/dev/null || true
     fi
     exit "$1"
 }

@@ -7,13 +7,14 @@
 #   VENV=… PYTHON=… MPI=system TORCH_SPEC=…       as in launch/quickstart.sh
 #
 # Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1. Tests of one process run on all cores,
-# those that start ranks one after the other; each part ends with its slowest tests. The first time takes about 20 minutes on 2 cores, 4 of them to
-# build Horovod; later that is there.
+# those that start ranks one after the other. Tests that mostly wait (for a time limit, Slurm, a network that is cut) run beside those of one process,
+# and what these print comes after them. Each part ends with its slowest tests. The first time takes at most 20 minutes on 2 cores, 4 of them to build
+# Horovod; later that is there.
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-case "${1:-}" in -h|--help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+case "${1:-}" in -h|--help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 setup_venv dev
 cd "$REPO"
@@ -21,17 +22,41 @@ export HVD_ECSGD_REQUIRE_ALL=1   # a missing mpirun or Horovod fails the tests t
 export PYTHONUNBUFFERED=1
 
 table='' failed=0
+enter() {   # $1: name  $2: passed or FAILED  $3: seconds
+    [ "$2" = passed ] || failed=1
+    table+=$(printf '%-40s %-8s %6d' "$1" "$2" "$3")$'\n'
+}
 part() {   # $1: name  then: the command
     local name=$1 start=$SECONDS result=passed
     shift
     say "$name"
-    guarded "$@" || { result=FAILED; failed=1; }
-    table+=$(printf '%-40s %-8s %6d' "$name" "$result" $((SECONDS - start)))$'\n'
+    guarded "$@" || result=FAILED
+    enter "$name" "$result" $((SECONDS - start))
+}
+
+# The same in two: `start_guarded kept NAME COMMAND…` begins, and `show NAME GROUP` waits for the end and says what came of it.
+KEPT=$(mktemp -d)
+trap 'rm -rf "$KEPT"' EXIT
+# shellcheck disable=SC2329  # start_guarded calls it
+kept() {
+    local name=$1 start=$SECONDS result=passed
+    shift
+    "$@" >"$KEPT/$name" 2>&1 || result=FAILED
+    printf '%s %s' "$result" $((SECONDS - start)) >"$KEPT/$name, result"
+}
+show() {
+    local result=FAILED seconds=0
+    say "$1"
+    finish_guarded "$2" || true
+    if [ -f "$KEPT/$1, result" ]; then read -r result seconds <"$KEPT/$1, result" || true; fi
+    cat "$KEPT/$1"
+    enter "$1" "$result" "$seconds"
 }
 
 ALONE=(tests/unit tests/property tests/convergence)
+WAITING=(tests/launch tests/mpi/test_failure.py tests/mpi/test_cut_link.py)
 if [ "$#" -gt 0 ]; then NOTHING_FITS=5; fi   # pytest's status when the arguments leave no test of a part
-# shellcheck disable=SC2329  # `part` calls it
+# shellcheck disable=SC2329  # so it does this, for the parts
 tests() { python -m pytest --durations=25 --durations-min=1 "$@" || [ $? = "${NOTHING_FITS:-}" ]; }
 
 part 'launch/install_horovod.sh' launch/install_horovod.sh
@@ -39,8 +64,14 @@ part 'ruff check .' ruff check .
 part 'ruff format --check .' ruff format --check .
 part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
 part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun benchmarks/netlab.sh .ci/run
-part 'pytest, one process' tests "${ALONE[@]}" -n auto --maxprocesses 8 "$@"
-part 'pytest, ranks' tests tests "${ALONE[@]/#/--ignore=}" "$@"
 
+# Ranks that wait leave the cores to tests of one process. Those that work need them: beside others each takes as much longer as the others take.
+start_guarded kept 'pytest, one process' tests "${ALONE[@]}" -n auto --maxprocesses 8 "$@"
+ALONE_STARTED=$STARTED
+part 'pytest, mostly waiting' tests "${WAITING[@]}" "$@"
+show 'pytest, one process' "$ALONE_STARTED"
+part 'pytest, ranks' tests tests "${ALONE[@]/#/--ignore=}" "${WAITING[@]/#/--ignore=}" "$@"
+
+enter all "$([ "$failed" = 0 ] && echo passed || echo FAILED)" "$SECONDS"
 printf '\n%-40s %-8s %6s\n%s' part result seconds "$table"
 exit "$failed"

@@ -135,7 +135,7 @@ FAULTS = (
         "mpi_backend/transport/reduction.py",
         "        if mine.dtype in _HALVES:",
         "        rows = rows[rank:] + rows[:rank]\n        if mine.dtype in _HALVES:",
-        ("tests/mpi/test_mpi_backend.py::test_program[bits-3]",),
+        ("tests/mpi/test_mpi_backend.py::test_programs[transport bits flight-3]",),
         ranks=True,
     ),
     Fault(
@@ -143,7 +143,7 @@ FAULTS = (
         "hvd_ecsgd/optimizer/join.py",
         "if any(note.joined_at != latest.joined_at for note in notes):",
         "if False:",
-        ("tests/mpi/test_mpi_backend.py::test_program[join-2]",),
+        ("tests/mpi/test_mpi_backend.py::test_programs[optimizer join-2]",),
         ranks=True,
     ),
 )

@@ -85,6 +85,7 @@ def rank_environment(env: dict[str, str] | None = None) -> dict[str, str]:
         "PRTE_MCA_hwloc_default_binding_policy": "none",
         "OMPI_MCA_hwloc_base_binding_policy": "none",
         "OMPI_MCA_btl": "^ofi",  # looking for such a network takes Open MPI 5 a second, and is for one-sided communication, which nobody uses here
+        "OMPI_MCA_mpi_yield_when_idle": "1",  # there are more ranks than cores, and other jobs: who waits lets them work
         "OMP_NUM_THREADS": "1",
         "TMPDIR": "/tmp",
     }

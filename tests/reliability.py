@@ -85,10 +85,12 @@ def rows(table: str) -> dict[str, list[str]]:
 
 
 def render(found: dict[str, Results], held: dict[str, list[str]]) -> str:
-    """The table in Markdown, one row for each method of tests/cases.py; what real ranks do, where none did, as in `held`."""
+    """The table in Markdown, one row for each method of tests/cases.py; that of a method with which no ranks ran is as in `held`."""
     lines = ["| method | resume | resize 2 ↔ 3 | overflow | schedule |", "|---|---|---|---|---|"]
     for case in CASES:
-        ran = any(case.name in results[2, 2] for results in found.values())
-        cells = [resume(found, case), resize(found, case)] if ran else held.get(case.name, ["", ""])[:2]
-        lines.append(f"| `{case.name}` | {' | '.join([*cells, overflow(case), schedule(case)])} |")
+        if any(case.name in results[2, 2] for results in found.values()):
+            cells = [resume(found, case), resize(found, case), overflow(case), schedule(case)]
+        else:
+            cells = held.get(case.name, ["not run"])
+        lines.append(f"| `{case.name}` | {' | '.join(cells)} |")
     return "\n".join(lines)

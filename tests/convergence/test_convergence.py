@@ -20,16 +20,16 @@ RATES = (0.01, 0.03, 0.1)
 
 
 def test_feedback_pays() -> None:
-    """500 steps of 4 workers, one seed, each at its best rate of three. Measured: none .36 (η = .1), EF .53 (.01), DEF .72 (.1), dense .77."""
+    """300 steps of 4 workers, one seed, each at its best rate of three. Measured: none .34 (η = .1), EF .47 (.01), DEF .60 (.1), and .50 at .01."""
 
     def short(method: str, lr: float) -> float:
-        return accuracy(METHODS[method], lr, 0, workers=4, batch=32, steps=500)
+        return accuracy(METHODS[method], lr, 0, workers=4, batch=32, steps=300)
 
     none, ef, detached = short("none", 0.1), short("EF", 0.01), short("DEF", 0.1)
-    assert none + 0.1 < ef, (none, ef)
-    assert ef + 0.1 < detached, (ef, detached)
+    assert none + 0.07 < ef, (none, ef)
+    assert ef + 0.07 < detached, (ef, detached)
     at_efs_rate = {method: short(method, 0.01) for method in ("none", "DEF")}
-    assert at_efs_rate["none"] + 0.1 < ef <= at_efs_rate["DEF"], (at_efs_rate, ef)
+    assert at_efs_rate["none"] + 0.07 < ef <= at_efs_rate["DEF"], (at_efs_rate, ef)
 
 
 @pytest.mark.full

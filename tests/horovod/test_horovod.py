@@ -11,12 +11,11 @@ from tests.cases import CASES, COVERING
 from tests.ranks import horovodrun, mpirun
 
 FOLDER = "tests/horovod"
-YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1"}  # three ranks on two cores: let the others work while waiting
 
 
 def passed(launch: Callable[..., str], n: int, program: str, *names: str) -> list[str]:
     """Names of the checks that passed; a failed one makes the program's status non-zero."""
-    return re.findall(r"^passed (\S+)$", launch(n, f"{FOLDER}/{program}", *names, timeout=280, env=YIELD), re.MULTILINE)
+    return re.findall(r"^passed (\S+)$", launch(n, f"{FOLDER}/{program}", *names, timeout=280), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("launch", "n"), [(horovodrun, 2), (mpirun, 3)], ids=["horovodrun-2", "mpirun-3"])

@@ -241,8 +241,11 @@ def test_the_test_script_runs_every_part_after_a_failure_and_says_which_failed(p
     pytest_ = "python -m pytest --durations=25 --durations-min=1"
     assert calls(tmp_path, f"shellcheck {' '.join(str(s.relative_to(REPO)) for s in SCRIPTS)}") == 1
     assert calls(tmp_path, f"{pytest_} tests/unit tests/property tests/convergence -n auto --maxprocesses 8 --full -k this and that") == 1
-    ignored = "--ignore=tests/unit --ignore=tests/property --ignore=tests/convergence"
+    waiting = "tests/launch tests/mpi/test_failure.py tests/mpi/test_cut_link.py"
+    assert calls(tmp_path, f"{pytest_} {waiting} --full -k this and that") == 1
+    ignored = " ".join(f"--ignore={place}" for place in f"tests/unit tests/property tests/convergence {waiting}".split())
     assert calls(tmp_path, f"{pytest_} tests {ignored} --full -k this and that") == 1
+    assert all((REPO / place).exists() for place in waiting.split())
     results = {" ".join(line.split()[:-2]): line.split()[-2] for line in done.stdout.split("part  ")[-1].splitlines()[1:]}
     assert results == {
         "launch/install_horovod.sh": "FAILED",  # no compiler here
@@ -252,7 +255,21 @@ def test_the_test_script_runs_every_part_after_a_failure_and_says_which_failed(p
         "shellcheck": "passed",
         "pytest, one process": "passed",
         "pytest, ranks": "passed",
+        "pytest, mostly waiting": "passed",
+        "all": "FAILED",
     }
+
+
+@pytest.mark.parametrize("place", ["tests/unit", "tests/launch"])
+def test_the_test_script_shows_what_a_part_said_that_ran_beside_another(pretended: dict[str, str], tmp_path: Path, place: str) -> None:
+    """Also of one that fails, and only once; the others pass."""
+    (tmp_path / "refuse").write_text(f"durations-min=1 {place}")
+    (tmp_path / "reason").write_text("what failed, and why\n")
+    done = run(["launch/test.sh"], pretended)
+    assert done.returncode == 1 and done.stdout.count("what failed, and why") == 1, done.stdout
+    results = {line.split("  ")[0]: line.split()[-2] for line in done.stdout.split("part  ")[-1].splitlines()[1:]}
+    failed = {"tests/unit": "pytest, one process", "tests/launch": "pytest, mostly waiting"}[place]
+    assert [name for name, result in results.items() if result == "FAILED" and name.startswith("pytest")] == [failed]
 
 
 @pytest.fixture
@@ -266,11 +283,12 @@ def marker() -> Iterator[str]:
 )
 def test_a_script_that_is_ended_leaves_no_processes(number: signal.Signals, stubborn: bool, marker: str) -> None:
     ignore = "trap '' INT TERM HUP;" if stubborn else ""
-    command = source(f'END_AFTER=2; guarded bash -c "{ignore} sleep {marker} & sleep {marker}; :"; echo not reached')
+    begin = f'bash -c "{ignore} sleep {marker} & sleep {marker}; :"'
+    command = source(f"END_AFTER=2; work() {{ {begin}; }}; start_guarded work; guarded {begin}; echo not reached")
     # As at a terminal, no signal is ignored in the script (a shell's `&`, nohup and some test runners ignore some, and bash cannot undo that).
     script = subprocess.Popen(command, cwd=REPO, start_new_session=True, preexec_fn=heed_signals)
     try:
-        wait_for(lambda: len(sleeping(marker)) == 2)
+        wait_for(lambda: len(sleeping(marker)) == 4)
         script.send_signal(number)
         assert script.wait(30) == 128 + number
         wait_for(lambda: not sleeping(marker))

@@ -31,8 +31,6 @@ def cluster() -> Iterator[Slurm]:
     scratch = folder / "scratch"
     scratch.mkdir()
     variables = {
-        # Slurm believes in more processors than the ranks share here: an MPI that waits must leave them to others.
-        "OMPI_MCA_mpi_yield_when_idle": "1",
         # Ranks that are alone, or killed, leave files behind.
         "TMPDIR": str(scratch),
         "OMPI_MCA_btl_sm_backing_directory": str(scratch),

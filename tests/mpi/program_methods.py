@@ -1,4 +1,4 @@
-"""One rank of: every method over MPI against its simulation (`methods [NAME…]`), or the three-worker counterexample (`counterexample [NAME…]`)."""
+"""One rank of: every method over MPI against its simulation (`methods [NAME…]`), or the counterexample (`counterexample STEPS NAME…`)."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def methods(transport: MPITransport, names: list[str]) -> bool:
 A = torch.tensor([[-3.0, 2.0, 2.0], [2.0, -3.0, 2.0], [2.0, 2.0, -3.0]], dtype=torch.float64)
 
 
-def descend(transport: MPITransport, make: Callable[[], Any], steps: int = 3000) -> tuple[float, int]:
+def descend(transport: MPITransport, make: Callable[[], Any], steps: int) -> tuple[float, int]:
     """‖x‖ after `steps` steps of η = .005 from (1, 1, 1), and -1; or, once it passes 1e6, what it is then, and the step."""
     x = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = DistributedOptimizer(torch.optim.SGD([x], lr=0.005), [("x", x)], make(), transport=transport)
@@ -114,7 +114,7 @@ def descend(transport: MPITransport, make: Callable[[], Any], steps: int = 3000)
     return x.detach().norm().item(), passed
 
 
-def counterexample(transport: MPITransport, names: list[str]) -> bool:
+def counterexample(transport: MPITransport, steps: int, names: list[str]) -> bool:
     for name, make in {
         "identity": lambda: Compression.none,
         "top-1 with feedback": lambda: Compression.top_k(k=1, **ALL),
@@ -122,9 +122,9 @@ def counterexample(transport: MPITransport, names: list[str]) -> bool:
         "random-1 with feedback": lambda: Compression.random_block(3, **ALL),
         "top-1 without feedback": lambda: Compression.top_k(k=1, error_feedback=False, **ALL),
     }.items():
-        if names and name not in names:
+        if name not in names:
             continue
-        norm, passed = descend(transport, make)
+        norm, passed = descend(transport, make, steps)
         if transport.rank == 0:
             print(f"{name}: {norm:.3e} {passed}", flush=True)
     return True
@@ -134,4 +134,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     task, names = sys.argv[1], sys.argv[2:]
     transport = MPITransport()
-    sys.exit(0 if (methods(transport, names) if task == "methods" else counterexample(transport, names)) else 1)
+    sys.exit(0 if (methods(transport, names) if task == "methods" else counterexample(transport, int(names[0]), names[1:])) else 1)

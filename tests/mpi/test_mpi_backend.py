@@ -21,11 +21,16 @@ def concluded(output: str) -> bool:
     return re.search(r"^ok \d+$", output, re.MULTILINE) is not None and "Traceback" not in output
 
 
+def check_programs(names: str, output: str) -> None:
+    """Each began and concluded; the last that began is the one that did not."""
+    assert re.findall(r"^program (\w+)$", output, re.MULTILINE) == names.split() and "Traceback" not in output, output
+    assert len(re.findall(r"^ok \d+$", output, re.MULTILINE)) == len(names.split()), output
+
+
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("program", ["transport", "bits", "flight", "functions", "surface", "state", "optimizer", "join"])
-def test_program(program: str, n: int) -> None:
-    output = mpirun(n, HERE / f"program_{program}.py")
-    assert concluded(output), output
+@pytest.mark.parametrize("names", ["transport bits flight", "functions mismatch surface state", "optimizer join"])
+def test_programs(names: str, n: int) -> None:
+    check_programs(names, mpirun(n, HERE / "programs.py", *names.split()))
 
 
 def test_five_ranks_receive_the_same_bits() -> None:
@@ -51,12 +56,6 @@ def test_an_algorithm_that_differs_between_ranks_or_is_unknown_is_an_error_on_al
     print("ok", hvd.rank())
     """
     assert "ok 0" in mpirun(2, code)
-
-
-@pytest.mark.parametrize("n", [2, 3])
-def test_a_mismatch_is_an_error_on_every_rank(n: int) -> None:
-    output = mpirun(n, HERE / "program_mismatch.py", timeout=60)
-    assert concluded(output), output
 
 
 STALLS = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "0.5", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "2"}
@@ -122,11 +121,18 @@ def test_mpi_without_threads_is_said_and_works() -> None:
     assert "ok 0" in mpirun(2, code)
 
 
-@pytest.mark.parametrize("program", ["transport", "functions", "surface", "state", "optimizer", "join"])
-def test_one_process_without_mpirun(program: str) -> None:
+def test_one_process_without_mpirun() -> None:
     require_mpirun()
-    output = run_job([], HERE / f"program_{program}.py")
-    assert concluded(output), output
+    names = "transport functions surface state optimizer join"
+    check_programs(names, run_job([], HERE / "programs.py", tuple(names.split())))
+
+
+def test_of_several_programs_the_one_that_fails_ends_the_job() -> None:
+    """The control of `check_programs`."""
+    output = mpirun(2, HERE / "programs.py", "crash", "state", expect_failure=True)
+    assert re.findall(r"^program (\w+)$", output, re.MULTILINE) == ["crash"], output
+    with pytest.raises(AssertionError):
+        check_programs("crash state", output)
 
 
 def test_collectives_in_flight_that_share_tags_do_not_pass() -> None:

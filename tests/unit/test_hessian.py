@@ -58,7 +58,7 @@ def columns(row: str) -> list[tuple[str, int, bool, tuple[float, float | None]]]
 def test_the_table(row: str, n: int, same: bool, expected: tuple[float, float | None]) -> None:
     """Exact entries below 1e-12, the others within a factor of three; the rows are each other's controls."""
     problem = Quadratics(n, same=same)
-    x, z = descend(problem, matrices(problem, row), 4000)
+    x, z = descend(problem, matrices(problem, row), 2500)
     assert expected[0] / 3 < x < expected[0] * 3
     if expected[1] is None:
         assert z < 1e-12

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
+from hvd_ecsgd.protocols import Traffic
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, by_name, ids
 from tests.problems import batch, mlp, same_bits, simulate, train, weights
@@ -47,11 +48,19 @@ def test_uncompressed_training_is_training_on_all_data() -> None:
     assert (simulate(2, lambda: Compression.none, dtype=torch.float64)[0] - weights(model)).abs().max() > 1e-3, "control: other data"
 
 
+def counted(make: Callable[[], Any], momentum: float = 0.9) -> list[Traffic]:
+    return simulate(N, make, momentum=momentum, after=lambda model, optimizer, transport: optimizer.compression.traffic)
+
+
+@pytest.fixture(scope="module")
+def dense() -> Traffic:
+    return counted(lambda: Compression.none)[0]
+
+
 @pytest.mark.parametrize("case", CASES, ids=ids)
-def test_traffic_is_counted(case: Case) -> None:
+def test_traffic_is_counted(case: Case, dense: Traffic) -> None:
     """Bytes per worker: what the payloads of twelve steps hold; a compressing method sends less than a dense one."""
-    traffic = simulate(N, case.make, momentum=case.momentum, after=lambda m, o, t: o.compression.traffic)
-    dense = simulate(N, lambda: Compression.none, after=lambda m, o, t: o.compression.traffic)[0]
+    traffic = counted(case.make, case.momentum)
     total = sum(p.numel() for p in mlp().parameters())
     assert dense.payload == 12 * 4 * total
     assert dense.ratio == pytest.approx(1.0)
@@ -67,7 +76,7 @@ def test_traffic_is_counted(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_results_do_not_depend_on_buckets(case: Case) -> None:
     """One bucket per parameter, several, and one for all: the same bits (segments, not buckets, are what compressors see)."""
-    runs = [simulate(N, case.make, momentum=case.momentum, bucket_bytes=b)[0] for b in (0, 1000, 25 * 2**20)]
+    runs = [simulate(N, case.make, range(6), momentum=case.momentum, bucket_bytes=b)[0] for b in (0, 1000, 25 * 2**20)]
     assert same_bits(runs)
 
 
