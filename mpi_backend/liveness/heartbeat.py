@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 _PATIENCE = 2.0  # seconds from telling the rank to end until it is ended from here; as long again from SIGTERM to SIGKILL
@@ -29,115 +30,23 @@ _LAUNCHER = 1.0  # seconds in which a launcher that sees a rank die, or abort, e
 _REPEATS = 3  # a datagram may get lost
 
 
-class Heartbeat:
-    def __init__(self, sock: socket.socket, config: dict[str, Any]) -> None:
-        self.sock = sock
-        self.rank: int = config["rank"]
-        self.timeout: float = config["timeout"]
-        self.names: list[str] = config["names"]
-        self.addresses: list[list[tuple[str, int]]] = [[(host, port) for host, port in some] for some in config["addresses"]]
-        self.token = bytes.fromhex(config["token"])
-        self.parent: int = config["parent"]
-        self.watched = {r for r in neighbours(self.rank, len(self.names)) if self.addresses[r]}
-        self.heard: dict[int, float] = {}
-        self.gone: set[int] = set()
-        self.left = ""  # the counts of this rank, once it has left, or while it waits for the others
-        self.end_at: float | None = None
-        self.reason = ""
-        self.told_at: float | None = None
-        self.killed = False
-        self.pending = b""
-        self.started = time.monotonic()
-        self.warned = False
+class Mail:
+    """Datagrams to the programs of the other ranks, and from them. `addresses`: of each rank, where it may be reached; of some, nowhere."""
 
-    # ---- the loop
+    def __init__(self, sock: socket.socket, rank: int, token: bytes, addresses: list[list[tuple[str, int]]]) -> None:
+        self.sock, self.rank, self.token, self.addresses = sock, rank, token, addresses
 
-    def run(self) -> None:
-        interval = min(0.5, self.timeout / 8)
-        next_beat, last = 0.0, time.monotonic()
-        sources: list[Any] = [self.sock, 0]
-        while True:
-            readable, _, _ = select.select(sources, [], [], interval / 2)
-            now = time.monotonic()
-            if now - last > 1.0 + interval:  # this machine, or this process, stood still: others' silence is our own
-                self.heard = {r: t + (now - last) for r, t in self.heard.items()}
-            last = now
-            if self.sock in readable:
-                self.receive(now)
-            said = self.commands() if 0 in readable else []
-            if "bye" in said:
-                self.send(self.watched, "bye", repeats=_REPEATS)
-                return
-            if "" in said or os.getppid() != self.parent:
-                if self.told_at is None:
-                    self.send(self.everyone(), "dead", self.rank, "ended without shutting down: killed, crashed, or out of memory", repeats=_REPEATS)
-                return
-            if now >= next_beat:
-                next_beat = now + interval
-                self.send(self.watched - self.gone, "beat")
-                if self.left:
-                    self.send(self.everyone(), "left", self.left)
-            self.look_at_the_others(now)
-            self.end(now)
-
-    def commands(self) -> list[str]:
-        """Complete lines from the rank; an empty one for the end of input."""
-        data = os.read(0, 65536)
-        if not data:
-            return [""]
-        *lines, self.pending = (self.pending + data).split(b"\n")
-        said = []
-        for line in lines:
-            command, _, rest = line.decode().partition(" ")
-            if command == "left":
-                self.left = rest
-            elif command == "abort":
-                self.send(self.everyone(), "abort", rest, repeats=_REPEATS)
-            said.append(command or "?")
-        return said
-
-    def look_at_the_others(self, now: float) -> None:
-        for r in self.watched & self.heard.keys() - self.gone:
-            if now - self.heard[r] > self.timeout and not self.reason:
-                why = f"gave no sign of life for {self.timeout:g} seconds: its machine, or the network to it, has failed"
-                self.send(self.everyone(), "dead", r, why, repeats=_REPEATS)
-                self.must_end(f"{self.names[r]} {why}", now)
-        if not self.warned and now - self.started > 2 * self.timeout:
-            self.warned = True
-            unheard = sorted(self.watched - self.heard.keys() - self.gone)
-            if unheard and self.rank < unheard[0]:
-                tried = ", ".join(sorted({host for r in unheard for host, _ in self.addresses[r]}))
-                self.say(
-                    f"no heartbeats come from {', '.join(self.names[r] for r in unheard[:8])}, so a failure of their machines or of the network will "
-                    f"not be noticed. Is UDP to {tried} blocked? MPI_BACKEND_INTERFACE names the interface to use."
-                )
-
-    # ---- datagrams
-
-    def receive(self, now: float) -> None:
+    def received(self) -> Iterator[tuple[str, int, list[Any]]]:
+        """Kind, sender and content of what has come of this job, a thousand at most."""
         for _ in range(1000):
             try:
                 data = self.sock.recv(65536)
             except (BlockingIOError, ConnectionError):
                 return
-            if not data.startswith(self.token):
-                continue
-            kind, sender, *rest = json.loads(data[len(self.token) :])
-            if sender == self.rank:
-                continue
-            self.heard[sender] = now
-            if kind == "bye":
-                self.gone.add(sender)
-            elif kind == "left":
-                self.tell(f"left {sender} {rest[0]}")
-            elif kind == "abort":
-                self.must_end(f"{self.names[sender]} ends the job: {rest[0]}", now + _LAUNCHER)
-            elif kind == "dead":
-                subject, why = rest
-                if subject != self.rank:
-                    self.must_end(f"{self.names[subject]} {why}", now + _LAUNCHER)
-                else:
-                    self.must_end(f"{self.names[sender]} has ended the job, because this rank {why}", now + _LAUNCHER)
+            if data.startswith(self.token):
+                kind, sender, *content = json.loads(data[len(self.token) :])
+                if sender != self.rank:
+                    yield kind, sender, content
 
     def send(self, ranks: set[int], kind: str, *content: object, repeats: int = 1) -> None:
         data = self.token + json.dumps([kind, self.rank, *content]).encode()
@@ -152,20 +61,30 @@ class Heartbeat:
                         pass  # no route, a full buffer: silence is what the others then notice
 
     def everyone(self) -> set[int]:
-        return set(range(len(self.names))) - {self.rank}
+        return set(range(len(self.addresses))) - {self.rank}
 
-    # ---- the end of the rank
 
-    def must_end(self, reason: str, at: float) -> None:
+class End:
+    """The end of the rank, once it must: at its time the rank is told why, after a while it is ended, and after another killed."""
+
+    def __init__(self, name: str, parent: int) -> None:
+        self.name, self.parent = name, parent
+        self.reason = ""
+        self.at: float | None = None
+        self.told_at: float | None = None
+        self.killed = False
+
+    def decide(self, reason: str, at: float) -> None:
+        """The first reason counts."""
         if not self.reason:
-            self.reason, self.end_at = reason, at
+            self.reason, self.at = reason, at
 
-    def end(self, now: float) -> None:
+    def bring(self, now: float) -> None:
         """What is due of: say why, tell the rank, end it, kill it."""
-        if self.end_at is not None and now >= self.end_at:
-            self.end_at, self.told_at = None, now
-            self.say(f"ending, because {self.reason}.")
-            self.tell(f"end {self.reason}")
+        if self.at is not None and now >= self.at:
+            self.at, self.told_at = None, now
+            say(self.name, f"ending, because {self.reason}.")
+            tell(f"end {self.reason}")
         if self.told_at is not None and now - self.told_at > _PATIENCE * (1 + self.killed):
             try:
                 os.kill(self.parent, signal.SIGKILL if self.killed else signal.SIGTERM)
@@ -173,17 +92,119 @@ class Heartbeat:
                 pass
             self.killed = True
 
-    def tell(self, line: str) -> None:
-        try:
-            os.write(1, line.replace("\n", " ").encode() + b"\n")
-        except OSError:
-            pass
 
-    def say(self, text: str) -> None:
-        try:
-            os.write(2, f"mpi_backend: {self.names[self.rank]}: {text}\n".encode())
-        except OSError:
-            pass
+class Heartbeat:
+    def __init__(self, sock: socket.socket, config: dict[str, Any]) -> None:
+        self.rank: int = config["rank"]
+        self.timeout: float = config["timeout"]
+        self.names: list[str] = config["names"]
+        addresses = [[(host, port) for host, port in some] for some in config["addresses"]]
+        self.mail = Mail(sock, self.rank, bytes.fromhex(config["token"]), addresses)
+        self.end = End(self.names[self.rank], config["parent"])
+        self.watched = {r for r in neighbours(self.rank, len(self.names)) if addresses[r]}
+        self.heard: dict[int, float] = {}
+        self.gone: set[int] = set()
+        self.left = ""  # the counts of this rank, once it has left, or while it waits for the others
+        self.pending = b""
+        self.started = time.monotonic()
+        self.warned = False
+
+    # ---- the loop
+
+    def run(self) -> None:
+        interval = min(0.5, self.timeout / 8)
+        next_beat, last = 0.0, time.monotonic()
+        sources: list[Any] = [self.mail.sock, 0]
+        while True:
+            readable, _, _ = select.select(sources, [], [], interval / 2)
+            now = time.monotonic()
+            if now - last > 1.0 + interval:  # this machine, or this process, stood still: others' silence is our own
+                self.heard = {r: t + (now - last) for r, t in self.heard.items()}
+            last = now
+            if self.mail.sock in readable:
+                self.receive(now)
+            said = self.commands() if 0 in readable else []
+            if "bye" in said:
+                self.mail.send(self.watched, "bye", repeats=_REPEATS)
+                return
+            if "" in said or os.getppid() != self.end.parent:
+                if self.end.told_at is None:
+                    self.mail.send(
+                        self.mail.everyone(), "dead", self.rank, "ended without shutting down: killed, crashed, or out of memory", repeats=_REPEATS
+                    )
+                return
+            if now >= next_beat:
+                next_beat = now + interval
+                self.mail.send(self.watched - self.gone, "beat")
+                if self.left:
+                    self.mail.send(self.mail.everyone(), "left", self.left)
+            self.look_at_the_others(now)
+            self.end.bring(now)
+
+    def commands(self) -> list[str]:
+        """Complete lines from the rank; an empty one for the end of input."""
+        data = os.read(0, 65536)
+        if not data:
+            return [""]
+        *lines, self.pending = (self.pending + data).split(b"\n")
+        said = []
+        for line in lines:
+            command, _, rest = line.decode().partition(" ")
+            if command == "left":
+                self.left = rest
+            elif command == "abort":
+                self.mail.send(self.mail.everyone(), "abort", rest, repeats=_REPEATS)
+            said.append(command or "?")
+        return said
+
+    def look_at_the_others(self, now: float) -> None:
+        for r in self.watched & self.heard.keys() - self.gone:
+            if now - self.heard[r] > self.timeout and not self.end.reason:
+                why = f"gave no sign of life for {self.timeout:g} seconds: its machine, or the network to it, has failed"
+                self.mail.send(self.mail.everyone(), "dead", r, why, repeats=_REPEATS)
+                self.end.decide(f"{self.names[r]} {why}", now)
+        if not self.warned and now - self.started > 2 * self.timeout:
+            self.warned = True
+            unheard = sorted(self.watched - self.heard.keys() - self.gone)
+            if unheard and self.rank < unheard[0]:
+                tried = ", ".join(sorted({host for r in unheard for host, _ in self.mail.addresses[r]}))
+                say(
+                    self.names[self.rank],
+                    f"no heartbeats come from {', '.join(self.names[r] for r in unheard[:8])}, so a failure of their machines or of the network will "
+                    f"not be noticed. Is UDP to {tried} blocked? MPI_BACKEND_INTERFACE names the interface to use.",
+                )
+
+    def receive(self, now: float) -> None:
+        for kind, sender, content in self.mail.received():
+            self.heard[sender] = now
+            if kind == "bye":
+                self.gone.add(sender)
+            elif kind == "left":
+                tell(f"left {sender} {content[0]}")
+            elif kind == "abort":
+                self.end.decide(f"{self.names[sender]} ends the job: {content[0]}", now + _LAUNCHER)
+            elif kind == "dead":
+                subject, why = content
+                if subject != self.rank:
+                    self.end.decide(f"{self.names[subject]} {why}", now + _LAUNCHER)
+                else:
+                    self.end.decide(f"{self.names[sender]} has ended the job, because this rank {why}", now + _LAUNCHER)
+
+
+def tell(line: str) -> None:
+    """The rank."""
+    try:
+        os.write(1, line.replace("\n", " ").encode() + b"\n")
+    except OSError:
+        pass
+
+
+def say(name: str, text: str) -> None:
+    """The user, in the name of a rank."""
+    try:
+        os.write(2, f"mpi_backend: {name}: {text}\n".encode())
+    except OSError:
+        pass
 
 
 def neighbours(rank: int, size: int) -> set[int]:
