@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Emulated hosts on one machine: network namespaces with hostnames of their own, on a switch, behind links of a given rate. Needs root.
 #
-#   benchmarks/netlab.sh up N RATE                   make N hosts; RATE as tc writes it (100mbit, 1gbit): of each host's link, each way
+#   benchmarks/netlab.sh up N RATE [--delay MS]      make N hosts; RATE as tc writes it (100mbit, 1gbit): of each host's link, each way
 #   benchmarks/netlab.sh run COMMAND [ARGUMENT …]    run COMMAND under mpirun, one rank on each host
 #   benchmarks/netlab.sh down                        end what runs there, and take the hosts away; no error when there are none
-#   benchmarks/netlab.sh with N RATE COMMAND …       up, run, down: nothing is left, whatever ends the command
+#   benchmarks/netlab.sh with N RATE [--delay MS] COMMAND …    up, run, down: nothing is left, whatever ends the command
 #
+# --delay: milliseconds that a packet takes from one host to another, so a ping takes twice as long. Each host's link is then a small program
+# (delay_line.cpp, which needs a C++ compiler and /dev/net/tun): kernels without netem can do it too.
 # Everything lives in namespaces called NETLAB-host-0 …, NETLAB-switch (variable NETLAB, default netlab), so nothing is added to the machine's own
 # network. In COMMAND, gloo finds its network too (GLOO_SOCKET_IFNAME, MASTER_ADDR), and NETLAB_RATE is the rate in bits per second.
 # Every way of ending but `kill -9` of this script takes away what it has made; after that, `down` does.
@@ -21,7 +23,7 @@ fail() {
 }
 
 usage() {
-    sed -n '/^# /s/^# \{0,1\}//p' "$SELF" | sed -n '1,8p' >&2
+    sed -n '/^# /s/^# \{0,1\}//p' "$SELF" | sed -n '1,7p' >&2
     exit 2
 }
 
@@ -64,22 +66,55 @@ shape() { # namespace device bits
     tc -n "$1" qdisc add dev "$2" root tbf rate "${3}bit" burst "$burst" limit "$limit"
 }
 
+# In DIRECTORY, which is taken away again once it runs.
+build_line() { # directory
+    local compiler=${CXX:-c++}
+    command -v "$compiler" >/dev/null || fail "--delay needs a C++ compiler, and there is no '$compiler'; CXX names another one."
+    [ -c /dev/net/tun ] || fail "--delay needs TUN/TAP, and this machine has no /dev/net/tun: load the module 'tun', or leave --delay out."
+    "$compiler" -std=c++17 -O2 -o "$1/delay_line" "$(dirname "$SELF")/delay_line.cpp" || fail "delay_line.cpp could not be compiled."
+}
+
+# The ends of a host's link, 'cable' there and 'port$i' at the switch.
+link_host() { # number delay-or-nothing directory
+    local i=$1 ready
+    if [ -z "$2" ]; then
+        ip link add cable netns "$NETLAB-host-$i" type veth peer name "port$i" netns "$NETLAB-switch"
+        return
+    fi
+    # It ends with the namespace of the switch, in which it stays.
+    mkfifo "$3/ready$i"
+    "$3/delay_line" "$NETLAB-host-$i" cable "$NETLAB-switch" "port$i" "$2" </dev/null >"$3/ready$i" &
+    disown
+    read -r ready <"$3/ready$i" || fail "the link of host $i could not be made."
+    [ "$ready" = ready ] || fail "the link of host $i could not be made: $ready"
+}
+
 up() {
+    local delay='' directory=''
+    if [ "${3-}" = --delay ]; then
+        [ $# -eq 4 ] || usage
+        [[ $4 =~ ^[0-9]+([.][0-9]+)?$ ]] || fail "the delay is '$4'; expected milliseconds, for example 25."
+        delay=$4
+        set -- "$1" "$2"
+    fi
     [ $# -eq 2 ] || usage
     [[ $1 =~ ^[0-9]+$ ]] && [ "$1" -ge 1 ] && [ "$1" -le 200 ] || fail "the number of hosts is '$1'; expected 1 to 200."
     local n=$1 bits i
     bits=$(bits_of "$2")
     check_machine
     [ -z "$(namespaces)" ] || fail "the namespaces $(namespaces | xargs) are there already; 'netlab.sh down' takes them away, NETLAB=… chooses other names."
-    trap 'trap - EXIT; echo "netlab.sh: the hosts could not be made; taking away what was." >&2; down' EXIT
+    directory=$(mktemp -d)
+    # shellcheck disable=SC2064  # expanded now
+    trap "trap - EXIT; rm -rf '$directory'; echo 'netlab.sh: the hosts could not be made; taking away what was.' >&2; down" EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
+    [ -z "$delay" ] || build_line "$directory"
     ip netns add "$NETLAB-switch"
     ip -n "$NETLAB-switch" link add switch type bridge
     ip -n "$NETLAB-switch" link set switch up
     for ((i = 0; i < n; i++)); do
         ip netns add "$NETLAB-host-$i"
-        ip link add cable netns "$NETLAB-host-$i" type veth peer name "port$i" netns "$NETLAB-switch"
+        link_host "$i" "$delay" "$directory"
         ip -n "$NETLAB-switch" link set "port$i" master switch
         ip -n "$NETLAB-host-$i" addr add "$NETWORK.$((i + 1))/24" dev cable
         ip -n "$NETLAB-host-$i" link set lo up
@@ -88,6 +123,7 @@ up() {
         ip -n "$NETLAB-switch" link set "port$i" up
         ip -n "$NETLAB-host-$i" link set cable up
     done
+    rm -rf "$directory"
     trap - EXIT INT TERM HUP
 }
 
@@ -95,11 +131,13 @@ rate() {
     tc -n "$NETLAB-host-0" -j qdisc show dev cable | sed -n 's/.*"rate":\([0-9]*\).*/\1/p' | awk '{ printf "%.0f\n", 8 * $1 }'
 }
 
-# Everything that runs on the hosts.
+# Everything that runs on the hosts; with the argument 'links' the links too.
 end_processes() {
     local name tries pids signal=-TERM
     for ((tries = 0; tries < 100; tries++)); do
-        pids=$(for name in $(namespaces); do ip netns pids "$name" || true; done)
+        pids=$(for name in $(namespaces); do
+            [[ $name == *-switch && ${1-} != links ]] || ip netns pids "$name" || true
+        done)
         [ -n "$pids" ] || return 0
         [ "$tries" -lt 10 ] || signal=-KILL
         # shellcheck disable=SC2086  # one argument for each
@@ -111,7 +149,7 @@ end_processes() {
 
 down() {
     check_machine
-    end_processes
+    end_processes links
     local name
     for name in $(namespaces); do
         ip netns del "$name"
@@ -129,8 +167,14 @@ run() { run_and end_processes "$@"; }
 
 with() {
     [ $# -ge 3 ] || usage
-    up "$1" "$2"
-    shift 2
+    if [ "$3" = --delay ]; then
+        [ $# -ge 5 ] || usage
+        up "$1" "$2" "$3" "$4"
+        shift 4
+    else
+        up "$1" "$2"
+        shift 2
+    fi
     run_and down "$@"
 }
 

@@ -24,24 +24,27 @@ __all__ = ["Row", "add_arguments", "meet", "slowest", "start_gloo", "wire_bytes"
 
 @dataclass
 class Row:
-    """Measurements of one thing, in seconds. `limit`: what the wire alone would take; None where its rate is not known."""
+    """Measurements of one thing, in seconds. `limit`: what the wire alone would take; None where its rate is not known. `kernels`: what the processor
+    alone would take beyond the step without it, of a method."""
 
     name: str
     limit: float | None = None
     seconds: list[float] = field(default_factory=list)
+    kernels: float | None = None
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
     def plain(self) -> dict[str, Any]:
-        return {"name": self.name, "limit": self.limit, "median": self.median, "seconds": self.seconds}
+        return {"name": self.name, "limit": self.limit, "median": self.median, "kernels": self.kernels, "seconds": self.seconds}
 
     def __str__(self) -> str:
         times = (
             f"{self.name:<28} {1e3 * self.median:9.2f} ms  ({1e3 * min(self.seconds):.2f} … {1e3 * max(self.seconds):.2f}, {len(self.seconds)} times)"
         )
-        return times if not self.limit else f"{times}  wire {1e3 * self.limit:.2f} ms, × {self.median / self.limit:.2f}"
+        times += f"  wire {1e3 * self.limit:.2f} ms, × {self.median / self.limit:.2f}" if self.limit else ""
+        return times if self.kernels is None else f"{times}  kernels {1e3 * self.kernels:.0f} ms"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,8 @@
 
 The model is ten square linear layers. Rows take turns, in one run: in each round every row makes its model, warms up, and takes a few steps. A step's
 time is that of the slowest rank. `wire`: the bytes that the row's steps moved over the busiest host's link (as the system counts them, headers
-and all) ÷ its rate. On ranks of one host there is no wire.
+and all) ÷ its rate. On ranks of one host there is no wire. `kernels`: what a step of the method among one worker, which sends nothing, takes longer
+than compute alone, on all ranks at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mpi_backend as hvd
 from hvd_ecsgd import Compression
+from hvd_ecsgd import DistributedOptimizer as one_worker
 from hvd_ecsgd import ddp as ddp_hook
 
 hvd.init()
@@ -40,6 +43,7 @@ Make = Callable[[torch.nn.Module], Step]
 METHODS: dict[str, Callable[[], Any]] = {
     "none": lambda: Compression.none,
     "fp16": lambda: Compression.fp16,
+    "bf16": lambda: Compression.bf16(),
     "random_block(64)": lambda: Compression.random_block(64),
     "detached(64)": lambda: Compression.detached(64),
     "double_squeeze()": lambda: Compression.double_squeeze(),
@@ -82,6 +86,11 @@ def ddp_with_our_hook(model: torch.nn.Module, method: str) -> Step:
     return stepped(wrapped, optimizer)
 
 
+def alone(model: torch.nn.Module, method: str) -> Step:
+    """The method among one worker."""
+    return stepped(model, one_worker(plain(model), model.named_parameters(), METHODS[method]()))
+
+
 def ours(model: torch.nn.Module, method: str) -> Step:
     return stepped(model, hvd.DistributedOptimizer(plain(model), model.named_parameters(), compression=METHODS[method]()))
 
@@ -114,7 +123,9 @@ def horovod_running(needed: bool) -> Iterator[None]:
 
 
 def all_rows() -> dict[str, Make]:
-    rows: dict[str, Make] = {"compute alone": compute_alone, "DDP dense": ddp, "DDP fp16 hook": partial(ddp, hook=default_hooks.fp16_compress_hook)}
+    hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+    rows: dict[str, Make] = {"compute alone": compute_alone, "DDP dense": ddp}
+    rows |= {f"DDP {name} hook": partial(ddp, hook=hook) for name, hook in hooks.items()}
     rows |= {f"ours {method}": partial(ours, method=method) for method in METHODS}
     rows |= {f"DDP {method}": partial(ddp_with_our_hook, method=method) for method in METHODS}
     if importlib.util.find_spec("horovod") is not None:
@@ -124,8 +135,12 @@ def all_rows() -> dict[str, Make]:
 
 DEFAULT = [
     *("compute alone", "DDP dense", "DDP fp16 hook", "ours none", "ours fp16", "ours random_block(64)", "ours detached(64)", "ours double_squeeze()"),
-    *("ours power_sgd(1)", "Horovod none", "Horovod random_block(64)"),
+    *("ours bf16", "ours power_sgd(1)", "Horovod none", "Horovod fp16", "Horovod random_block(64)"),
 ]
+
+
+WARM_UP = 4
+"""Steps before those that are measured: connections, buffers, and what optimizers check in their first three steps only."""
 
 
 def measure(make: Make, width: int, layers: int, batch: int, steps: int) -> tuple[list[float], float]:
@@ -134,7 +149,7 @@ def measure(make: Make, width: int, layers: int, batch: int, steps: int) -> tupl
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(layers)))
     x = torch.randn(batch, width)
     step = make(model)
-    for _ in range(2):
+    for _ in range(WARM_UP):
         step(x)
     meet(comm)
     before, seconds = wire_bytes(), []
@@ -156,6 +171,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="measured ones, for each row in each round")
+    parser.add_argument("--kernels", action="store_true", help="measure the processor's part of each method too")
     parser.add_argument("--batch", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -169,6 +185,11 @@ def main() -> None:
                 seconds, moved = measure(rows[name], width, layers, options.batch, steps)
             row.seconds += seconds
             row.limit = 8 * moved / options.rate if options.rate and name != "compute alone" else None
+    compute = next((row.median for name, row in results.items() if name == "compute alone"), None)
+    for name, row in results.items():
+        if options.kernels and compute is not None and name.startswith("ours "):
+            seconds, _ = measure(partial(alone, method=name.removeprefix("ours ")), width, layers, options.batch, steps)
+            row.kernels = max(0.0, statistics.median(seconds) - compute)
 
     def plot(axes: Any) -> None:
         names = list(results)[::-1]
