@@ -67,10 +67,16 @@ class Flights:
             by_dtype.setdefault(t.dtype, []).append(t)
         wholes = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in by_dtype.values()]
         label = run.names[0] + (f" and {len(run.names) - 1} more" if len(run.names) > 1 else "")
+        ours = [submission for submission in submissions if submission is not None]
         handles: list[Handle[Any]] = []
-        for whole in wholes:
-            scale_(whole, first.prescale)
-            handles.append(self._transport.allreduce_(whole, label, first.op))  # type: ignore[arg-type]
+        try:
+            for whole in wholes:
+                scale_(whole, first.prescale)
+                handles.append(self._transport.allreduce_(whole, label, first.op))  # type: ignore[arg-type]
+        except TransportError as error:  # a forced algorithm that cannot: types are alike on all ranks, so all raise it
+            for submission in ours:
+                submission.pending.fail(HorovodInternalError(str(error)))
+            return
 
         def finish(values: list[Any]) -> None:
             for whole, parts in zip(wholes, by_dtype.values(), strict=True):
@@ -84,7 +90,6 @@ class Flights:
                 if submission is not None:
                     submission.pending.settle(None)
 
-        ours = [submission for submission in submissions if submission is not None]
         together = f", of {len(run.names)} together" if len(run.names) > 1 else ""
         self._launch(handles, ours, finish, f"allreduce of {sum(w.numel() * w.element_size() for w in wholes)} bytes{together}")
 

@@ -53,6 +53,17 @@ def test_an_algorithm_that_differs_between_ranks_or_is_unknown_is_an_error_on_al
             raise AssertionError("init went on")
     os.environ["MPI_BACKEND_ALLREDUCE"] = "exchange"
     hvd.init()
+    hvd.shutdown()
+    os.environ["MPI_BACKEND_ALLREDUCE"] = "mpi"
+    hvd.init()
+    import torch
+    try:
+        hvd.allreduce(torch.ones(3, dtype=torch.float16), name="halves")
+    except hvd.HorovodInternalError as error:
+        assert "halves" in str(error) and "cannot reduce torch.float16" in str(error), error
+    else:
+        raise AssertionError("the MPI library has added halves")
+    assert hvd.allreduce(torch.ones(3), op=hvd.Sum).tolist() == [2.0] * 3, "the control: what it can goes on"
     print("ok", hvd.rank())
     """
     assert "ok 0" in mpirun(2, code)
