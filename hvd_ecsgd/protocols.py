@@ -269,7 +269,7 @@ class Feedback(Protocol):
 
 @runtime_checkable
 class Exchange(Protocol):
-    """Who sends what to whom."""
+    """Who sends what to whom. One whose `run` yields once in all may say so by `waits_once = True`: its buckets need not wait for each other."""
 
     @property
     def approximates(self) -> bool:

@@ -140,7 +140,7 @@ class Aggregator:
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
         rescale = 1.0 if feedback.takes.update else scale_of(self.state, group)
         steps = local_step(task) if self.state.local else exchange.run(task, transport)
-        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state)
+        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, waits_once=getattr(exchange, "waits_once", False))
 
     @torch.no_grad()
     def finish_step(self, reductions: Sequence[BucketStep], gradients_gone: bool = False, transport: Transport | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,9 @@ from .bucket import Bucket, wire_dtype
 from .method import Method
 
 __all__ = ["MethodState", "NamedParameters"]
+
+_FIRST_BYTES = 2**20
+"""Of the first bucket, at least: the backward pass goes on for long while it travels."""
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -72,7 +76,8 @@ class MethodState:
 
 
 def _planned(method: Method, named: NamedParameters, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> list[Bucket]:
-    """Buckets of one param group, type and device each. They close once they hold `bucket_bytes`."""
+    """Buckets of one param group, type and device each. They close once they hold `bucket_bytes`, or all there is of their kind; the first once
+    it holds `_FIRST_BYTES`, so that the link need not wait for more."""
     buckets: list[Bucket] = []
     open_buckets: dict[Any, list[tuple[str, torch.nn.Parameter]]] = {}
     dense_method = method.dense()
@@ -91,12 +96,13 @@ def _planned(method: Method, named: NamedParameters, bucket_bytes: int, group_of
         buckets.append(Bucket(name, dense_method if dense else method, segments, [p for _, p in members], group, dense=dense))
 
     # Gradients become ready from the last layer to the first.
-    for name, parameter in reversed(named):
-        kind = (group_of(parameter), method.is_dense(parameter), wire_dtype(parameter), parameter.device)
+    kinds = [(group_of(p), method.is_dense(p), wire_dtype(p), p.device) for _, p in reversed(named)]
+    left = Counter(kinds)
+    for kind, pair in zip(kinds, reversed(named)):
         members = open_buckets.setdefault(kind, [])
-        members.append((name, parameter))
-        if sum(p.numel() for _, p in members) * kind[2].itemsize >= bucket_bytes:
+        members.append(pair)
+        left[kind] -= 1
+        enough = bucket_bytes if buckets else min(bucket_bytes, _FIRST_BYTES)
+        if not left[kind] or sum(p.numel() for _, p in members) * kind[2].itemsize >= enough:
             close(kind)
-    for kind in list(open_buckets):
-        close(kind)
     return buckets

@@ -63,9 +63,12 @@ class BucketStep:
         settings: GroupSettings,
         rescale: float = 1.0,
         frozen_state: FrozenState | None = None,
+        waits_once: bool = False,
     ) -> None:
         self.bucket = bucket
         self.frozen_state = frozen_state
+        self.waits_once = waits_once
+        """No further collective follows the first one: going on from it is no matter of order."""
         self._rescale = rescale
         self.task = task
         self.gradients = gradients

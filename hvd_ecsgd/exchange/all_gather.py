@@ -15,6 +15,8 @@ __all__ = ["AllGather"]
 class AllGather(Stateless):
     """out = (1/n) Σ C⁻¹(payload of rank r), in rank order. Works with any compressor; bytes received grow with n."""
 
+    waits_once = True
+
     def run(self, task: Task, transport: Transport) -> Steps:
         n = transport.size
         payload = task.extract_("gather")

@@ -16,6 +16,8 @@ __all__ = ["AllReduce"]
 class AllReduce(Stateless):
     """out = (1/n) C⁻¹(Σ payloads). Needs a summable compressor."""
 
+    waits_once = True
+
     def check(self, compressor: Compressor, feedback: Feedback) -> None:
         if not compressor.summable:
             raise CompressionError(f"payloads of {compressor} cannot be added in an all-reduce; use AllGather() or TwoPass() as the exchange.")

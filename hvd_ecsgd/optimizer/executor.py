@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["Executor", "Inline", "Observer", "never", "wait_patiently"]
+from ..transport.patience import Patience
 
-_SHORTEST, _LONGEST = 20e-6, 250e-6  # seconds between looks at a payload on its way, in a thread that must not take a core from the backward pass
+__all__ = ["Executor", "Inline", "Observer", "never", "wait_patiently"]
 
 Observer = Callable[[str, str, float, float], None]
 """Is told the bucket (or "backward"), what was done (BACKWARD, COMPRESS, COMMUNICATE), and from when to when (time.perf_counter)."""
@@ -54,10 +54,9 @@ def never() -> bool:
 
 def wait_patiently(handle: _Waited | Any, give_up: Callable[[], bool] = never) -> bool:
     """Until `handle` is done, looking at it now and then: waiting inside of a network library takes a whole core. False when given up."""
-    pause = _SHORTEST
+    patience = Patience()
     while not handle.done():
         if give_up():
             return False
-        time.sleep(pause)
-        pause = min(1.5 * pause, _LONGEST)
+        time.sleep(patience.pause())
     return True

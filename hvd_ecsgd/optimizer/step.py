@@ -185,8 +185,8 @@ class StepExchange:
     # -- the executor's ----------------------------------------------------------------------------------------------------------
 
     def _start(self, bucket: Bucket, gradients: list[torch.Tensor], events: list[Any]) -> None:
-        """Compress a bucket and start to send it. In a thread, then finish the one before: the order in which collectives start must not be a
-        matter of timing, and with one on its way and one being finished both the link and the processor are busy."""
+        """Compress a bucket and start to send it. In a thread, then finish what was started before: the one before this if further collectives
+        follow its first, since the order in which collectives start must not be a matter of timing; else those that have arrived."""
         for event in events:
             event.synchronize()
         if not self._started and self._opening is None:
@@ -198,26 +198,24 @@ class StepExchange:
             self.observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])
         if self.executor.concurrent and len(self._started) > 1:
             self.agree()
-            self._finish([self._started[-2]])
+            earlier = [r for r in self._started[:-1] if r is not None and r.pending is not None]
+            self._finish([r for r in earlier if not r.waits_once or (r.pending is not None and r.pending.done())])
 
     def _finish(self, started: Sequence[BucketStep | None]) -> None:
         reductions = [r for r in started if r is not None]
-        if self.executor.concurrent:
-            for reduction in reductions:
-                while not reduction.finished:
-                    if reduction.pending is not None:
-                        wait_patiently(reduction.pending)
-                    reduction.advance()
-        else:
+        if not self.executor.concurrent:
             drive(reductions)
-        if self.observer is not None:
-            now = time.perf_counter()
-            for reduction in reductions:
-                self.observer(reduction.bucket.name, "COMMUNICATE", self._sent_at[id(reduction.bucket)], now)
+        for reduction in reductions:
+            while not reduction.finished:
+                if reduction.pending is not None:
+                    wait_patiently(reduction.pending)
+                reduction.advance()
+            if self.observer is not None:
+                self.observer(reduction.bucket.name, "COMMUNICATE", self._sent_at[id(reduction.bucket)], time.perf_counter())
 
     def _finish_all(self) -> None:
         self.agree()
-        self._finish(self._started[-1:] if self.executor.concurrent else self._started)
+        self._finish([r for r in self._started if r is not None and r.pending is not None])
         for reduction in self._started:
             if reduction is not None and reduction.out is not None and reduction.out.is_cuda and self.executor.concurrent:
                 torch.cuda.current_stream(reduction.out.device).synchronize()  # the caller's stream knows nothing of this thread's

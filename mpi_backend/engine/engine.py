@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 
+from hvd_ecsgd.transport.patience import Patience
+
 from ..environment import switch, whole_number
 from ..errors import HorovodInternalError
 from ..transport.operation import Operations
@@ -31,7 +33,7 @@ log = logging.getLogger("mpi_backend")
 _FUSION_BYTES = 4 * 2**20  # of more, copying into one buffer costs what a message saves
 _SHORTEST, _LONGEST, _IDLE = 20e-6, 2e-3, 0.1
 """Seconds between looks: from and to, while waiting for other ranks; and without any work, where a coordinator must still notice stalls."""
-_OFTEN = 50  # looks without sleeping at data on its way
+_LOOKS = 10  # at data on its way, without sleeping
 
 
 def threads_available() -> bool:
@@ -133,15 +135,18 @@ class Engine:
             return any([channel.turn() for channel in self._channels])
 
     def _serve(self) -> None:
-        pause, looks = _SHORTEST, 0
+        pause, looks, patience = _SHORTEST, 0, Patience()
         try:
             while not self._stop:
                 self._work.clear()
                 if self._turn():
-                    pause, looks = _SHORTEST, 0
+                    pause, looks, patience = _SHORTEST, 0, Patience()
                 elif any(c.in_flight for c in self._channels):
                     looks += 1
-                    time.sleep(0 if looks < _OFTEN else _SHORTEST)
+                    if looks <= _LOOKS:
+                        time.sleep(0)
+                    else:
+                        self._work.wait(patience.pause())
                 elif any(c.waiting for c in self._channels):
                     self._work.wait(pause)
                     pause = min(pause * 1.5, _LONGEST)

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from hvd_ecsgd.transport.patience import Patience
+
 from ..devices import current_device, use_device
 
 __all__ = ["Background"]
@@ -19,13 +21,15 @@ class Background:
 
     After an exception what is left is dropped; the exception is raised by the next call, whichever that is. `waits`: entered by whoever has waited
     for a second in `drain`, until it waits no more; what it gives is then called now and then, and may raise.
+    `carry_on`: called now and then while there is no work, as long as it says that anything is on its way.
     """
 
     concurrent = True
     waits: Callable[[], AbstractContextManager[Callable[[], None]]] | None = None
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, carry_on: Callable[[], bool] = lambda: False) -> None:
         self._name = name
+        self._carry_on = carry_on
         self._changed = threading.Condition()
         self._queue: deque[tuple[int | None, Callable[[], None]]] = deque()
         self._busy = False
@@ -69,12 +73,20 @@ class Background:
         if error is not None:
             raise error
 
+    def _has_work(self) -> bool:
+        return bool(self._queue) or self._closed
+
     def _serve(self) -> None:
         while True:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._queue or self._closed)
+            patience, working = Patience(), False
+            while not working and self._carry_on():
+                with self._changed:
+                    working = self._changed.wait_for(self._has_work, patience.pause())
+            with self._changed:
+                self._changed.wait_for(self._has_work)
                 if not self._queue:
                     return
                 (device, work), self._busy = self._queue.popleft(), True

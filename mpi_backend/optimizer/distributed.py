@@ -80,7 +80,7 @@ def DistributedOptimizer(
     if isinstance(named_parameters, Iterable):
         named_parameters = _each_once(named_parameters)
     transport: Transport = resources.new_transport(process_set) if process_set.included() else SelfTransport()
-    background = resources.new_background()
+    background = resources.new_background(transport)
     distributed = _DistributedOptimizer(
         optimizer,
         named_parameters,

@@ -40,11 +40,12 @@ _backgrounds: weakref.WeakSet[Background] = weakref.WeakSet()
 _count = 0
 
 
-def new_background() -> Background | None:
-    """A thread for one optimizer, closed by `shutdown`; None where MPI may not be called from it."""
+def new_background(transport: Any) -> Background | None:
+    """A thread for one optimizer with this transport, closed by `shutdown`; None where MPI may not be called from it."""
     if not runtime.context().engine.threaded:
         return None
-    background = Background("mpi_backend optimizer")
+    link = getattr(transport, "link", None)
+    background = Background("mpi_backend optimizer", *([] if link is None else [link.carry_on]))
     _backgrounds.add(background)
     return background
 

@@ -20,10 +20,17 @@ class Link:
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm.Dup()
         self.messages = Messages(self.comm)
-        self.operations = Operations(last_tag=self.comm.Get_attr(MPI.TAG_UB) or 32767)
+        self.operations = Operations(last_tag=self.comm.Get_attr(MPI.TAG_UB) or 32767, lanes=self.messages.pace.lanes)
         self.abandoned = False
         self.user: Callable[[], Any] = lambda: None
         """A reference to the optimizer that this serves, for messages."""
+
+    def carry_on(self) -> bool:
+        """Carry on what is on its way, without waiting. Whether anything still is, that has not been given up."""
+        if self.abandoned:
+            return False
+        self.operations.progress()
+        return not self.operations.idle()
 
     def idle_at(self) -> int | None:
         """After how many collectives, which ranks compare, nothing is on its way here; None while something is, or for good."""

@@ -20,15 +20,16 @@ _SCRATCH = 16 * 2**20
 
 @dataclass(frozen=True)
 class Pace:
-    """Bytes of a segment, and how many of a collective are on their way at once, to and from each rank."""
+    """Bytes of a segment, at most and, where a tensor is as long on all ranks, at least; how many are on their way at once, to and from each rank."""
 
     bytes: int
     lanes: int
+    shortest: int
 
 
-FAR = Pace(60 * 2**10, 16)
+FAR = Pace(60 * 2**10, 16, 16 * 2**10)
 """Just below what MPIs send over TCP without asking, as a question waits until the other rank looks; as many as a link takes meanwhile."""
-NEAR = Pace(2**20, 4)
+NEAR = Pace(2**20, 4, 2**20)
 """In shared memory every message asks, so there are few of them, which caches can hold."""
 
 
@@ -42,17 +43,21 @@ class Messages:
         """The other ranks, beginning with the next one, so that not all send to one rank first."""
         assert isinstance(comm, MPI.Intracomm)
         host = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self._pace = NEAR if host.Get_size() == self.size else FAR
+        self.pace = NEAR if host.Get_size() == self.size else FAR
         host.Free()
 
     def segment(self, t: torch.Tensor) -> int:
         """Elements of a segment of what is like `t`."""
-        room = _SCRATCH // (self._pace.lanes * self.size)
-        return max(1, min(min(self._pace.bytes, room) // t.element_size(), memory.LARGEST))
+        room = _SCRATCH // (self.pace.lanes * self.size)
+        return max(1, min(min(self.pace.bytes, room) // t.element_size(), memory.LARGEST))
 
-    def lanes(self, longest: torch.Tensor) -> list[range]:
-        """Where segments begin in tensors of which `longest` is the longest: by lane, each of which takes one after the other."""
-        size, lanes = self.segment(longest), self._pace.lanes
+    def even_segment(self, t: torch.Tensor) -> int:
+        """Likewise where it is as long on all ranks: no longer than all lanes need to have one, so that little is left of it when the others end."""
+        return min(self.segment(t), max(self.pace.shortest // t.element_size(), -(-t.numel() // self.pace.lanes)))
+
+    def lanes(self, longest: torch.Tensor, size: int) -> list[range]:
+        """Where segments of `size` elements begin in tensors of which `longest` is the longest: by lane, each of which takes one after the other."""
+        lanes = self.pace.lanes
         return [range(k * size, longest.numel(), lanes * size) for k in range(min(lanes, -(-longest.numel() // size)))]
 
     def send(self, t: torch.Tensor, peer: int, tag: int) -> MPI.Request:
@@ -76,4 +81,4 @@ def exchange_parts(messages: Messages, tag: int, outgoing: Sequence[torch.Tensor
             requests = [messages.receive(piece, r, tag) for r, piece in reversed(pieces_in) if piece.numel()]
             yield requests + [messages.send(piece, r, tag) for r, piece in pieces_out if piece.numel()]
 
-    return [lane(tag + k, firsts) for k, firsts in enumerate(messages.lanes(longest))]
+    return [lane(tag + k, firsts) for k, firsts in enumerate(messages.lanes(longest, size))]

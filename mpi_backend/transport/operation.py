@@ -14,6 +14,7 @@ import torch
 from mpi4py import MPI
 
 from hvd_ecsgd.errors import TransportError
+from hvd_ecsgd.transport.patience import Patience
 
 __all__ = ["SLOTS", "Opening", "Operation", "Operations", "Task"]
 
@@ -28,9 +29,7 @@ SLOTS = 32
 """Tags of each collective, from the one it is given. Its tasks use them so that messages of one tag between two ranks are sent and received in one
 order; messages of different collectives never meet."""
 
-_LOOKS = 10  # looks that only yield, before the first that sleeps
-_SHORTEST, _LONGEST = 10e-6, 200e-6
-"""Seconds between looks of a caller that waits. A message of the usual size takes 500 µs at 1 Gbit/s, and several are on their way at once."""
+_LOOKS = 10  # looks of a caller that waits that only yield, before the first that sleeps
 
 
 class _Lane:
@@ -55,8 +54,10 @@ class Operation(Generic[T]):
         self.number = number  # equal on all ranks
         self.what = what
         self._operations = operations
-        self._ready = deque(_Lane(task) for task in tasks)  # lanes that wait for nothing
-        self._lanes = set(self._ready)  # those that have not come to their ends
+        self._lanes: set[_Lane] = set()  # those that have not come to their ends
+        self._unbegun: deque[_Lane] = deque()  # of these, those that have no room yet
+        self._ready: deque[_Lane] = deque()  # lanes that wait for nothing
+        self._add(tasks)
         self._requests: list[MPI.Request] = []
         self._owners: list[_Lane | None] = []  # of the requests; None of those that are complete
         self.failed_in_mpi = False  # it may still write to what the lanes hold
@@ -89,13 +90,18 @@ class Operation(Generic[T]):
         """Whether there is anything left to be done before `finish`."""
         return self._error is None and bool(self._lanes)
 
-    def advance(self) -> bool:
-        """Go on as far as possible without waiting. Whether anything was done."""
+    @property
+    def active(self) -> int:
+        """Lanes that have begun."""
+        return len(self._lanes) - len(self._unbegun)
+
+    def advance(self, room: int) -> bool:
+        """Go on as far as possible without waiting, in at most so many lanes at once. Whether anything was done."""
         moved = False
         if self._error is not None:
             return True
         try:
-            while self._ready or (self._lanes and self._look()):
+            while self._begin(room) or self._look():
                 moved = True
                 while self._ready:
                     self._step(self._ready.popleft())
@@ -110,15 +116,24 @@ class Operation(Generic[T]):
             raise
         return moved or self._error is not None
 
+    def _add(self, tasks: Iterable[Task | Opening]) -> None:
+        lanes = [_Lane(task) for task in tasks]
+        self._lanes.update(lanes)
+        (self._ready if len(lanes) == 1 else self._unbegun).extend(lanes)  # what is small waits for nobody
+
+    def _begin(self, room: int) -> bool:
+        """Whether lanes are ready to go on."""
+        while self._unbegun and self.active < room:
+            self._ready.append(self._unbegun.popleft())
+        return bool(self._ready)
+
     def _step(self, lane: _Lane) -> None:
         """Let a task go on to where it waits again."""
         try:
             requests = next(lane.task)
         except StopIteration as end:
             self._lanes.remove(lane)
-            following = [_Lane(task) for task in end.value or ()]
-            self._lanes.update(following)
-            self._ready += following
+            self._add(end.value or ())
             return
         if not requests:
             self._ready.append(lane)
@@ -128,6 +143,8 @@ class Operation(Generic[T]):
 
     def _look(self) -> bool:
         """Whether requests have become complete; lanes without others are ready then. One look at all: each lets MPI look at the network."""
+        if not self._requests:
+            return False
         complete = MPI.Request.Testsome(self._requests)
         for i in complete or ():
             lane, self._owners[i] = self._owners[i], None
@@ -135,9 +152,10 @@ class Operation(Generic[T]):
             lane.missing -= 1
             if lane.missing == 0:
                 self._ready.append(lane)
-        if complete:
-            left = [i for i, owner in enumerate(self._owners) if owner is not None]
-            self._requests, self._owners = [self._requests[i] for i in left], [self._owners[i] for i in left]
+        for i in sorted(complete or (), reverse=True):  # the last one takes the place of each
+            request, owner = self._requests.pop(), self._owners.pop()
+            if i < len(self._requests):
+                self._requests[i], self._owners[i] = request, owner
         return bool(complete)
 
     def _fail(self, error: MPI.Exception) -> None:
@@ -152,14 +170,16 @@ class Operations:
 
     Why nobody waits for ever. Whenever a rank polls or waits for something, on whichever transport, `progress` carries on what it has started on all
     of them, so others get what they need of it; and messages are told from those of other operations by tags that follow from their
-    numbers, not from who comes first.
+    numbers, not from who comes first. `lanes` go on at once, those of what was started first before others, so that it ends first: as it was
+    started first on all ranks, nothing that it waits for is held back.
     """
 
     _all: tuple[weakref.ref[Operations], ...] = ()
     """Of this process. Replaced, never changed, under the lock."""
     _all_lock = threading.Lock()
 
-    def __init__(self, last_tag: int) -> None:
+    def __init__(self, last_tag: int, lanes: int) -> None:
+        self._room = lanes
         self._distinct = (last_tag + 1) // SLOTS  # collectives in flight at once that have tags of their own
         self._lock = threading.RLock()
         self._started = 0
@@ -217,7 +237,10 @@ class Operations:
                     one._lock.release()
 
     def _advance(self) -> bool:
-        moved = any([operation.advance() for operation in self._in_flight])
+        moved, room = False, self._room
+        for operation in self._in_flight:
+            moved = operation.advance(room) or moved
+            room -= operation.active
         if moved:
             self._failed += [o for o in self._in_flight if o.failed_in_mpi]
             self._in_flight = [o for o in self._in_flight if o.travels]
@@ -237,13 +260,12 @@ class Operations:
 
     def _wait_while(self, condition: Callable[[], bool]) -> None:
         """Looking now and then: a wait inside of MPI takes a whole core, and carries nothing else on."""
-        looks, pause = 0, _SHORTEST
+        looks, patience = 0, Patience()  # not anew when something has come: where much is on its way, looking often takes a core and gains nothing
         while condition():
             if self.progress():
-                looks, pause = 0, _SHORTEST
-            elif looks < _LOOKS:
+                continue
+            if looks < _LOOKS:
                 looks += 1
                 os.sched_yield()
             else:
-                time.sleep(pause)
-                pause = min(1.5 * pause, _LONGEST)
+                time.sleep(patience.pause())

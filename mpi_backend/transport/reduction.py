@@ -63,16 +63,22 @@ def allreduce_tasks(messages: Messages, tag: int, t: torch.Tensor, op: ReduceOp,
     if not algorithm:
         algorithm = "exchange" if n == 2 or (n - 1) * t.nbytes <= _FEW else "direct"
     if algorithm == "exchange":
-        return [_exchange(messages, tag + k, t, _Rows(messages, t, op), firsts) for k, firsts in enumerate(messages.lanes(t))]
+        return [_exchange(messages, tag + k, t, _Rows(messages, t, op), firsts) for k, firsts in enumerate(_lanes(messages, t))]
     length = -(-t.numel() // n)
     chunks = [t[r * length : (r + 1) * length] for r in range(n)]
-    return [_direct(messages, tag + 2 * k, chunks, _Rows(messages, chunks[0], op), firsts) for k, firsts in enumerate(messages.lanes(chunks[0]))]
+    return [_direct(messages, tag + 2 * k, chunks, _Rows(messages, chunks[0], op), firsts) for k, firsts in enumerate(_lanes(messages, chunks[0]))]
 
 
 def reduce_scatter_tasks(messages: Messages, tag: int, parts: Sequence[torch.Tensor], out: torch.Tensor, op: ReduceOp) -> list[Task]:
     """Reduce over ranks; rank r gets the r-th part in `out`. The parts are flat, and only read."""
     longest = max(parts, key=torch.numel)
-    return [_reduce_scatter(messages, tag + k, parts, out, _Rows(messages, longest, op), firsts) for k, firsts in enumerate(messages.lanes(longest))]
+    return [
+        _reduce_scatter(messages, tag + k, parts, out, _Rows(messages, longest, op), firsts) for k, firsts in enumerate(_lanes(messages, longest))
+    ]
+
+
+def _lanes(messages: Messages, longest: torch.Tensor) -> list[range]:
+    return messages.lanes(longest, messages.even_segment(longest))
 
 
 def _by_mpi(comm: MPI.Comm, t: torch.Tensor, op: ReduceOp) -> Task:
@@ -91,11 +97,9 @@ def _direct(messages: Messages, tag: int, chunks: Sequence[torch.Tensor], rows: 
     for first in firsts:
         parts = [chunk[first : first + rows.size] for chunk in chunks]
         mine, others = parts[messages.rank], [(r, parts[r]) for r in messages.peers if parts[r].numel()]
-        receives = rows.receive(mine, tag)
-        sends = [messages.send(part, r, tag) for r, part in others]
-        yield receives
+        # What is sent is waited for, too: results are received where it is read.
+        yield [*rows.receive(mine, tag), *(messages.send(part, r, tag) for r, part in others)]
         rows.combine(mine, mine)
-        yield sends  # the results are received where these are read
         receives = [messages.receive(part, r, tag + 1) for r, part in reversed(others)]
         yield receives + ([messages.send(mine, r, tag + 1) for r in messages.peers] if mine.numel() else [])
 
@@ -113,29 +117,33 @@ class _Rows:
 
     def __init__(self, messages: Messages, like: torch.Tensor, op: ReduceOp) -> None:
         self._messages = messages
-        self.size = messages.segment(like)
-        self._rows = like.new_empty((messages.size, min(self.size, like.numel())))  # this rank's own row is for sums
+        self.size = messages.even_segment(like)
+        self._longest = min(self.size, like.numel())
+        self._rows: list[torch.Tensor] = list(like.new_empty((messages.size, self._longest)).unbind())  # this rank's own row is for sums
         self._combine = _COMBINE[op]
+
+    def _row(self, r: int, length: int) -> torch.Tensor:
+        return self._rows[r] if length == self._longest else self._rows[r][:length]
 
     def receive(self, mine: torch.Tensor, tag: int) -> list[MPI.Request]:
         """Start to receive what the others have for `mine`."""
         if mine.numel() == 0:
             return []
-        return [self._messages.receive(self._rows[r, : mine.numel()], r, tag) for r in reversed(self._messages.peers)]
+        return [self._messages.receive(self._row(r, mine.numel()), r, tag) for r in reversed(self._messages.peers)]
 
     def combine(self, mine: torch.Tensor, out: torch.Tensor) -> None:
         """What was received, and `mine`, in the order of ranks; halves in float32. `out` may be `mine`."""
         if mine.numel() == 0:
             return
         rank = self._messages.rank
-        rows = [mine if r == rank else self._rows[r, : mine.numel()] for r in range(self._messages.size)]
+        rows = [mine if r == rank else self._row(r, mine.numel()) for r in range(self._messages.size)]
         if mine.dtype in _HALVES:
             total = rows[0].float()
             for row in rows[1:]:
-                self._combine(total, row.float(), total)
+                self._combine(total, row, total)  # which computes in float32
             out.copy_(total)
             return
-        total, spare = rows[0], self._rows[rank, : mine.numel()]
+        total, spare = rows[0], self._row(rank, mine.numel())
         for row in rows[1:-1]:
             self._combine(total, row, spare)
             total = spare

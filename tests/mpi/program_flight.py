@@ -99,5 +99,16 @@ for handle, t in handles if rank % 2 else reversed(handles):
     verdict.expect(bool((handle.wait() == size).all()), f"{'first' if t is transport else 'second'} of two transports")
 second.close()
 
+# What was started first goes first, so that it ends first; what is small waits for nobody.
+lanes = transport.link.messages.pace.lanes
+for room in (lanes, 10 * lanes):  # the control: with room for all they share the link, and end together
+    transport.link.operations._room = room
+    first, second = (transport.allreduce_(torch.ones(8 * 10**6), "large") for _ in range(2))
+    begun = first.active + second.active
+    verdict.expect(begun <= lanes if room == lanes else begun > lanes, f"{begun} lanes at once, with room for {room}")
+    small = transport.allreduce_(torch.ones(3), "small")
+    verdict.expect(small.active == 1 or not small.travels, "a small one waits for larger ones")
+    verdict.expect(all(bool((handle.wait() == size).all()) for handle in (small, second, first)), f"with room for {room}")
+
 transport.close()
 verdict.conclude()

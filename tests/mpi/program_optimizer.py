@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import mpi_backend as hvd
+from hvd_ecsgd.optimizer import driver_of
 from mpi_backend import runtime
 from mpi_backend.optimizer import resources
 from tests.mpi.verdict import Verdict
@@ -346,6 +347,32 @@ for options, message in (
 verdict.raises(NotImplementedError, lambda: wrap(model, op=hvd.Adasum), "Adasum", "op=Average")
 for wrong in (None, model, model.parameters()):
     verdict.raises(ValueError, lambda wrong=wrong: hvd.DistributedOptimizer(wrong), f"{type(wrong)}", "expected a torch.optim optimizer")
+
+# What is on its way goes on while a backward pass makes further gradients, though nobody waits for it yet.
+model, looks = conv(), [0]
+optimizer = wrap(model)
+transport = driver_of(optimizer).state.transport
+if size > 1 and runtime.context().engine.threaded:
+    operations = transport.link.operations
+    advance = operations._advance
+
+    def counted() -> bool:
+        looks[0] += 1
+        return advance()
+
+    operations._advance = counted
+    travelling = torch.zeros(1)
+    handle = None
+    if rank == 0:  # the others come later
+        driver_of(optimizer).step.executor.submit(lambda: None)
+        handle = transport.allreduce_(travelling, "early")
+        driver_of(optimizer).step.executor.submit(lambda: None)
+        looks[0] = 0
+        time.sleep(0.3)
+        verdict.expect(looks[0] > 100, f"{looks[0]} looks in 0.3 s")
+    hvd.barrier()
+    (transport.allreduce_(travelling, "early") if handle is None else handle).wait()
+    operations._advance = advance
 
 # Shutting down completes the buckets of a backward pass that no step follows, also those that have not begun by then.
 model = conv()
