@@ -13,14 +13,15 @@ from enum import Enum, auto
 from functools import cache
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
+import numpy as np
 import torch
 
 from .segments import Key, Segments
 from .transport.base import Handle, Transport
 
-__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Role", "Slot", "Slots",
-           "State", "Steps", "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor", "decode_sum_", "poison", "settled",
-           "slot_of", "zeros"]  # fmt: skip
+__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Places", "Role",
+           "Slot", "Slots", "Sparse", "State", "Steps", "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor", "decode_sum_",
+           "poison", "settled", "slot_of", "zeros"]  # fmt: skip
 
 State = dict[str, torch.Tensor]
 """Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
@@ -131,6 +132,23 @@ class UnbiasedCompressor(Compressor, Protocol):
 
     def omega(self, d: int) -> float:
         """An upper bound of E‖C(v) − v‖²/‖v‖² over all v of `d` elements, so that δ(v) ≥ 1 − ω."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """`counts[i]` positions (int32, ascending, no two alike) within each segment, one segment after the other."""
+
+    counts: np.ndarray
+    positions: torch.Tensor
+
+
+@runtime_checkable
+class Sparse(Protocol):
+    """A compressor whose payloads hold few elements."""
+
+    def places(self, payload: torch.Tensor, segments: Segments, key: Key) -> Places:
+        """Where alone decoding `payload`, which was looked at by decoding it, adds something."""
         ...
 
 
@@ -369,13 +387,14 @@ class StepContext:
 @dataclass(frozen=True, slots=True)
 class Part:
     """One bucket, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero after an exchange.
-    `zero_learning_rate`: it was 0 in the step before, in which its parameters and state stayed as they are."""
+    `zero_learning_rate`: it was 0 in the step before, in which its parameters and state stayed as they are. `touched`: as in `Task`."""
 
     state: State
     parameters: Sequence[torch.Tensor]
     segments: Segments
     lossless: bool = False
     zero_learning_rate: bool = False
+    touched: list[Places] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,6 +459,11 @@ class Task:
     finite: bool = True
     step_size: float = 1.0
     """What `out` is multiplied by when it is applied to the parameters: η in gradient units, 1 in update units."""
+    applied: bool = False
+    """What comes back is an update, which nobody looks at but the rule that applies it."""
+    out_is_zero: bool = False
+    touched: list[Places] | None = None
+    """Where alone `out` is not zero, once an update was decoded into it; None: anywhere. Who moves it away takes the places out."""
     skipped: bool = False
     """Set by the exchange when nothing came back for any segment, on every rank: x and the optimizer's state must stay as they are."""
     extracted: int = 0
@@ -487,6 +511,22 @@ class Task:
     def result(self) -> torch.Tensor:
         """The tensor to decode into; it holds anything. Gradients may live in it (Horovod), so ask for it once nothing reads them any more."""
         return self.out
+
+    def decoded(self, payloads: Sequence[tuple[torch.Tensor, Key]], alpha: float) -> torch.Tensor:
+        """The result: alpha · Σ C⁻¹(payload), each with the key that it was extracted with, in the order given.
+
+        Of an update that is sparse it is noted where it is, so that applying it, and zeros for the next one, cost no more than that.
+        """
+        out, compressor = self.result(), self.compressor
+        if not (self.applied and isinstance(compressor, Sparse)):
+            decode_sum_(out, compressor, self.segments, payloads, alpha)
+            return out
+        if not self.out_is_zero:
+            out.zero_()
+        for payload, key in payloads:
+            compressor.add_(out, payload, self.segments, key, alpha)
+        self.touched = [compressor.places(payload, self.segments, key) for payload, key in payloads]
+        return out
 
 
 def poison(compressor: Compressor, segments: Segments, key: Key) -> torch.Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..arguments import check_ratio
+from ..protocols import Places
 from ..segments import Key, Segment, Segments
 from .base import FloatPayload, kept
 
@@ -58,6 +60,12 @@ class RandomBlock(FloatPayload):
             for low, high in self._ranges(s, key):
                 out[low:high].add_(payload[at : at + high - low], alpha=alpha)
                 at += high - low
+
+    def places(self, payload: torch.Tensor, segments: Segments, key: Key) -> Places:
+        ranges = [sorted(self._ranges(s, key)) for s in segments]
+        of = [torch.arange(low - s.start, high - s.start, dtype=torch.int32) for s, some in zip(segments, ranges, strict=True) for low, high in some]
+        counts = np.array([sum(high - low for low, high in some) for some in ranges], np.int64)
+        return Places(counts, torch.cat(of).to(segments.device) if of else torch.empty(0, dtype=torch.int32, device=segments.device))
 
     def _ranges(self, s: Segment, key: Key) -> list[tuple[int, int]]:
         """The block of this segment as one range of the flat buffer, or two when it wraps around."""

@@ -10,6 +10,7 @@ import torch
 from ..arguments import check_flag, check_ratio
 from ..errors import CompressionError
 from ..kernels import native_for
+from ..protocols import Places
 from ..segments import Key, Segment, Segments
 from .base import FloatPayload, check_payload, distinct_below, kept
 
@@ -96,6 +97,12 @@ class RandomK(FloatPayload):
             positions = self._positions(s, key, out.device)
             view.index_add_(0, positions, payload[at : at + positions.numel()], alpha=alpha)
             at += positions.numel()
+
+    def places(self, payload: torch.Tensor, segments: Segments, key: Key) -> Places:
+        if native := native_for(None, segments, "random_k") if segments.device.type == "cpu" else None:
+            return Places(self._counts(segments), native.random_k(self._keys(segments, key), self._counts(segments)))
+        positions = [self._positions(s, key, segments.device) for s in segments]
+        return Places(self._counts(segments), torch.cat(positions).to(torch.int32))
 
     def _positions(self, s: Segment, key: Key, device: torch.device) -> torch.Tensor:
         _check_size(s)

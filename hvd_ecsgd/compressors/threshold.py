@@ -11,6 +11,7 @@ import torch
 from ..arguments import check_flag, check_number, check_ratio
 from ..errors import CompressionError
 from ..kernels import all_finite, check_positions, native_for, pack_codes, unpack_codes
+from ..protocols import Places
 from ..segments import Key, Segment, Segments, aligned
 from .base import BytePayload, below, check_payload, kept
 
@@ -102,6 +103,10 @@ class Threshold(BytePayload):
             values = _decoded(sent[2 * i : 2 * i + 2], codes[entries]) if self.two_bits else sent[entries]
             view.index_add_(0, positions[entries], values, alpha=alpha)
             at += count
+
+    def places(self, payload: torch.Tensor, segments: Segments, key: Key) -> Places:
+        _, positions, _, counts = self._parts(payload, segments)
+        return Places(np.array(counts, np.int64), positions)
 
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         return all_finite(self._parts(payload, segments)[0])

@@ -10,6 +10,7 @@ import torch
 from ..arguments import check_integer, check_ratio
 from ..errors import CompressionError
 from ..kernels import all_finite, check_positions, native_for, top_k_indices
+from ..protocols import Places
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, check_payload, kept
 
@@ -79,6 +80,9 @@ class TopK(BytePayload):
             check_positions(positions[at : at + k], s, "top_k")
             view.index_add_(0, positions[at : at + k], values[at : at + k], alpha=alpha)
             at += k
+
+    def places(self, payload: torch.Tensor, segments: Segments, key: Key) -> Places:
+        return Places(self._counts(segments), self._parts(payload, segments)[1])
 
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         return all_finite(self._parts(payload, segments)[0])

@@ -123,11 +123,12 @@ class Aggregator:
         frozen_state = FrozenState(bucket, transport.rank, transport.size) if bucket.frozen() else None
         accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(bucket.part, gradients, ctx)
         compressor, exchange = bucket.method.at(self.state.step)
+        result = bucket.result_for(out)
         task = Task(
             name=bucket.name,
             segments=bucket.segments,
             buffer=accumulated.buffer,
-            out=bucket.result_buffer() if out is None else out,
+            out=result.buffer,
             compressor=compressor,
             state=bucket.exchange_state,
             ctx=ctx,
@@ -136,11 +137,14 @@ class Aggregator:
             residual=accumulated.buffer if bucket.residual is None else bucket.residual,
             residual_was_zero=compressor.lossless and bucket.residual_is_zero,
             step_size=group.lr if feedback.unit == "gradient" else 1.0,
+            applied=feedback.takes.update,
+            out_is_zero=result.is_zero,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
         rescale = 1.0 if feedback.takes.update else scale_of(self.state, group)
         steps = local_step(task) if self.state.local else exchange.run(task, transport)
-        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, waits_once=getattr(exchange, "waits_once", False))
+        waits_once = getattr(exchange, "waits_once", False)
+        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, result, waits_once=waits_once)
 
     @torch.no_grad()
     def finish_step(self, reductions: Sequence[BucketStep], gradients_gone: bool = False, transport: Transport | None = None) -> bool:

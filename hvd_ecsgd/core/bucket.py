@@ -15,7 +15,7 @@ from ..protocols import Exchange, GroupSettings, Part, Role, State, StepContext,
 from ..segments import Segment, Segments
 from .method import Method
 
-__all__ = ["Bucket", "add_servers_", "part_of", "wire_dtype"]
+__all__ = ["Bucket", "Result", "add_servers_", "part_of", "wire_dtype"]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Bucket:
     """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
     sums: list[torch.Tensor] = field(default_factory=list)
     """`column_sums` of shifted parameters after our last write: writes through `.data` and NumPy's views raise no version counter."""
-    results: list[_Result] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
     """Buffers that results are decoded into, kept because fresh memory of this size costs more than the pass that fills it."""
     kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
     """Type and device of the parameters when the bucket was made."""
@@ -192,14 +192,18 @@ class Bucket:
             for slot, t in copy.items():
                 state[slot] = state[slot].copy_(t) if slot in state else t.clone()
 
-    def result_buffer(self) -> torch.Tensor:
-        """A kept buffer that nobody refers to any more, or a new one. After `zero_grad(set_to_none=False)` gradients live in the last one, so two are
-        kept; one that a script holds on to is left to it."""
+    def result_for(self, out: torch.Tensor | None = None) -> Result:
+        """`out`, or a kept buffer that nobody refers to any more, or a new one.
+
+        After `zero_grad(set_to_none=False)` gradients live in the last one, so two are kept; one that a script holds on to is left to it.
+        """
+        if out is not None:
+            return Result(out)
         for result in self.results:
             if result.free:
-                return result.buffer
-        self.results = [*self.results[-1:], _Result(self.segments.empty())]
-        return self.results[-1].buffer
+                return result
+        self.results = [*self.results[-1:], Result(self.segments.empty())]
+        return self.results[-1]
 
     def hand_out(self, out: torch.Tensor) -> list[torch.Tensor]:
         """The result in `out` by parameter, in their shapes and without a copy, for anybody to keep. Each is a tensor of its own: it is saved and
@@ -211,11 +215,13 @@ class Bucket:
         return [from_dlpack(to_dlpack(view)) for view in self.segments.shaped_views(lent)]
 
 
-class _Result:
-    """A buffer, and whether somebody still refers to what was handed out of it: to a storage over its memory, which is not its own."""
+class Result:
+    """A buffer, whether it is known to hold zeros, and whether somebody still refers to what was handed out of it: to a storage over its memory,
+    which is not its own."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self.buffer = buffer
+        self.is_zero = False
         self.lent: StorageWeakRef | None = None
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..protocols import GroupSettings, Role, Steps, Task, settled
 from ..transport.base import Handle
-from .bucket import Bucket, part_of
+from .bucket import Bucket, Result, part_of
 
 __all__ = ["BucketStep", "FrozenState", "drive", "local_step"]
 
@@ -63,9 +64,12 @@ class BucketStep:
         settings: GroupSettings,
         rescale: float = 1.0,
         frozen_state: FrozenState | None = None,
+        result: Result | None = None,
         waits_once: bool = False,
     ) -> None:
         self.bucket = bucket
+        self._result = Result(task.out) if result is None else result
+        self._result.is_zero = False  # until what is decoded into it has been moved out of it again
         self.frozen_state = frozen_state
         self.waits_once = waits_once
         """No further collective follows the first one: going on from it is no matter of order."""
@@ -127,7 +131,8 @@ class BucketStep:
         for i in frozen:
             bucket.segments.views(self.out)[i].zero_()  # what is left of it in the residual must not move x
         if not self.task.skipped:
-            bucket.method.feedback.apply_(bucket.part, self.out, self.task.ctx)
+            bucket.method.feedback.apply_(replace(bucket.part, touched=self.task.touched), self.out, self.task.ctx)
+            self._result.is_zero = self.task.touched == []
         bucket.shift_()
         for i, value in zip(frozen, before):
             bucket.parameters[i].copy_(value)

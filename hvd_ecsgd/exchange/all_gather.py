@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..protocols import Steps, Task, Traffic, decode_sum_
+from ..protocols import Steps, Task, Traffic
 from ..transport.base import Transport
 from .base import Stateless
 
@@ -25,7 +25,4 @@ class AllGather(Stateless):
         size = task.compressor.payload_size(task.segments)
         payloads = yield transport.allgather(payload, f"{task.name}.gather", None if size is None else [size] * n)
         task.finite = all(task.compressor.finite(p, task.segments) for p in payloads)
-        out = task.result()
-        keyed = [(p, task.ctx.key(task.compressor, "gather", r)) for r, p in enumerate(payloads)]
-        decode_sum_(out, task.compressor, task.segments, keyed, 1.0 / n)
-        return out
+        return task.decoded([(p, task.ctx.key(task.compressor, "gather", r)) for r, p in enumerate(payloads)], 1.0 / n)

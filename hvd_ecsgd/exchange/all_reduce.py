@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import CompressionError
-from ..protocols import Compressor, Feedback, Steps, Task, Traffic, decode_sum_
+from ..protocols import Compressor, Feedback, Steps, Task, Traffic
 from ..transport.base import Transport
 from .base import Stateless
 
@@ -30,6 +30,4 @@ class AllReduce(Stateless):
         task.traffic += Traffic(payload=n_bytes, sent=2 * (n - 1) * n_bytes // n)
         total = yield transport.allreduce_(payload, f"{task.name}.reduce")
         task.finite = task.compressor.finite(total, task.segments)
-        out = task.result()
-        decode_sum_(out, task.compressor, task.segments, [(total, task.ctx.key(task.compressor, "reduce"))], 1.0 / transport.divisor)
-        return out
+        return task.decoded([(total, task.ctx.key(task.compressor, "reduce"))], 1.0 / transport.divisor)

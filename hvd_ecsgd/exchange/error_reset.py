@@ -70,4 +70,5 @@ class ErrorReset(Stateless):
         more = yield from _plain(self.reset_compressor).run(reset, transport)
         task.finite = reset.finite
         task.traffic += Traffic(payload=reset.traffic.payload, sent=reset.traffic.sent)
+        task.touched = None  # what is reset is elsewhere, too
         return out.add_(more)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 
 from ..errors import CompressionError
-from ..kernels import Addition
+from ..kernels import Addition, move_
 from ..protocols import Accumulated, Part, StepContext, Takes
 from ..segments import Key
 
-__all__ = ["AppliesUpdate", "GradientUnit", "LocalPoint", "Rule", "refuse_no_learning_rate", "refuse_options"]
+__all__ = ["AppliesUpdate", "GradientUnit", "LocalPoint", "Rule", "move_by_", "refuse_no_learning_rate", "refuse_options"]
 
 
 def refuse_options(rule: object, options: Mapping[str, Any], where: str, plain: Mapping[str, Any], remedy: str = "") -> None:
@@ -98,12 +98,18 @@ class AppliesUpdate(Rule):
         refuse_options(self, options, where, {"dampening": 0, "nesterov": False, "maximize": False})
 
 
+def move_by_(part: Part, targets: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """targets −= out, for a tensor by segment: everywhere, or where alone `out` is not zero, which it is there then, too."""
+    if part.touched is None:
+        torch._foreach_sub_(list(targets), part.segments.shaped_views(out))
+        return
+    while part.touched:
+        move_(targets, out, part.segments, part.touched.pop())
+
+
 class LocalPoint(AppliesUpdate):
     """Mixin: x moves by the mean; with a slot `x` the parameters are elsewhere (`shift`), else they are x."""
 
     def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
         """x ← x − out."""
-        if "x" in part.state:
-            part.state["x"].sub_(out)
-        else:
-            torch._foreach_sub_(list(part.parameters), part.segments.shaped_views(out))
+        move_by_(part, part.segments.shaped_views(part.state["x"]) if "x" in part.state else part.parameters, out)

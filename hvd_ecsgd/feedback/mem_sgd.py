@@ -11,7 +11,7 @@ import torch
 from ..kernels import Addition
 from ..protocols import Feedback, Part, Role, Slot, Slots, StepContext
 from ..segments import Segments
-from .base import AppliesUpdate, refuse_options
+from .base import AppliesUpdate, move_by_, refuse_options
 
 __all__ = ["MemSGD"]
 
@@ -47,4 +47,4 @@ class MemSGD(AppliesUpdate):
         return Addition(part.segments, part.state["residual"], gradient=eta, decay=eta * ctx.settings.weight_decay)
 
     def apply_(self, part: Part, out: torch.Tensor, ctx: StepContext) -> None:
-        torch._foreach_sub_(list(part.parameters), part.segments.shaped_views(out))
+        move_by_(part, part.parameters, out)

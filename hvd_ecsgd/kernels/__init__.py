@@ -1,6 +1,7 @@
 """The few hot loops. `reference` is torch (and NumPy on CPU); `native` are the compiled ones, which take the same and give the same."""
 
 from .accumulate import Addition
+from .move import move_
 from .native import Native, all_finite, fingerprint, native_for
 from .reference import (
     check_positions,
@@ -17,5 +18,6 @@ from .reference import (
 )
 from .shift import shift_, sums_of
 
-__all__ = ["Addition", "Native", "all_finite", "check_positions", "check_rows", "column_sums", "fingerprint", "native_for", "negative", "pack_bits",
-           "pack_codes", "shift_", "signs", "sums_of", "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]  # fmt: skip
+__all__ = ["Addition", "Native", "all_finite", "check_positions", "check_rows", "column_sums", "fingerprint", "move_", "native_for",
+           "negative", "pack_bits", "pack_codes", "shift_", "signs", "sums_of", "top_k_indices", "top_k_rows", "unpack_bits",
+           "unpack_codes"]  # fmt: skip

@@ -13,7 +13,7 @@ from ..segments import Segments
 from . import library, reference
 from .library import Library
 
-__all__ = ["Native", "all_finite", "common_type", "fingerprint", "forced", "native_for", "native_library"]
+__all__ = ["Native", "all_finite", "common_type", "fingerprint", "forced", "native_for", "native_library", "raise_versions", "writable"]
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _BUFFERS = (torch.float32, torch.float64)
@@ -158,6 +158,22 @@ class Native:
         """The entries at `positions` += alpha·values; or these, and zeros elsewhere."""
         given = min(positions.numel(), values.numel())
         self._call("positions_decode", *self._buffer, _address(counts), positions.data_ptr(), values.data_ptr(), alpha, add, given)
+
+    def move_(self, counts: Counts, positions: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
+        """The entries of `targets` at `positions` −= the buffer's, which become zero."""
+        addresses = np.array([t.data_ptr() for t in self._in_one_piece(targets)], np.int64)
+        self._call("positions_move", *self._buffer, _address(counts), positions.data_ptr(), _address(addresses))
+
+
+def writable(tensors: Sequence[torch.Tensor], segments: Segments) -> bool:
+    """By compiled kernels, as they are: of the segments' type, on the CPU, and in one piece."""
+    return common_type(tensors) == segments.dtype and all(t.is_contiguous() for t in tensors)
+
+
+def raise_versions(tensors: Sequence[torch.Tensor]) -> None:
+    """Of tensors that a kernel has written, as every write does: autograd, and others who look at them, know by it. They are contiguous."""
+    for t in tensors:
+        t.detach().view(-1)[:0].zero_()
 
 
 def common_type(tensors: Sequence[torch.Tensor]) -> torch.dtype | None:

@@ -126,6 +126,9 @@ KERNEL(positions_take, (int type, void* buffer, TABLE, const int64_t* counts, co
 KERNEL(positions_decode,
        (int type, void* out, TABLE, const int64_t* counts, const uint32_t* positions, const void* values, double alpha, int add, int64_t given, int threads),
        (out, table, n, counts, positions, values, alpha, add, given, threads))
+KERNEL(positions_move,
+       (int type, void* update, TABLE, const int64_t* counts, const uint32_t* positions, void* const* targets, int threads),
+       (update, table, n, counts, positions, targets, threads))
 KERNEL(top_k, (int type, const void* buffer, TABLE, const int64_t* counts, uint32_t* positions, int threads),
        (buffer, table, n, counts, positions, threads))
 KERNEL(block_top_k_extract,

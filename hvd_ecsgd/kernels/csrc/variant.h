@@ -11,6 +11,8 @@
 
 #include "positions.h"
 
+#include "move.h"
+
 #include "top_k.h"
 
 #include "block_top_k.h"
