@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -82,4 +83,11 @@ class BuildOptionalLibrary(build_ext):
         self.extensions = []
 
 
-setup(ext_modules=kernel_extension(), cmdclass={"build_ext": BuildOptionalLibrary})
+class WheelOfAnyPython(bdist_wheel):
+    """The library is of one platform, and of no Python's binary interface."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(ext_modules=kernel_extension(), cmdclass={"build_ext": BuildOptionalLibrary, "bdist_wheel": WheelOfAnyPython})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -11,13 +12,20 @@ import torch
 
 from ..arguments import check_choice, check_integer
 from ..errors import CompressionError
-from ..kernels import all_finite
+from ..kernels import Native, all_finite, native_for
 from ..protocols import Compressor, Feedback, Slot, Slots, Steps, Task, Traffic
 from ..segments import Key, Segment, Segments
 from ..transport.base import Transport, direct
 from .base import Faithful
 
 __all__ = ["PowerSGD"]
+
+_THIN = 4
+
+
+def _cut(flat: torch.Tensor, shapes: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+    """Tensors of these shapes, one after the other in `flat`."""
+    return [part.view(shape) for part, shape in zip(torch.split(flat, [math.prod(shape) for shape in shapes]), shapes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,16 @@ class PowerSGD(Faithful):
             task.traffic += Traffic(payload=flat.nbytes, sent=2 * (n - 1) * flat.nbytes // n)
             return flat
 
-        p = [torch.bmm(stacked(members, shape), torch.stack([q_views[i] for i in members])) for shape, members in batches.items()]
+        native, rows, a = (
+            self._native(buffer, task.segments, batches),
+            np.array([shape[0] for shape, members in batches.items() for _ in members], np.int64),
+            self.approximation_rank,
+        )
+        if native:
+            flat_p = native.low_rank_p(rows, a, torch.cat([q_views[i].reshape(-1) for members in batches.values() for i in members]))
+            p = _cut(flat_p, [(len(members), shape[0], a) for shape, members in batches.items()])
+        else:
+            p = [torch.bmm(stacked(members, shape), torch.stack([q_views[i] for i in members])) for shape, members in batches.items()]
         plain = [buffer[s.start : s.stop].clone() for s in whole]
         mean = (yield transport.allreduce_(flattened([*p, *plain]), f"{task.name}.p")).mul_(1.0 / n)
         if not all_finite(mean):
@@ -105,7 +122,11 @@ class PowerSGD(Faithful):
         *p_means, means = torch.split(mean, [t.numel() for t in p] + [sum(t.numel() for t in plain)])
         p = [torch.linalg.qr(mean_.view(t.shape)).Q for mean_, t in zip(p_means, p, strict=True)]
 
-        own = [torch.bmm(stacked(members, shape).mT, p_) for (shape, members), p_ in zip(batches.items(), p, strict=True)]
+        if native:
+            flat_p = torch.cat([p_.reshape(-1) for p_ in p])
+            own = _cut(native.low_rank_q(rows, a, flat_p), [(len(members), shape[1], a) for shape, members in batches.items()])
+        else:
+            own = [torch.bmm(stacked(members, shape).mT, p_) for (shape, members), p_ in zip(batches.items(), p, strict=True)]
         q = own
         if batches:
             mean = (yield transport.allreduce_(flattened(own), f"{task.name}.q")).mul_(1.0 / n)
@@ -114,21 +135,34 @@ class PowerSGD(Faithful):
             q = [m.view(t.shape) for m, t in zip(torch.split(mean, [t.numel() for t in own]), own, strict=True)]
 
         out = task.result()
+        if native:
+            kept = torch.cat([t.reshape(-1) for t in (q if self.residual == "mean" else own)])
+            sent = kept if self.residual == "mean" else torch.cat([t.reshape(-1) for t in q])
+            native.low_rank_decode_(rows, a, flat_p, sent, kept if task.reversible else None, out)
         for (shape, members), p_, q_, own_ in zip(batches.items(), p, q, own, strict=True):
             for k, i in enumerate(members):
                 s = tables[i]
-                torch.mm(p_[k], q_[k].T, out=out[s.start : s.stop].view(shape))
+                if not native:
+                    torch.mm(p_[k], q_[k].T, out=out[s.start : s.stop].view(shape))
                 q_views[i].copy_(q_[k])
                 if task.reversible:
-                    kept, left = q_[k] if self.residual == "mean" else own_[k], buffer[s.start : s.stop].view(shape)
-                    left.addmm_(p_[k], kept.T, alpha=-1)
-                    task.undo_by(partial(left.addmm_, p_[k], kept.T))
+                    stays, left = q_[k] if self.residual == "mean" else own_[k], buffer[s.start : s.stop].view(shape)
+                    if not native:
+                        left.addmm_(p_[k], stays.T, alpha=-1)
+                    task.undo_by(partial(left.addmm_, p_[k], stays.T))
         for s, was, now in zip(whole, plain, torch.split(means, [s.numel for s in whole]), strict=True):
             out[s.start : s.stop] = now
             buffer[s.start : s.stop] = 0
             if task.reversible:
                 task.undo_by(partial(buffer[s.start : s.stop].add_, was))
         return out
+
+    def _native(self, buffer: torch.Tensor, segments: Segments, batches: dict[tuple[int, int], list[int]]) -> Native | None:
+        """Compiled products, where matrices are thin: they read M as often as there are passes, where a matrix product of many columns computes."""
+        if not batches or self.approximation_rank > _THIN:
+            return None
+        table = tuple(segments.table[i] for members in batches.values() for i in members)
+        return native_for(buffer, replace(segments, table=table), "power_sgd")
 
     @staticmethod
     def _spoiled(task: Task) -> torch.Tensor:

@@ -48,6 +48,9 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "cast_decode": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int, _int),
     "accumulate": (_int, _pointer, *_TABLE, _pointer, _pointer, _int, _pointer, _int, _pointer, _pointer, _int),
     "shift": (_int, _pointer, *_TABLE, _pointer, _double, _pointer, _pointer, _pointer, _int),
+    "low_rank_p": (_int, _pointer, *_TABLE, _pointer, _long, _pointer, _pointer, _int),
+    "low_rank_q": (_int, _pointer, *_TABLE, _pointer, _long, _pointer, _pointer, _int),
+    "low_rank_decode": (_int, _pointer, *_TABLE, _pointer, _long, _pointer, _pointer, _pointer, _pointer, _int),
     "all_finite": (_int, _pointer, _long, _int),
     "fingerprint": (_pointer, _long, _int, _pointer, _int),
 }

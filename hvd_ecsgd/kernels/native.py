@@ -126,6 +126,26 @@ class Native:
                 raise CompressionError(f"{self._who}: parameter '{segment.name}' has {segment.numel} elements, and {t.numel()} came for it.")
         return [t.contiguous() for t in tensors]
 
+    # -- low rank: the segments are matrices M of rows[i] rows; P and Q are thin ones, row-major, one after the other -------------------------
+
+    def low_rank_p(self, rows: Counts, a: int, q: torch.Tensor) -> torch.Tensor:
+        """P = MQ, flat."""
+        p = torch.empty(int(rows.sum()) * a, dtype=q.dtype, device="cpu")
+        self._call("low_rank_p", *self._buffer, _address(rows), a, q.data_ptr(), p.data_ptr())
+        return p
+
+    def low_rank_q(self, rows: Counts, a: int, p: torch.Tensor) -> torch.Tensor:
+        """Q = MᵀP, flat."""
+        columns = int((self._segments.ranges[:, 1] // rows).sum())
+        q = torch.empty(columns * a, dtype=p.dtype, device="cpu")
+        self._call("low_rank_q", *self._buffer, _address(rows), a, p.data_ptr(), q.data_ptr())
+        return q
+
+    def low_rank_decode_(self, rows: Counts, a: int, p: torch.Tensor, q: torch.Tensor, kept: torch.Tensor | None, out: torch.Tensor) -> None:
+        """`out` ← PQᵀ in the segments' ranges, and M ← M − P·keptᵀ unless that is None."""
+        left = None if kept is None else kept.data_ptr()
+        self._call("low_rank_decode", *self._buffer, _address(rows), a, p.data_ptr(), q.data_ptr(), left, out.data_ptr())
+
     # -- positions: int32 or uint32, ascending within each segment, one segment after the other ------------------------------------------
 
     def top_k(self, counts: Counts, positions: torch.Tensor) -> None:

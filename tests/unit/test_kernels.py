@@ -230,6 +230,53 @@ def test_a_compressor_that_only_adds_is_added_to_zeros(kind: Any) -> None:
     assert not results[0].any()
 
 
+def matrices_of_low_rank(dtype: torch.dtype) -> tuple[Segments, np.ndarray, list[tuple[int, int]]]:
+    """Rows and columns that end within a vector, a block of rows or a tile of columns."""
+    shapes = [(3, 70), (130, 33), (300, 5000), (1, 7)]
+    return table([r * c for r, c in shapes], dtype), np.array([r for r, _ in shapes], np.int64), shapes
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("a", [1, 3])
+def test_thin_products_are_products(a: int, dtype: torch.dtype) -> None:
+    """P, Q, result and residual to rounding, whatever the table's order in the buffer; the same bits on every variant and thread count."""
+    segments, rows, shapes = matrices_of_low_rank(dtype)
+    v = values("gaussian", segments.numel, dtype)
+    q, p, kept = (
+        values("gaussian", n, dtype, seed)
+        for seed, n in enumerate((sum(c for _, c in shapes) * a, int(rows.sum()) * a, sum(c for _, c in shapes) * a))
+    )
+    bits: list[list[torch.Tensor]] = []
+    for threads, _ in itertools.product((1, 2), variants()):
+        torch.set_num_threads(threads)
+        left, out = v.clone(), torch.full_like(v, 7.0)
+        low_rank = native.native_for(left, segments, "test")
+        assert low_rank is not None
+        bits.append([low_rank.low_rank_p(rows, a, q), low_rank.low_rank_q(rows, a, p), left, out])
+        low_rank.low_rank_decode_(rows, a, p, q, kept, out)
+    torch.set_num_threads(1)
+    assert all(torch.equal(x, y) for other in bits[1:] for x, y in zip(bits[0], other, strict=True))
+    found_p, found_q, left, out = (t.double() for t in bits[0])
+    at_p = at_q = 0
+    near = 1e-5 if dtype == torch.float32 else 1e-13
+    for s, (r, c) in zip(segments, shapes, strict=True):
+        m, p_s = v[s.start : s.stop].view(r, c).double(), p[at_p : at_p + r * a].view(r, a).double()
+        q_s, kept_s = (t[at_q : at_q + c * a].view(c, a).double() for t in (q, kept))
+        expected = {"p": m @ q_s, "q": m.T @ p_s, "result": p_s @ q_s.T, "residual": m - p_s @ kept_s.T}
+        bounds = {
+            "p": m.abs() @ q_s.abs(),
+            "q": m.abs().T @ p_s.abs(),
+            "result": p_s.abs() @ q_s.abs().T,
+            "residual": m.abs() + p_s.abs() @ kept_s.abs().T,
+        }
+        found = {"p": found_p[at_p : at_p + r * a].view(r, a), "q": found_q[at_q : at_q + c * a].view(c, a)}
+        found |= {"result": out[s.start : s.stop].view(r, c), "residual": left[s.start : s.stop].view(r, c)}
+        for what, value in expected.items():
+            assert bool(((found[what] - value).abs() <= near * bounds[what]).all()), (what, r, c)
+        at_p, at_q = at_p + r * a, at_q + c * a
+
+
 @compiled
 def test_a_perturbed_kernel_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: one bit of a payload, in its codes."""

@@ -160,6 +160,13 @@ KERNEL(accumulate,
 KERNEL(shift,
        (int type, const void* x, TABLE, const void* t, double factor, void* const* parameters, int64_t* sums, const int64_t* places, int threads),
        (x, table, n, t, factor, parameters, sums, places, threads))
+KERNEL(low_rank_p, (int type, const void* buffer, TABLE, const int64_t* rows, int64_t a, const void* q, void* p, int threads),
+       (buffer, table, n, rows, a, q, p, threads))
+KERNEL(low_rank_q, (int type, const void* buffer, TABLE, const int64_t* rows, int64_t a, const void* p, void* q, int threads),
+       (buffer, table, n, rows, a, p, q, threads))
+KERNEL(low_rank_decode,
+       (int type, void* buffer, TABLE, const int64_t* rows, int64_t a, const void* p, const void* q, const void* kept, void* out, int threads),
+       (buffer, table, n, rows, a, p, q, kept, out, threads))
 
 EXPORT int64_t hvd_ecsgd_random_k_positions(TABLE, const uint64_t* keys, const int64_t* counts, uint32_t* positions, int threads) {
     IN_VARIANT(random_k_positions(table, n, keys, counts, positions, threads))

@@ -30,3 +30,5 @@
 #include "accumulate.h"
 
 #include "shift.h"
+
+#include "low_rank.h"
