@@ -1,6 +1,7 @@
 """What a whole step of each method costs in one process: native kernels beside the reference, in units of T, the time of one `e.add_(g)`.
 
-    python benchmarks/kernels.py [--numel 25000000] [--threads 1] [--repeat 9] [--device cpu] [--only top_k,one_bit] [--output NAME] [--short]
+    python benchmarks/kernels.py [--numel 25000000] [--threads 1] [--repeat 9] [--device cpu] [--only top_k,one_bit]
+        [--distribution normal] [--output NAME] [--short]
 
 A step is accumulate, extract, send to oneself and decode, through `GradientExchange`, as a training loop of one's own calls it. Native and reference
 steps, and T, take turns, so that what else the machine does meets all of them alike; given are the median, and in JSON the quartiles and the least.
@@ -45,6 +46,21 @@ METHODS: dict[str, Callable[[], Any]] = {
     "natural double_squeeze": lambda: Compression.double_squeeze(Natural()),
     "top_k": lambda: Compression.top_k(100),
 }
+TARGETS = {
+    "random_block": 1.45, "detached": 3.0, "one_bit": 2.0, "fp16": 2.0, "bf16": 2.0, "random_k": 1.8, "threshold": 2.3, "double_squeeze": 4.0,
+    "top_k by block": 3.0, "power_sgd": 4.0, "ternary": 2.6, "qsgd": 4.0, "qsgd 4 bits": 4.0, "natural": 4.0, "top_k": 2.5,
+}  # fmt: skip
+"""In T, one thread, of a step over 25 M normal float32."""
+
+DISTRIBUTIONS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
+    "normal": lambda g, _: g,
+    "heavy-tailed": lambda g, _: g**5,
+    "constant": lambda g, _: torch.full_like(g, -0.75),
+    "sparse": lambda g, random: g * (torch.rand(g.shape, generator=random) < 0.01),
+    "denormal": lambda g, _: g * 1e-40,
+    "ties": lambda g, _: g.round(),
+    "zeros": lambda g, _: torch.zeros_like(g),
+}
 LAYERS = 10
 QUARTERS = 4
 
@@ -85,14 +101,15 @@ class Stepper:
         if not self.means:
             return None
         wrong = sum(float((self.means[name] - g).square().sum()) for name, g in self._gradients.items())
-        return (wrong / sum(float(g.square().sum()) for g in self._gradients.values())) ** 0.5
+        of = sum(float(g.square().sum()) for g in self._gradients.values())
+        return (wrong / of) ** 0.5 if of else 0.0
 
 
-def measure(name: str, numel: int, repeat: int, device: torch.device) -> dict[str, Any]:
+def measure(name: str, numel: int, repeat: int, device: torch.device, distribution: str) -> dict[str, Any]:
     """A row of the table: times of native and reference, of T and of a copy."""
     side = max(2, int((numel / LAYERS) ** 0.5))
     generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(side, side, generator=generator).to(device) for _ in range(LAYERS)]
+    gradients = [DISTRIBUTIONS[distribution](torch.randn(side, side, generator=generator), generator).to(device) for _ in range(LAYERS)]
     flat, other = (torch.zeros(side * side * LAYERS, device=device) for _ in range(2))
     kinds = {"native": native.native_library() if device.type == "cpu" else None, "reference": None}
     steppers = {kind: Stepper(METHODS[name](), gradients, library) for kind, library in kinds.items() if kind == "reference" or library is not None}
@@ -107,6 +124,7 @@ def measure(name: str, numel: int, repeat: int, device: torch.device) -> dict[st
     n_bytes = flat.nbytes
     row: dict[str, Any] = {"method": name, "seconds": {kind: spread(t) for kind, t in times.items()}, "error": step.error()}
     row["T"] = {kind: statistics.median(t) / one for kind, t in times.items()}
+    row["target"] = TARGETS.get(name)
     row["GB/s"] = {kind: n_bytes / statistics.median(t) / 1e9 for kind, t in times.items()}
     copy = 2 / statistics.median(times["copy"])
     row["of copy"] = {kind: 3 / statistics.median(times[kind]) / copy for kind in steppers}
@@ -139,6 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, default=25_000_000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default="normal", help="of the gradients")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--only", default="", help=f"some of {', '.join(METHODS)}, with commas between")
@@ -155,14 +174,15 @@ def main(arguments: list[str] | None = None) -> None:
     library = native.native_library() if device.type == "cpu" else None
     where = "" if device.type == "cpu" else f" on {given.device}"
     print(f"{given.numel / 1e6:g} M float32{where}, {given.threads} thread(s), kernels: {library.variant if library else 'reference only'}")
-    print(f"{'method':24}{'native':>9}{'reference':>11}{'copy':>7}  T   {'GB/s':>6}{'copy':>6}{'of copy':>9}{'error':>8}{'bytes':>12}")
+    print(f"{'method':24}{'native':>9}{'target':>8}{'reference':>11}{'copy':>7}  T   {'GB/s':>6}{'copy':>6}{'of copy':>9}{'error':>8}{'bytes':>12}")
     rows = []
     for name in chosen:
-        rows.append(row := measure(name, given.numel, given.repeat, device))
+        rows.append(row := measure(name, given.numel, given.repeat, device, given.distribution))
         ours, speed = row["T"].get("native", float("nan")), row["GB/s"].get("native", row["GB/s"]["reference"])
         error = "" if row["error"] is None else f"{row['error']:.3f}"
         print(
-            f"{name:24}{ours:9.2f}{row['T']['reference']:11.2f}{row['T']['copy']:7.2f}      {speed:6.2f}{row['GB/s']['copy']:6.2f}"
+            f"{name:24}{ours:9.2f}{row['target'] or '':>8}"
+            f"{row['T']['reference']:11.2f}{row['T']['copy']:7.2f}      {speed:6.2f}{row['GB/s']['copy']:6.2f}"
             f"{row['of copy'].get('native', row['of copy']['reference']):9.1%}{error:>8}{row['bytes']:12}",
             flush=True,
         )
@@ -171,6 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         facts = {
             "numel": given.numel,
             "device": given.device,
+            "distribution": given.distribution,
             "threads": given.threads,
             "variant": library.variant if library else None,
             "torch": torch.__version__,

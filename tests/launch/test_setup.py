@@ -74,6 +74,14 @@ def test_with_sources_the_library_is_built_and_its_c_interface_works(copy: Path)
     assert not hasattr(library, "_Z6hiddenv")
 
 
+@needs_compiler
+def test_the_wheel_is_of_a_platform_and_of_any_python(copy: Path) -> None:
+    add_sources(copy)
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('made'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=120)
+    assert "-py3-none-linux_" in done.stdout.splitlines()[-1], done.stdout + done.stderr
+
+
 def test_without_a_compiler_the_build_goes_on_and_says_so(copy: Path) -> None:
     add_sources(copy)
     said, built = build(copy, CXX="no-such-compiler")
