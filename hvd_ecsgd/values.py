@@ -1,0 +1,211 @@
+"""What compressors, feedback rules and exchanges pass to each other: state and its slots, settings, parts of the model, and what was counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+import numpy as np
+import torch
+
+from .segments import Segments
+
+__all__ = [
+    "Accumulated",
+    "GroupSettings",
+    "NO_SEGMENTS",
+    "Part",
+    "Places",
+    "Role",
+    "Slot",
+    "Slots",
+    "State",
+    "Takes",
+    "Traffic",
+    "slot_of",
+    "zeros",
+]
+
+State = dict[str, torch.Tensor]
+"""Slot name → flat tensor, whose element i belongs to element i of the segments the state was made for; or a matrix, whose row i belongs to
+segment i (counters)."""
+
+NO_SEGMENTS = Segments(())
+"""For asking which slots there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """`counts[i]` positions (int32, ascending, no two alike) within each segment, one segment after the other."""
+
+    counts: np.ndarray
+    positions: torch.Tensor
+
+
+class Role(Enum):
+    """What those who save, undo, carry over and resize state must know of a slot, and who know no method."""
+
+    RESIDUAL = auto()
+    """What was not sent yet, in the rule's unit: of a rule, this worker's; of an exchange, this server's. At most one of each."""
+    POINT = auto()
+    """x, equal on all ranks, of a rule that takes gradients at another point. Only a step that stands moves it. At most one."""
+    MEMORY = auto()
+    """Of the means that came back, equal on all ranks. It is multiplied by every later learning rate. At most one."""
+    OWN = auto()
+    """What the rule or the exchange keeps for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What is kept under a name, beginning with zeros."""
+
+    role: Role = Role.OWN
+    settled: bool = False
+    """Of a rule's residual: the buffer is another tensor, and the exchange adds what is left in it."""
+    columns: int = 0
+    """0: one element for each of the table, of its type and device. Otherwise a matrix of `dtype` on the CPU, a row for each segment: counters."""
+    dtype: torch.dtype = torch.float64
+
+
+Slots = Mapping[str, Slot]
+
+
+def zeros(slots: Slots, table: Segments) -> State:
+    """State to begin with, from its declaration: the one place that allocates it."""
+    counters = {name: torch.zeros((len(table), s.columns), dtype=s.dtype, device="cpu") for name, s in slots.items() if s.columns}
+    return {name: counters[name] if name in counters else table.zeros() for name in slots}
+
+
+def slot_of(slots: Slots, role: Role) -> str | None:
+    """The name of the slot with this role, if there is one."""
+    return next((name for name, slot in slots.items() if slot.role is role), None)
+
+
+class Takes(Enum):
+    """What a feedback rule takes over from the optimizer behind it."""
+
+    NOTHING = "nothing"
+    LEARNING_RATE = "learning rate"
+    """The rule uses η itself, and not only how it changes; the optimizer applies the mean."""
+    MOMENTUM = "momentum"
+    """The rule has momentum and weight decay of its own; the optimizer applies the mean, without any."""
+    UPDATE = "update"
+    """The rule moves the parameters itself, with the settings of SGD's param group."""
+
+    @property
+    def learning_rate(self) -> bool:
+        """η must be known: an optimizer that has one must be attached on an unmodified Horovod, and what is averaged must not be summed."""
+        return self in (Takes.LEARNING_RATE, Takes.UPDATE)
+
+    @property
+    def momentum(self) -> bool:
+        """Momentum and weight decay are the rule's, so an optimizer that went on to apply its own would do it twice."""
+        return self in (Takes.MOMENTUM, Takes.UPDATE)
+
+    @property
+    def update(self) -> bool:
+        """The parameters are moved by the rule, and the optimizer must not move them."""
+        return self is Takes.UPDATE
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """A param group's hyper-parameters in this step."""
+
+    lr: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    loss_scale: float = 1.0
+    remembers: bool = True
+    """What the optimizer is given enters a memory of its own. Only of SGD without momentum it is known that none does."""
+    wrong: str = field(default="", repr=False, compare=False)
+    """What no step can be taken with, such as "param group 0 of SGD has lr=nan"; empty when all is well."""
+
+    @staticmethod
+    def of(group: Mapping[str, Any], loss_scale: float = 1.0, where: str = "the param group", needs_learning_rate: bool = False) -> GroupSettings:
+        """Those of an optimizer's param group, named `where`. What it does not have, or what is not one number, is 0, and the learning rate is 1.
+
+        Nothing is raised for numbers that no step can be taken with, since other ranks may have other ones; see `wrong`.
+        """
+        numbers = {option: _number(group.get(option)) for option in ("lr", "momentum", "weight_decay")}
+        bad = [option for option, number in numbers.items() if number is not None and not math.isfinite(number)]
+        lr = numbers["lr"]
+        if needs_learning_rate if lr is None else lr < 0:
+            bad.append("lr")
+        return GroupSettings(
+            1.0 if lr is None else lr,
+            numbers["momentum"] or 0.0,
+            numbers["weight_decay"] or 0.0,
+            bool(group.get("nesterov", False)),
+            loss_scale,
+            numbers["momentum"] != 0 or "dampening" not in group,
+            f"{where} has {bad[0]}={group.get(bad[0])!r}" if bad else "",
+        )
+
+
+def _number(value: Any) -> float | None:
+    """A hyper-parameter that is one number, or a tensor of one; None of anything else."""
+    if value is None or isinstance(value, str):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One bucket, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero after an exchange.
+    `zero_learning_rate`: it was 0 in the step before, in which its parameters and state stayed as they are. `touched`: as in `Task`."""
+
+    state: State
+    parameters: Sequence[torch.Tensor]
+    segments: Segments
+    lossless: bool = False
+    zero_learning_rate: bool = False
+    touched: list[Places] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulated:
+    """What reading the gradients once gives: the flat `buffer` to extract from, and whether all of them were `finite`; if not, nothing was
+    accumulated, and there is no buffer."""
+
+    buffer: torch.Tensor
+    finite: bool = True
+
+    @staticmethod
+    def nothing(segments: Segments) -> Accumulated:
+        """Of gradients that are not finite: a step that all ranks will undo."""
+        return Accumulated(torch.empty(0, dtype=segments.dtype, device=segments.device), finite=False)
+
+
+@dataclass
+class Traffic:
+    """Bytes of one worker, counted where they are handed to the transport.
+
+    `payload`: what this worker contributes. `sent`: what leaves this worker when the collective is bandwidth-optimal (all-reduce: ring,
+    2·(n-1)/n of the payload; all-gather: n-1 copies; all-to-all: all pieces but its own). `dense`: what an uncompressed ring all-reduce of the
+    same gradients would send. `skipped`: payload that was not sent because worker or server stayed silent.
+    """
+
+    payload: int = 0
+    sent: int = 0
+    dense: int = 0
+    skipped: int = 0
+
+    def __iadd__(self, other: Traffic) -> Traffic:
+        self.payload += other.payload
+        self.sent += other.sent
+        self.dense += other.dense
+        self.skipped += other.skipped
+        return self
+
+    @property
+    def ratio(self) -> float:
+        """Bytes a dense exchange would have sent ÷ bytes sent; with one worker (nothing is sent), 1."""
+        return self.dense / self.sent if self.sent else 1.0
