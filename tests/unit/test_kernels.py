@@ -236,25 +236,43 @@ def matrices_of_low_rank(dtype: torch.dtype) -> tuple[Segments, np.ndarray, list
     return table([r * c for r, c in shapes], dtype), np.array([r for r, _ in shapes], np.int64), shapes
 
 
+def thin(a: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The matrices, factors Q and P of rank a, and the Q that is kept of a step."""
+    segments, rows, shapes = matrices_of_low_rank(dtype)
+    columns = sum(c for _, c in shapes)
+    return tuple(values("gaussian", n, dtype, i) for i, n in enumerate((segments.numel, columns * a, int(rows.sum()) * a, columns * a)))
+
+
+def thin_products(a: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """P, Q, residual and result, by the kernels in use."""
+    segments, rows, _ = matrices_of_low_rank(dtype)
+    left, q, p, kept = thin(a, dtype)
+    out = torch.full_like(left, 7.0)
+    low_rank = native.native_for(left, segments, "test")
+    assert low_rank is not None
+    products = [low_rank.low_rank_p(rows, a, q), low_rank.low_rank_q(rows, a, p)]
+    low_rank.low_rank_decode_(rows, a, p, q, kept, out)
+    return [*products, left, out]
+
+
+def thin_products_everything() -> None:
+    """With nothing looked at but by a sanitizer."""
+    for a in (1, 3):
+        for dtype in (torch.float32, torch.float64):
+            thin_products(a, dtype)
+
+
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("a", [1, 3])
 def test_thin_products_are_products(a: int, dtype: torch.dtype) -> None:
     """P, Q, result and residual to rounding, whatever the table's order in the buffer; the same bits on every variant and thread count."""
-    segments, rows, shapes = matrices_of_low_rank(dtype)
-    v = values("gaussian", segments.numel, dtype)
-    q, p, kept = (
-        values("gaussian", n, dtype, seed)
-        for seed, n in enumerate((sum(c for _, c in shapes) * a, int(rows.sum()) * a, sum(c for _, c in shapes) * a))
-    )
+    segments, _, shapes = matrices_of_low_rank(dtype)
+    v, q, p, kept = thin(a, dtype)
     bits: list[list[torch.Tensor]] = []
     for threads, _ in itertools.product((1, 2), variants()):
         torch.set_num_threads(threads)
-        left, out = v.clone(), torch.full_like(v, 7.0)
-        low_rank = native.native_for(left, segments, "test")
-        assert low_rank is not None
-        bits.append([low_rank.low_rank_p(rows, a, q), low_rank.low_rank_q(rows, a, p), left, out])
-        low_rank.low_rank_decode_(rows, a, p, q, kept, out)
+        bits.append(thin_products(a, dtype))
     torch.set_num_threads(1)
     assert all(torch.equal(x, y) for other in bits[1:] for x, y in zip(bits[0], other, strict=True))
     found_p, found_q, left, out = (t.double() for t in bits[0])
@@ -448,17 +466,20 @@ UNDER_SANITIZERS = """
                     v = tests.values(kind, segments.numel, dtype)
                     payload = compressor.extract_(v, segments, tests.KEY)
                     compressor.add_(torch.zeros_like(v), payload, segments, tests.KEY, 0.5)
+                    compressor.assign_(torch.empty_like(v), payload, segments, tests.KEY, 0.5)
                 for i in range(8):  # garbage: a few bytes, or all
                     spoilt = payload.clone()
                     if spoilt.numel():
                         raw = spoilt.view(torch.uint8)
                         n = raw.numel() if i == 0 else 3
                         raw[torch.randint(raw.numel(), (n,), generator=generator)] = torch.randint(256, (n,), generator=generator, dtype=torch.uint8)
-                    try:
-                        compressor.add_(torch.zeros_like(v), spoilt, segments, tests.KEY)
-                    except CompressionError:
-                        refused += 1
+                    for decode in (compressor.add_, compressor.assign_):
+                        try:
+                            decode(torch.zeros_like(v), spoilt, segments, tests.KEY)
+                        except CompressionError:
+                            refused += 1
         tests.check_whole_tensors()
+        tests.thin_products_everything()
         test_accumulate.accumulate_everything()
         test_shift.shift_everything()
         test_move.move_everything()
