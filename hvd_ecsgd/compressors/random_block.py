@@ -63,7 +63,11 @@ class RandomBlock(FloatPayload):
 
     def places(self, payload: torch.Tensor, segments: Segments, key: Key) -> Places:
         ranges = [sorted(self._ranges(s, key)) for s in segments]
-        of = [torch.arange(low - s.start, high - s.start, dtype=torch.int32) for s, some in zip(segments, ranges, strict=True) for low, high in some]
+        of = [
+            torch.arange(low - s.start, high - s.start, dtype=torch.int32, device="cpu")
+            for s, some in zip(segments, ranges, strict=True)
+            for low, high in some
+        ]
         counts = np.array([sum(high - low for low, high in some) for some in ranges], np.int64)
         return Places(counts, torch.cat(of).to(segments.device) if of else torch.empty(0, dtype=torch.int32, device=segments.device))
 
