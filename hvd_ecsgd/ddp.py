@@ -187,6 +187,12 @@ class DDPHook:
 
     def take(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Take a bucket of DDP's; the future becomes its buffer, with the means in it, when DDP's last bucket has come."""
+        if bucket.buffer().is_sparse:
+            name = next(n for n, p in self.named if p is bucket.parameters()[0])
+            raise CompressionError(
+                f"the gradient of parameter '{name}' is sparse, and DDP's hook takes dense ones: use sparse=False in the embedding, or an optimizer "
+                "of mpi_backend or torch_backend, which sends sparse gradients as dense ones."
+            )
         if bucket.index() == 0:
             self._begin()
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):

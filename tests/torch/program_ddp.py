@@ -261,6 +261,10 @@ def wrong_use_is_told() -> None:
     loss_of(wrapped, 0).backward()
     with pytest.raises(SequenceError, match="no_sync"):
         loss_of(wrapped, 0).backward()
+    sparse = DistributedDataParallel(torch.nn.Embedding(50, 40, sparse=True))
+    ddp.register(sparse, Compression.top_k(10))
+    with pytest.raises(CompressionError, match="'weight' is sparse"):
+        sparse(torch.tensor([1, 2])).sum().backward()
     # On one rank only, and told to all; afterwards training goes on.
     model, wrapped, optimizer, hook = made(Compression.top_k(10))
     loss_of(wrapped, 0).backward()
