@@ -50,9 +50,9 @@ class Fault:
 FAULTS = (
     Fault(
         "the residual is carried by the inverse ratio of learning rates",
-        "hvd_ecsgd/feedback/base.py",
-        'part.state["residual"].mul_(ctx.carry)',
-        'part.state["residual"].div_(ctx.carry)',
+        "hvd_ecsgd/feedback/error_feedback.py",
+        'Addition(part.segments, part.state["residual"], ctx.carry)',
+        'Addition(part.segments, part.state["residual"], 1 / ctx.carry)',
         ("tests/unit/test_units.py::test_what_arrives_and_what_waits_is_what_was_put_in",),
     ),
     Fault(
@@ -64,9 +64,9 @@ FAULTS = (
     ),
     Fault(
         "a step is undone without its momentum",
-        "hvd_ecsgd/feedback/local_momentum.py",
-        "        take_from_momentum_(part, gradients, ctx.settings.momentum, ctx.settings.weight_decay)\n",
-        "",
+        "hvd_ecsgd/kernels/accumulate.py",
+        "                torch._foreach_sub_(momentum, list(gradients))\n                self.momentum.div_(self.mu)\n",
+        "                pass\n",
         ("tests/horovod/test_updates.py::test_the_update_is_applied_by_the_method[horovodrun-2]",),
         ranks=True,
     ),
