@@ -75,6 +75,7 @@ class DDPHook:
     workers is in `p.grad`, and may be clipped there. Methods that apply the update themselves (`detached`, `local_momentum`, `pef`, …) leave this
     worker's own gradient there instead, and move the parameters when the attached `torch.optim.SGD` steps. A step in which some worker held an inf or
     NaN is undone on all of them: `p.grad` is NaN then, as a GradScaler expects, and None once the optimizer steps, so that it moves nothing.
+    Where a step is skipped, and nothing came, it is zero, and None likewise.
 
     Raises `CompressionError` where `model` is no DistributedDataParallel, has a hook already, or trains other parameters than are bound.
     """
@@ -252,7 +253,7 @@ class DDPHook:
     def _write_means(self, gradients: dict[int, torch.Tensor]) -> None:
         for bucket, reduction in zip(self._step.aggregator.state.buckets, self._step.results, strict=True):
             views = [gradients[id(p)] for p in bucket.parameters]
-            if reduction is None or reduction.out is None:  # learning rate 0
+            if reduction is None or reduction.out is None or reduction.task.skipped:  # learning rate 0, or nothing came
                 torch._foreach_zero_(views)
             else:
                 torch._foreach_copy_(views, bucket.segments.shaped_views(reduction.out))
@@ -272,6 +273,11 @@ class DDPHook:
             self._guard.check_exchanged([1.0] if scaled == 1.0 else [1.0, 1 / scaled])
             self._step.aggregator.apply_updates(self._step.reductions)
             self._let_go()
+        else:
+            for reduction in self._step.reductions:
+                if reduction.task.skipped:  # nor must the optimizer's momentum move it
+                    for parameter in reduction.bucket.parameters:
+                        parameter.grad = None
         self._step.forget()
 
     def _raise_refusal(self) -> None:

@@ -17,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer, SequenceError, ddp, load_checkpoint, save_checkpoint
 from hvd_ecsgd.transport.torch_dist import TorchTransport
-from tests.cases import CASES, COVERING, Case, bound_method, by_name
+from tests.cases import CASES, COVERING, SWITCHES, Case, bound_method, by_name
 from tests.problems import batch, flat, mlp, weights
 from tests.torch.meeting import meet
+from tests.unit.test_state import equal
 
 RATES = (0.1, 0.1, 0.05, 0.0, 0.05, 0.1, 0.1)
 INF_AT = 5
@@ -67,14 +68,6 @@ def by_optimizer(case: Case) -> tuple[torch.Tensor, dict[str, Any], int]:
     return weights(model, optimizer.compression), optimizer.compression.state_dict(), optimizer.compression.undone_steps
 
 
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return bool(a == b)
-
-
 def methods(cases: tuple[Case, ...]) -> None:
     """Weights and all state are the same to the bit, with a schedule, a rate of zero, and a step that is undone."""
     wrong = []
@@ -85,6 +78,13 @@ def methods(cases: tuple[Case, ...]) -> None:
             wrong.append(f"{case.name} {settings}: {(mine[0] - expected[0]).abs().max()}")
         assert mine[2] == expected[2] and mine[0].isfinite().all(), case.name
     assert not wrong, wrong
+
+
+def skipped_steps_move_nothing() -> None:
+    """Also against the optimizer's own momentum, where the method leaves the update to it."""
+    case = Case("skipping", SWITCHES[6])
+    mine, expected = by_hook(case), by_optimizer(case)
+    assert mine[0].isfinite().all() and equal(mine[0], expected[0]) and equal(mine[1], expected[1])
 
 
 # -- what scripts do -----------------------------------------------------------------------------------------------------------------
@@ -289,6 +289,7 @@ def ranks_that_differ_are_told() -> None:
 
 
 USES = (
+    skipped_steps_move_nothing,
     nothing_is_lost_without_compression,
     gradients_accumulate,
     unused_and_frozen_parameters,
