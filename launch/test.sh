@@ -7,8 +7,8 @@
 #   VENV=… PYTHON=… MPI=system TORCH_SPEC=…       as in launch/quickstart.sh
 #
 # Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1. Tests of one process run on all cores,
-# those that start ranks one after the other. Tests that mostly wait (for a time limit, Slurm, a network that is cut) run beside those of one process,
-# and what these print comes after them. Each part ends with its slowest tests. The first time takes at most 20 minutes on 2 cores, 4 of them to build
+# those that start ranks one after the other. Tests that mostly wait (for a time limit, Slurm, a network that is cut) run beside all of these,
+# and what they print comes at the end. Each part ends with its slowest tests. The first time takes at most 20 minutes on 2 cores, 4 of them to build
 # Horovod; later that is there.
 set -euo pipefail
 # shellcheck source=common.sh
@@ -65,12 +65,14 @@ part 'ruff format --check .' ruff format --check .
 part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
 part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun benchmarks/netlab.sh .ci/run
 
-# Ranks that wait leave the cores to tests of one process. Those that work need them: beside others each takes as much longer as the others take.
-start_guarded kept 'pytest, one process' tests "${ALONE[@]}" -n auto --maxprocesses 8 "$@"
-ALONE_STARTED=$STARTED
-part 'pytest, mostly waiting' tests "${WAITING[@]}" "$@"
-show 'pytest, one process' "$ALONE_STARTED"
+# Ranks that wait leave the cores to tests that work, so they run beside them. Those that work come one after the other: beside others each takes as
+# much longer as the others take.
+WAIT='pytest, mostly waiting'
+start_guarded kept "$WAIT" tests "${WAITING[@]}" "$@"
+WAITING_STARTED=$STARTED
+part 'pytest, one process' tests "${ALONE[@]}" -n auto --maxprocesses 8 "$@"
 part 'pytest, ranks' tests tests "${ALONE[@]/#/--ignore=}" "${WAITING[@]/#/--ignore=}" "$@"
+show "$WAIT" "$WAITING_STARTED"
 
 enter all "$([ "$failed" = 0 ] && echo passed || echo FAILED)" "$SECONDS"
 printf '\n%-40s %-8s %6s\n%s' part result seconds "$table"
