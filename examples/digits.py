@@ -28,6 +28,7 @@ from hvd_ecsgd import Compression, load_checkpoint, save_checkpoint  # (+)
 
 BACKENDS = {"mpi": "mpi_backend", "horovod": "horovod.torch", "torch": "hvd_ecsgd.torch_backend"}
 METHODS: dict[str, Callable[[float], Any]] = {
+    "auto": lambda ratio: Compression.auto(),
     "none": lambda ratio: Compression.none(),
     "fp16": lambda ratio: Compression.fp16(error_feedback=True),
     "random_block_no_feedback": lambda ratio: Compression.random_block(ratio, error_feedback=False),
@@ -147,6 +148,8 @@ def train(
     seconds = time.perf_counter() - started
     with compression.at("averaged"):
         weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    if compression.tuner is not None and hvd.rank() == 0:
+        print(*(f"{method} chose {decision}" for decision in compression.tuner.decisions), sep="\n", flush=True)
     traffic = compression.traffic
     digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:16]
     return Result(curve[-1], seconds, traffic.sent / 1e6, traffic.ratio if traffic.sent else math.nan, curve, digest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
@@ -13,6 +13,7 @@ from .compressors import QSGD, BlockTopK, Cast, GlobalRandomBlock, Identity, Nat
 from .compressors.base import check_unbiased
 from .core.bound import BoundCompression, Named
 from .core.method import Method
+from .core.tuner import DENSE, Tuner
 from .errors import CompressionError
 from .exchange import (
     AllGather,
@@ -291,6 +292,26 @@ class Compression:
         return Compression(RandomBlock(64) if compressor is None else compressor, CSER(), exchange, **options)
 
     @staticmethod
+    def auto(candidates: Mapping[str, Compression] | None = None, *, trial: int = 5, every: int | None = None, **options: Any) -> AutoCompression:
+        """The fastest of several methods on this network, for this model; dense where compression saves less than a tenth of a step's time.
+
+        Each is tried in `trial` steps of the training (the first is not counted), and all ranks go on with the same: after 15 steps with the default
+        `candidates`, by name: "none", "fp16" and "double_squeeze", which reach dense training's accuracy (docs/reproduce.md). Name your own, among
+        them "none", all with error feedback in gradient units; residuals are carried from one to the next. All is tried again after `every` steps,
+        after loading, and when steps become slower or faster by half. `options` are those of the default candidates. The figures:
+        `compression.tuner.decisions`, and the logger `hvd_ecsgd` (INFO, rank 0). Raises `CompressionError` for candidates that do not fit together.
+        """
+        if candidates is not None and options:
+            raise CompressionError(f"auto(): {sorted(options)[0]} belongs to the default candidates; give it to those named.")
+        if candidates is None:
+            candidates = {
+                DENSE: Compression(Identity(), ErrorFeedback(), **options),
+                "fp16": Compression.fp16(error_feedback=True, **options),
+                "double_squeeze": Compression.double_squeeze(**options),
+            }
+        return AutoCompression(candidates, trial, every)
+
+    @staticmethod
     def power_sgd(
         approximation_rank: int = 2, *, residual: Literal["mean", "own"] = "mean", error_feedback: bool = True, **options: Any
     ) -> Compression:
@@ -313,6 +334,29 @@ class Compression:
 def _feedback(wanted: bool) -> Feedback:
     check_flag(wanted, "error_feedback")
     return ErrorFeedback() if wanted else NoFeedback()
+
+
+class AutoCompression(Compression):
+    """`Compression.auto(…)`: begins dense."""
+
+    def __init__(self, candidates: Mapping[str, Compression], trial: int, every: int | None) -> None:
+        for name, candidate in candidates.items():
+            if not isinstance(getattr(candidate, "method", None), Method) or isinstance(candidate, BoundCompression):
+                raise CompressionError(f"auto(): candidate '{name}' must be Compression.<preset>(…), not bound, got {candidate!r:.100}.")
+        self._options = (candidates, trial, every)
+        self.tuner()  # which looks at them
+        self.method = candidates[DENSE].method
+
+    def __repr__(self) -> str:
+        return f"Compression.{self.tuner()!r}"
+
+    def tuner(self) -> Tuner:
+        """A new one, as each bound object has."""
+        return Tuner(*self._options)
+
+    def bind(self, model: Named, process_set: Any = None) -> BoundCompression:
+        """See `Compression.bind`."""
+        return BoundCompression(self.method, model, lambda bound: HorovodDriver(bound, process_set), self.tuner())
 
 
 class HorovodStylePreset:

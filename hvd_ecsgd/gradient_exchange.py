@@ -143,6 +143,7 @@ class GradientExchange:
                     handed = bucket.hand_out(reduction.out)
                     means.update({n: m.to(p.dtype) for n, p, m in zip(bucket.segments.names, bucket.parameters, handed, strict=True)})
         step.forget()
+        self.compression.after_step()
         return means
 
     def _by_place(self, gradients: Iterable[torch.Tensor | None]) -> dict[str, torch.Tensor | None]:

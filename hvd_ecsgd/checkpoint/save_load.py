@@ -127,6 +127,8 @@ def load_checkpoint(
         with together(transport, "checkpoint.load"):
             manifest = read_manifest(folder)
             saved_size = manifest["size"]
+        compression.go_on_as(lambda method: method.settings() == manifest["method"])
+        with together(transport, "checkpoint.load"):
             _check_is_this_training(folder, manifest, optimizer, compression)
             parts = Parts(folder, manifest, stack)
             for r in range(rank, saved_size, size):

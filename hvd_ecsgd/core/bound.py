@@ -20,7 +20,9 @@ from .method import Method
 from .points import Point, check_point
 from .saved_state import check_head
 from .state import MethodState
+from .step_hooks import follow
 from .trees import is_unicode
+from .tuner import Tuner
 
 __all__ = ["BoundCompression", "Driver", "HorovodProtocol", "Named"]
 
@@ -94,7 +96,7 @@ class BoundCompression:
     that it begins with; an own optimizer's takes its place.
     """
 
-    def __init__(self, method: Method, model: Named, horovod: Callable[[BoundCompression], HorovodProtocol]) -> None:
+    def __init__(self, method: Method, model: Named, horovod: Callable[[BoundCompression], HorovodProtocol], tuner: Tuner | None = None) -> None:
         self.named, self.frozen = _checked(model)
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
         self._modules: list[Any] = [m for m in modules if hasattr(m, "running_mean") and hasattr(m, "running_var")]
@@ -109,6 +111,10 @@ class BoundCompression:
         self._driver: Driver = self._horovod
         self._used = False
         """A driver has brought its aggregator."""
+        self.tuner = tuner
+        """Of `Compression.auto`, which chooses the method."""
+        if tuner is not None:
+            follow(self)
         if Role.POINT in method.slot_names and isinstance(model, torch.nn.Module):
             with suppress(Exception):  # a convenience, which scripted modules and some wrappers do not offer
                 model.register_state_dict_pre_hook(ShiftWarning(partial(_shift, weakref.ref(self))))  # type: ignore[no-untyped-call]
@@ -182,6 +188,8 @@ class BoundCompression:
         self.check_free()
         self._aggregator, self._driver, self._used = aggregator, driver, True
         aggregator.agreement.expect_first_step()
+        if self.tuner is not None:
+            aggregator.agreement.also_agree_on(auto=repr(self.tuner))
         if self._loaded_state is not None:
             state, self._loaded_state = self._loaded_state, None
             aggregator.prepare_load(state)()
@@ -219,6 +227,8 @@ class BoundCompression:
 
         Raises `CompressionError`, with nothing changed, when it does not fit.
         """
+        if isinstance(state, Mapping):
+            self.go_on_as(lambda method: repr(method) == state.get("method"))
         if self._used:
             self.prepare_load(state)()
         else:
@@ -269,6 +279,25 @@ class BoundCompression:
         if self._loaded_state is not None:
             raise CompressionError("switch(): state was loaded and no optimizer has taken it over yet; make the optimizer first.")
         self._aggregator.switch(new, self.check_together)
+
+    def go_on_as(self, fits: Callable[[Method], bool]) -> None:
+        """Where the method is chosen in training: before state is loaded, switch to the candidate that it belongs to, if one does."""
+        if self.tuner is not None and not fits(self.method):
+            candidate = self.tuner.went_on_as(fits, self.method)
+            if candidate is not None and self._used:
+                self.switch(candidate)
+            elif candidate is not None:
+                self._aggregator = Aggregator(MethodState(self.method.switched(candidate.method), self.named))
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps so far, undone ones too."""
+        return self._aggregator.state.step
+
+    def after_step(self) -> None:
+        """A step of an optimizer that holds bound parameters has ended."""
+        if self.tuner is not None and self._used:
+            self.tuner.after_step(self)
 
     # -- together with the other ranks -------------------------------------------------------------------------------------------
 

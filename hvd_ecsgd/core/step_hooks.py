@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import CompressionError
 
-__all__ = ["claim"]
+__all__ = ["claim", "follow"]
 
 
 class Claimant(Protocol):
@@ -33,9 +33,24 @@ class Claimant(Protocol):
     def before_step(self) -> None: ...
 
 
+class Follower(Protocol):
+    """What wants to know when steps of its parameters have ended."""
+
+    @property
+    def named(self) -> Sequence[tuple[str, torch.nn.Parameter]]: ...
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Of the parameters named."""
+        ...
+
+    def after_step(self) -> None: ...
+
+
 _claims: dict[int, weakref.ref[Claimant]] = {}
+_followers: dict[int, weakref.ref[Follower]] = {}
 _lock = threading.Lock()
-_watched = False
+_watched = _followed = False
 
 
 def claim(bound: Claimant) -> None:
@@ -71,3 +86,29 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         )
     for bound in claimed.values():
         bound.before_step()
+
+
+def follow(bound: Follower) -> None:
+    """From now on call `bound.after_step()` after every step of any optimizer that holds one of its parameters, while it lives. Twice after one of
+    an unmodified Horovod's."""
+    global _followed
+    with _lock:
+        if not _followed:
+            register_optimizer_step_post_hook(_after_step)
+            _followed = True
+        for _, parameter in bound.named:
+            _followers[id(parameter)] = weakref.ref(bound)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    following: dict[int, Follower] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            found = _followers.get(id(parameter))
+            bound = None if found is None else found()
+            if bound is not None and id(parameter) in bound.ids:
+                following[id(bound)] = bound
+            elif found is not None:
+                _followers.pop(id(parameter), None)
+    for bound in following.values():
+        bound.after_step()

@@ -32,7 +32,7 @@ __all__ = [
 
 
 STEP = "a training step"
-_DOING = ("", STEP, "save_checkpoint", "load_checkpoint", "switch", "at('virtual')", "discard")
+_DOING = ("", STEP, "save_checkpoint", "load_checkpoint", "switch", "at('virtual')", "discard", "Compression.auto")
 """What ranks do together, by code; first what a rank does that has joined, which is whatever the others do."""
 
 

@@ -93,7 +93,7 @@ def test_settings_at_their_bounds_are_right() -> None:
 
 def test_every_preset_has_a_case() -> None:
     presets = {n for n, v in vars(Compression).items() if isinstance(v, staticmethod)} | {"none", "fp16", "bf16"}
-    assert presets == {c.name.split("-")[0] for c in CASES}
+    assert presets - {"auto"} == {c.name.split("-")[0] for c in CASES}, "auto chooses among others"
     assert len({c.name for c in CASES}) == len(CASES)
 
 

@@ -26,6 +26,7 @@ CORE: dict[str, set[str]] = {
     "schedule": set(),
     "refusal": set(),
     "method": {"schedule"},
+    "tuner": {"method"},
     "bucket": {"method"},
     "step": {"method", "bucket"},
     "state": {"method", "bucket"},
@@ -38,7 +39,7 @@ CORE: dict[str, set[str]] = {
     "agreement": {"talk", "refusal", "method", "bucket", "state"},
     "switch": {"agreement", "points", "method", "bucket", "state"},
     "aggregator": {"agreement", "copies", "points", "saved_state", "switch", "gradients", "refusal", "step", "method", "bucket", "state"},
-    "bound": {"aggregator", "attached", "copies", "points", "saved_state", "trees", "method", "bucket", "state"},
+    "bound": {"tuner", "step_hooks", "aggregator", "attached", "copies", "points", "saved_state", "trees", "method", "bucket", "state"},
 }
 IN_CORE = {f"core.{room}" for room in CORE}
 # room (a module or a folder of hvd_ecsgd, of core each file) → the other rooms of hvd_ecsgd that it may import

@@ -1,0 +1,178 @@
+"""Which of several methods is fastest here: tried in the training itself, decided by all ranks alike.
+
+Steps of the training are what is timed, so computation, kernels, network, other jobs and whatever the script does between steps count as they do for
+the user. What one method holds back the next one sends, since all of them have the feedback rule in common (see `switch`).
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..arguments import check_integer
+from ..errors import CompressionError
+from ..transport.base import Transport
+from .method import Method
+
+__all__ = ["DENSE", "Candidate", "Decision", "Tuner"]
+
+DENSE = "none"
+"""The candidate that sends everything."""
+WORTH = 0.9
+"""Compression is chosen where a step takes less than so much of a dense one."""
+WINDOW = 100
+"""Steps over which a median is taken that is compared with the one before."""
+DRIFT = 1.5
+"""By so much a step has become slower or faster before all is tried again."""
+
+_log = logging.getLogger("hvd_ecsgd")
+
+
+class Candidate(Protocol):
+    """`Compression.<preset>(…)`."""
+
+    @property
+    def method(self) -> Method: ...
+
+
+class Tuned(Protocol):
+    """What is switched: a bound compression."""
+
+    @property
+    def steps_taken(self) -> int:
+        """By the aggregator, undone ones too."""
+        ...
+
+    @property
+    def transport(self) -> Transport: ...
+
+    def switch(self, compression: Candidate) -> None: ...
+
+    def check_together(self, what: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided after `step` steps, and by which figures: the median seconds of a step of each method, of the slowest rank."""
+
+    step: int
+    chosen: str
+    seconds: Mapping[str, float]
+    why: str
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items())
+        return f"after {self.step} steps ({self.why}): {self.chosen}; a step took {figures}"
+
+
+class Tuner:
+    """Tries `candidates` for `trial` steps each, of which the first is not counted, and goes on with the fastest; with the dense one where no other
+    takes less than nine tenths of its time.
+
+    All is tried again after `every` steps, if that is given, and when the median of a hundred steps has changed by half from one hundred to the
+    next. `clock`: seconds.
+    """
+
+    def __init__(
+        self, candidates: Mapping[str, Candidate], trial: int = 5, every: int | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        if DENSE not in candidates or len(candidates) < 2:
+            raise CompressionError(f"auto(): expected candidates for '{DENSE}' and at least one other name, got {sorted(candidates)}.")
+        dense = candidates[DENSE].method
+        for name, candidate in candidates.items():
+            if candidate.method.feedback != dense.feedback:
+                raise CompressionError(
+                    f"auto(): candidate '{name}' has the feedback rule {candidate.method.feedback}, and '{DENSE}' {dense.feedback}; what one holds "
+                    "back could not be sent by the other. Name methods with one rule (presets in gradient units have ErrorFeedback())."
+                )
+        check_integer(trial, "auto(): trial", "a number of steps ≥ 2, the first of which is not counted", least=2)
+        if every is not None:
+            check_integer(every, "auto(): every", f"more steps than one trial of all takes ({trial * len(candidates)}), or None", least=1)
+            if every <= trial * len(candidates):
+                raise CompressionError(f"auto(): every={every}: expected more steps than a trial of all takes, {trial * len(candidates)}, or None.")
+        self.candidates, self.trial, self.every = dict(candidates), trial, every
+        self.decisions: list[Decision] = []
+        self._clock = clock
+        self._seen = 0
+        self._since: float | None = None
+        self.begin("training began")
+
+    def __repr__(self) -> str:
+        """What must be equal on all ranks."""
+        return f"auto({', '.join(f'{name}: {c.method}' for name, c in self.candidates.items())}; trial={self.trial}, every={self.every})"
+
+    def begin(self, why: str, current: str = DENSE) -> None:
+        """Try all, from the next step on; `current` is what is done now, and comes first."""
+        self.current, self._why = current, why
+        self._waiting = [name for name in self.candidates if name != current]
+        self._tried: dict[str, float] = {}
+        self._times: list[float] = []
+        self._usual: float | None = None
+        self._since = None
+
+    def went_on_as(self, fits: Callable[[Method], bool], of: Method) -> Candidate | None:
+        """The candidate that, switched to from `of`, `fits`; with that one all is tried anew."""
+        for name, candidate in self.candidates.items():
+            if fits(of.switched(candidate.method)):
+                self.begin("state was loaded", name)
+                return candidate
+        return None
+
+    def after_step(self, tuned: Tuned) -> None:
+        """A step has ended, or another optimizer's. Collective where a trial or a window ends, which is at the same step on all ranks."""
+        steps = tuned.steps_taken
+        passed = steps - self._seen
+        if passed <= 0:  # an unmodified Horovod's optimizer ends each step twice
+            return
+        now, self._seen = self._clock(), steps
+        if self._since is not None and steps > self.candidates[self.current].method.warmup_steps:
+            self._times.append((now - self._since) / passed)
+        self._decide(tuned)
+        self._since = self._clock()
+
+    @property
+    def trying(self) -> bool:
+        """No decision is made yet, or all is being tried again."""
+        return len(self._tried) < len(self.candidates)
+
+    def _decide(self, tuned: Tuned) -> None:
+        if not self.trying:
+            self._watch(tuned)
+        elif len(self._times) >= self.trial:
+            seconds = self._of_slowest(tuned, statistics.median(self._times[1:]))
+            if self._waiting:
+                tuned.switch(self.candidates[self._waiting[0]])
+                self._tried[self.current], self.current = seconds, self._waiting.pop(0)
+            else:
+                tried = {**self._tried, self.current: seconds}
+                best = min(tried, key=lambda name: tried[name])
+                chosen = best if tried[best] < WORTH * tried[DENSE] else DENSE
+                if chosen != self.current:
+                    tuned.switch(self.candidates[chosen])
+                self._tried, self.current = tried, chosen
+                self.decisions.append(Decision(self._seen, chosen, {name: tried[name] for name in self.candidates}, self._why))
+                if tuned.transport.rank == 0:
+                    _log.info("Compression.auto %s.", self.decisions[-1])
+            self._times = []
+
+    def _watch(self, tuned: Tuned) -> None:
+        """After the decision: whether to try again."""
+        if self.every is not None and self._seen - self.decisions[-1].step >= self.every:
+            self.begin(f"every {self.every} steps", self.current)
+        elif len(self._times) >= WINDOW:
+            usual = self._of_slowest(tuned, statistics.median(self._times))
+            before, self._usual, self._times = self._usual, usual, []
+            if before is not None and not 1 / DRIFT < usual / before < DRIFT:
+                self.begin(f"a step took {1e3 * usual:.1f} ms and {1e3 * before:.1f} ms before", self.current)
+
+    def _of_slowest(self, tuned: Tuned, mine: float) -> float:
+        """The largest of all ranks, the same bits on all."""
+        tuned.check_together("Compression.auto")
+        tensor, transport = torch.tensor([mine], dtype=torch.float64, device="cpu"), tuned.transport
+        return max(float(t) for t in transport.allgather(tensor, f"auto.{self._seen}", [1] * transport.size).wait())
