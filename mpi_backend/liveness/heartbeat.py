@@ -1,6 +1,6 @@
 """A small program beside every rank that knows whether the other ranks live, whatever its own rank is doing.
 
-    python heartbeat.py SOCKET      started by watchdog.py, which describes the protocol's other side; SOCKET: the number of an open UDP socket
+    python heartbeat.py SOCKET      started by process.py; watchdog.py has the other side of the protocol; SOCKET: the number of an open UDP socket
 
 It is a process of its own because a thread would need the interpreter lock, which one long call in the rank can hold for minutes, and because the
 end of a process is noticed at once by its child, also after SIGKILL. It uses the standard library only, and never MPI.
