@@ -17,10 +17,10 @@ from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle, Ready
 
 from . import memory
+from .lanes import Opening, Task
 from .link import Link
 from .memory import cuda_aware, memory_of, unit_of
 from .messages import exchange_parts
-from .operation import Opening, Task
 from .reduction import REDUCIBLE, ReduceOp, allreduce_tasks, forced_algorithm, mpi_adds, reduce_scatter_tasks
 
 __all__ = ["MPITransport", "ReduceOp"]

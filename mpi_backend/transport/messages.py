@@ -9,8 +9,8 @@ import torch
 from mpi4py import MPI
 
 from . import memory
+from .lanes import Task
 from .memory import memory_of
-from .operation import Task
 
 __all__ = ["Messages", "Pace", "exchange_parts"]
 

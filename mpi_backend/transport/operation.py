@@ -6,9 +6,8 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, Generic, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from mpi4py import MPI
@@ -16,30 +15,17 @@ from mpi4py import MPI
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.patience import Patience
 
-__all__ = ["SLOTS", "Opening", "Operation", "Operations", "Task"]
+from .lanes import Lanes, Opening, Task
+
+__all__ = ["SLOTS", "Operation", "Operations"]
 
 T = TypeVar("T")
-
-Task: TypeAlias = Generator[Sequence[MPI.Request], None, None]
-"""A part of a collective: it starts messages, yields the requests that must be complete before it goes on, and holds what MPI reads or writes."""
-Opening: TypeAlias = Generator[Sequence[MPI.Request], None, Sequence[Task]]
-"""Likewise; it returns the tasks that follow."""
 
 SLOTS = 32
 """Tags of each collective, from the one it is given. Its tasks use them so that messages of one tag between two ranks are sent and received in one
 order; messages of different collectives never meet."""
 
 _LOOKS = 10  # looks of a caller that waits that only yield, before the first that sleeps
-
-
-class _Lane:
-    """A task, and how many requests it waits for."""
-
-    __slots__ = ("missing", "task")
-
-    def __init__(self, task: Task | Opening) -> None:
-        self.task = task
-        self.missing = 0
 
 
 class Operation(Generic[T]):
@@ -54,12 +40,7 @@ class Operation(Generic[T]):
         self.number = number  # equal on all ranks
         self.what = what
         self._operations = operations
-        self._lanes: set[_Lane] = set()  # those that have not come to their ends
-        self._unbegun: deque[_Lane] = deque()  # of these, those that have no room yet
-        self._ready: deque[_Lane] = deque()  # lanes that wait for nothing
-        self._add(tasks)
-        self._requests: list[MPI.Request] = []
-        self._owners: list[_Lane | None] = []  # of the requests; None of those that are complete
+        self.lanes = Lanes(tasks)
         self.failed_in_mpi = False  # it may still write to what the lanes hold
         self._finish: Callable[[], T] | None = finish
         self._keep = keep
@@ -88,23 +69,15 @@ class Operation(Generic[T]):
     @property
     def travels(self) -> bool:
         """Whether there is anything left to be done before `finish`."""
-        return self._error is None and bool(self._lanes)
-
-    @property
-    def active(self) -> int:
-        """Lanes that have begun."""
-        return len(self._lanes) - len(self._unbegun)
+        return self._error is None and bool(self.lanes.open)
 
     def advance(self, room: int) -> bool:
         """Go on as far as possible without waiting, in at most so many lanes at once. Whether anything was done."""
-        moved = False
         if self._error is not None:
             return True
+        moved = False
         try:
-            while self._begin(room) or self._look():
-                moved = True
-                while self._ready:
-                    self._step(self._ready.popleft())
+            moved = self.lanes.advance(room)
         except TransportError as error:  # what all ranks find out alike
             self._error = error
         except MPI.Exception as error:
@@ -115,48 +88,6 @@ class Operation(Generic[T]):
             self._error = TransportError(f"{self.what} was interrupted, and can never be complete.")
             raise
         return moved or self._error is not None
-
-    def _add(self, tasks: Iterable[Task | Opening]) -> None:
-        lanes = [_Lane(task) for task in tasks]
-        self._lanes.update(lanes)
-        (self._ready if len(lanes) == 1 else self._unbegun).extend(lanes)  # what is small waits for nobody
-
-    def _begin(self, room: int) -> bool:
-        """Whether lanes are ready to go on."""
-        while self._unbegun and self.active < room:
-            self._ready.append(self._unbegun.popleft())
-        return bool(self._ready)
-
-    def _step(self, lane: _Lane) -> None:
-        """Let a task go on to where it waits again."""
-        try:
-            requests = next(lane.task)
-        except StopIteration as end:
-            self._lanes.remove(lane)
-            self._add(end.value or ())
-            return
-        if not requests:
-            self._ready.append(lane)
-        lane.missing = len(requests)
-        self._requests += requests
-        self._owners += [lane] * len(requests)
-
-    def _look(self) -> bool:
-        """Whether requests have become complete; lanes without others are ready then. One look at all: each lets MPI look at the network."""
-        if not self._requests:
-            return False
-        complete = MPI.Request.Testsome(self._requests)
-        for i in complete or ():
-            lane, self._owners[i] = self._owners[i], None
-            assert lane is not None
-            lane.missing -= 1
-            if lane.missing == 0:
-                self._ready.append(lane)
-        for i in sorted(complete or (), reverse=True):  # the last one takes the place of each
-            request, owner = self._requests.pop(), self._owners.pop()
-            if i < len(self._requests):
-                self._requests[i], self._owners[i] = request, owner
-        return bool(complete)
 
     def _fail(self, error: MPI.Exception) -> None:
         self._error = TransportError(
@@ -240,7 +171,7 @@ class Operations:
         moved, room = False, self._room
         for operation in self._in_flight:
             moved = operation.advance(room) or moved
-            room -= operation.active
+            room -= operation.lanes.active
         if moved:
             self._failed += [o for o in self._in_flight if o.failed_in_mpi]
             self._in_flight = [o for o in self._in_flight if o.travels]

@@ -18,9 +18,9 @@ import torch
 from mpi4py import MPI
 
 from . import memory
+from .lanes import Task
 from .memory import memory_of
 from .messages import Messages
-from .operation import Task
 
 __all__ = ["ALGORITHMS", "REDUCIBLE", "ReduceOp", "allreduce_tasks", "forced_algorithm", "mpi_adds", "reduce_scatter_tasks"]
 

@@ -104,10 +104,10 @@ lanes = transport.link.messages.pace.lanes
 for room in (lanes, 10 * lanes):  # the control: with room for all they share the link, and end together
     transport.link.operations._room = room
     first, second = (transport.allreduce_(torch.ones(8 * 10**6), "large") for _ in range(2))
-    begun = first.active + second.active
+    begun = first.lanes.active + second.lanes.active
     verdict.expect(begun <= lanes if room == lanes else begun > lanes, f"{begun} lanes at once, with room for {room}")
     small = transport.allreduce_(torch.ones(3), "small")
-    verdict.expect(small.active == 1 or not small.travels, "a small one waits for larger ones")
+    verdict.expect(small.lanes.active == 1 or not small.travels, "a small one waits for larger ones")
     verdict.expect(all(bool((handle.wait() == size).all()) for handle in (small, second, first)), f"with room for {room}")
 
 transport.close()

@@ -1,0 +1,95 @@
+"""Tasks that go on side by side: each starts messages, waits until they are complete, and goes on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from typing import TypeAlias
+
+from mpi4py import MPI
+
+__all__ = ["Lanes", "Opening", "Task"]
+
+Task: TypeAlias = Generator[Sequence[MPI.Request], None, None]
+"""A part of a collective: it starts messages, yields the requests that must be complete before it goes on, and holds what MPI reads or writes."""
+Opening: TypeAlias = Generator[Sequence[MPI.Request], None, Sequence[Task]]
+"""Likewise; it returns the tasks that follow."""
+
+
+class _Lane:
+    """A task, and how many requests it waits for."""
+
+    __slots__ = ("missing", "task")
+
+    def __init__(self, task: Task | Opening) -> None:
+        self.task = task
+        self.missing = 0
+
+
+class Lanes:
+    """A lane for each of `tasks`, and for those that follow them, until it comes to its end."""
+
+    def __init__(self, tasks: Iterable[Task | Opening]) -> None:
+        self.open: set[_Lane] = set()
+        """Those that have not come to their ends."""
+        self._unbegun: deque[_Lane] = deque()  # of these, those that have no room yet
+        self._ready: deque[_Lane] = deque()  # lanes that wait for nothing
+        self._add(tasks)
+        self._requests: list[MPI.Request] = []
+        self._owners: list[_Lane | None] = []  # of the requests; None of those that are complete
+
+    @property
+    def active(self) -> int:
+        """Lanes that have begun."""
+        return len(self.open) - len(self._unbegun)
+
+    def advance(self, room: int) -> bool:
+        """Go on as far as possible without waiting, in at most so many lanes at once. Whether anything was done. Raises what a task raises."""
+        moved = False
+        while self._begin(room) or self._look():
+            moved = True
+            while self._ready:
+                self._step(self._ready.popleft())
+        return moved
+
+    def _add(self, tasks: Iterable[Task | Opening]) -> None:
+        lanes = [_Lane(task) for task in tasks]
+        self.open.update(lanes)
+        (self._ready if len(lanes) == 1 else self._unbegun).extend(lanes)  # what is small waits for nobody
+
+    def _begin(self, room: int) -> bool:
+        """Whether lanes are ready to go on."""
+        while self._unbegun and self.active < room:
+            self._ready.append(self._unbegun.popleft())
+        return bool(self._ready)
+
+    def _step(self, lane: _Lane) -> None:
+        """Let a task go on to where it waits again."""
+        try:
+            requests = next(lane.task)
+        except StopIteration as end:
+            self.open.remove(lane)
+            self._add(end.value or ())
+            return
+        if not requests:
+            self._ready.append(lane)
+        lane.missing = len(requests)
+        self._requests += requests
+        self._owners += [lane] * len(requests)
+
+    def _look(self) -> bool:
+        """Whether requests have become complete; lanes without others are ready then. One look at all: each lets MPI look at the network."""
+        if not self._requests:
+            return False
+        complete = MPI.Request.Testsome(self._requests)
+        for i in complete or ():
+            lane, self._owners[i] = self._owners[i], None
+            assert lane is not None
+            lane.missing -= 1
+            if lane.missing == 0:
+                self._ready.append(lane)
+        for i in sorted(complete or (), reverse=True):  # the last one takes the place of each
+            request, owner = self._requests.pop(), self._owners.pop()
+            if i < len(self._requests):
+                self._requests[i], self._owners[i] = request, owner
+        return bool(complete)
