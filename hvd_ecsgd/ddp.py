@@ -175,12 +175,12 @@ class DDPHook:
 
     def meet(self, what: str) -> None:
         """See `Driver`."""
-        self._step.meet(what)
+        self._step.meeting.before(what)
 
     def discard(self) -> None:
         """See `Driver`."""
         if self._step.aggregator.step_is_open:
-            self._step.meet("discard")
+            self._step.meeting.before("discard")
         self._step.discard()
         self._let_go()
 

@@ -97,7 +97,7 @@ class GradientExchange:
 
     def meet(self, what: str) -> None:
         """See `Driver`."""
-        self._step.meet(what)
+        self._step.meeting.before(what)
 
     def discard(self) -> None:
         """`reduce` leaves no step open, so there is nothing to throw away."""

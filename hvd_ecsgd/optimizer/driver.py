@@ -119,7 +119,7 @@ class OptimizerDriver:
 
     def meet(self, what: str) -> None:
         """See `Driver`."""
-        self.step.meet(what)
+        self.step.meeting.before(what)
 
     # -- settings ----------------------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class OptimizerDriver:
                     p.grad = None
             self._finish(discarding=True)
         if self.step.aggregator.step_is_open:
-            self.step.meet("discard")
+            self.step.meeting.before("discard")
         self.step.discard()
         self.guard.forget()
         for p in self.parameters:

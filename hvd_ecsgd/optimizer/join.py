@@ -31,22 +31,22 @@ def join(driver: OptimizerDriver, give_up: Callable[[], bool] = never) -> int:
         while step.aggregator.state.local:
             _step_without_data(driver, driver.compression.attached.loss_scale)
             steps += 1
-        opening = step.open(driver.note(joined_at).pack(), joined=True)
+        opening = step.meeting.open(driver.note(joined_at).pack(), joined=True)
         if not wait_patiently(opening, give_up):
             return steps
         notes = [Note.unpack(note) for note in opening.notes()]
         latest = max(notes, key=lambda note: note.joined_at)
         root = notes.index(latest)
         if not {*opening.doing()} <= {"", STEP}:  # what the others wanted to do together cannot be done without this worker, as they see
-            step.agree()
+            step.meeting.agree()
             continue
         if root != step.transport.rank:
             driver.hyper_parameters.adopt(latest.hyper_parameters)
             driver.scaler.adopt(latest.scale, latest.growth_tracker)
         if not latest.trains:  # nobody begins this step
-            step.agree()
+            step.meeting.agree()
             break
-        step.attend(joined=True)
+        step.meeting.attend(joined=True)
         _step_without_data(driver, latest.scale or 1.0)
         steps += 1
     for p in driver.parameters:

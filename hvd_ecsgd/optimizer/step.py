@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from ..core.aggregator import Aggregator
-from ..core.agreement import Comparison
 from ..core.bucket import Bucket
 from ..core.step import BucketStep, drive
-from ..core.talk import raise_if_joined
-from ..errors import CompressionError, DisagreementError
+from ..errors import CompressionError
 from ..transport import Transport
 from .executor import Executor, Observer, wait_patiently
+from .meeting import Meeting
 
 __all__ = ["Outcome", "Phase", "StepExchange"]
 
@@ -46,7 +45,7 @@ class Outcome(Enum):
 
 
 class StepExchange:
-    """Gradients in, results out, step by step. `note`: what the other ranks are told when a step begins; it has one length on all of them.
+    """Gradients in, results out, step by step. `note`: as for the `Meeting` with the other ranks.
 
     Buckets are started in their order, because every rank must start the same collectives in the same order. The executor may be a thread: then a
     bucket is compressed and started, and the one before it finished, while the caller goes on.
@@ -56,16 +55,13 @@ class StepExchange:
         self, aggregator: Aggregator, transport: Transport, executor: Executor, observer: Observer | None, note: Callable[[], bytes]
     ) -> None:
         self.aggregator, self.transport, self.executor, self.observer = aggregator, transport, executor, observer
+        self.meeting = Meeting(aggregator.agreement, transport, executor, note)
         self.phase, self.outcome = Phase.IDLE, Outcome.STANDS
         self.results: list[BucketStep | None] = []
         """By bucket, of a step that is EXCHANGED; None where the learning rate was 0."""
-        self._note = note
         self._submitted = 0
         self._started: list[BucketStep | None] = []  # the executor's, until it is drained
-        self._opening: Comparison | None = None  # the comparison that begins a step, from its start until its end
         self._sent_at: dict[int, float] = {}
-        self.called = ""
-        """The function outside of a step in which this rank waits for the others to call it, too."""
 
     @property
     def reductions(self) -> list[BucketStep]:
@@ -130,58 +126,6 @@ class StepExchange:
             raise CompressionError(refusal)
         return self.outcome
 
-    # -- together with the other ranks -------------------------------------------------------------------------------------------
-
-    def open(self, note: bytes | None = None, joined: bool = False, outside: str = "") -> Comparison:
-        """Tell the other ranks that this one begins a step, or what else. `joined`, `outside`: as in `Agreement.compare`.
-
-        The same small collective begins all that ranks do together, so that they see when they do not do the same. What follows differs: who has
-        joined learns from it whether the others begin a step, and `attend`s it then.
-        """
-        self._opening = self.aggregator.agreement.compare(self.transport, self._note() if note is None else note, joined, outside)
-        if not joined and not outside:
-            self.attend()
-        return self._opening
-
-    def attend(self, joined: bool = False) -> None:
-        """The rest of the beginning of a step."""
-        assert self._opening is not None
-        self.aggregator.agreement.begin_step_together(self.transport, joined, check_same=partial(self._check_same, self._opening))
-
-    def meet(self, what: str) -> None:
-        """All ranks call this before they do `what` together outside of a step, or at the end of one. See `Driver.meet`."""
-        opened: list[Comparison] = []
-
-        def open_and_wait() -> None:
-            opened.append(self.open(outside=what))
-            wait_patiently(opened[0])
-            self.agree()
-
-        self.called = what
-        try:
-            self.executor.submit(open_and_wait)  # which tells the other ranks when this takes long
-            self.executor.drain()
-        finally:
-            self.called = ""
-        raise_if_joined(what, opened[0].doing())
-
-    def _check_same(self, opening: Comparison) -> None:
-        """Raise `DisagreementError`, on every rank, where they do not do the same. Those that began a step have started more than the others then."""
-        try:
-            opening.check_same()
-        except DisagreementError:
-            if hasattr(self.transport, "abandon"):
-                self.transport.abandon()
-            raise
-
-    def agree(self) -> None:
-        """Nothing that was received is used before ranks are known to agree."""
-        opening, self._opening = self._opening, None
-        if opening is not None:
-            self._check_same(opening)
-            self.aggregator.agreement.finish_comparisons()
-            opening.raise_if_different()
-
     # -- the executor's ----------------------------------------------------------------------------------------------------------
 
     def _start(self, bucket: Bucket, gradients: list[torch.Tensor], events: list[Any]) -> None:
@@ -189,15 +133,15 @@ class StepExchange:
         follow its first, since the order in which collectives start must not be a matter of timing; else those that have arrived."""
         for event in events:
             event.synchronize()
-        if not self._started and self._opening is None:
-            self.open()
+        if not self._started and not self.meeting.begun:
+            self.meeting.open()
         begin = time.perf_counter()
         self._started.append(self.aggregator.start(bucket, gradients, self.transport))
         self._sent_at[id(bucket)] = time.perf_counter()
         if self.observer is not None:
             self.observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])
         if self.executor.concurrent and len(self._started) > 1:
-            self.agree()
+            self.meeting.agree()
             earlier = [r for r in self._started[:-1] if r is not None and r.pending is not None]
             self._finish([r for r in earlier if not r.waits_once or (r.pending is not None and r.pending.done())])
 
@@ -214,7 +158,7 @@ class StepExchange:
                 self.observer(reduction.bucket.name, "COMMUNICATE", self._sent_at[id(reduction.bucket)], time.perf_counter())
 
     def _finish_all(self) -> None:
-        self.agree()
+        self.meeting.agree()
         self._finish([r for r in self._started if r is not None and r.pending is not None])
         for reduction in self._started:
             if reduction is not None and reduction.out is not None and reduction.out.is_cuda and self.executor.concurrent:

@@ -72,7 +72,7 @@ class Departures:
         if rank not in members or turn is None or (what := link.operations.started_beyond(turn)) is None:
             return None
         optimizer = link.user()
-        if optimizer is not None and (called := driver_of(optimizer).step.called):
+        if optimizer is not None and (called := driver_of(optimizer).step.meeting.called):
             return f"{called} was called on rank {self._rank}, and rank {rank} ended without it; call it on every rank"
         if not joined:
             return f"rank {rank} left (by the end of the script, or sys.exit) without a collective that rank {self._rank} has started: {what}"

@@ -103,7 +103,7 @@ def DistributedOptimizer(
 
 def _step_announced(optimizer: Callable[[], Any], number: int, process_set: ProcessSet) -> AbstractContextManager[Callable[[], None]]:
     step = driver_of(optimizer()).step
-    if called := step.called:
+    if called := step.meeting.called:
         return announced(f"{called} of DistributedOptimizer {number}", f"{called} (call it on every rank)", process_set)
     names = [name for name, _ in step.aggregator.state.named]
     shown = ", ".join(f"'{name}'" for name in names[:3]) + (f", … ({len(names)} parameters)" if len(names) > 3 else "")
