@@ -13,20 +13,17 @@ from ..core.aggregator import Aggregator
 from ..core.agreement import in_common_order
 from ..core.attached import refuse_other
 from ..core.bound import BoundCompression
-from ..core.gradients import clip_factor, take_
-from ..core.guard import Guard
 from ..core.state import MethodState
-from ..errors import CompressionError, SequenceError
+from ..errors import CompressionError
 from ..transport import Transport
-from .backward import BackwardTimer
 from .executor import Executor, Observer
-from .gradients import Leftover, gradient_type, gradients_of, multiply_gradients_, write_mean
+from .gradients import Leftover, multiply_gradients_, poison_gradients, write_means
 from .groups import ParamGroups
-from .hooks import GradientHooks
+from .hand_over import HandOver
 from .hyper_parameters import HyperParameters
 from .note import Note
-from .own_class import Evaluated, OwnClass
-from .refusals import check_all_bound, check_in_use, raise_if_lost
+from .own_class import Evaluated, OwnClass, tell_schedulers
+from .refusals import check_all_bound, check_in_use, raise_if_lost, raise_on_the_way, raise_unapplied
 from .scaler import ScalerLink
 from .step import Outcome, Phase, StepExchange
 
@@ -60,11 +57,10 @@ class OptimizerDriver:
         self.hyper_parameters = HyperParameters(optimizer)
         self.scaler = ScalerLink(optimizer, compression)
         self.groups = ParamGroups(optimizer, inner, compression, transport.size, summed=sum_gradients)
-        self._overlap = overlap
         self.groups.check()
         trained = in_common_order(trained, transport)
         group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self.state = MethodState(
+        state = MethodState(
             compression.method,
             trained,
             rank=transport.rank,
@@ -75,7 +71,7 @@ class OptimizerDriver:
             transport=transport,
         )
         aggregator = Aggregator(
-            self.state,
+            state,
             statistics=compression.statistics,
             averages=compression.averages,
             also={
@@ -88,11 +84,13 @@ class OptimizerDriver:
         )
         compression.adopt(aggregator, self)
         self.step = StepExchange(aggregator, transport, executor, observer, lambda: self.note().pack())
-        self.guard = Guard(compression.method.feedback)
+        self.hand_over = HandOver(self.step, trained, passes, self._gradient_ready, overlap, observer)
         self._leftover = Leftover()
-        self.hooks = GradientHooks(trained, self.state.buckets, passes, self._gradient_ready)
-        self._timer = BackwardTimer(observer)
         self._should_synchronize = True
+
+    @property
+    def state(self) -> MethodState:
+        return self.step.aggregator.state
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -107,7 +105,7 @@ class OptimizerDriver:
     @property
     def listens(self) -> bool:
         """Whether this optimizer exchanges the gradients of its parameters; a newer one for them may have taken over."""
-        return self.hooks.listens
+        return self.hand_over.hooks.listens
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """See `Driver`."""
@@ -131,15 +129,15 @@ class OptimizerDriver:
     def set_backward_passes_per_step(self, passes: int) -> None:
         self._check_no_gradients("set_backward_passes_per_step()")
         self.step.aggregator.agreement.also_agree_on(backward_passes_per_step=passes)
-        self.hooks.passes = passes
-        self.hooks.reset()
+        self.hand_over.hooks.passes = passes
+        self.hand_over.hooks.reset()
 
     # -- gradients come ----------------------------------------------------------------------------------------------------------
 
     @property
     def begun(self) -> bool:
-        """Gradients of a step have come that was not exchanged yet."""
-        return self.listens and (self.step.begun or self.hooks.begun)
+        """See `Driver`."""
+        return self.hand_over.begun
 
     def _check_no_gradients(self, what: str) -> None:
         if self.begun:
@@ -153,13 +151,8 @@ class OptimizerDriver:
 
     def check_zero_grad(self) -> None:
         """Before the optimizer's `zero_grad`. Raises `SequenceError` when gradients are on their way."""
-        if self.begun and not self._lost():
-            raise SequenceError(
-                "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
-                "Call it after step(). Gradients that another loss has left here (of a GAN's generator, say) are best not made: freeze this model "
-                "(requires_grad_(False)) during that backward pass. Those that are to be thrown away, accumulated ones too: optimizer.discard(), on "
-                "every rank."
-            )
+        if self.begun and not self.hand_over.lost:
+            raise_on_the_way()
         self._check_applied("zero_grad()")
         self.step.forget()
 
@@ -170,11 +163,7 @@ class OptimizerDriver:
 
     def _check_applied(self, what: str) -> None:
         if self._unapplied:
-            raise SequenceError(
-                f"{what} after synchronize() and before step(): what was exchanged is not applied yet, and what the method keeps of it would come "
-                "back in later steps. Call optimizer.step() inside `with optimizer.skip_synchronize():`, or throw the step away by "
-                "optimizer.discard(), on every rank."
-            )
+            raise_unapplied(what)
 
     def discard(self) -> None:
         """See `DistributedOptimizer`'s `discard`."""
@@ -186,46 +175,22 @@ class OptimizerDriver:
         if self.step.aggregator.step_is_open:
             self.step.meeting.before("discard")
         self.step.discard()
-        self.guard.forget()
+        self.hand_over.guard.forget()
         for p in self.parameters:
             p.grad = None
 
     def _gradient_ready(self, parameter: torch.nn.Parameter) -> None:
         if self._unapplied:
-            self.guard.mean_is_spoilt(self.names[id(parameter)])
+            self.hand_over.guard.mean_is_spoilt(self.names[id(parameter)])
         self._check_applied("a backward pass")
         self.step.forget()
-        complete = self.hooks.count(parameter)
-        self.step.begin()
-        if complete:
-            self._timer.start()
-            if self._overlap and not self.state.method.clip_norm is not None:
-                self._submit_ready()
-
-    def _submit_ready(self, everything: bool = False, lost: bool = False) -> None:
-        """Hand over the next buckets that are complete: in order, because every rank must start the same collectives in the same order.
-
-        `lost`: with NaN in place of their gradients, so that all ranks undo the step.
-        """
-        of_bucket = [gradients_of(b) for b in self.state.buckets] if self.state.method.clip_norm is not None and not lost else []
-        factor = clip_factor(self.state, [g for gradients in of_bucket for g in gradients])
-        while (bucket := self.step.next_bucket) is not None:
-            if not everything and not self.hooks.release(bucket):
-                return
-            if lost:
-                self.step.submit([torch.full_like(p, float("nan")) for p in bucket.parameters])
-            else:
-                gradients = take_(self.state, bucket, of_bucket.pop(0) if of_bucket else gradients_of(bucket), factor)
-                if not self.step.begun:
-                    self.guard.forget()  # of a step that ended in an error
-                self.guard.note(list(zip(bucket.segments.names, bucket.parameters)))
-                self.step.submit(gradients)
+        self.hand_over.count(parameter)
 
     # -- results are used --------------------------------------------------------------------------------------------------------
 
     def synchronize(self, again: str = "optimizer.synchronize() called again", stacklevel: int = 3) -> None:
         """See `DistributedOptimizer`'s `synchronize`. `again`: what to say when nothing is left to exchange."""
-        check_in_use(self.hooks)
+        check_in_use(self.hand_over.hooks)
         check_all_bound(self.optimizer, self.compression.ids)
         if self.step.phase is Phase.EXCHANGED:
             warnings.warn(
@@ -242,28 +207,21 @@ class OptimizerDriver:
     def _finish(self, discarding: bool = False) -> None:
         """Finish the exchange. `discarding`: gradients may have been taken away or replaced since they were handed over; and changed, where nothing
         is taken back from them."""
-        lost, local, method = self._lost(), self.state.local, self.state.method
-        self._submit_ready(everything=True, lost=lost)
+        lost, local, method = self.hand_over.lost, self.state.local, self.state.method
+        self.hand_over.submit_rest(lost)
         self.step.drain()
         if not lost and not (discarding and (method.exact or not method.stateful)):
-            self.guard.check_in_flight(replaced=not discarding)
-        self.hooks.reset()
-        self._timer.reset()
+            self.hand_over.guard.check_in_flight(replaced=not discarding)
+        self.hand_over.reset()
         outcome = self.step.complete()
         if outcome is Outcome.UNDONE:
             raise_if_lost(self.step, self.parameters, lost, local)
         if not self.applies_update:
-            self.guard.forget()
+            self.hand_over.guard.forget()
             silent, sparse = outcome is Outcome.SILENT, isinstance(self.inner, torch.optim.SparseAdam)
-            for bucket, reduction in zip(self.state.buckets, self.step.results, strict=True):
-                write_mean(bucket, reduction, silent, self.groups.factor, sparse)
+            write_means(self.state.buckets, self.step.results, silent, self.groups.factor, sparse)
         elif outcome is Outcome.UNDONE:
-            for p in self.parameters:
-                p.grad = torch.full_like(p, float("nan"), dtype=gradient_type(p))  # what a GradScaler on any rank must see
-
-    def _lost(self) -> bool:
-        """Half of a step's gradients are here, and the other ranks can still be told by what has not been sent."""
-        return self.step.next_bucket is not None and self.hooks.lost()
+            poison_gradients(self.parameters)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -281,7 +239,7 @@ class OptimizerDriver:
 
     def _exchange(self) -> None:
         """Exchange, unless that is skipped, and unscale what a GradScaler has scaled."""
-        scale, found = self._amp()
+        scale, found = self.scaler.stepping()
         if self._should_synchronize:
             if found is not None and scale is None:
                 raise CompressionError(
@@ -291,20 +249,16 @@ class OptimizerDriver:
             self.synchronize("optimizer.step() called without optimizer.skip_synchronize()", stacklevel=5)  # in Horovod's words
         elif self.step.phase is not Phase.EXCHANGED:
             raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
-        self.guard.check_mean_is_whole()
+        self.hand_over.guard.check_mean_is_whole()
         if found is not None:
             self.scaler.meet(scale)
         if self.applies_update and self.step.outcome is not Outcome.UNDONE:
-            self.guard.check_exchanged([1.0] if found is None else [1.0, 1 / self.compression.attached.loss_scale])
-        self.guard.forget()
+            self.hand_over.guard.check_exchanged([1.0] if found is None else [1.0, 1 / self.compression.attached.loss_scale])
+        self.hand_over.guard.forget()
         if scale is not None and self.step.outcome is Outcome.UNDONE:
             self.scaler.tell_of_overflow()
         elif scale is not None and not self.applies_update:
             multiply_gradients_(self.parameters, 1 / float(scale))
-
-    def _amp(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """GradScaler's scale, unless gradients are unscaled already, and what it found; both are there during `GradScaler.step` only."""
-        return getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
 
     def update(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rest of `step()`: apply what was exchanged. Returns what the optimizer's own `step` would."""
@@ -314,8 +268,8 @@ class OptimizerDriver:
                 value = closure()
             self._exchange()
             args, kwargs = self.own_class.with_closure(args, kwargs, Evaluated(value, self.parameters, type(self.inner).__name__))
-        outcome, (_, found) = self.step.outcome, self._amp()
-        self._tell_schedulers()
+        outcome, (_, found) = self.step.outcome, self.scaler.stepping()
+        tell_schedulers(self.inner)
         try:
             if outcome is Outcome.UNDONE or (found is not None and bool(found)):
                 return value
@@ -331,11 +285,3 @@ class OptimizerDriver:
         finally:
             self.step.forget()
             self._leftover = Leftover(self.parameters)
-
-    def _tell_schedulers(self) -> None:
-        """Schedulers made for the optimizer that was wrapped have counted on being told of its steps; they warn of what comes before the first."""
-        held = self.inner.__dict__
-        if hasattr(held.get("step"), "_wrapped_by_lr_sched"):
-            held["_opt_called"] = True
-        if hasattr(held.get("step"), "_with_counter"):  # torch before 2.4
-            held["_step_count"] += 1

@@ -11,7 +11,7 @@ from ..core.bucket import Bucket
 from ..core.step import BucketStep
 from ..errors import SequenceError
 
-__all__ = ["Leftover", "gradient_type", "gradients_of", "multiply_gradients_", "write_mean"]
+__all__ = ["Leftover", "gradient_type", "gradients_of", "multiply_gradients_", "poison_gradients", "write_means"]
 
 
 def gradients_of(bucket: Bucket) -> list[torch.Tensor]:
@@ -34,11 +34,22 @@ def gradient_type(parameter: torch.nn.Parameter) -> torch.dtype:
     return parameter.dtype if chosen is None else chosen
 
 
-def write_mean(bucket: Bucket, reduction: BucketStep | None, silent: bool, factor: int, sparse: bool) -> None:
-    """What came back for the bucket becomes the gradients of its parameters, times `factor`; None where nothing came, unless all were `silent`.
+def write_means(buckets: Sequence[Bucket], reductions: Sequence[BucketStep | None], silent: bool, factor: int, sparse: bool) -> None:
+    """What came back for the buckets becomes the gradients of their parameters, times `factor`; None where nothing came, unless all were `silent`.
 
-    Without a `reduction`, as the learning rate is 0, they are zero. `sparse`: as SparseAdam expects them.
+    Without a reduction, as the learning rate is 0, they are zero. `sparse`: as SparseAdam expects them.
     """
+    for bucket, reduction in zip(buckets, reductions, strict=True):
+        _write_mean(bucket, reduction, silent, factor, sparse)
+
+
+def poison_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Of a step that was undone: what a GradScaler on any rank must see."""
+    for p in parameters:
+        p.grad = torch.full_like(p, float("nan"), dtype=gradient_type(p))
+
+
+def _write_mean(bucket: Bucket, reduction: BucketStep | None, silent: bool, factor: int, sparse: bool) -> None:
     if reduction is None:
         for p in bucket.parameters:
             p.grad = _given(torch.zeros_like(p, dtype=gradient_type(p)), sparse)

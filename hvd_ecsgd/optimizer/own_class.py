@@ -11,7 +11,7 @@ import torch
 
 from ..errors import CompressionError
 
-__all__ = ["Evaluated", "OwnClass", "copy_attributes", "inner_optimizers"]
+__all__ = ["Evaluated", "OwnClass", "copy_attributes", "inner_optimizers", "tell_schedulers"]
 
 Arguments = tuple[Any, ...]
 
@@ -133,3 +133,12 @@ def _signature(function: Any) -> inspect.Signature | None:
         return inspect.signature(function)
     except (TypeError, ValueError):  # not written in Python
         return None
+
+
+def tell_schedulers(inner: torch.optim.Optimizer) -> None:
+    """Schedulers made for the optimizer that was wrapped have counted on being told of its steps; they warn of what comes before the first."""
+    held = inner.__dict__
+    if hasattr(held.get("step"), "_wrapped_by_lr_sched"):
+        held["_opt_called"] = True
+    if hasattr(held.get("step"), "_with_counter"):  # torch before 2.4
+        held["_step_count"] += 1

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NoReturn
 
 import torch
 
-from ..errors import CompressionError
+from ..errors import CompressionError, SequenceError
 from .hooks import GradientHooks
 from .step import StepExchange
 
-__all__ = ["check_all_bound", "check_in_use", "raise_if_lost"]
+__all__ = ["check_all_bound", "check_in_use", "raise_if_lost", "raise_on_the_way", "raise_unapplied"]
 
 
 def check_in_use(hooks: GradientHooks) -> None:
@@ -52,4 +53,23 @@ def raise_if_lost(step: StepExchange, parameters: Sequence[torch.nn.Parameter], 
         f"a backward pass on {where} was ended by an exception, which the script caught, and only some of its gradients were there. So the step was "
         f"undone{'' if local else ' on all ranks'}, and nothing was applied. Let the exception end the program; or catch this one too, on all ranks, "
         "and go on with the next batch."
+    )
+
+
+def raise_on_the_way() -> NoReturn:
+    """Gradients are on their way, and `zero_grad` was called."""
+    raise SequenceError(
+        "zero_grad() was called after a backward pass and before step() or synchronize(): gradients on their way would be lost. "
+        "Call it after step(). Gradients that another loss has left here (of a GAN's generator, say) are best not made: freeze this model "
+        "(requires_grad_(False)) during that backward pass. Those that are to be thrown away, accumulated ones too: optimizer.discard(), on "
+        "every rank."
+    )
+
+
+def raise_unapplied(what: str) -> NoReturn:
+    """Gradients were exchanged and are not applied, and `what` comes."""
+    raise SequenceError(
+        f"{what} after synchronize() and before step(): what was exchanged is not applied yet, and what the method keeps of it would come "
+        "back in later steps. Call optimizer.step() inside `with optimizer.skip_synchronize():`, or throw the step away by "
+        "optimizer.discard(), on every rank."
     )

@@ -51,6 +51,10 @@ class ScalerLink:
             device = compression.named[0][1].device
             looked[device] = torch.zeros((), dtype=torch.float32, device=device)  # a worker without gradients: update() asks that somebody looked
 
+    def stepping(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """GradScaler's scale, unless gradients are unscaled already, and what it found; both are there during `GradScaler.step` only."""
+        return getattr(self._optimizer, "grad_scale", None), getattr(self._optimizer, "found_inf", None)
+
     def tell_of_overflow(self) -> None:
         """The step was undone: the scaler finds the NaN in the gradients, so that all workers lower the scale."""
         self._compression.scaler._check_inf_per_device(self._optimizer)  # as GradScaler asks of optimizers that handle its scale
