@@ -13,7 +13,7 @@ from inspect import getdoc, isfunction
 from pathlib import Path
 
 from .advisor import add_arguments, advise
-from .compression import Compression
+from .compression import AutoCompression, Compression
 from .presets import needs_attach
 from .reproduce import PAPERS, reproduce
 from .reproduce.simulation import Size
@@ -23,9 +23,10 @@ __all__ = ["main"]
 
 
 def presets() -> dict[str, Compression]:
-    """Every preset of `Compression` with its default arguments, by name: first those that need not be called."""
+    """Every preset of `Compression` with its default arguments, by name: first those that need not be called. `auto`, which chooses one, is none."""
     found = {name: what for name, what in vars(Compression).items() if not name.startswith("_") and callable(what) and not isfunction(what)}
-    return {name: getattr(Compression, name)() for name in sorted(found, key=lambda name: isinstance(found[name], staticmethod))}
+    made = {name: getattr(Compression, name)() for name in sorted(found, key=lambda name: isinstance(found[name], staticmethod))}
+    return {name: compression for name, compression in made.items() if not isinstance(compression, AutoCompression)}
 
 
 def methods() -> int:
