@@ -52,7 +52,10 @@ METHODS: dict[str, Callable[[], Any]] = {
     "power_sgd(1)": lambda: Compression.power_sgd(1),
     "top_k(100)": lambda: Compression.top_k(100),
     "qsgd()": lambda: Compression.qsgd(),
+    "auto()": lambda: Compression.auto(),
 }
+CHOOSING: list[Any] = []
+"""What `auto()` chose by, one for each time that it was made."""
 
 
 def plain(model: torch.nn.Module) -> torch.optim.SGD:
@@ -92,7 +95,10 @@ def alone(model: torch.nn.Module, method: str) -> Step:
 
 
 def ours(model: torch.nn.Module, method: str) -> Step:
-    return stepped(model, hvd.DistributedOptimizer(plain(model), model.named_parameters(), compression=METHODS[method]()))
+    optimizer = hvd.DistributedOptimizer(plain(model), model.named_parameters(), compression=METHODS[method]())
+    if optimizer.compression.tuner is not None:
+        CHOOSING.append(optimizer.compression.tuner)
+    return stepped(model, optimizer)
 
 
 def horovod(model: torch.nn.Module, method: str) -> Step:
@@ -141,15 +147,17 @@ DEFAULT = [
 
 WARM_UP = 4
 """Steps before those that are measured: connections, buffers, and what optimizers check in their first three steps only."""
+CHOICE = 17
+"""Steps in which `auto()` decides, and one."""
 
 
-def measure(make: Make, width: int, layers: int, batch: int, steps: int) -> tuple[list[float], float]:
+def measure(make: Make, width: int, layers: int, batch: int, steps: int, warm_up: int = WARM_UP) -> tuple[list[float], float]:
     """Seconds of each step, and bytes that a step has moved over the busiest link."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(layers)))
     x = torch.randn(batch, width)
     step = make(model)
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         step(x)
     meet(comm)
     before, seconds = wire_bytes(), []
@@ -182,7 +190,7 @@ def main() -> None:
     for _ in range(rounds):
         for name, row in results.items():
             with horovod_running(name.startswith("Horovod")):
-                seconds, moved = measure(rows[name], width, layers, options.batch, steps)
+                seconds, moved = measure(rows[name], width, layers, options.batch, steps, CHOICE if "auto" in name else WARM_UP)
             row.seconds += seconds
             row.limit = 8 * moved / options.rate if options.rate and name != "compute alone" else None
     compute = next((row.median for name, row in results.items() if name == "compute alone"), None)
@@ -200,7 +208,9 @@ def main() -> None:
 
     if rank == 0:
         title = f"A step of {layers} × Linear({width}), {size} ranks"
-        write(options, title, {title: list(results.values())}, plot, size=size, batch=options.batch)
+        chosen = [str(decision) for tuner in CHOOSING for decision in tuner.decisions]
+        write(options, title, {title: list(results.values())}, plot, size=size, batch=options.batch, auto=chosen)
+        print(*(f"auto() chose {decision}" for decision in chosen), sep="\n")
     torch.distributed.destroy_process_group()
 
 
