@@ -71,17 +71,44 @@ class Decision:
         return f"after {self.step} steps ({self.why}): {self.chosen}; a step took {figures}"
 
 
+class StepTimes:
+    """Seconds of steps, from the end of one to the end of the next. `clock`: seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.taken: list[float] = []
+        self.step = 0
+        """The number of steps that have ended."""
+        self._since: float | None = None
+
+    def end(self, step: int, counts: bool) -> bool:
+        """The last of `step` steps has ended, and `counts`. False when it had before: an unmodified Horovod's optimizer ends each twice."""
+        passed = step - self.step
+        if passed <= 0:
+            return False
+        now, self.step = self.clock(), step
+        if counts and self._since is not None:
+            self.taken.append((now - self._since) / passed)
+        return True
+
+    def begin(self) -> None:
+        """The next step begins."""
+        self._since = self.clock()
+
+    def forget(self) -> None:
+        """Of what was taken so far, and when the step began that is under way."""
+        self.taken, self._since = [], None
+
+
 class Tuner:
     """Tries `candidates` for `trial` steps each, of which the first is not counted, and goes on with the fastest; with the dense one where no other
     takes less than nine tenths of its time.
 
     All is tried again after `every` steps, if that is given, and when the median of a hundred steps has changed by half from one hundred to the
-    next. `clock`: seconds.
+    next.
     """
 
-    def __init__(
-        self, candidates: Mapping[str, Candidate], trial: int = 5, every: int | None = None, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, candidates: Mapping[str, Candidate], trial: int = 5, every: int | None = None) -> None:
         if DENSE not in candidates or len(candidates) < 2:
             raise CompressionError(f"auto(): expected candidates for '{DENSE}' and at least one other name, got {sorted(candidates)}.")
         dense = candidates[DENSE].method
@@ -98,9 +125,7 @@ class Tuner:
                 raise CompressionError(f"auto(): every={every}: expected more steps than a trial of all takes, {trial * len(candidates)}, or None.")
         self.candidates, self.trial, self.every = dict(candidates), trial, every
         self.decisions: list[Decision] = []
-        self._clock = clock
-        self._seen = 0
-        self._since: float | None = None
+        self.times = StepTimes()
         self.begin("training began")
 
     def __repr__(self) -> str:
@@ -112,9 +137,8 @@ class Tuner:
         self.current, self._why = current, why
         self._waiting = [name for name in self.candidates if name != current]
         self._tried: dict[str, float] = {}
-        self._times: list[float] = []
         self._usual: float | None = None
-        self._since = None
+        self.times.forget()
 
     def went_on_as(self, fits: Callable[[Method], bool], of: Method) -> Candidate | None:
         """The candidate that, switched to from `of`, `fits`; with that one all is tried anew."""
@@ -126,48 +150,46 @@ class Tuner:
 
     def after_step(self, tuned: Tuned) -> None:
         """A step has ended, or another optimizer's. Collective where a trial or a window ends, which is at the same step on all ranks."""
-        steps = tuned.steps_taken
-        passed = steps - self._seen
-        if passed <= 0:  # an unmodified Horovod's optimizer ends each step twice
-            return
-        now, self._seen = self._clock(), steps
-        if self._since is not None and steps > self.candidates[self.current].method.warmup_steps:
-            self._times.append((now - self._since) / passed)
-        self._decide(tuned)
-        self._since = self._clock()
+        step = tuned.steps_taken
+        if self.times.end(step, counts=step > self.candidates[self.current].method.warmup_steps):
+            if self.trying:
+                self._try(tuned)
+            else:
+                self._watch(tuned)
+            self.times.begin()
 
     @property
     def trying(self) -> bool:
         """No decision is made yet, or all is being tried again."""
         return len(self._tried) < len(self.candidates)
 
-    def _decide(self, tuned: Tuned) -> None:
-        if not self.trying:
-            self._watch(tuned)
-        elif len(self._times) >= self.trial:
-            seconds = self._of_slowest(tuned, statistics.median(self._times[1:]))
-            if self._waiting:
-                tuned.switch(self.candidates[self._waiting[0]])
-                self._tried[self.current], self.current = seconds, self._waiting.pop(0)
-            else:
-                tried = {**self._tried, self.current: seconds}
-                best = min(tried, key=lambda name: tried[name])
-                chosen = best if tried[best] < WORTH * tried[DENSE] else DENSE
-                if chosen != self.current:
-                    tuned.switch(self.candidates[chosen])
-                self._tried, self.current = tried, chosen
-                self.decisions.append(Decision(self._seen, chosen, {name: tried[name] for name in self.candidates}, self._why))
-                if tuned.transport.rank == 0:
-                    _log.info("Compression.auto %s.", self.decisions[-1])
-            self._times = []
+    def _try(self, tuned: Tuned) -> None:
+        """Go on to the next method when this one was tried for long enough, and after the last one decide."""
+        if len(self.times.taken) < self.trial:
+            return
+        self._tried[self.current] = self._of_slowest(tuned, statistics.median(self.times.taken[1:]))
+        if self._waiting:
+            next_ = self._waiting.pop(0)
+        else:
+            seconds = {name: self._tried[name] for name in self.candidates}
+            best = min(seconds, key=lambda name: seconds[name])
+            next_ = best if seconds[best] < WORTH * seconds[DENSE] else DENSE
+            self.decisions.append(Decision(self.times.step, next_, seconds, self._why))
+            if tuned.transport.rank == 0:
+                _log.info("Compression.auto %s.", self.decisions[-1])
+        if next_ != self.current:
+            tuned.switch(self.candidates[next_])
+            self.current = next_
+        self.times.forget()
 
     def _watch(self, tuned: Tuned) -> None:
         """After the decision: whether to try again."""
-        if self.every is not None and self._seen - self.decisions[-1].step >= self.every:
+        if self.every is not None and self.times.step - self.decisions[-1].step >= self.every:
             self.begin(f"every {self.every} steps", self.current)
-        elif len(self._times) >= WINDOW:
-            usual = self._of_slowest(tuned, statistics.median(self._times))
-            before, self._usual, self._times = self._usual, usual, []
+        elif len(self.times.taken) >= WINDOW:
+            usual, before = self._of_slowest(tuned, statistics.median(self.times.taken)), self._usual
+            self._usual = usual
+            self.times.forget()
             if before is not None and not 1 / DRIFT < usual / before < DRIFT:
                 self.begin(f"a step took {1e3 * usual:.1f} ms and {1e3 * before:.1f} ms before", self.current)
 
@@ -175,4 +197,4 @@ class Tuner:
         """The largest of all ranks, the same bits on all."""
         tuned.check_together("Compression.auto")
         tensor, transport = torch.tensor([mine], dtype=torch.float64, device="cpu"), tuned.transport
-        return max(float(t) for t in transport.allgather(tensor, f"auto.{self._seen}", [1] * transport.size).wait())
+        return max(float(t) for t in transport.allgather(tensor, f"auto.{self.times.step}", [1] * transport.size).wait())

@@ -26,7 +26,7 @@ class Clock:
 
     def __init__(self, tuner: Any, seconds: Mapping[str, float]) -> None:
         self.tuner, self.seconds, self.now, self.at_end = tuner, seconds, 0.0, True
-        tuner._clock = self
+        tuner.times.clock = self
 
     def __call__(self) -> float:
         if self.at_end:
