@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -109,6 +110,19 @@ def test_scaling_is_measured_and_a_model_fitted(tmp_path: Path) -> None:
     assert (tmp_path / "fit.svg").stat().st_size > 1000
     one = subprocess.run(fit[:-1], capture_output=True, text=True)
     assert one.returncode != 0 and "a fit needs two at least" in one.stderr, one.stderr
+
+
+def test_time_to_accuracy_and_what_misses_it(lab: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPO / "benchmarks" / "time_to_accuracy.py"), "--short", "--problems", "digits"]
+    command += ["--json", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.svg"), "--curves", str(tmp_path / "curves.json")]
+    done = subprocess.run(command, env=rank_environment({"NETLAB": lab}), capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0 and (tmp_path / "t.svg").stat().st_size > 1000, done.stdout + done.stderr
+    found = json.loads((tmp_path / "t.json").read_text())["digits"]
+    cell = found["pressures"]["3.0"]
+    step = statistics.median(cell["steps"]["seconds"]["none"])
+    assert cell["seconds"]["loss"]["none"] == pytest.approx(found["reached"]["loss"]["none"][0] * step), "steps × time of a step"
+    assert cell["seconds"]["loss"]["top_k(100)"] is None and "| top_k(100) | missed |" in done.stdout, "20 steps are too few for a hundredth"
+    assert cell["steps"]["auto"]["chose"] in ("none", "fp16", "double_squeeze()")
 
 
 def test_a_delay_is_kept_and_the_rate_too(lab: str) -> None:
