@@ -9,6 +9,8 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 __all__ = ["Key", "Segment", "Segments", "PAYLOAD_ALIGNMENT", "aligned"]
 
@@ -139,6 +141,17 @@ class Segments:
     def zeros(self) -> torch.Tensor:
         """A zero compact buffer."""
         return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+
+    def scratch(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An uninitialised compact buffer, of `dtype` or the segments'. Its memory is taken again when nobody refers to it, or to a view of it, any
+        more: what is made in every step costs no allocation then, nor the page faults of a large one."""
+        dtype = self.dtype if dtype is None else dtype
+        kept: list[tuple[torch.Tensor, StorageWeakRef]] = self.__dict__.setdefault("_scratch", [])
+        i = next((i for i, (buffer, lent) in enumerate(kept) if buffer.dtype == dtype and lent.expired()), None)  # type: ignore[no-untyped-call]
+        buffer = torch.empty(self.numel, dtype=dtype, device=self.device) if i is None else kept.pop(i)[0]
+        alias = from_dlpack(to_dlpack(buffer))  # a storage over the same memory, that lives as long as what is handed out
+        kept[:] = [*kept[-1:], (buffer, StorageWeakRef(alias.untyped_storage()))]  # type: ignore[no-untyped-call]
+        return alias
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class Cast(Operator):
         return all_finite(payload)
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        payload = torch.empty(segments.numel, dtype=self.dtype, device=buffer.device)
+        payload = segments.scratch(self.dtype)
         info = torch.finfo(self.dtype)
         limit = info.max / key.size * (1 - info.eps) if self.saturate else math.inf  # rounding must not push it back over
         if native := native_for(buffer, segments, "cast"):

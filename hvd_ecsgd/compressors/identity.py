@@ -36,7 +36,7 @@ class Identity(FloatPayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         if segments.numel == buffer.numel():
-            payload = buffer.clone()
+            payload = segments.scratch().copy_(buffer)
             buffer.zero_()
             return payload
         payload, at = segments.empty(), 0

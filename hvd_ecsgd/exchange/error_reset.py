@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
-
 from ..arguments import check_integer
 from ..compressors import RandomBlock
 from ..errors import CompressionError
@@ -59,7 +57,7 @@ class ErrorReset(Stateless):
             name=f"{task.name}.reset",
             segments=task.segments,
             buffer=error,
-            out=torch.empty_like(out),
+            out=task.segments.scratch(),
             compressor=self.reset_compressor,
             state={},
             # Draws of its own: what C1 has just sent is not what is missing.

@@ -31,7 +31,7 @@ def finite(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> bool
 
 def mean_of(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> torch.Tensor:
     """(1/n) Σ C⁻¹(payloads), by rank; n counts workers that sent nothing too."""
-    total = mine.empty()
+    total = mine.scratch()
     sent = [(p, task.ctx.key(task.compressor, "push", r)) for r, p in enumerate(received) if p.numel()]
     decode_sum_(total, task.compressor, mine, sent, 1.0 / task.ctx.size)
     return total

@@ -44,7 +44,7 @@ class CSER(LocalPoint):
         sgd = ctx.settings
         return Addition(
             part.segments,
-            part.segments.empty(),
+            part.segments.scratch(),
             0.0,
             gradient=0.0,
             decay=sgd.weight_decay,

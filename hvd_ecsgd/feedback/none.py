@@ -23,4 +23,4 @@ class NoFeedback(GradientUnit):
         return {}
 
     def addition(self, part: Part, ctx: StepContext) -> Addition:
-        return Addition(part.segments, part.segments.empty(), 0.0)
+        return Addition(part.segments, part.segments.scratch(), 0.0)

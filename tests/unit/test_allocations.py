@@ -1,0 +1,95 @@
+"""What a step allocates once all is warm, beside what transports do: nothing of gradient size, of most methods."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hvd_ecsgd import GradientExchange
+from hvd_ecsgd.kernels.native import native_library
+from hvd_ecsgd.segments import Segments
+from hvd_ecsgd.transport import Transport, run_simulated
+from tests.cases import CASES, Case, by_name, ids
+
+pytestmark = pytest.mark.skipif(native_library() is None, reason="torch's own passes, which the reference kernels are, make new tensors")
+
+SIDE = 128
+OF_GRADIENT_SIZE = SIDE * SIDE * 4 // 2
+"""Bytes; a half, since a payload of 16 bit may be one too many."""
+
+
+class Watch(TorchDispatchMode):
+    """Operations that return new memory of gradient size, with the line of the library that called them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = operation(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.nbytes >= OF_GRADIENT_SIZE and t.untyped_storage().data_ptr() not in given:
+                callers = [f for f in traceback.extract_stack() if "/hvd_ecsgd/" in f.filename]
+                if "/transport/" not in callers[-1].filename:
+                    place = callers[-1].filename.split("/hvd_ecsgd/")[1]
+                    self.seen.append(f"{operation} of {t.nbytes} bytes, {place}:{callers[-1].lineno}")
+        return result
+
+
+def allocated(case: Case) -> list[str]:
+    """By worker 0 of two, in its fifth step."""
+
+    def worker(transport: Transport) -> list[str]:
+        model, method = torch.nn.Linear(SIDE, SIDE, bias=False), case.make()
+        options = {"lr": 0.1} if method.method.feedback.takes.learning_rate else {}
+        exchange = GradientExchange(model.named_parameters(), method, transport, **options)
+        gradient = {"weight": torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(transport.rank))}
+        for _ in range(4):
+            exchange.reduce(gradient)
+        if transport.rank:
+            exchange.reduce(gradient)
+            return []
+        with Watch() as watch:
+            exchange.reduce(gradient)
+        return watch.seen
+
+    return run_simulated(2, worker)[0]
+
+
+ALLOCATE = {
+    "fp16-feedback": "a sum overwrites the payload, of which undoing the step needs a copy",
+    "bf16": "payloads for several servers are made one by one and joined",
+    "hessian_aided": "curvature is estimated in torch's own passes",
+    "cser": "errors are reset in some steps only",
+}
+"""Rows that do, and why."""
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "matrix" not in c.name and not c.name.startswith(tuple(ALLOCATE))], ids=ids)
+def test_nothing_of_gradient_size(case: Case) -> None:
+    assert allocated(case) == []
+
+
+@pytest.mark.parametrize("name", ["none", "fp16", "double_squeeze", "local_momentum-dense"])
+def test_what_is_made_in_every_step_is_used_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: it is made anew."""
+    monkeypatch.setattr(Segments, "scratch", lambda self, dtype=None: torch.empty(self.numel, dtype=dtype or self.dtype, device=self.device))
+    assert allocated(by_name(name))
+
+
+def test_scratch_memory_that_somebody_refers_to_is_left_alone() -> None:
+    segments = Segments.of([("w", torch.zeros(4, 4))], {"w": 0}, 16)
+    first = segments.scratch().fill_(1.0)
+    view, address = first[3:5], first.data_ptr()
+    del first
+    second = segments.scratch().fill_(2.0)
+    assert view.tolist() == [1.0, 1.0] and second.data_ptr() != address
+    del view
+    assert segments.scratch().data_ptr() == address
+    assert segments.scratch(torch.float16).dtype == torch.float16 and second.eq(2.0).all()
