@@ -33,40 +33,42 @@ class Noted:
     gradients: list[torch.Tensor]
     versions: list[int]
     places: list[int]
+    views: list[torch.Tensor | None]
+    """Of each gradient the elements that are sampled, which are looked at again; None where they cannot be had without a copy."""
     sample: torch.Tensor
-    """Of each gradient up to `_SAMPLE` elements, evenly spaced, one gradient after the other."""
+    """Copies of them, one gradient after the other."""
     sums: torch.Tensor | None
     """Of all bits of each gradient, as whole numbers, which no order of summation changes; None where only the sample is compared."""
 
     @staticmethod
     def of(named: Sequence[tuple[str, torch.Tensor]], everything: bool) -> Noted | None:
         """None when no parameter has a gradient."""
-        named = [(name, p) for name, p in named if p.grad is not None]
-        gradients = [p.grad for _, p in named if p.grad is not None]
-        if not gradients:
+        held = [(pair, g) for pair in named if (g := pair[1].grad) is not None]
+        if not held:
             return None
-        flat = [_flat(g) for g in gradients]
-        sums = _sums(flat) if everything else None
-        return Noted(named, gradients, [g._version for g in gradients], [f.data_ptr() for f in flat], _sample(flat), sums)
+        gradients = [g for _, g in held]
+        views = [_view(g) for g in gradients]
+        sums = _sums(gradients) if everything else None
+        versions, places = [g._version for g in gradients], [_place(g) for g in gradients]
+        return Noted([pair for pair, _ in held], gradients, versions, places, views, _sample(views, gradients), sums)
 
     def changed(self, factors: Sequence[float] = (1.0,), replaced: bool = True) -> str | None:
         """The name of the first parameter whose gradient was changed, by other than a multiplication by one of `factors`.
 
         `replaced`: another tensor in its place, or none, counts too.
         """
-        flat = [_flat(g) for g in self.gradients]
         steps = 0 if len(factors) == 1 else 1  # a multiplication may count as a write
-        for (name, parameter), gradient, version, values, place in zip(self.named, self.gradients, self.versions, flat, self.places, strict=True):
-            if gradient._version - version > steps or values.data_ptr() != place or (replaced and parameter.grad is not gradient):
+        for (name, parameter), gradient, version, place in zip(self.named, self.gradients, self.versions, self.places, strict=True):
+            if gradient._version - version > steps or _place(gradient) != place or (replaced and parameter.grad is not gradient):
                 return name
-        now = _sample(flat)
-        if any(torch.equal(now.nan_to_num(), (self.sample * f).nan_to_num()) for f in factors):
-            if self.sums is None or len(factors) > 1 or torch.equal(_sums(flat), self.sums):
+        now = _sample(self.views, self.gradients)
+        if any(_is(now, self.sample, f) for f in factors):
+            if self.sums is None or len(factors) > 1 or torch.equal(sums := _sums(self.gradients), self.sums):
                 return None
-            return self.named[int((_sums(flat) != self.sums).nonzero()[0])][0]
-        parts = [min(_SAMPLE, f.numel()) for f in flat]
+            return self.named[int((sums != self.sums).nonzero()[0])][0]
+        parts = [min(_SAMPLE, _values(g).numel()) for g in self.gradients]
         for (name, _), a, b in zip(self.named, torch.split(now, parts), torch.split(self.sample, parts), strict=True):
-            if not any(torch.equal(a.nan_to_num(), (b * f).nan_to_num()) for f in factors):
+            if not any(_is(a, b, f) for f in factors):
                 return name
         return None
 
@@ -137,17 +139,45 @@ class Guard:
                 )
 
 
+def _values(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient._values() if gradient.is_sparse else gradient
+
+
+def _place(gradient: torch.Tensor) -> int:
+    return _values(gradient).data_ptr()
+
+
 def _flat(gradient: torch.Tensor) -> torch.Tensor:
     """All elements in the order of memory, without a copy where they are dense there."""
-    values = (gradient._values() if gradient.is_sparse else gradient).detach()
+    values = _values(gradient).detach()
     if not values.is_contiguous():
         values = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
     return values.reshape(-1)
 
 
-def _sample(flat: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([f if f.numel() <= _SAMPLE else f[:: f.numel() // _SAMPLE][:_SAMPLE] for f in flat])
+def _view(gradient: torch.Tensor) -> torch.Tensor | None:
+    """Up to `_SAMPLE` elements, evenly spaced, in the order of memory. One call of torch: every gradient of every step is looked at."""
+    if gradient.is_sparse or not gradient.is_contiguous() or gradient.requires_grad:
+        return None
+    n = gradient.numel()
+    return gradient.as_strided((n,), (1,)) if n <= _SAMPLE else gradient.as_strided((_SAMPLE,), (n // _SAMPLE,))
 
 
-def _sums(flat: Sequence[torch.Tensor]) -> torch.Tensor:
+def _sample(views: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([_spaced(_flat(g)) if v is None else v for v, g in zip(views, gradients, strict=True)])
+
+
+def _spaced(flat: torch.Tensor) -> torch.Tensor:
+    return flat if flat.numel() <= _SAMPLE else flat[:: flat.numel() // _SAMPLE][:_SAMPLE]
+
+
+def _is(now: torch.Tensor, noted: torch.Tensor, factor: float) -> bool:
+    """Whether `now` is `noted` times `factor`, where NaN is equal to NaN."""
+    if factor == 1.0 and torch.equal(now, noted):
+        return True
+    return torch.equal(now.nan_to_num(), (noted * factor).nan_to_num())
+
+
+def _sums(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    flat = [_flat(g) for g in gradients]
     return torch.stack([f.view(_BITS[f.element_size()]).sum(dtype=torch.int64) for f in flat])

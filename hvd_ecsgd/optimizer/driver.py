@@ -182,7 +182,7 @@ class OptimizerDriver:
     def _gradient_ready(self, parameter: torch.nn.Parameter) -> None:
         if self._unapplied:
             self.hand_over.guard.mean_is_spoilt(self.names[id(parameter)])
-        self._check_applied("a backward pass")
+            raise_unapplied("a backward pass")
         self.step.forget()
         self.hand_over.count(parameter)
 

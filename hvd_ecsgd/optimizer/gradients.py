@@ -52,7 +52,8 @@ def poison_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
 def _write_mean(bucket: Bucket, reduction: BucketStep | None, silent: bool, factor: int, sparse: bool) -> None:
     if reduction is None:
         for p in bucket.parameters:
-            p.grad = _given(torch.zeros_like(p, dtype=gradient_type(p)), sparse)
+            zeros = torch.zeros_like(p, dtype=gradient_type(p))
+            p.grad = _given(zeros) if sparse else zeros
         return
     assert reduction.out is not None
     if reduction.task.skipped and not silent:
@@ -63,12 +64,17 @@ def _write_mean(bucket: Bucket, reduction: BucketStep | None, silent: bool, fact
         reduction.out.mul_(factor)
     for p, mean in zip(bucket.parameters, bucket.hand_out(reduction.out), strict=True):
         # Frozen since: what is left of it in the residual must not move it.
-        p.grad = None if not p.requires_grad else _given(mean.to(gradient_type(p)), sparse)
+        if not p.requires_grad:
+            p.grad = None
+            continue
+        dtype = gradient_type(p)
+        typed = mean if mean.dtype is dtype else mean.to(dtype)
+        p.grad = _given(typed) if sparse else typed
 
 
-def _given(mean: torch.Tensor, sparse: bool) -> torch.Tensor:
-    """For SparseAdam the rows that are not zero. Alike on all workers: dense and sparse steps round differently."""
-    if not sparse or mean.dim() == 0:
+def _given(mean: torch.Tensor) -> torch.Tensor:
+    """To SparseAdam: the rows that are not zero. Alike on all workers: dense and sparse steps round differently."""
+    if mean.dim() == 0:
         return mean
     rows = mean.unsqueeze(-1).flatten(1).ne(0).any(1).nonzero().view(1, -1)
     return torch.sparse_coo_tensor(rows, mean[rows[0]], mean.shape, device=mean.device, is_coalesced=True, check_invariants=False)

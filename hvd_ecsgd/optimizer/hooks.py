@@ -95,13 +95,13 @@ class GradientHooks:
     def reset(self) -> None:
         """A new step: no gradient has come."""
         self._knows_reentrant_passes = self._knows_reentrant_passes or self._came.reentrant_passes
-        self._came = _Came({id(p): self.passes for _, p in self._named}, {id(b): len(b.parameters) for b in self._buckets})
+        self._came = _Came(dict.fromkeys(self._bucket_of, self.passes), {id(b): len(b.parameters) for b in self._buckets})
         self._backward.forget()
 
     @property
     def begun(self) -> bool:
         """A gradient of this step has come."""
-        return any(left < self.passes for left in self._came.left.values())
+        return bool(self._came.last_pass)
 
     def count(self, parameter: torch.nn.Parameter) -> bool:
         """A gradient has come; whether it was the parameter's last of this step. Raises `SequenceError` when there is one too many.

@@ -74,9 +74,10 @@ class StepExchange:
 
     def begin(self) -> None:
         """A gradient has come. What was exchanged before counts as applied."""
-        self.forget()
-        self.phase = Phase.ACCUMULATING
-        self.aggregator.begin_step()
+        if self.phase is not Phase.ACCUMULATING:
+            self.forget()
+            self.phase = Phase.ACCUMULATING
+            self.aggregator.begin_step()
 
     def forget(self) -> None:
         """The results, if there are any, have been applied."""
