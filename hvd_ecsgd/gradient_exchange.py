@@ -140,7 +140,7 @@ class GradientExchange:
                 if reduction is None:  # learning rate 0
                     means.update({name: torch.zeros_like(p) for name, p in zip(bucket.segments.names, bucket.parameters, strict=True)})
                 elif reduction.out is not None and not reduction.task.skipped:
-                    handed = bucket.hand_out(reduction.out)
+                    handed = reduction.hand_out()
                     means.update({n: m.to(p.dtype) for n, p, m in zip(bucket.segments.names, bucket.parameters, handed, strict=True)})
         step.forget()
         self.compression.after_step()

@@ -123,7 +123,7 @@ class Aggregator:
         frozen_state = FrozenState(bucket, transport.rank, transport.size) if bucket.frozen() else None
         accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(bucket.part, gradients, ctx)
         compressor, exchange = bucket.method.at(self.state.step)
-        result = bucket.result_for(out)
+        result = bucket.results.take(out)
         task = Task(
             name=bucket.name,
             segments=bucket.segments,

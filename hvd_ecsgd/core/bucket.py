@@ -35,12 +35,10 @@ class Bucket:
     """Never compressed: small or one-dimensional parameters."""
     residual_is_zero: bool = True
     """This rank's residual is known to be zero: the last exchange took everything, or there was none."""
-    versions: list[int] = field(default_factory=list)
-    """Version counters of the parameters after our last write: a difference means that somebody else wrote."""
-    sums: list[torch.Tensor] = field(default_factory=list)
-    """`column_sums` of shifted parameters after our last write: writes through `.data` and NumPy's views raise no version counter."""
-    results: list[Result] = field(default_factory=list)
-    """Buffers that results are decoded into, kept because fresh memory of this size costs more than the pass that fills it."""
+    written: Written | None = None
+    """Shifted parameters as they were after our last write; None where nothing was shifted yet."""
+    results: Results = field(init=False)
+    """What comes back is decoded into them."""
     kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
     """Type and device of the parameters when the bucket was made."""
     before: list[State] = field(default_factory=list)
@@ -48,6 +46,7 @@ class Bucket:
 
     def __post_init__(self) -> None:
         self.kinds = [(p.dtype, p.device) for p in self.parameters]
+        self.results = Results(self.segments)
 
     def check_takes(self, gradients: Sequence[torch.Tensor]) -> None:
         """Raise `CompressionError` that names the parameter when a gradient has another shape than it was bound with, or the parameter was converted
@@ -143,7 +142,7 @@ class Bucket:
         for i in self.frozen():
             self.parameters[i].copy_(self.segments.shaped_views(x)[i])
             sums[i] = column_sums(self.parameters[i])
-        self._note(sums)
+        self.written = Written.by_us(self.parameters, sums)
 
     def capture_(self) -> None:
         """x ← what the parameters hold now, of rules that shift them: at the first step, and after somebody else wrote to them."""
@@ -152,22 +151,15 @@ class Bucket:
 
     def note_written(self) -> None:
         """Shifted parameters hold what we want them to hold."""
-        self._note(sums_of(self.parameters, self.segments))
-
-    def _note(self, sums: list[torch.Tensor]) -> None:
-        self.versions, self.sums = [p._version for p in self.parameters], sums
+        self.written = Written.by_us(self.parameters, sums_of(self.parameters, self.segments))
 
     def written_to(self, contents: bool) -> str | None:
         """The name of a parameter that somebody else has written to since `note_written`. Without `contents` version counters alone are looked at."""
-        for name, parameter, version in zip(self.segments.names, self.parameters, self.versions, strict=True):
-            if parameter._version != version:
-                return name
-        if contents:
-            now = sums_of(self.parameters, self.segments)
-            for name, were, are in zip(self.segments.names, self.sums, now, strict=True):
-                if not torch.equal(were, are):
-                    return name
-        return None
+        assert self.written is not None
+        i = self.written.other_version(self.parameters)
+        if i is None and contents:
+            i = self.written.other_sums(sums_of(self.parameters, self.segments))
+        return None if i is None else self.segments.names[i]
 
     def remember(self) -> None:
         """Copy the state, but for x, which does not move before a step stands. The memory is kept."""
@@ -192,28 +184,6 @@ class Bucket:
             for slot, t in copy.items():
                 state[slot] = state[slot].copy_(t) if slot in state else t.clone()
 
-    def result_for(self, out: torch.Tensor | None = None) -> Result:
-        """`out`, or a kept buffer that nobody refers to any more, or a new one.
-
-        After `zero_grad(set_to_none=False)` gradients live in the last one, so two are kept; one that a script holds on to is left to it.
-        """
-        if out is not None:
-            return Result(out)
-        for result in self.results:
-            if result.free:
-                return result
-        self.results = [*self.results[-1:], Result(self.segments.empty())]
-        return self.results[-1]
-
-    def hand_out(self, out: torch.Tensor) -> list[torch.Tensor]:
-        """The result in `out` by parameter, in their shapes and without a copy, for anybody to keep. Each is a tensor of its own: it is saved and
-        detached in place as one, and `out` is not written to again while one of them, or what shares its memory, lives."""
-        lent = from_dlpack(to_dlpack(out))
-        for result in self.results:
-            if result.buffer is out:
-                result.lent = StorageWeakRef(lent.untyped_storage())  # type: ignore[no-untyped-call]
-        return [from_dlpack(to_dlpack(view)) for view in self.segments.shaped_views(lent)]
-
 
 class Result:
     """A buffer, whether it is known to hold zeros, and whether somebody still refers to what was handed out of it: to a storage over its memory,
@@ -227,6 +197,64 @@ class Result:
     @property
     def free(self) -> bool:
         return self.lent is None or bool(self.lent.expired())  # type: ignore[no-untyped-call]
+
+    def hand_out(self, out: torch.Tensor, segments: Segments) -> list[torch.Tensor]:
+        """`out`, which is the buffer unless an exchange has returned another one, by parameter, in their shapes and without a copy, for anybody to
+        keep. Each is a tensor of its own: it is saved and detached in place as one, and the buffer is not written to again while one of them, or what
+        shares its memory, lives."""
+        lent = from_dlpack(to_dlpack(out))
+        if out is self.buffer:
+            self.lent = StorageWeakRef(lent.untyped_storage())  # type: ignore[no-untyped-call]
+        return [from_dlpack(to_dlpack(view)) for view in segments.shaped_views(lent)]
+
+
+class Results:
+    """A bucket's results, over its `segments`: kept buffers, because fresh memory of this size costs more than the pass that fills it."""
+
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
+        self.kept: list[Result] = []
+
+    def take(self, out: torch.Tensor | None = None) -> Result:
+        """`out`, or a kept buffer that nobody refers to any more, or a new one.
+
+        After `zero_grad(set_to_none=False)` gradients live in the last one, so two are kept; one that a script holds on to is left to it.
+        """
+        if out is not None:
+            return Result(out)
+        for result in self.kept:
+            if result.free:
+                return result
+        self.kept = [*self.kept[-1:], Result(self._segments.empty())]
+        return self.kept[-1]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Parameters as they were after our last write: a difference means that somebody else wrote to them."""
+
+    versions: list[int]
+    """Their version counters."""
+    sums: list[torch.Tensor]
+    """`column_sums` of each: writes through `.data` and NumPy's views raise no version counter."""
+
+    @staticmethod
+    def by_us(parameters: Sequence[torch.Tensor], sums: list[torch.Tensor]) -> Written:
+        return Written([p._version for p in parameters], sums)
+
+    def other_version(self, parameters: Sequence[torch.Tensor]) -> int | None:
+        """The place of the first whose version is another."""
+        return next((i for i, (p, version) in enumerate(zip(parameters, self.versions, strict=True)) if p._version != version), None)
+
+    def other_sums(self, sums: Sequence[torch.Tensor]) -> int | None:
+        """The place of the first whose sums are not what they were."""
+        if torch.equal(torch.cat(self.sums), torch.cat(list(sums))):
+            return None
+        return next((i for i, (were, are) in enumerate(zip(self.sums, sums, strict=True)) if not torch.equal(were, are)), None)
+
+    def put_back(self, parameters: Sequence[torch.Tensor]) -> Written:
+        """The parameters were moved by us, and hold what they held."""
+        return Written.by_us(parameters, self.sums)
 
 
 def part_of(slot: torch.Tensor, i: int, segment: Segment) -> torch.Tensor:

@@ -40,7 +40,8 @@ class Points:
     @property
     def shifted(self) -> bool:
         """The parameters hold a shifted point now, different on every rank."""
-        return not self.held and any(b.point is not None and b.versions == [p._version for p in b.parameters] for b in self._state.buckets)
+        ours = (b for b in self._state.buckets if b.point is not None and b.written is not None)
+        return not self.held and any(b.written_to(contents=False) is None for b in ours)
 
     def look_at_averages(self) -> None:
         """Before parameters are moved: warn of averages that were taken where they are now, if that is a shifted point."""
@@ -65,7 +66,7 @@ class Points:
         feedback = bucket.method.feedback
         if bucket.point is None:
             return
-        if bucket.versions:
+        if bucket.written is not None:
             name = bucket.written_to(contents)
             if name is None:
                 return
@@ -119,7 +120,7 @@ class Points:
                         bucket.shift_()
                     else:
                         torch._foreach_copy_(list(bucket.parameters), saved)
-                        bucket.versions = [p._version for p in bucket.parameters]
+                        bucket.written = bucket.written and bucket.written.put_back(bucket.parameters)
 
     def _move_to(self, point: str, bucket: Bucket, moved: _Moved) -> None:
         """Set the bucket's parameters to x or z; note what they held, and their versions afterwards."""

@@ -74,7 +74,7 @@ def prepare_load(state: MethodState, saved: Mapping[str, Any]) -> Callable[[], N
         points = {one.bucket.name: _at_x(one.bucket) for one in staged}
         for bucket in state.buckets:  # what the saved training had not allocated yet begins anew
             bucket.state = bucket.exchange_state = bucket.unit = None
-            bucket.residual_is_zero, bucket.versions = True, []
+            bucket.residual_is_zero, bucket.written = True, None
         for one in staged:
             one.take_over(entries, points[one.bucket.name])
         state.step, state.undone = saved["step"], saved["undone"]
@@ -138,7 +138,7 @@ def _in_common_units_(bucket: Bucket, tables: Sequence[tuple[State, Segments]], 
 
 def _at_x(bucket: Bucket) -> list[torch.Tensor]:
     """Where the parameters are, or would be if they were not shifted."""
-    if bucket.point is not None and bucket.versions and bucket.written_to(contents=True) is None:
+    if bucket.point is not None and bucket.written is not None and bucket.written_to(contents=True) is None:
         return bucket.segments.shaped_views(bucket.point)
     return [p.detach() for p in bucket.parameters]
 

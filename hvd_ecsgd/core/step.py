@@ -97,6 +97,11 @@ class BucketStep:
         if self.pending is not None:
             self._resume(self.pending.wait())
 
+    def hand_out(self) -> list[torch.Tensor]:
+        """What came back, by parameter; see `Result.hand_out`."""
+        assert self.out is not None
+        return self._result.hand_out(self.out, self.bucket.segments)
+
     def undo_(self, gradients_gone: bool = False) -> None:
         """Put residuals (and momentum) back to where they were before this step, to rounding.
 

@@ -62,7 +62,7 @@ def _write_mean(bucket: Bucket, reduction: BucketStep | None, silent: bool, fact
         return
     if factor != 1:
         reduction.out.mul_(factor)
-    for p, mean in zip(bucket.parameters, bucket.hand_out(reduction.out), strict=True):
+    for p, mean in zip(bucket.parameters, reduction.hand_out(), strict=True):
         # Frozen since: what is left of it in the residual must not move it.
         if not p.requires_grad:
             p.grad = None

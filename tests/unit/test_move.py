@@ -49,9 +49,9 @@ def trained(method: str, dtype: torch.dtype = torch.float32) -> list[list[torch.
             optimizer.step()
         aggregator: Any = optimizer.compression._aggregator
         for bucket in aggregator.state.buckets:
-            if all(r.is_zero for r in bucket.results):
-                assert not any(r.buffer.any() for r in bucket.results)
-        at_zero = [torch.tensor(sum(r.is_zero for b in aggregator.state.buckets for r in b.results))]
+            if all(r.is_zero for r in bucket.results.kept):
+                assert not any(r.buffer.any() for r in bucket.results.kept)
+        at_zero = [torch.tensor(sum(r.is_zero for b in aggregator.state.buckets for r in b.results.kept))]
         state = [t for entry in optimizer.compression.state_dict()["parameters"].values() for t in entry.values() if isinstance(t, torch.Tensor)]
         return at_zero + [p.detach() for p in model.parameters()] + state
 
