@@ -22,6 +22,8 @@ from .values import (
     GroupSettings,
     Part,
     Places,
+    Result,
+    Reversals,
     Role,
     Slot,
     Slots,
@@ -32,7 +34,8 @@ from .values import (
     zeros,
 )
 
-__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Places", "Role",
+__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Places", "Result",
+           "Reversals", "Role",
            "Slot", "Slots", "Sparse", "State", "Steps", "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor", "decode_sum_",
            "poison", "settled", "slot_of", "zeros"]  # fmt: skip
 
@@ -272,36 +275,53 @@ class StepContext:
 
 @dataclass
 class Task:
-    """One bucket's exchange in one step."""
+    """One bucket's exchange in one step: what it is of, what goes in and what comes out, how it is undone, and what the exchange says of it."""
 
     name: str
     segments: Segments
-    buffer: torch.Tensor
-    out: torch.Tensor
     compressor: Compressor
     state: State
+    """The exchange's."""
     ctx: StepContext
-    poisoned: bool = False
-    """This rank's gradients hold an inf or NaN: the buffer was left alone, and NaN is sent so that every rank learns of it."""
-    reversible: bool = True
-    residual: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
-    """What the feedback rule keeps; usually the buffer itself."""
-    residual_was_zero: bool = False
-    """The residual was zero before, and will be: undoing the extraction is setting it to zero."""
-    finite: bool = True
+    accumulated: Accumulated
+    into: Result
+    reversals: Reversals
     step_size: float = 1.0
-    """What `out` is multiplied by when it is applied to the parameters: η in gradient units, 1 in update units."""
+    """What the result is multiplied by when it is applied to the parameters: η in gradient units, 1 in update units."""
     applied: bool = False
     """What comes back is an update, which nobody looks at but the rule that applies it."""
-    out_is_zero: bool = False
-    touched: list[Places] | None = None
-    """Where alone `out` is not zero, once an update was decoded into it; None: anywhere. Who moves it away takes the places out."""
+    finite: bool = True
+    """Set by the exchange: False where some rank sent an inf or NaN, the same on every rank."""
     skipped: bool = False
     """Set by the exchange when nothing came back for any segment, on every rank: x and the optimizer's state must stay as they are."""
     extracted: int = 0
     """Elements of the buffer that were extracted."""
     traffic: Traffic = field(default_factory=Traffic)
-    _reversals: list[Callable[[], object]] = field(default_factory=list)
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """What is extracted from."""
+        return self.accumulated.buffer
+
+    @property
+    def poisoned(self) -> bool:
+        """This rank's gradients hold an inf or NaN: the buffer was left alone, and NaN is sent so that every rank learns of it."""
+        return not self.accumulated.finite
+
+    @property
+    def residual(self) -> torch.Tensor:
+        """What the feedback rule keeps; usually the buffer itself."""
+        return self.buffer if self.reversals.residual is None else self.reversals.residual
+
+    @property
+    def reversible(self) -> bool:
+        """Something is kept, so what the exchange does to it may have to be undone."""
+        return self.reversals.residual is not None
+
+    @property
+    def out(self) -> torch.Tensor:
+        """As `result`."""
+        return self.result()
 
     def extract_(self, stage: str, segments: Segments | None = None, *, travels_in_place: bool = False) -> torch.Tensor:
         """The worker's payload for `segments` (all by default). `travels_in_place`: the transport will overwrite it, so undoing needs a copy."""
@@ -313,13 +333,13 @@ class Task:
             return self.buffer  # a scratch copy of the gradients that nobody reads again: it can travel as it is
         self.extracted += segments.numel
         payload = self.compressor.extract_(self.buffer, segments, key)
-        if self.reversible and not self.residual_was_zero:
+        if self.reversible and not self.reversals.was_zero:
             self.undo_by_adding(self.buffer, self.compressor, payload.clone() if travels_in_place else payload, segments, key, 1.0)
         return payload
 
     def undo_by(self, reversal: Callable[[], object]) -> None:
         """Call this when the step is undone; the last one noted is called first."""
-        self._reversals.append(reversal)
+        self.reversals.note(reversal)
 
     def undo_by_adding(self, buffer: torch.Tensor, compressor: Compressor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float) -> None:
         """When the step is undone, `buffer += alpha · decode(payload)`. What had no finite representation on the wire never left its buffer."""
@@ -331,34 +351,28 @@ class Task:
 
         self.undo_by(add)
 
-    def undo_(self) -> None:
-        """Put everything extracted back, to rounding."""
-        while self._reversals:
-            self._reversals.pop()()
-
-    def forget_undo(self) -> None:
-        """The step stands: let go of the payloads kept for undoing it."""
-        self._reversals.clear()
-
     def result(self) -> torch.Tensor:
         """The tensor to decode into; it holds anything. Gradients may live in it (Horovod), so ask for it once nothing reads them any more."""
-        return self.out
+        self.into.touched = None
+        return self.into.buffer
 
     def decoded(self, payloads: Sequence[tuple[torch.Tensor, Key]], alpha: float) -> torch.Tensor:
         """The result: alpha · Σ C⁻¹(payload), each with the key that it was extracted with, in the order given.
 
         Of an update that is sparse it is noted where it is, so that applying it, and zeros for the next one, cost no more than that.
         """
-        out, compressor = self.result(), self.compressor
+        into, compressor = self.into, self.compressor
         if not (self.applied and isinstance(compressor, Sparse)):
+            out = self.result()
             decode_sum_(out, compressor, self.segments, payloads, alpha)
             return out
-        if not self.out_is_zero:
-            out.zero_()
+        if not into.is_zero:
+            into.buffer.zero_()
+        into.touched = None
         for payload, key in payloads:
-            compressor.add_(out, payload, self.segments, key, alpha)
-        self.touched = [compressor.places(payload, self.segments, key) for payload, key in payloads]
-        return out
+            compressor.add_(into.buffer, payload, self.segments, key, alpha)
+        into.touched = [compressor.places(payload, self.segments, key) for payload, key in payloads]
+        return into.buffer
 
 
 def poison(compressor: Compressor, segments: Segments, key: Key) -> torch.Tensor:

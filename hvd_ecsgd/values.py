@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from .segments import Segments
 
@@ -19,6 +21,8 @@ __all__ = [
     "NO_SEGMENTS",
     "Part",
     "Places",
+    "Result",
+    "Reversals",
     "Role",
     "Slot",
     "Slots",
@@ -43,6 +47,34 @@ class Places:
 
     counts: np.ndarray
     positions: torch.Tensor
+
+
+class Result:
+    """A buffer that results are decoded into: where alone it is not zero, and whether somebody still refers to what was handed out of it: to a
+    storage over its memory, which is not its own."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self.touched: list[Places] | None = None
+        """Where alone it is not zero; None: anywhere, []: nowhere. Who moves what is there away takes the places out."""
+        self.lent: StorageWeakRef | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        return self.touched == []
+
+    @property
+    def free(self) -> bool:
+        return self.lent is None or bool(self.lent.expired())  # type: ignore[no-untyped-call]
+
+    def hand_out(self, out: torch.Tensor, segments: Segments) -> list[torch.Tensor]:
+        """`out`, which is the buffer unless an exchange has returned another one, by parameter, in their shapes and without a copy, for anybody to
+        keep. Each is a tensor of its own: it is saved and detached in place as one, and the buffer is not written to again while one of them, or what
+        shares its memory, lives."""
+        lent = from_dlpack(to_dlpack(out))
+        if out is self.buffer:
+            self.lent = StorageWeakRef(lent.untyped_storage())  # type: ignore[no-untyped-call]
+        return [from_dlpack(to_dlpack(view)) for view in segments.shaped_views(lent)]
 
 
 class Role(Enum):
@@ -160,7 +192,7 @@ def _number(value: Any) -> float | None:
 @dataclass(frozen=True, slots=True)
 class Part:
     """One bucket, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero after an exchange.
-    `zero_learning_rate`: it was 0 in the step before, in which its parameters and state stayed as they are. `touched`: as in `Task`."""
+    `zero_learning_rate`: it was 0 in the step before, in which its parameters and state stayed as they are. `touched`: as in `Result`."""
 
     state: State
     parameters: Sequence[torch.Tensor]
@@ -182,6 +214,30 @@ class Accumulated:
     def nothing(segments: Segments) -> Accumulated:
         """Of gradients that are not finite: a step that all ranks will undo."""
         return Accumulated(torch.empty(0, dtype=segments.dtype, device=segments.device), finite=False)
+
+
+class Reversals:
+    """How what a step does to state is undone, in the opposite order: by what is noted here.
+
+    `residual`: what the feedback rule keeps, usually the buffer that is extracted from; None where it keeps nothing, and nothing need be put back.
+    `was_zero`: it was zero before, and will be: undoing the extraction is setting it to zero.
+    """
+
+    def __init__(self, residual: torch.Tensor | None, was_zero: bool = False) -> None:
+        self.residual, self.was_zero = residual, was_zero
+        self._noted: list[Callable[[], object]] = []
+
+    def note(self, reversal: Callable[[], object]) -> None:
+        self._noted.append(reversal)
+
+    def run(self) -> None:
+        """Put everything back that was noted, to rounding."""
+        while self._noted:
+            self._noted.pop()()
+
+    def forget(self) -> None:
+        """The step stands: let go of the payloads kept for undoing it."""
+        self._noted.clear()
 
 
 @dataclass

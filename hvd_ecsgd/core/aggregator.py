@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Accumulated, GroupSettings, Part, Role, Task, Traffic
+from ..protocols import Accumulated, GroupSettings, Part, Reversals, Role, Task, Traffic
 from ..segments import Key
 from ..transport.base import Transport
 from . import saved_state, switch
@@ -123,28 +123,23 @@ class Aggregator:
         frozen_state = FrozenState(bucket, transport.rank, transport.size) if bucket.frozen() else None
         accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(bucket.part, gradients, ctx)
         compressor, exchange = bucket.method.at(self.state.step)
-        result = bucket.results.take(out)
         task = Task(
             name=bucket.name,
             segments=bucket.segments,
-            buffer=accumulated.buffer,
-            out=result.buffer,
             compressor=compressor,
             state=bucket.exchange_state,
             ctx=ctx,
-            poisoned=not accumulated.finite,
-            reversible=bucket.residual is not None,
-            residual=accumulated.buffer if bucket.residual is None else bucket.residual,
-            residual_was_zero=compressor.lossless and bucket.residual_is_zero,
+            accumulated=accumulated,
+            into=bucket.results.take(out),
+            reversals=Reversals(bucket.residual, was_zero=compressor.lossless and bucket.residual_is_zero),
             step_size=group.lr if feedback.unit == "gradient" else 1.0,
             applied=feedback.takes.update,
-            out_is_zero=result.is_zero,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
         rescale = 1.0 if feedback.takes.update else scale_of(self.state, group)
         steps = local_step(task) if self.state.local else exchange.run(task, transport)
         waits_once = getattr(exchange, "waits_once", False)
-        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, result, waits_once=waits_once)
+        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, waits_once=waits_once)
 
     @torch.no_grad()
     def finish_step(self, reductions: Sequence[BucketStep], gradients_gone: bool = False, transport: Transport | None = None) -> bool:

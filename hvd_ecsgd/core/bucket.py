@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from ..errors import CompressionError
 from ..kernels import column_sums, shift_, sums_of
-from ..protocols import Exchange, GroupSettings, Part, Role, State, StepContext, zeros
+from ..protocols import Exchange, GroupSettings, Part, Result, Role, State, StepContext, zeros
 from ..segments import Segment, Segments
 from .method import Method
 
-__all__ = ["Bucket", "Result", "add_servers_", "part_of", "wire_dtype"]
+__all__ = ["Bucket", "add_servers_", "part_of", "wire_dtype"]
 
 
 @dataclass
@@ -183,29 +181,6 @@ class Bucket:
                 del state[slot]
             for slot, t in copy.items():
                 state[slot] = state[slot].copy_(t) if slot in state else t.clone()
-
-
-class Result:
-    """A buffer, whether it is known to hold zeros, and whether somebody still refers to what was handed out of it: to a storage over its memory,
-    which is not its own."""
-
-    def __init__(self, buffer: torch.Tensor) -> None:
-        self.buffer = buffer
-        self.is_zero = False
-        self.lent: StorageWeakRef | None = None
-
-    @property
-    def free(self) -> bool:
-        return self.lent is None or bool(self.lent.expired())  # type: ignore[no-untyped-call]
-
-    def hand_out(self, out: torch.Tensor, segments: Segments) -> list[torch.Tensor]:
-        """`out`, which is the buffer unless an exchange has returned another one, by parameter, in their shapes and without a copy, for anybody to
-        keep. Each is a tensor of its own: it is saved and detached in place as one, and the buffer is not written to again while one of them, or what
-        shares its memory, lives."""
-        lent = from_dlpack(to_dlpack(out))
-        if out is self.buffer:
-            self.lent = StorageWeakRef(lent.untyped_storage())  # type: ignore[no-untyped-call]
-        return [from_dlpack(to_dlpack(view)) for view in segments.shaped_views(lent)]
 
 
 class Results:

@@ -10,7 +10,7 @@ import torch
 
 from ..protocols import GroupSettings, Role, Steps, Task, settled
 from ..transport.base import Handle
-from .bucket import Bucket, Result, part_of
+from .bucket import Bucket, part_of
 
 __all__ = ["BucketStep", "FrozenState", "drive", "local_step"]
 
@@ -64,12 +64,9 @@ class BucketStep:
         settings: GroupSettings,
         rescale: float = 1.0,
         frozen_state: FrozenState | None = None,
-        result: Result | None = None,
         waits_once: bool = False,
     ) -> None:
         self.bucket = bucket
-        self._result = Result(task.out) if result is None else result
-        self._result.is_zero = False  # until what is decoded into it has been moved out of it again
         self.frozen_state = frozen_state
         self.waits_once = waits_once
         """No further collective follows the first one: going on from it is no matter of order."""
@@ -100,7 +97,7 @@ class BucketStep:
     def hand_out(self) -> list[torch.Tensor]:
         """What came back, by parameter; see `Result.hand_out`."""
         assert self.out is not None
-        return self._result.hand_out(self.out, self.bucket.segments)
+        return self.task.into.hand_out(self.out, self.bucket.segments)
 
     def undo_(self, gradients_gone: bool = False) -> None:
         """Put residuals (and momentum) back to where they were before this step, to rounding.
@@ -117,12 +114,12 @@ class BucketStep:
         assert state is not None
         if method.exact:
             self.bucket.restore()
-            self.task.forget_undo()
+            self.task.reversals.forget()
             return
-        self.task.undo_()
+        self.task.reversals.run()
         if not self.task.poisoned:
             method.feedback.undo_(self.bucket.part, None if gradients_gone else self.gradients, self.task.ctx)
-        if self.task.residual_was_zero and self.bucket.residual is not None:
+        if self.task.reversals.was_zero and self.bucket.residual is not None:
             self.bucket.residual.zero_()  # such a payload is not kept for adding back, and what was taken back is so to rounding
 
     def apply_(self) -> None:
@@ -136,8 +133,7 @@ class BucketStep:
         for i in frozen:
             bucket.segments.views(self.out)[i].zero_()  # what is left of it in the residual must not move x
         if not self.task.skipped:
-            bucket.method.feedback.apply_(replace(bucket.part, touched=self.task.touched), self.out, self.task.ctx)
-            self._result.is_zero = self.task.touched == []
+            bucket.method.feedback.apply_(replace(bucket.part, touched=self.task.into.touched), self.out, self.task.ctx)
         bucket.shift_()
         for i, value in zip(frozen, before):
             bucket.parameters[i].copy_(value)
@@ -151,7 +147,7 @@ class BucketStep:
         took_all = self.task.compressor.lossless and self.task.extracted == self.bucket.segments.numel
         # Taking all of a buffer that is not the residual leaves the residual as it was.
         self.bucket.residual_is_zero = took_all and (self.bucket.residual_is_zero or not settled(self.bucket.method.feedback))
-        self.task.forget_undo()
+        self.task.reversals.forget()
         if self.frozen_state is not None:
             self.frozen_state.rescale_(self.task.ctx.carry)
             self.frozen_state.put_back_()

@@ -8,7 +8,7 @@ from functools import partial
 from ..arguments import check_integer
 from ..compressors import RandomBlock
 from ..errors import CompressionError
-from ..protocols import Compressor, Feedback, Steps, Task, Traffic
+from ..protocols import Accumulated, Compressor, Feedback, Result, Reversals, Steps, Task, Traffic
 from ..transport.base import Transport, direct
 from .all_gather import AllGather
 from .all_reduce import AllReduce
@@ -56,17 +56,17 @@ class ErrorReset(Stateless):
         reset = Task(
             name=f"{task.name}.reset",
             segments=task.segments,
-            buffer=error,
-            out=task.segments.scratch(),
             compressor=self.reset_compressor,
             state={},
             # Draws of its own: what C1 has just sent is not what is missing.
             ctx=replace(task.ctx, seed=task.ctx.seed + 1),
-            residual=error,
+            accumulated=Accumulated(error),
+            into=Result(task.segments.scratch()),
+            reversals=Reversals(error),
         )
-        task.undo_by(reset.undo_)
+        task.undo_by(reset.reversals.run)
         more = yield from _plain(self.reset_compressor).run(reset, transport)
         task.finite = reset.finite
         task.traffic += Traffic(payload=reset.traffic.payload, sent=reset.traffic.sent)
-        task.touched = None  # what is reset is elsewhere, too
+        task.into.touched = None  # what is reset is elsewhere, too
         return out.add_(more)
