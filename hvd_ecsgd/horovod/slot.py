@@ -21,12 +21,14 @@ from ..core.aggregator import Aggregator
 from ..core.bucket import Bucket
 from ..core.gradients import take_
 from ..core.guard import Guard
-from ..core.step import BucketStep, drive
-from ..errors import CompressionError, SequenceError
+from ..core.step import drive
+from ..errors import CompressionError
 from ..transport import SelfTransport
 from .introduction import Introduction
 from .meeting import Meeting, inside_backward
 from .names import GradientNames
+from .refusals import raise_averaged_already, raise_interrupted, raise_never_applied, raise_second_exchange
+from .results import Results
 from .step import Pending, Phase, SlotStep
 from .tail import with_tail, without_tail
 from .transport import SlotTransport
@@ -57,13 +59,12 @@ class HorovodSlot:
         self.transport = transport
         self._meeting = Meeting(transport, introduction, self._nobody_waits)
         self._names = GradientNames(aggregator.state.named, frozen)
-        self._check_skip = check_skip
         self._buckets: dict[str, Bucket] = {bucket.segments.names[0]: bucket for bucket in aggregator.state.buckets}
         self._applies = aggregator.state.method.feedback.takes.update
         self._guard = Guard(aggregator.state.method.feedback)
         self._step: SlotStep | None = None
         """The step that is being exchanged, or was, and that the optimizer's step has not ended yet."""
-        self._results: dict[str, weakref.ref[torch.Tensor]] = {}
+        self._results = Results(check_skip)
         self.accumulates = False
         """A backward pass has left gradients that Horovod has not taken yet (backward_passes_per_step)."""
         self._interrupted = ""
@@ -120,11 +121,7 @@ class HorovodSlot:
 
     def _check_not_interrupted(self) -> None:
         if self._interrupted:
-            raise SequenceError(
-                f"an exchange before this one was ended by an error at parameter '{self._interrupted}', which the script caught. Horovod takes it "
-                "for started still, and cannot go on. Let such errors end the program; or make the compression and hvd.DistributedOptimizer anew, "
-                "and drop the former ones."
-            )
+            raise_interrupted(self._interrupted)
 
     def _compress(self, gradient: torch.Tensor, step: SlotStep, name: str) -> tuple[torch.Tensor, Pending]:
         step.check_takes(name)
@@ -150,29 +147,17 @@ class HorovodSlot:
         self._meeting.open_step()
         self.aggregator.agreement.begin_step_together(self.transport.direct, together=together, check_same=self._meeting.check_same)
         self._meeting.check_same_when_due()
-        written = self._results.get(name)
         if self._applies and self._exchanged is not None and not self._exchanged.undone:
-            raise SequenceError(
-                f"the update that was exchanged for parameter '{name}' was never applied, and nothing is exchanged a second time: call "
-                "optimizer.step() (inside `with optimizer.skip_synchronize():` after synchronize()) before the next backward pass, or throw the step "
-                "away by compression.discard(), on every rank."
-            )
+            raise_never_applied(name)
         computed = inside_backward() or self.accumulates
         if not self._applies and self.aggregator.step_is_open:
             if self.aggregator.state.settings(self._buckets[name]).loss_scale == 1.0:
-                raise SequenceError(
-                    f"the gradient of parameter '{name}' was averaged already, and {'a backward pass' if computed else 'another exchange'} began "
-                    "before step(): what the method keeps of it would come back in later steps. After optimizer.synchronize(), call optimizer.step() "
-                    "inside `with optimizer.skip_synchronize():`, or throw the step away by compression.discard(), on every rank."
-                )
+                raise_second_exchange(name, computed)
             self.aggregator.keep_step()  # its GradScaler has skipped it
         self._forget_exchanged()
         self._guard.forget()  # a GradScaler does not call step() after an overflow
-        if not computed and written is not None and written() is gradient and bool(gradient.any()):
-            raise CompressionError(
-                f"the gradient of parameter '{name}' was averaged already, and no backward pass has run since. After optimizer.synchronize(), "
-                "call optimizer.step() inside `with optimizer.skip_synchronize():`. (Writing gradients by hand? Call zero_grad() first.)"
-            )
+        if not computed and self._results.returned(name, gradient) and bool(gradient.any()):
+            raise_averaged_already(name)
 
     # -- decompress --------------------------------------------------------------------------------------------------------------
 
@@ -220,24 +205,13 @@ class HorovodSlot:
                 assert reduction.out is not None
                 reduction.out.mul_(factor)
             if not self._applies:
-                self._write(reduction, pending)
+                self._results.write(reduction, pending)
         if pending.noted is not None:
             pending.noted.versions = [gradient._version + 1]  # Horovod puts what we return into it: p.grad.set_(p.grad)
-        self._results[pending.name] = weakref.ref(gradient)
+        self._results.note(pending)
         if step.take():
             self._end_step(step)
         return gradient
-
-    def _write(self, reduction: BucketStep, pending: Pending) -> None:
-        """The mean becomes the gradient."""
-        assert reduction.out is not None
-        gradient = pending.gradient
-        if reduction.task.skipped:
-            self._check_skip(pending.name)
-        if reduction.out.data_ptr() != gradient.data_ptr():
-            gradient.copy_(reduction.out.view(gradient.shape))
-        if not reduction.bucket.parameters[0].requires_grad:
-            gradient.zero_()  # frozen since: what is left of it in the residual must not move it
 
     def _end_step(self, step: SlotStep) -> None:
         self._step, self.accumulates, self._interrupted = None, False, ""
@@ -272,7 +246,9 @@ class HorovodSlot:
             if not self._exchanging:
                 self._guard.check_mean_is_whole()
                 self.aggregator.keep_step()
-            self._drop_what_stands_still()
+            undone = self._exchanged is not None and self._exchanged.undone
+            self._forget_exchanged()
+            self._results.drop(self.aggregator.state.named, undone)
             return
         if self._step is None and self.transport.size == 1:
             self._exchange_alone()
@@ -327,14 +303,3 @@ class HorovodSlot:
         drive(step.reductions)
         step.end(undone=not self.aggregator.finish_step(step.reductions))
         self._step = step
-
-    def _drop_what_stands_still(self) -> None:
-        """Take away the gradients of an undone step, and of parameters frozen since, so that the optimizer's momentum does not move them either."""
-        undone = self._exchanged is not None and self._exchanged.undone
-        self._forget_exchanged()
-        for name, parameter in self.aggregator.state.named:
-            if not undone and parameter.requires_grad:
-                continue
-            written = self._results.get(name)
-            if parameter.grad is not None and written is not None and written() is parameter.grad:
-                parameter.grad = None
