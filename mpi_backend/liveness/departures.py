@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hvd_ecsgd.optimizer import driver_of
-
 if TYPE_CHECKING:
     from ..transport import Link
 
@@ -71,14 +69,14 @@ class Departures:
         turn = counts.get(key, None if joined else 0)
         if rank not in members or turn is None or (what := link.operations.started_beyond(turn)) is None:
             return None
-        optimizer = link.user()
-        if optimizer is not None and (called := driver_of(optimizer).step.meeting.called):
-            return f"{called} was called on rank {self._rank}, and rank {rank} ended without it; call it on every rank"
+        user = link.user()
+        if user is not None and user.called:
+            return f"{user.called} was called on rank {self._rank}, and rank {rank} ended without it; call it on every rank"
         if not joined:
             return f"rank {rank} left (by the end of the script, or sys.exit) without a collective that rank {self._rank} has started: {what}"
-        if optimizer is None:  # dropped here too: nobody waits
+        if user is None:  # dropped here too: nobody waits
             return None
-        names = [name for name, _ in driver_of(optimizer).compression.named]
+        names = user.names
         return (
             f"rank {rank} joined after it had dropped the DistributedOptimizer of {', '.join(map(repr, names[:3]))}{', …' * (len(names) > 3)} "
             f"({len(names)} parameters), which rank {self._rank} still uses; keep it on all ranks until all have joined, or drop it on all"

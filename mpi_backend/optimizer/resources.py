@@ -7,6 +7,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hvd_ecsgd.optimizer import driver_of
@@ -16,7 +17,7 @@ from ..process_sets import ProcessSet, global_process_set
 from .background import Background
 
 if TYPE_CHECKING:
-    from ..transport import Link, MPITransport
+    from ..transport import Link, MPITransport, User
 
 __all__ = ["add_optimizer", "carry_on", "close_backgrounds", "close_transports", "new_background", "new_transport", "optimizers", "tell_dropped"]
 
@@ -50,12 +51,21 @@ def new_background(transport: Any) -> Background | None:
     return background
 
 
+def _user(optimizer: Callable[[], Any]) -> User | None:
+    if (one := optimizer()) is None:
+        return None
+    from ..transport import User
+
+    driver = driver_of(one)
+    return User(driver.step.meeting.called, [name for name, _ in driver.compression.named])
+
+
 def add_optimizer(optimizer: Any, transport: Any) -> int:
     """Note a DistributedOptimizer, for `join`, and for what is said of its transport; all ranks note theirs in the same order. Its number."""
     number = next(_numbers)
     _optimizers[number] = optimizer
     if (link := getattr(transport, "link", None)) is not None:
-        link.user = weakref.ref(optimizer)
+        link.user = partial(_user, weakref.ref(optimizer))
     return number
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .collectives import MPITransport, ReduceOp
-from .link import Link
+from .link import Link, User
 from .memory import cuda_aware
 from .reduction import forced_algorithm
 
-__all__ = ["Link", "MPITransport", "ReduceOp", "cuda_aware", "forced_algorithm"]
+__all__ = ["Link", "MPITransport", "ReduceOp", "User", "cuda_aware", "forced_algorithm"]

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from mpi4py import MPI
 
 from .messages import Messages
 from .operation import Operations
 
-__all__ = ["Link"]
+__all__ = ["Link", "User"]
+
+
+@dataclass(frozen=True)
+class User:
+    """What messages say of whom a link serves. `called`: the function outside of a step in which it waits for the others; `names`: of parameters."""
+
+    called: str
+    names: Sequence[str]
 
 
 class Link:
@@ -22,8 +30,8 @@ class Link:
         self.messages = Messages(self.comm)
         self.operations = Operations(last_tag=self.comm.Get_attr(MPI.TAG_UB) or 32767, lanes=self.messages.pace.lanes)
         self.abandoned = False
-        self.user: Callable[[], Any] = lambda: None
-        """A reference to the optimizer that this serves, for messages."""
+        self.user: Callable[[], User | None] = lambda: None
+        """The optimizer that this serves, while there is one."""
 
     def carry_on(self) -> bool:
         """Carry on what is on its way, without waiting. Whether anything still is, that has not been given up."""
