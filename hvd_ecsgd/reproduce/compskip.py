@@ -7,6 +7,7 @@ from typing import Any
 
 from ..compression import AnyCompression, Compression
 from ..exchange import Bernoulli, Every, NormBased
+from .problems import Digits
 from .report import Claim, Report, Spread, Table, seeds
 from .simulation import Size, Trained, run_all, train
 
@@ -26,8 +27,6 @@ LR = 0.02
 
 
 def one(method: str, seed: int, steps: int, width: int) -> Trained:
-    from .problems import Digits
-
     return train(Digits(width), METHODS[method], steps=steps, lr=LR, seed=seed, momentum=0.9, weight_decay=1e-4)
 
 

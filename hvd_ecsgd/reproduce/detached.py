@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..compression import AnyCompression, Compression
+from .problems import TeacherStudent
 from .report import Claim, Report, Spread, Table, seeds
 from .simulation import Size, Trained, run_all, train
 
@@ -23,8 +24,6 @@ TASKS = {"clean, ratio 64": (64.0, tuple(METHODS)), "noisy labels, ratio 16": (1
 
 
 def one(task: str, method: str, lr: float, seed: int, steps: int, samples: int) -> Trained:
-    from .problems import TeacherStudent
-
     problem = TeacherStudent(seed, samples, noise=0.1 if task.startswith("noisy") else 0.0)
     ratio = TASKS[task][0]
     return train(

@@ -8,6 +8,7 @@ from typing import Any
 from ..compression import double_squeeze_comparison
 from ..compressors import Ternary, TopK
 from ..protocols import Compressor
+from .problems import Digits
 from .report import Claim, Report, Spread, Table, need, seeds
 from .simulation import Size, Trained, run_all, train
 
@@ -19,8 +20,6 @@ LR = 0.1
 
 
 def one(compressor: str, method: str, seed: int, steps: int, width: int) -> Trained:
-    from .problems import Digits
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Ternary")  # the authors' scale is no contraction in general
         made = double_squeeze_comparison(COMPRESSORS[compressor], dense_below=0, dense_1d=False)[method]

@@ -9,6 +9,7 @@ import torch
 
 from ..compression import AnyCompression, Compression
 from ..transport import Transport
+from .problems import Text
 from .report import Claim, Report, Spread, Table, seeds
 from .simulation import Size, run_all, train
 
@@ -56,8 +57,6 @@ class Auxiliary:
 
 
 def one(method: str, seed: int, steps: int, width: int) -> dict[str, Any]:
-    from .problems import Text
-
     watched: dict[int, Auxiliary] = {}
     at_z: list[float] = []
     problem = Text(width)
