@@ -8,7 +8,15 @@ import torch
 
 from ..transport.base import Transport
 
-__all__ = ["Refusal"]
+__all__ = ["Refusal", "not_applied"]
+
+
+def not_applied(wrong: str, discards: str) -> str:
+    """What to say of hyper-parameters that became `wrong` when all had been exchanged. `discards`: the object whose `discard` undoes a step."""
+    return (
+        f"{wrong}, which was set after the gradients' exchange had begun. Nothing was applied on this rank: set the value right, and call "
+        f"optimizer.step() inside `with optimizer.skip_synchronize():`; or throw the step away by {discards}.discard(), on every rank."
+    )
 
 
 class _Others(Protocol):

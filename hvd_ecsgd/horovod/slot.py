@@ -21,6 +21,7 @@ from ..core.aggregator import Aggregator
 from ..core.bucket import Bucket
 from ..core.gradients import take_
 from ..core.guard import Guard
+from ..core.refusal import not_applied
 from ..core.step import drive
 from ..errors import CompressionError
 from ..transport import SelfTransport
@@ -245,6 +246,7 @@ class HorovodSlot:
             self._raise_refusal()
             if not self._exchanging:
                 self._guard.check_mean_is_whole()
+                self._check_finite()
                 self.aggregator.keep_step()
             undone = self._exchanged is not None and self._exchanged.undone
             self._forget_exchanged()
@@ -261,6 +263,12 @@ class HorovodSlot:
             self._guard.check_exchanged([1.0, 1 / self.aggregator.state.settings(self.aggregator.state.buckets[0]).loss_scale] if scaled else [1.0])
             self.aggregator.apply_updates(step.reductions)
         self._let_go()
+
+    def _check_finite(self) -> None:
+        """Raise `CompressionError` where the inner optimizer would apply the mean by what no step can be taken with, set since it was compressed."""
+        state = self.aggregator.state
+        if self.aggregator.step_is_open and (wrong := next(filter(None, (state.settings(bucket).wrong for bucket in state.buckets)), "")):
+            raise CompressionError(not_applied(wrong, "compression"))
 
     def discard(self) -> None:
         """Undo the step that was exchanged and not applied. Raises `CompressionError` while it is being exchanged."""

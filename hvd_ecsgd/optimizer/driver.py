@@ -184,6 +184,8 @@ class OptimizerDriver:
             self.hand_over.guard.mean_is_spoilt(self.names[id(parameter)])
             raise_unapplied("a backward pass")
         self.step.forget()
+        self.groups.hold()
+        self.hyper_parameters.hold()
         self.hand_over.count(parameter)
 
     # -- results are used --------------------------------------------------------------------------------------------------------
@@ -208,12 +210,16 @@ class OptimizerDriver:
         """Finish the exchange. `discarding`: gradients may have been taken away or replaced since they were handed over; and changed, where nothing
         is taken back from them."""
         lost, local, method = self.hand_over.lost, self.state.local, self.state.method
-        self.hand_over.submit_rest(lost)
-        self.step.drain()
-        if not lost and not (discarding and (method.exact or not method.stateful)):
-            self.hand_over.guard.check_in_flight(replaced=not discarding)
-        self.hand_over.reset()
-        outcome = self.step.complete()
+        try:
+            self.hand_over.submit_rest(lost)
+            self.step.drain()
+            if not lost and not (discarding and (method.exact or not method.stateful)):
+                self.hand_over.guard.check_in_flight(replaced=not discarding)
+            self.hand_over.reset()
+            outcome = self.step.complete()
+        finally:
+            self.groups.release()
+            self.hyper_parameters.release()
         if outcome is Outcome.UNDONE:
             raise_if_lost(self.step, self.parameters, lost, local)
         if not self.applies_update:
@@ -250,6 +256,8 @@ class OptimizerDriver:
         elif self.step.phase is not Phase.EXCHANGED:
             raise CompressionError("step() inside skip_synchronize() needs optimizer.synchronize() before it.")
         self.hand_over.guard.check_mean_is_whole()
+        if self.step.outcome is Outcome.STANDS:
+            self.groups.check_finite()
         if found is not None:
             self.scaler.meet(scale)
         if self.applies_update and self.step.outcome is not Outcome.UNDONE:

@@ -21,13 +21,25 @@ class HyperParameters:
         # An optimizer that holds another one (Lookahead, say) need not have defaults of its own.
         defaults = {key for o in (optimizer, *inner_optimizers(optimizer)) for key in getattr(o, "defaults", {})}
         self._places = [(g, key) for g, group in enumerate(optimizer.param_groups) for key in sorted(defaults) if _numbers(group.get(key))]
+        self._held: list[float] = []
 
     @property
     def names(self) -> list[str]:
         return [f"{key} of param group {g}" for g, key in self._places]
 
+    def hold(self) -> None:
+        """A step begins: until `release` what is told stays what they are now."""
+        self._held = self._held or self._now()
+
+    def release(self) -> None:
+        """The exchange is over."""
+        self._held = []
+
     def values(self) -> list[float]:
-        """What they are now."""
+        """What they are now, or were when the step began that is under way."""
+        return self._held or self._now()
+
+    def _now(self) -> list[float]:
         return [number for g, key in self._places for number in _numbers(self._optimizer.param_groups[g][key])]
 
     def adopt(self, values: Iterable[float]) -> None:

@@ -126,6 +126,20 @@ def never_applied() -> None:
     told("discard()", lambda: backward(model, 1))
 
 
+def set_after_the_backward_pass() -> None:
+    """A rate that no step can be taken with: the inner optimizer does not apply the mean by it."""
+    model, optimizer, bound = made(Compression.top_k(4, **ALL), "late rate")
+    before = weights(model)
+    backward(model, 0)
+    optimizer.param_groups[0]["lr"] = float("nan")
+    told("Nothing was applied on this rank", optimizer.step)
+    assert torch.equal(weights(model), before)
+    optimizer.param_groups[0]["lr"] = 0.1
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    assert not torch.equal(weights(model), before) and same_on_all(weights(model), "late rate") and bound.undone_steps == 0
+
+
 CALLS = ("backward", "synchronize", "clip", "step", "step inside", "zero_grad", "discard")
 
 
@@ -171,5 +185,16 @@ def in_any_order() -> None:
 if __name__ == "__main__":
     hvd.init()
     run_checks(
-        {check.__name__: check for check in (written_on_their_way, written_afterwards, clipping_inside, discarded, never_applied, in_any_order)}
+        {
+            check.__name__: check
+            for check in (
+                written_on_their_way,
+                written_afterwards,
+                clipping_inside,
+                set_after_the_backward_pass,
+                discarded,
+                never_applied,
+                in_any_order,
+            )
+        }
     )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks import kernels, restarts
+from hvd_ecsgd.core.bucket import Bucket
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +40,15 @@ def test_a_method_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         kernels.main(["--short", "--only", "top_kk"])
     assert "'top_kk' is none of" in capsys.readouterr().err
+
+
+def test_losses_around_restarts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of numbers, with units as they are and with the control's, which are put back."""
+    monkeypatch.setattr(restarts, "PERIOD", 4)
+    monkeypatch.setattr(restarts, "AFTER", 2)
+    kept = Bucket.unit_for
+    for control in ([], ["--control"]):
+        restarts.main(["--only", "top_k(50)", *control])
+        assert Bucket.unit_for is kept
+        row = capsys.readouterr().out.splitlines()[1].split()
+        assert row[0] == "top_k(50)" and len(row) == 7 and all(float(number) > 0 for number in row[1:])

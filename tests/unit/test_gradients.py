@@ -133,6 +133,52 @@ def test_clipping_after_unscaling_is_noticed_too(clips: bool) -> None:
         assert not torch.equal(weights(model), before)
 
 
+# -- hyper-parameters that are set between backward() and step() ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["top_k", "detached"])
+def test_what_is_set_after_the_backward_pass_does_not_race_with_the_sending_thread(name: str) -> None:
+    """The exchange is that of the rates at its beginning, whether the thread is fast or slow; later ones count in the next step."""
+    held = []
+    for executor in (None, Late()):
+        model, optimizer = wrapped(getattr(Compression, name)(8, **ALL), 0.1, executor=executor)
+        for t in range(4):
+            optimizer.zero_grad()
+            backward(model, t)
+            optimizer.param_groups[0]["lr"] = 0.1 / (2 + t)
+            optimizer.step()
+        assert not optimizer.compression.undone_steps
+        held.append(weights(model, optimizer.compression))
+    assert torch.equal(*held)
+    model, optimizer = wrapped(getattr(Compression, name)(8, **ALL), 0.1)
+    for t in range(4):
+        optimizer.zero_grad()
+        backward(model, t)
+        optimizer.step()
+    assert not torch.equal(held[0], weights(model, optimizer.compression)), "the control: the rates count"
+
+
+@pytest.mark.parametrize("executor", ["Inline", "Late"])
+@pytest.mark.parametrize("option", ["lr", "momentum"])
+def test_a_bad_value_that_is_set_after_the_backward_pass_is_applied_by_nobody(option: str, executor: str) -> None:
+    model, optimizer = wrapped(Compression.top_k(8, **ALL), 0.1, 0.9, executor=Late() if executor == "Late" else None)
+    group, before = optimizer.param_groups[0], weights(model)
+    good = group[option]
+    backward(model)
+    group[option] = float("nan")
+    with pytest.raises(CompressionError, match=rf"{option}=nan, which was set after .* Nothing was applied .*skip_synchronize.*discard\(\)"):
+        optimizer.step()
+    assert torch.equal(weights(model), before)
+    group[option] = good
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    assert weights(model).isfinite().all() and not torch.equal(weights(model), before)
+    optimizer.zero_grad()
+    backward(model, 1)
+    optimizer.step()
+    assert optimizer.compression.undone_steps == 0
+
+
 # -- clipping inside the method --------------------------------------------------------------------------------------------------
 
 
