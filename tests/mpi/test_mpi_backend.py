@@ -199,6 +199,13 @@ print("ok", flush=True)
 
 
 @pytest.mark.full
+def test_what_is_larger_than_messages_and_counts_travels() -> None:
+    """Objects of 560 MiB and 1.2 GB, and parts of more than 2³⁰ rows that differ between ranks. It takes 12 GB of memory."""
+    said = mpirun(2, "tests/mpi/program_large.py", timeout=280)
+    assert all(f"rank {r}: all right" in said for r in range(2)), said
+
+
+@pytest.mark.full
 def test_mpich_has_communicators_for_optimizers_that_are_dropped(tmp_path: Path) -> None:
     """It has about 2000 in a process, of which an optimizer takes two. (Those of Open MPI are 81 in `program_field.py`: what they cost is memory.)"""
     program = """
