@@ -7,6 +7,7 @@
 Importing this package needs torch and NumPy only; Horovod is imported when Horovod calls us.
 """
 
+from . import telemetry
 from .checkpoint import load_checkpoint, save_checkpoint
 from .compression import Compression, double_squeeze_comparison
 from .core.bound import BoundCompression
@@ -32,4 +33,5 @@ __all__ = [
     "save_checkpoint",
     "double_squeeze_comparison",
     "exponential_ratios",
+    "telemetry",
 ]

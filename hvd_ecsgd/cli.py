@@ -1,4 +1,4 @@
-"""The `hvd-ecsgd` command: what is installed, which methods there are, which to take, and the papers' comparisons."""
+"""The `hvd-ecsgd` command: what is installed, which methods there are, which to take, what a run did, and the papers' comparisons."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .compression import AutoCompression, Compression
 from .presets import needs_attach
 from .reproduce import PAPERS, reproduce
 from .reproduce.simulation import Size
+from .telemetry.command import add_report_arguments, add_watch_arguments, report, show
 from .version import __version__
 
 __all__ = ["main"]
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(
         commands.add_parser("advise", help="On the ranks of a job: say which method this model should be trained with on this network, or none.")
     )
+    add_report_arguments(commands.add_parser("report", help="Of runs that telemetry.Logger has logged: a table, and plots in a file."))
+    add_watch_arguments(commands.add_parser("watch", help="Show such a run in the terminal while it goes on."))
     again = commands.add_parser("reproduce", help="Run the central comparison of a paper, and say where its claims hold here.")
     again.add_argument("paper", choices=list(PAPERS))
     again.add_argument("--seeds", type=int, default=None, help="default 3; with --full 5, with --smoke 1")
@@ -78,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how_much.add_argument("--full", action="store_true", help="larger models, more steps and seeds: up to hours")
     how_much.add_argument("--smoke", action="store_true", help="seconds, to see that it runs; the figures mean nothing")
     options = parser.parse_args(arguments)
-    if options.command == "advise":
-        return advise(options)
+    if (run := {"advise": advise, "report": report, "watch": show}.get(options.command)) is not None:
+        return run(options)
     if options.command != "reproduce":
         return COMMANDS[options.command]()
     seeds = options.seeds if options.seeds is not None else 5 if options.full else 1 if options.smoke else 3

@@ -368,6 +368,11 @@ class HorovodStylePreset:
     def __repr__(self) -> str:
         return f"Compression.{self._name}"
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise _unbound(name, self)
+
     def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[type]:
         """With Horovod it is a class, that scripts derive their own compressors from."""
         return (type(self._name, (), {"compress": staticmethod(self.compress), "decompress": staticmethod(self.decompress)}),)

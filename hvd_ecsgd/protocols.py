@@ -294,6 +294,8 @@ class Task:
     """Set by the exchange: False where some rank sent an inf or NaN, the same on every rank."""
     skipped: bool = False
     """Set by the exchange when nothing came back for any segment, on every rank: x and the optimizer's state must stay as they are."""
+    silent: bool = False
+    """Set where this worker sends nothing of its buffer in this step, which waits in its residual."""
     extracted: int = 0
     """Elements of the buffer that were extracted."""
     traffic: Traffic = field(default_factory=Traffic)

@@ -19,6 +19,7 @@ from .agreement import Agreement
 from .bucket import Bucket
 from .copies import Averages
 from .gradients import scale_of
+from .meter import Meter
 from .method import Method
 from .points import Point, Points
 from .state import MethodState
@@ -35,6 +36,15 @@ class _Exchanged:
     gradients_gone: bool
     """They were overwritten by the results."""
     transport: Transport
+
+
+def _outcome(stands: bool, local: bool, reductions: Sequence[BucketStep]) -> str:
+    """In a word, as records of steps have it."""
+    if not stands:
+        return "undone"
+    if local:
+        return "local"
+    return "silent" if reductions and all(r.task.skipped for r in reductions) else "stands"
 
 
 class Aggregator:
@@ -58,6 +68,8 @@ class Aggregator:
         self._statistics = statistics
         self._in_step = False
         self._exchanged: _Exchanged | None = None
+        self.meter: Meter | None = None
+        """Looks at the steps, if somebody wants to know; see `BoundCompression.measure_by`."""
         if Role.POINT in state.method.slot_names:  # they are averaged together
             self.agreement.also_agree_on(**{"batch-norm statistics (bind the module itself on every rank)": [tuple(t.shape) for t in statistics()]})
 
@@ -106,6 +118,7 @@ class Aggregator:
         bucket.check_takes(gradients)
         self.points.check_trainable()
         self._in_step = True
+        gauge = None if self.meter is None else self.meter.begin(self.state, bucket)
         method, refusal = self.state.method, self.agreement.refusal
         bucket.allocate(transport.rank, transport.size)
         assert bucket.state is not None and bucket.exchange_state is not None
@@ -122,6 +135,8 @@ class Aggregator:
             bucket.remember()
         frozen_state = FrozenState(bucket, transport.rank, transport.size) if bucket.frozen() else None
         accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(bucket.part, gradients, ctx)
+        if gauge is not None:
+            gauge.accumulated(gradients, accumulated.buffer, bucket, group)
         compressor, exchange = bucket.method.at(self.state.step)
         task = Task(
             name=bucket.name,
@@ -139,7 +154,7 @@ class Aggregator:
         rescale = 1.0 if feedback.takes.update else scale_of(self.state, group)
         steps = local_step(task) if self.state.local else exchange.run(task, transport)
         waits_once = getattr(exchange, "waits_once", False)
-        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, waits_once=waits_once)
+        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, waits_once, gauge)
 
     @torch.no_grad()
     def finish_step(self, reductions: Sequence[BucketStep], gradients_gone: bool = False, transport: Transport | None = None) -> bool:
@@ -163,8 +178,11 @@ class Aggregator:
             if not stands:
                 reduction.undo_(gradients_gone)
         state.step += 1
+        if self.meter is not None:
+            self.meter.exchanged(state, reductions, _outcome(stands, local, reductions))
         if not stands:
             state.undone += 1
+            self._step_is_over()
             self._tell_of_undone(local, transport)
             return False
         self._exchanged, self._in_step = _Exchanged(reductions, gradients_gone, transport), state.method.stateful and bool(reductions)
@@ -205,6 +223,18 @@ class Aggregator:
             for reduction in exchanged.reductions:
                 reduction.commit()
             self._between_steps(exchanged)
+            if not self.state.method.feedback.takes.update:
+                self._step_is_over()
+
+    def _step_is_over(self, outcome: str = "") -> None:
+        if self.meter is not None:
+            self.meter.end(self.state, outcome)
+
+    def _count(self, traffic: Traffic) -> None:
+        """Of what all ranks average together beside the buckets."""
+        self.state.traffic += traffic
+        if self.meter is not None:
+            self.meter.together(traffic)
 
     @torch.no_grad()
     def discard_step(self) -> None:
@@ -223,6 +253,7 @@ class Aggregator:
         for reduction in exchanged.reductions:
             reduction.undo_(exchanged.gradients_gone)
         self.state.undone += 1
+        self._step_is_over("discarded")
 
     @torch.no_grad()
     def _between_steps(self, exchanged: _Exchanged) -> None:
@@ -240,7 +271,7 @@ class Aggregator:
             handles = [transport.allreduce_(t, f"prepare.{round_}.{i}") for i, t in enumerate(tensors)]
             for t, handle in zip(tensors, handles, strict=True):
                 handle.wait().div_(transport.divisor)
-                state.traffic += Traffic(payload=t.nbytes, sent=2 * (transport.size - 1) * t.nbytes // transport.size)
+                self._count(Traffic(payload=t.nbytes, sent=2 * (transport.size - 1) * t.nbytes // transport.size))
 
     # -- methods that apply the update themselves --------------------------------------------------------------------------------
 
@@ -259,6 +290,7 @@ class Aggregator:
             self._average_statistics()
         for reduction in reductions:
             reduction.apply_()
+        self._step_is_over()
 
     def _average_statistics(self) -> None:
         """One dense all-reduce per type and device."""
@@ -266,7 +298,7 @@ class Aggregator:
         for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
             members = [t for t in tensors if (t.dtype, t.device) == kind]
             flat = torch.cat([t.reshape(-1) for t in members])
-            self.state.traffic += Traffic(payload=flat.nbytes, sent=2 * (transport.size - 1) * flat.nbytes // transport.size)
+            self._count(Traffic(payload=flat.nbytes, sent=2 * (transport.size - 1) * flat.nbytes // transport.size))
             transport.allreduce_(flat, f"statistics.{kind[0]}").wait()
             for t, mean in zip(members, torch.split(flat.div_(transport.size), [t.numel() for t in members]), strict=True):
                 t.copy_(mean.view(t.shape))

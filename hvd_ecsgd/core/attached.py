@@ -46,6 +46,11 @@ class Attached:
         """What gradients are multiplied by now; 1 without a scaler."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
+    def group_of(self, bucket: Bucket) -> int:
+        """The param group of the bucket's first parameter, in the optimizer that is attached; without one the group that the driver has told."""
+        found = None if self.optimizer is None else self._group_index(bucket.parameters[0], self.optimizer.param_groups)
+        return bucket.group if found is None else found
+
     def settings(self, method: Method, bucket: Bucket) -> GroupSettings:
         """Those of the bucket's param group now. Without an optimizer the learning rate is taken to be constant, and where that cannot be it is an
         error that names the remedy."""

@@ -16,6 +16,7 @@ from ..transport.base import Transport
 from .aggregator import Aggregator
 from .attached import Attached
 from .copies import Averages, ShiftWarning
+from .meter import Meter, metrics
 from .method import Method
 from .points import Point, check_point
 from .saved_state import check_head
@@ -186,6 +187,7 @@ class BoundCompression:
     def adopt(self, aggregator: Aggregator, driver: Driver) -> None:
         """`aggregator`, of `driver`, holds this object's state from now on. State loaded before is handed over."""
         self.check_free()
+        aggregator.meter = self._aggregator.meter
         self._aggregator, self._driver, self._used = aggregator, driver, True
         aggregator.agreement.expect_first_step()
         if self.tuner is not None:
@@ -343,6 +345,21 @@ class BoundCompression:
     def traffic(self) -> Traffic:
         """Bytes of this worker so far."""
         return self._aggregator.state.traffic
+
+    def metrics(self) -> dict[str, Any]:
+        """Plain numbers, by name with their units; any time, on one rank or all: nothing is sent, and nothing is computed of the gradients' size.
+
+        `steps` and `undone_steps` so far, those of a state that was loaded included; bytes of this worker since the object was made
+        (`total_sent_bytes`, …; docs/telemetry.md explains all names). While a `telemetry.Logger` looks, `last` is its record of the last step that is
+        over. What there is nothing of yet, or by this method, is absent.
+        """
+        return metrics(self._aggregator.state, self._loaded_state, self._aggregator.meter)
+
+    def measure_by(self, meter: Meter | None) -> None:
+        """`meter` looks at the steps, from the next one on; None: nobody does any more. Raises `CompressionError` where another one does."""
+        if meter is not None and self._aggregator.meter is not None:
+            raise CompressionError("this compression is measured already: close the Logger that does, or give one Logger several sinks.")
+        self._aggregator.meter = meter
 
     @property
     def undone_steps(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from ..protocols import GroupSettings, Role, Steps, Task, settled
 from ..transport.base import Handle
 from .bucket import Bucket, part_of
+from .meter import Gauge
 
 __all__ = ["BucketStep", "FrozenState", "drive", "local_step"]
 
@@ -65,11 +67,14 @@ class BucketStep:
         rescale: float = 1.0,
         frozen_state: FrozenState | None = None,
         waits_once: bool = False,
+        gauge: Gauge | None = None,
     ) -> None:
         self.bucket = bucket
         self.frozen_state = frozen_state
         self.waits_once = waits_once
         """No further collective follows the first one: going on from it is no matter of order."""
+        self.gauge = gauge
+        """Looks at it, if somebody does."""
         self._rescale = rescale
         self.task = task
         self.gradients = gradients
@@ -88,11 +93,26 @@ class BucketStep:
             self.pending = self._steps.send(value)
         except StopIteration as stop:
             self.pending, self.out = None, stop.value if self._rescale == 1.0 else stop.value.mul_(self._rescale)
+        if self.gauge is not None:
+            self.gauge.paused(self.pending)
+            if self.pending is None:
+                self.gauge.finished(self.bucket, self.task)
 
-    def advance(self) -> None:
-        """Wait for the pending handle and go on to the next one (or to the end)."""
-        if self.pending is not None:
+    def advance(self, wait: Callable[[Handle[Any]], object] | None = None) -> None:
+        """Wait for the pending handle, by `wait` if it is given, and go on to the next one (or to the end)."""
+        if self.pending is None:
+            return
+        if self.gauge is None:
+            if wait is not None:
+                wait(self.pending)
             self._resume(self.pending.wait())
+            return
+        begin = time.perf_counter()
+        if wait is not None:
+            wait(self.pending)
+        value = self.pending.wait()
+        self.gauge.resumed(value, since=begin)
+        self._resume(value)
 
     def hand_out(self) -> list[torch.Tensor]:
         """What came back, by parameter; see `Result.hand_out`."""
@@ -155,7 +175,7 @@ class BucketStep:
 
 def local_step(task: Task) -> Steps:
     """A local step: nothing is sent, and nothing learned from others. An inf or NaN concerns this rank alone."""
-    task.finite, task.skipped = not task.poisoned, True
+    task.finite, task.skipped, task.silent = not task.poisoned, True, True
     yield from ()
     return task.out
 

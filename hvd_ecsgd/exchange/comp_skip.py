@@ -124,6 +124,7 @@ class CompSkip(Skipping):
         senders = self._senders(task, n)
         known = [s for s in senders if s is not None]
         received: list[torch.Tensor] = []
+        task.silent = not senders[rank]
         if senders[rank]:
             payloads = [task.extract_("push", piece) for piece in pieces]
         else:
@@ -238,6 +239,7 @@ class SkipAllReduce(Skipping):
             skips.zero_()
             return (yield from AllReduce().run(task, transport))
         skips += 1
+        task.silent = True
         task.traffic += Traffic(skipped=_bytes(task.compressor, task.segments))
         if any(bool(a) for a in (yield _raise_alarm(task, transport, task.poisoned))):
             return _spoiled(task)

@@ -124,6 +124,9 @@ class HorovodTransport:
 class SlotHandle(Ready[torch.Tensor]):
     """A payload that waits for Horovod's own all-reduce; `wait` gives what `decompress` was handed."""
 
+    waits_elsewhere = True
+    """Horovod itself waits, so how long that took is not known here."""
+
     def __init__(self, payload: torch.Tensor) -> None:
         super().__init__(payload)
         self.payload = payload

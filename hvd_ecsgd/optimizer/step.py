@@ -152,9 +152,7 @@ class StepExchange:
             drive(reductions)
         for reduction in reductions:
             while not reduction.finished:
-                if reduction.pending is not None:
-                    wait_patiently(reduction.pending)
-                reduction.advance()
+                reduction.advance(wait_patiently)
             if self.observer is not None:
                 self.observer(reduction.bucket.name, "COMMUNICATE", self._sent_at[id(reduction.bucket)], time.perf_counter())
 

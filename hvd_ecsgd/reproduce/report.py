@@ -7,10 +7,12 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..tables import Table, markdown_row
 
 __all__ = ["Claim", "Report", "Spread", "Table", "need", "seeds"]
 
@@ -61,24 +63,6 @@ class Claim:
 
 
 @dataclass
-class Table:
-    """Rows of cells; a cell is text, a number, or a `Spread` with a format."""
-
-    title: str
-    columns: Sequence[str]
-    rows: list[Sequence[str]] = field(default_factory=list)
-
-    def text(self) -> str:
-        cells = [list(self.columns), *[list(row) for row in self.rows]]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
-        return "\n".join([self.title, "-" * sum(widths, 2 * len(widths) - 2), lines[0], *lines[1:]])
-
-    def markdown(self) -> str:
-        return "\n".join([f"{self.title}:", "", _row(self.columns), _row(["---"] * len(self.columns)), *map(_row, self.rows)])
-
-
-@dataclass
 class Report:
     """`figures` are the raw numbers by seed, for the JSON; `draw(pyplot)` returns the figure."""
 
@@ -98,9 +82,9 @@ class Report:
         return "\n\n".join(parts)
 
     def markdown(self) -> str:
-        claims = [_row((c.claim, c.measured, c.verdict if c.agrees else f"**{c.verdict.lower()}**")) for c in self.claims]
+        claims = [markdown_row((c.claim, c.measured, c.verdict if c.agrees else f"**{c.verdict.lower()}**")) for c in self.claims]
         parts = [f"## {self.title}", f"{self.setting}. It took {self.seconds:.0f} s.", *[table.markdown() for table in self.tables]]
-        return "\n\n".join([*parts, "\n".join([_row(("the paper claims", "here", "")), _row(["---"] * 3), *claims])]) + "\n"
+        return "\n\n".join([*parts, "\n".join([markdown_row(("the paper claims", "here", "")), markdown_row(["---"] * 3), *claims])]) + "\n"
 
     def save(self, folder: Path, name: str) -> list[Path]:
         """Write name.json, name.md and name.png; the files."""
@@ -120,10 +104,6 @@ class Report:
         figure = self.draw(need("matplotlib.pyplot"))
         figure.savefig(files[2], dpi=120)
         return files
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _wrapped(text: str, label: str = "") -> str:

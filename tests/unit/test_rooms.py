@@ -28,8 +28,9 @@ CORE: dict[str, set[str]] = {
     "method": {"schedule"},
     "tuner": {"method"},
     "bucket": {"method"},
-    "step": {"method", "bucket"},
     "state": {"method", "bucket"},
+    "meter": {"method", "bucket", "state"},
+    "step": {"method", "bucket", "meter"},
     "copies": set(),
     "gradients": {"method", "bucket", "state"},
     "points": {"copies", "method", "bucket", "state"},
@@ -38,8 +39,8 @@ CORE: dict[str, set[str]] = {
     "step_hooks": set(),
     "agreement": {"talk", "refusal", "method", "bucket", "state"},
     "switch": {"agreement", "points", "method", "bucket", "state"},
-    "aggregator": {"agreement", "copies", "points", "saved_state", "switch", "gradients", "refusal", "step", "method", "bucket", "state"},
-    "bound": {"tuner", "step_hooks", "aggregator", "attached", "copies", "points", "saved_state", "trees", "method", "bucket", "state"},
+    "aggregator": {"agreement", "copies", "points", "saved_state", "switch", "gradients", "refusal", "step", "meter", "method", "bucket", "state"},
+    "bound": {"tuner", "step_hooks", "aggregator", "attached", "copies", "meter", "points", "saved_state", "trees", "method", "bucket", "state"},
 }
 IN_CORE = {f"core.{room}" for room in CORE}
 # room (a module or a folder of hvd_ecsgd, of core each file) → the other rooms of hvd_ecsgd that it may import
@@ -47,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "arguments": {"errors"},
     "version": set(),
+    "tables": set(),
     "segments": {"errors"},
     "transport": {"segments", "errors", "version"},
     "values": {"segments", "errors"},
@@ -65,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gradient_exchange": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "advisor": {"gradient_exchange", "optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "checkpoint": {*IN_CORE, *BELOW_CORE},
+    "telemetry": {"tables", *IN_CORE, *BELOW_CORE},
 }
 # The package itself and the command line may import every room.
 MAY_IMPORT["reproduce"] = set(MAY_IMPORT)

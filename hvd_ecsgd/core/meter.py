@@ -1,0 +1,330 @@
+"""What a step has cost and what it has left behind, in numbers: bytes, seconds, and now and then norms. Nothing here changes a result."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+
+from ..protocols import GroupSettings, Task, Traffic
+from ..transport.base import Handle
+from .bucket import Bucket
+from .state import MethodState
+
+__all__ = ["Gauge", "Meter", "metrics"]
+
+_RETRIES = 3
+"""Further steps in which norms are taken where this worker stayed silent, so that a rhythm of sending is not always missed."""
+
+
+def _square(t: torch.Tensor) -> float:
+    """‖t‖², in one pass."""
+    return float(torch.linalg.vector_norm(t, dtype=torch.float32 if t.element_size() < 4 else None)) ** 2
+
+
+@dataclass(slots=True)
+class _Norms:
+    """Sums of squares over buckets; None where no bucket has what is measured."""
+
+    gradient: float | None = None
+    """Of all gradients."""
+    compressed: float | None = None
+    """Of the gradients of which something may be left, in the unit of the residual."""
+    buffer: float | None = None
+    left: float | None = None
+    """Of what the compressor was given, and of what it left of it."""
+    residual: float | None = None
+    server: float | None = None
+
+    def __iadd__(self, other: _Norms) -> _Norms:
+        for f in fields(_Norms):
+            mine, its = getattr(self, f.name), getattr(other, f.name)
+            setattr(self, f.name, its if mine is None else mine if its is None else mine + its)
+        return self
+
+    def plain(self) -> dict[str, float]:
+        found = {"gradient_norm": _root(self.gradient), "residual_norm": _root(self.residual), "server_residual_norm": _root(self.server)}
+        found["relative_error"] = _root(_over(self.left, self.buffer))
+        found["residual_to_gradient"] = _root(_over(self.residual, self.compressed))
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def _root(square: float | None) -> float | None:
+    """None also of what is no number, as in a step that is going to be undone."""
+    return math.sqrt(square) if square is not None and math.isfinite(square) else None
+
+
+class Gauge:
+    """Of one bucket in one step: how long its passes took, when something of it was under way, and what came. `samples`: norms are taken, too."""
+
+    def __init__(self, rank: int, size: int, samples: bool) -> None:
+        self._rank, self._size = rank, size
+        self.kernel_seconds = self.wait_seconds = self.sampling_seconds = 0.0
+        self.spans: list[tuple[float, float]] = []
+        """From when to when a collective of it was under way, until this rank took the result."""
+        self.seen = True
+        """All that was waited for was waited for in here."""
+        self.received = 0
+        self.norms = _Norms() if samples else None
+        self._sent_at: float | None = None
+        self._since = time.perf_counter()
+
+    def accumulated(self, gradients: Sequence[torch.Tensor], buffer: torch.Tensor, bucket: Bucket, settings: GroupSettings) -> None:
+        """The gradients were read, and `buffer` is what is to be compressed: the flat one of the bucket, or empty where they hold an inf or NaN."""
+        if self.norms is None or not buffer.numel():
+            return
+        begin = time.perf_counter()
+        self.norms.gradient = sum(_square(g) for g in gradients)
+        if not bucket.method.lossless:
+            self.norms.compressed = self.norms.gradient * (settings.lr**2 if bucket.method.feedback.unit == "update" else 1.0)
+            self.norms.buffer = _square(buffer)
+        self._sampled(begin)
+
+    def paused(self, pending: Handle[Any] | None) -> None:
+        """The exchange waits for `pending` from now on, or has ended."""
+        now = time.perf_counter()
+        self.kernel_seconds += now - self._since
+        if pending is not None:
+            self._sent_at, self.seen = now, self.seen and not getattr(pending, "waits_elsewhere", False)
+
+    def resumed(self, value: Any, since: float) -> None:
+        """What was waited for, `since` then, is `value`: a sum, or everybody's tensor by rank."""
+        self._since = time.perf_counter()
+        self.wait_seconds += self._since - since
+        if self._sent_at is not None:
+            self.spans.append((self._sent_at, self._since))
+        if isinstance(value, torch.Tensor):
+            self.received += 2 * (self._size - 1) * value.nbytes // self._size
+        else:
+            self.received += sum(t.nbytes for r, t in enumerate(value) if r != self._rank)
+
+    def finished(self, bucket: Bucket, task: Task) -> None:
+        """The mean is there, and the buffer holds what is left of what was to be sent."""
+        if self.norms is None or self.norms.buffer is None or bucket.method.lossless:
+            return
+        begin, residual, server = time.perf_counter(), bucket.residual, bucket.server_residual
+        left = _square(task.buffer)
+        extracted = task.extracted > 0 and not task.compressor.lossless
+        if not task.silent and (extracted or (bucket.method.exchange.approximates and task.reversible)):
+            self.norms.left = left
+        else:
+            self.norms.buffer = None
+        if residual is not None:
+            self.norms.residual = left if residual is task.buffer else _square(residual)
+        if server is not None and server.numel():
+            self.norms.server = _square(server)
+        self._sampled(begin)
+
+    def _sampled(self, begin: float) -> None:
+        seconds = time.perf_counter() - begin
+        self.sampling_seconds += seconds
+        self._since += seconds
+
+
+class _Exchanged(Protocol):
+    """A bucket's step, as far as it is looked at here."""
+
+    @property
+    def bucket(self) -> Bucket: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def gauge(self) -> Gauge | None: ...
+
+
+class _Sums:
+    """Over the steps of a record, of one param group or of all."""
+
+    def __init__(self) -> None:
+        self.traffic, self.received, self.kernel_seconds = Traffic(), 0, 0.0
+        self.norms: _Norms | None = None
+
+    def __iadd__(self, other: _Sums) -> _Sums:
+        self.traffic += other.traffic
+        self.received += other.received
+        self.kernel_seconds += other.kernel_seconds
+        self.add_norms(other.norms)
+        return self
+
+    def add_norms(self, norms: _Norms | None) -> None:
+        if norms is not None:
+            self.norms = self.norms or _Norms()
+            self.norms += norms
+
+    def plain(self) -> dict[str, Any]:
+        received = {"received_bytes": self.received}
+        return {**_bytes(self.traffic), **received, "kernel_seconds": self.kernel_seconds, **({} if self.norms is None else self.norms.plain())}
+
+
+def _bytes(traffic: Traffic) -> dict[str, Any]:
+    found: dict[str, Any] = {"payload_bytes": traffic.payload, "sent_bytes": traffic.sent, "dense_bytes": traffic.dense}
+    if traffic.skipped:
+        found["skipped_bytes"] = traffic.skipped
+    if traffic.sent:
+        found["ratio"] = traffic.dense / traffic.sent
+    return found
+
+
+def _union(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds that are in one of the spans at least."""
+    total, until = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+class Meter:
+    """Looks at the steps of one bound method, and gives `emit` a record of every `every` of them, a dictionary of plain numbers.
+
+    Norms are taken at the first step and then in every `norms_every`-th (0: never), of passes of their own: two over the compressed part and one over
+    the gradients. They are not taken in local steps; where this worker stayed silent the next steps are tried, too. `group_of` says which param
+    group a bucket is of, and `wanted` whether this rank is looked at.
+    """
+
+    def __init__(
+        self,
+        emit: Callable[[MethodState, dict[str, Any]], None],
+        *,
+        every: int = 1,
+        norms_every: int = 50,
+        group_of: Callable[[Bucket], int] = lambda bucket: bucket.group,
+        wanted: Callable[[int], bool] = lambda rank: True,
+    ) -> None:
+        self._emit, self._every, self._norms_every, self._group_of, self._wanted = emit, every, norms_every, group_of, wanted
+        self.last: dict[str, Any] | None = None
+        """The record that was made last."""
+        self.own_seconds = 0.0
+        """That looking and telling took since the last record."""
+        self._silent_for: dict[str, int] = {}
+        self._skips: dict[int, int] = {}
+        self._last_sample: int | None = None
+        self._tries = 0
+        self._in_step = self._samples = self._open = False
+        self._outcome = ""
+        self._state: MethodState | None = None
+        self._ended_at: float | None = None
+        self._begin_record()
+
+    def _begin_record(self) -> None:
+        self._steps = 0
+        self._groups: dict[int, _Sums] = {}
+        self._together = Traffic()
+        self._wire = 0.0
+        self._wait: float | None = 0.0
+        self._stale: dict[int, int] = {}
+
+    def begin(self, state: MethodState, bucket: Bucket) -> Gauge | None:
+        """A step of `bucket` begins. None on a rank that is not looked at."""
+        if not self._wanted(state.rank):
+            return None
+        if self._open:
+            self.end(state)
+        if not self._in_step:
+            self._in_step = True
+            due = self._last_sample is None or not 0 <= state.step - self._last_sample < self._norms_every
+            self._samples = bool(self._norms_every) and due and not state.local
+        return Gauge(state.rank, state.size, self._samples)
+
+    def exchanged(self, state: MethodState, reductions: Sequence[_Exchanged], outcome: str) -> None:
+        """A step has been exchanged: `outcome` is "stands", "silent", "local" or "undone". Norms are not kept of one that was undone."""
+        if not self._wanted(state.rank):
+            return
+        self._in_step, self._open, self._outcome = False, True, outcome
+        self._steps += 1
+        spans: list[tuple[float, float]] = []
+        compressed: list[bool] = []
+        silent: dict[int, list[bool]] = {}
+        for reduction in reductions:
+            gauge, bucket, task = reduction.gauge, reduction.bucket, reduction.task
+            group = self._group_of(bucket)
+            sums = self._groups.setdefault(group, _Sums())
+            sums.traffic += task.traffic
+            if gauge is None:  # it began before somebody looked
+                continue
+            sums.received += gauge.received
+            sums.kernel_seconds += gauge.kernel_seconds
+            self.own_seconds += gauge.sampling_seconds
+            spans += gauge.spans
+            self._wait = self._wait + gauge.wait_seconds if self._wait is not None and gauge.seen else None
+            if outcome == "undone":
+                continue
+            sums.add_norms(gauge.norms)
+            if not bucket.dense:
+                compressed.append(task.silent)
+                silent.setdefault(group, []).append(task.silent)
+                self._count_silence(bucket, group, task.silent)
+        self._wire += _union(spans)
+        for group, each in silent.items():
+            if all(each):
+                self._skips[group] = self._skips.get(group, 0) + 1
+        if self._samples and outcome != "undone":
+            again = bool(compressed) and all(compressed) and self._tries < _RETRIES
+            self._tries = self._tries + 1 if again else 0
+            self._last_sample = self._last_sample if again else state.step - 1
+
+    def _count_silence(self, bucket: Bucket, group: int, silent: bool) -> None:
+        if silent or bucket.name in self._silent_for:
+            self._silent_for[bucket.name] = self._silent_for.get(bucket.name, 0) + 1 if silent else 0
+            self._stale[group] = max(self._stale.get(group, 0), self._silent_for[bucket.name])
+
+    def together(self, traffic: Traffic) -> None:
+        """What belongs to no bucket was averaged over all ranks."""
+        self._together += traffic
+
+    def end(self, state: MethodState, outcome: str = "") -> None:
+        """The step that was exchanged is over; nothing when none is. `outcome`: another than it seemed."""
+        if not self._open:
+            return
+        begin = time.perf_counter()
+        self._open, self._outcome = False, outcome or self._outcome
+        self._state = state
+        if self._steps >= self._every:
+            self.flush()
+        self.own_seconds += time.perf_counter() - begin
+
+    def flush(self) -> None:
+        """Make a record of the steps since the last one, if there are any."""
+        if self._state is not None and self._steps:
+            now = time.perf_counter()
+            self.last = self._record(self._state, now)
+            self.own_seconds, self._ended_at = 0.0, now
+            self._begin_record()
+            self._emit(self._state, self.last)
+
+    def _record(self, state: MethodState, now: float) -> dict[str, Any]:
+        total, groups = _Sums(), []
+        for group, sums in sorted(self._groups.items()):
+            total += sums
+            told: dict[str, Any] = {"group": group, **sums.plain()}
+            if group in self._stale:
+                told |= {"staleness_steps": self._stale[group], "skips": self._skips.get(group, 0)}
+            groups.append(told)
+        total.traffic += self._together
+        total.received += self._together.sent
+        record: dict[str, Any] = {"step": state.step - 1, "steps": self._steps, "outcome": self._outcome, "undone_steps": state.undone}
+        record |= {"unix_seconds": time.time(), **total.plain(), "wire_seconds": self._wire}
+        if self._wait is not None:
+            record["wait_seconds"] = self._wait
+        if self._ended_at is not None:
+            record["step_seconds"] = now - self._ended_at
+        return {**record, "telemetry_seconds": self.own_seconds, "groups": groups}
+
+
+def metrics(state: MethodState, loaded: Mapping[str, Any] | None, meter: Meter | None) -> dict[str, Any]:
+    """What `BoundCompression.metrics` returns. `loaded`: state that no driver has taken over yet."""
+    counted = {f"total_{name}": value for name, value in _bytes(state.traffic).items()}
+    found = {"steps": state.step, "undone_steps": state.undone, **counted}
+    if loaded is not None:
+        found |= {"steps": loaded["step"], "undone_steps": loaded["undone"]}
+    return found if meter is None or meter.last is None else {**found, "last": dict(meter.last)}
