@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_ecsgd import Compression, load_checkpoint, save_checkpoint  # (+)
+from hvd_ecsgd import Compression, load_checkpoint, save_checkpoint, telemetry  # (+)
 
 BACKENDS = {"mpi": "mpi_backend", "horovod": "horovod.torch", "torch": "hvd_ecsgd.torch_backend"}
 METHODS: dict[str, Callable[[float], Any]] = {
@@ -99,10 +99,12 @@ def train(
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
     checkpoint: Path | None = None,
+    log: Path | None = None,
 ) -> Result:
     """Train on this rank's share of the data; `hvd` is horovod.torch, mpi_backend or torch_backend. `tick` is called after every step.
 
     With `checkpoint`, a directory that all ranks share, training is saved there after every epoch, and what is saved there is gone on from.
+    With `log`, rank 0 writes what compression does in each step to that file, for `hvd-ecsgd report`.
     """
     torch.manual_seed(seed)
     model = make_model()
@@ -114,6 +116,7 @@ def train(
     )
     compression.attach(optimizer)  # (+) follows the learning-rate schedule
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    logger = telemetry.Logger(compression, log, norms_every=10) if log is not None else None  # (+)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, epochs // 2), max(2, epochs * 3 // 4)])
 
     shuffle = torch.Generator().manual_seed(seed)
@@ -146,6 +149,8 @@ def train(
             if hvd.rank() == 0:
                 print(f"epoch {epoch + 1} of {epochs} saved: test accuracy {curve[-1]:.3f}", flush=True)
     seconds = time.perf_counter() - started
+    if logger is not None:
+        logger.close()
     with compression.at("averaged"):
         weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     if compression.tuner is not None and hvd.rank() == 0:
@@ -170,13 +175,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=positive, default=10)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--checkpoint", type=Path, help="a directory that all ranks share: save there after every epoch, and go on from there")
+    parser.add_argument(
+        "--log", type=Path, help="a file, such as run.jsonl: write what compression does in each step, for hvd-ecsgd report and watch"
+    )
     args = parser.parse_args()
     hvd = importlib.import_module(BACKENDS[args.backend])
     hvd.init()
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(hvd.local_rank())
-    result = train(hvd, args.method, load_digits(), ratio=args.ratio, epochs=args.epochs, lr=args.lr, checkpoint=args.checkpoint)
+    result = train(hvd, args.method, load_digits(), ratio=args.ratio, epochs=args.epochs, lr=args.lr, checkpoint=args.checkpoint, log=args.log)
     if hvd.rank() == 0:
         print(
             f"{args.backend} {args.method}: test accuracy {result.accuracy:.3f}, {result.megabytes_sent:.2f} MB sent per worker, "
