@@ -6,6 +6,7 @@ The model is ten square linear layers. Rows take turns, in one run: in each roun
 time is that of the slowest rank. `wire`: the bytes that the row's steps moved over the busiest host's link (as the system counts them, headers
 and all) ÷ its rate. On ranks of one host there is no wire. `kernels`: what a step of the method among one worker, which sends nothing, takes longer
 than compute alone, on all ranks at once.
+Rows `… logged` write telemetry, without norms, and `… logged, norms` take them in every step, where a Logger takes them in every 50th.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import contextlib
 import importlib.util
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import mpi_backend as hvd
-from hvd_ecsgd import Compression
+from hvd_ecsgd import Compression, telemetry
 from hvd_ecsgd import DistributedOptimizer as one_worker
 from hvd_ecsgd import ddp as ddp_hook
 
@@ -101,6 +104,16 @@ def ours(model: torch.nn.Module, method: str) -> Step:
     return stepped(model, optimizer)
 
 
+LOGS = tempfile.TemporaryDirectory()
+
+
+def logged(model: torch.nn.Module, method: str, norms_every: int) -> Step:
+    """As `ours`, with rank 0's records in a file."""
+    optimizer = hvd.DistributedOptimizer(plain(model), model.named_parameters(), compression=METHODS[method]())
+    telemetry.Logger(optimizer.compression, Path(LOGS.name) / "run.jsonl", norms_every=norms_every)
+    return stepped(model, optimizer)
+
+
 def horovod(model: torch.nn.Module, method: str) -> Step:
     import horovod.torch as stock
 
@@ -133,6 +146,8 @@ def all_rows() -> dict[str, Make]:
     rows: dict[str, Make] = {"compute alone": compute_alone, "DDP dense": ddp}
     rows |= {f"DDP {name} hook": partial(ddp, hook=hook) for name, hook in hooks.items()}
     rows |= {f"ours {method}": partial(ours, method=method) for method in METHODS}
+    rows |= {f"ours {method} logged": partial(logged, method=method, norms_every=0) for method in METHODS}
+    rows |= {f"ours {method} logged, norms": partial(logged, method=method, norms_every=1) for method in METHODS}
     rows |= {f"DDP {method}": partial(ddp_with_our_hook, method=method) for method in METHODS}
     if importlib.util.find_spec("horovod") is not None:
         rows |= {f"Horovod {method}": partial(horovod, method=method) for method in ("none", "fp16", "random_block(64)", "double_squeeze()")}
@@ -195,7 +210,7 @@ def main() -> None:
             row.limit = 8 * moved / options.rate if options.rate and name != "compute alone" else None
     compute = next((row.median for name, row in results.items() if name == "compute alone"), None)
     for name, row in results.items():
-        if options.kernels and compute is not None and name.startswith("ours "):
+        if options.kernels and compute is not None and name.removeprefix("ours ") in METHODS and name.startswith("ours "):
             seconds, _ = measure(partial(alone, method=name.removeprefix("ours ")), width, layers, options.batch, steps)
             row.kernels = max(0.0, statistics.median(seconds) - compute)
 
