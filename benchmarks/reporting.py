@@ -41,7 +41,7 @@ class Row:
 
     def __str__(self) -> str:
         times = (
-            f"{self.name:<28} {1e3 * self.median:9.2f} ms  ({1e3 * min(self.seconds):.2f} … {1e3 * max(self.seconds):.2f}, {len(self.seconds)} times)"
+            f"{self.name:<36} {1e3 * self.median:9.2f} ms  ({1e3 * min(self.seconds):.2f} … {1e3 * max(self.seconds):.2f}, {len(self.seconds)} times)"
         )
         times += f"  wire {1e3 * self.limit:.2f} ms, × {self.median / self.limit:.2f}" if self.limit else ""
         return times if self.kernels is None else f"{times}  kernels {1e3 * self.kernels:.0f} ms"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hvd_ecsgd import Compression, DisagreementError, DistributedOptimizer
+from hvd_ecsgd import Compression, DisagreementError, DistributedOptimizer, telemetry
 from hvd_ecsgd.exchange import Bernoulli, Every, NormBased
 from hvd_ecsgd.transport import run_simulated
 from tests.cases import SWITCHES, by_name
@@ -377,8 +377,46 @@ def feedback_matters() -> None:
     assert (finals[0] - finals[1]).abs().max() > 1e-2
 
 
+class Kept:
+    """A sink of telemetry."""
+
+    def __init__(self) -> None:
+        self.lines: list[Any] = []
+
+    def write(self, record: Any) -> None:
+        self.lines.append(record)
+
+    def close(self) -> None:
+        pass
+
+
+def telemetry_changes_nothing() -> None:
+    """Records of every step, by the attached optimizer's param groups; Horovod's own waiting is not seen; another rate is (control)."""
+    for method in METHODS:
+
+        def run(name: str, kept: Kept | None, lr: float = 0.1, method: str = method) -> tuple[torch.Tensor, Any]:
+            model = mlp()
+            compression = by_name(method).make().bind(prefixed(model, name))
+            groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": lr / 2}]
+            optimizer = stock(model, compression, name, optimizer=torch.optim.SGD(groups, lr=lr, momentum=0.9))
+            compression.attach(optimizer)
+            if kept is not None:
+                telemetry.Logger(compression, kept, norms_every=2, ranks="all")
+            return train_stock(model, optimizer, range(6)), compression.traffic
+
+        kept = Kept()
+        (w, traffic), (plain, _) = run(f"telemetry.{method}", kept), run(f"telemetry.{method}", None)
+        assert torch.equal(w, plain) and not torch.equal(w, run(f"telemetry.{method}", None, 0.09)[0])
+        about, *records = kept.lines
+        assert (about["kind"], about["rank"], about["size"]) == ("run", hvd.rank(), hvd.size())
+        assert [r["step"] for r in records] == list(range(6)) and all([g["group"] for g in r["groups"]] == [0, 1] for r in records)
+        assert sum(r["sent_bytes"] for r in records) == traffic.sent and all(r["received_bytes"] > 0 < r["wire_seconds"] for r in records)
+        assert ["relative_error" in r for r in records] == [True, False] * 3
+        assert {"wait_seconds" in r for r in records} == {method != "random_block-everything"}
+
+
 if __name__ == "__main__":
     hvd.init()
     checks = (dynamic, groups, groups_with_unused, passes, sums, channels_last, bfloat16, sparse_embedding)
-    checks += (schedules, resume, clipping, bad_gradients, switching, skipped_bytes, feedback_matters)
+    checks += (schedules, resume, clipping, bad_gradients, switching, skipped_bytes, feedback_matters, telemetry_changes_nothing)
     run_checks({check.__name__: check for check in checks})

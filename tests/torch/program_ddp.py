@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer, SequenceError, ddp, load_checkpoint, save_checkpoint
+from hvd_ecsgd import (
+    Compression,
+    CompressionError,
+    DisagreementError,
+    DistributedOptimizer,
+    SequenceError,
+    ddp,
+    load_checkpoint,
+    save_checkpoint,
+    telemetry,
+)
+from hvd_ecsgd.telemetry.runs import Run
 from hvd_ecsgd.transport.torch_dist import TorchTransport
 from tests.cases import CASES, COVERING, SWITCHES, Case, bound_method, by_name
 from tests.problems import batch, flat, mlp, weights
@@ -288,7 +300,28 @@ def ranks_that_differ_are_told() -> None:
         loss_of(wrapped, 0).backward()
 
 
+def telemetry_changes_nothing() -> None:
+    """Records of every step on rank 0, one of which is undone; another method does change something (control)."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for compression, logged in ((Compression.double_squeeze(), True), (Compression.double_squeeze(), False), (Compression.one_bit(), False)):
+            _, wrapped, optimizer, hook = made(compression)
+            logger = telemetry.Logger(hook.compression, f"{folder}/run.jsonl", norms_every=2) if logged else None
+            for _ in steps(optimizer, wrapped):
+                pass
+            if logger is not None:
+                logger.close()
+            found.append(weights(wrapped.module, hook.compression))
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+        if dist.get_rank() == 0:
+            records = Run.read(Path(folder) / "run.jsonl").records
+            assert [r["outcome"] for r in records] == ["undone" if step == INF_AT else "stands" for step in range(len(RATES))]
+            assert all("relative_error" in r for r in records[:INF_AT:2]) and "wait_seconds" in records[0]
+            assert [r["groups"] for r in records if not r["groups"]] == [[]], "nothing is sent at a learning rate of 0"
+
+
 USES = (
+    telemetry_changes_nothing,
     skipped_steps_move_nothing,
     nothing_is_lost_without_compression,
     gradients_accumulate,
