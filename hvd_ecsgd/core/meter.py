@@ -313,7 +313,7 @@ class Meter:
         total.traffic += self._together
         total.received += self._together.sent
         record: dict[str, Any] = {"step": state.step - 1, "steps": self._steps, "outcome": self._outcome, "undone_steps": state.undone}
-        record |= {"unix_seconds": time.time(), **total.plain(), "wire_seconds": self._wire}
+        record |= {"unix_seconds": round(time.time(), 3), **total.plain(), "wire_seconds": self._wire}
         if self._wait is not None:
             record["wait_seconds"] = self._wait
         if self._ended_at is not None:

@@ -89,7 +89,7 @@ class Logger:
             "size": state.size,
             "parameters": sum(p.numel() for _, p in state.named),
             "compressed_parameters": compressed,
-            "unix_seconds": time.time(),
+            "unix_seconds": round(time.time(), 3),
             **self._settings,
         }
 

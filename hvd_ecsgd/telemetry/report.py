@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ def _last(run: Run, field: str, group: int | None) -> float | None:
     return values[-1] if values else None
 
 
+def _most(run: Run, field: str, group: int | None) -> float | None:
+    """The largest, of what groups alone have."""
+    values = [value for g in (run.groups if group is None else [group]) for value in run.series(field, g)[1]]
+    return max(values) if values else None
+
+
 def _scaled(value: float | None, factor: float = 1.0, form: str = ".3g") -> str:
     return "–" if value is None else f"{factor * value:{form}}"
 
@@ -53,6 +60,8 @@ COLUMNS: dict[str, Column] = {
     "ratio": lambda run, g: _scaled(_ratio(run, g), form=".1f"),
     "error": lambda run, g: _scaled(_median(run, "relative_error", g), form=".3f"),
     "residual": lambda run, g: _scaled(_last(run, "residual_to_gradient", g)),
+    "skips": lambda run, g: _scaled(_most(run, "skips", g), form=".0f"),
+    "stale": lambda run, g: _scaled(_most(run, "staleness_steps", g), form=".0f"),
     "step ms": lambda run, g: "" if g is not None else _scaled(_per_step(run, "step_seconds", g), 1e3),
     "kernels ms": lambda run, g: _scaled(_per_step(run, "kernel_seconds", g), 1e3),
     "wire ms": lambda run, g: "" if g is not None else _scaled(_per_step(run, "wire_seconds", g), 1e3),
@@ -69,7 +78,10 @@ def _share(run: Run) -> str:
 
 
 def summary(runs: Sequence[Run], columns: Sequence[str] = tuple(COLUMNS)) -> Table:
-    """A row for each run, and for each param group where it has several; `columns` of `COLUMNS`."""
+    """A row for each run, and for each param group where it has several; `columns` of `COLUMNS`. Without `skips` and `stale` where no worker was
+    silent."""
+    silent = any(COLUMNS["skips"](run, None) != "–" for run in runs)
+    columns = [column for column in columns if silent or column not in ("skips", "stale")]
     table = Table(
         "error: relative, median; residual: what waits, in steps' gradients, at the end; times: medians, of one step",
         ["run", *columns],
@@ -171,7 +183,8 @@ def draw(runs: Sequence[Run], file: Path) -> None:
             axes.legend(fontsize=7, framealpha=0.7, ncol=max(1, len(axes.get_legend_handles_labels()[0]) // 4))
         else:
             axes.text(0.5, 0.5, "none was measured", transform=axes.transAxes, ha="center", color="gray")
-    figure.suptitle("\n".join(f"{run.name}: {method_of(run)}, {run.about['size']} workers" for run in runs), fontsize=9)
+    titles = [textwrap.fill(f"{run.name}: {method_of(run)}, {run.about['size']} workers", 150) for run in runs]
+    figure.suptitle("\n".join(titles), fontsize=9)
     figure.tight_layout()
     try:
         figure.savefig(file, dpi=110)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,13 +24,7 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def _short(value: Any) -> Any:
-    """Floats with 7 digits, which is more than any of them is worth; times to the microsecond."""
-    if isinstance(value, float):
-        return float(f"{value:.7g}") if abs(value) < 1e9 else round(value, 6)
-    if isinstance(value, dict):
-        return {name: _short(v) for name, v in value.items() if not (isinstance(v, float) and not math.isfinite(v))}
-    return [_short(v) for v in value] if isinstance(value, list) else value
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class JsonLines:
@@ -71,7 +64,7 @@ class JsonLines:
     def write(self, record: Record) -> None:
         if self._file is None:
             self._file = self._open(record.get("rank", 0))
-        os.write(self._file, (json.dumps(_short(dict(record)), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n").encode())
+        os.write(self._file, f"{_ENCODER.encode(record)}\n".encode())
 
     def close(self) -> None:
         file, self._file = self._file, None

@@ -24,7 +24,7 @@ _CURVES = {
     "kernel_seconds": ("kernels, ms", 1e3),
     "wait_seconds": ("waiting, ms", 1e3),
 }
-_COLUMNS = ("steps", "undone", "MB sent", "MB received", "ratio", "error", "residual", "step ms")
+_COLUMNS = ("steps", "undone", "MB sent", "MB received", "ratio", "error", "residual", "skips", "stale", "step ms")
 
 
 def _curve(values: Sequence[float], width: int) -> str:

@@ -222,6 +222,17 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| one | 6 | 0 |" in capsys.readouterr().out and not one.with_suffix(".png").exists()
 
 
+def test_skips_have_columns_where_there_are_some(tmp_path: Path) -> None:
+    run(tmp_path / "run.jsonl")
+    read = Run.read(tmp_path / "run.jsonl")
+    assert "skips" not in summary([read]).columns
+    for record in read.records[1:]:
+        record["groups"][0] |= {"skips": 3, "staleness_steps": record["step"] % 2}
+    table = summary([read])
+    row = dict(zip(table.columns, table.rows[0]))
+    assert (row["skips"], row["stale"]) == ("3", "1")
+
+
 def test_report_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "run.jsonl")
     (tmp_path / "empty.jsonl").touch()
