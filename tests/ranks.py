@@ -26,6 +26,8 @@ from typing import IO
 import psutil
 import pytest
 
+from hvd_ecsgd.doctor.processes import environment_of_ranks
+
 __all__ = ["REPO", "horovodrun", "mpirun", "require_horovod", "require_mpirun", "rank_environment", "run_job"]
 
 REPO = Path(__file__).resolve().parents[1]
@@ -78,24 +80,8 @@ def _missing(reason: str) -> None:
 
 def rank_environment(env: dict[str, str] | None = None) -> dict[str, str]:
     """The environment a job gets: this one, with what launch/common.sh exports where it is not set, and `env` on top."""
-    result = dict(os.environ)
-    defaults = {
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-        "OMPI_MCA_hwloc_base_binding_policy": "none",
-        "OMPI_MCA_btl": "^ofi",  # looking for such a network takes Open MPI 5 a second, and is for one-sided communication, which nobody uses here
-        "OMPI_MCA_mpi_yield_when_idle": "1",  # there are more ranks than cores, and other jobs: who waits lets them work
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": "/tmp",
-    }
-    if os.geteuid() == 0:
-        defaults |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    for name, value in defaults.items():
-        result.setdefault(name, value)
-    if len(result["TMPDIR"]) > 50:  # Open MPI's sockets lie below it, and a socket's name is short
-        result["TMPDIR"] = "/tmp"
-    result["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), result.get("PATH", os.defpath)])
+    # Where there are more ranks than cores, and other jobs, who waits lets them work.
+    result = environment_of_ranks({"OMPI_MCA_mpi_yield_when_idle": "1", **os.environ})
     result["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), result.get("PYTHONPATH", "")]))
     result["PYTHONUNBUFFERED"] = "1"
     return result | (env or {})

@@ -12,13 +12,13 @@ import torch
 
 from ..errors import CompressionError
 
-__all__ = ["VARIANTS", "Library", "chosen", "digest_of_sources"]
+__all__ = ["FILE", "REMEDY", "VARIANTS", "Library", "chosen", "digest_of_sources"]
 
 VARIANTS = ("portable", "avx2", "avx512")
 """By level: which instructions a kernel uses."""
 
-_FOLDER = Path(__file__).parent
-_REMEDY = (
+FILE = Path(__file__).parent / "libhvd_ecsgd_cpu.so"
+REMEDY = (
     "Build it with `pip install` from the sources (`pip install -v` shows why it could not be), or in a source checkout with "
     "`python setup.py build_ext --inplace`; both need a C++17 compiler (CXX chooses one). HVD_ECSGD_KERNELS=reference does without."
 )
@@ -115,13 +115,13 @@ def chosen(wanted: str | None) -> Library | None:
     if wanted == "reference":
         return None
     try:
-        return Library(_FOLDER / "libhvd_ecsgd_cpu.so")
+        return Library(FILE)
     except OSError as error:
         reason = " ".join(str(error).split())
     if wanted == "native":
-        raise CompressionError(f"HVD_ECSGD_KERNELS=native, and the compiled kernels cannot be loaded: {reason}. {_REMEDY}")
+        raise CompressionError(f"HVD_ECSGD_KERNELS=native, and the compiled kernels cannot be loaded: {reason}. {REMEDY}")
     global _missing
-    _missing = f"hvd-ecsgd runs without its compiled kernels, and slower: {reason}. {_REMEDY}"
+    _missing = f"hvd-ecsgd runs without its compiled kernels, and slower: {reason}. {REMEDY}"
     return None
 
 

@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ddp": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "gradient_exchange": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "advisor": {"gradient_exchange", "optimizer", "compression", *IN_CORE, *BELOW_CORE},
+    "doctor": {"compression", *IN_CORE, *BELOW_CORE},
     "checkpoint": {*IN_CORE, *BELOW_CORE},
     "telemetry": {"tables", *IN_CORE, *BELOW_CORE},
 }
@@ -87,6 +88,7 @@ MPI_MAY_IMPORT: dict[str, set[str]] = {
     "liveness": {"transport", "environment"},
     "job_end": {"liveness"},
     "runtime": {"job_end", "liveness", "engine", "process_sets"},
+    "about": {"transport"},
     "sets": {"runtime", "process_sets", "tracing"},
     "basics": {"runtime"},
     "collectives": COLLECTIVE,
