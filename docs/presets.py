@@ -1,4 +1,4 @@
-"""Write the tables of presets into README.md, docs/methods.md and docs/algorithms.md, from `hvd_ecsgd.presets`: python docs/presets.py"""
+"""Write the tables of presets into docs/choosing.md, docs/methods.md and docs/algorithms.md, from `hvd_ecsgd.presets`: python docs/presets.py"""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in (head, ["---"] * len(head), *rows)).replace(" --- ", "---")
 
 
-TABLES: dict[str, Callable[[Sequence[Preset]], str]] = {"README.md": in_short, "docs/methods.md": in_full, "docs/algorithms.md": by_rule}
+TABLES: dict[str, Callable[[Sequence[Preset]], str]] = {"docs/choosing.md": in_short, "docs/methods.md": in_full, "docs/algorithms.md": by_rule}
 
 
 def updated(file: str, presets: Sequence[Preset] = PRESETS) -> str:

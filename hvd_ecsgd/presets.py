@@ -1,4 +1,4 @@
-"""What the documentation says of each preset: the one source of the tables in README.md, docs/methods.md and docs/algorithms.md.
+"""What the documentation says of each preset: the one source of the tables in docs/choosing.md, docs/methods.md and docs/algorithms.md.
 
 `python docs/presets.py` writes them. What the code knows itself (rule, unit, whether it must be attached) is asked of the preset.
 """

@@ -28,7 +28,7 @@ def written() -> Any:
     return module
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/methods.md", "docs/algorithms.md"])
+@pytest.mark.parametrize("file", ["docs/choosing.md", "docs/methods.md", "docs/algorithms.md"])
 def test_tables_are_as_written(written: Any, file: str) -> None:
     """And a row that is changed, added or left out would be seen."""
     now = (REPO / file).read_text(encoding="utf-8")
@@ -58,5 +58,5 @@ def test_what_must_be_attached_is_told_alike(capsys: pytest.CaptureFixture[str])
     """By the command and by the tables; a method that needs the learning rate only is one of them."""
     assert main(["methods"]) == 0
     attached = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.split()[-1] == "attached"}
-    assert attached == set(re.findall(r"^\| `(\w+)[^|]*` † \|", (REPO / "README.md").read_text(), re.MULTILINE))
+    assert attached == set(re.findall(r"^\| `(\w+)[^|]*` † \|", (REPO / "docs" / "choosing.md").read_text(), re.MULTILINE))
     assert "hessian_aided" in attached and "top_k" not in attached
