@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run every check of this repository: linters, types, and all tests on real ranks (Open MPI and Horovod, both installed into the environment).
+# Run every check of this repository: linters, types, the documentation's site, and all tests on real ranks (Open MPI and Horovod, both installed into
+# the environment).
 #
 #   launch/test.sh [--full] [arguments of pytest]        needs: Python 3.10 or newer, a C++ compiler (Horovod); the first time also a network
 #
@@ -14,7 +15,7 @@ set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-case "${1:-}" in -h|--help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+case "${1:-}" in -h|--help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 setup_venv dev
 cd "$REPO"
@@ -63,6 +64,8 @@ part 'launch/install_horovod.sh' launch/install_horovod.sh
 part 'ruff check .' ruff check .
 part 'ruff format --check .' ruff format --check .
 part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
+# Not --quiet, with which warnings are no errors (MkDocs 1.6).
+part 'mkdocs build --strict' env NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun benchmarks/netlab.sh .ci/run
 
 # Ranks that wait leave the cores to tests that work, so they run beside them. Those that work come one after the other: beside others each takes as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,3 +127,18 @@ def test_the_chart_is_the_advisors() -> None:
     assert chart() in (REPO / "docs" / "choosing.md").read_text(encoding="utf-8"), f"docs/choosing.md should have\n{chart()}"
     recommendations = [row.split("|")[-2].strip() for row in chart().splitlines()[2:]]
     assert "`none`" in recommendations and len(set(recommendations)) > 1
+
+
+def test_links_that_leave_the_pages_of_the_site_are_text() -> None:
+    """`mkdocs build --strict`, a part of launch/test.sh, fails at those that are left and lead nowhere."""
+    pytest.importorskip("mkdocs", reason="MkDocs is not installed: pip install '.[docs]'")
+    spec = importlib.util.spec_from_file_location("pages_of_the_site", REPO / "docs" / "site" / "pages.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.rewritten("[a](docs/design.md#rooms) [b](CONTRIBUTING.md) [c](https://c.org)", "") == (
+        "[a](design.md#rooms) [b](contributing.md) [c](https://c.org)"
+    )
+    assert module.rewritten("[a](design.md) [README](../README.md) [it](../setup.py) [`setup.py`](../setup.py) [x](no.md)", "docs") == (
+        "[a](design.md) [README](index.md) it (`setup.py`) `setup.py` [x](no.md)"
+    )
