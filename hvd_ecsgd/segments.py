@@ -180,11 +180,7 @@ class Key:
 
     def generator(self, segment: Segment, device: torch.device | str = "cpu", label: str = "") -> torch.Generator:
         """A torch generator of its own for many draws; the global generator is never touched."""
-        return torch.Generator(device=device).manual_seed(self.generator_seed(segment, label))
-
-    def generator_seed(self, segment: Segment, label: str = "") -> int:
-        """What `generator` is seeded by."""
-        return self.bits(segment, label) >> 1
+        return torch.Generator(device=device).manual_seed(self.bits(segment, label) >> 1)
 
     def words(self, segment: Segment, label: str = "") -> np.random.Philox:
         """A source of 64-bit words (`random_raw`) that are the same on every platform and in every version: for draws all ranks must share."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import all_finite, native_for, negative, pack_bits, unpack_bits
+from ..kernels import all_finite, draws, native_for, negative, pack_bits, unpack_bits
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, check_payload, contraction
 
@@ -54,13 +54,13 @@ class Natural(BytePayload):
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
         if native := native_for(buffer, segments, "natural"):
-            native.natural_extract_(payload, [key.generator_seed(s, "powers") for s in segments])
+            native.natural_extract_(payload, [key.bits(s, "powers") for s in segments])
             return payload
         first, at = 0, segments.numel
         for s, view in zip(segments, segments.views(buffer), strict=True):
             exponents = payload[first : first + s.numel]
-            generator = key.generator(s, buffer.device, "powers")
-            exponents.copy_(_rounded_32(view, generator) if view.dtype == torch.float32 else _rounded_64(view, generator))
+            drawn = draws(key.bits(s, "powers"), s.numel, view.dtype, view.device)
+            exponents.copy_(_rounded_32(view, drawn) if view.dtype == torch.float32 else _rounded_64(view, drawn))
             bits = negative(view)
             n_bytes = -(-s.numel // 8)
             payload[at : at + n_bytes] = pack_bits(bits)
@@ -88,17 +88,17 @@ class Natural(BytePayload):
         return segments.numel == 0 or int(payload[: segments.numel].max()) < _NOT_FINITE
 
 
-def _rounded_32(v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _rounded_32(v: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     """Exponent codes. Adding 23 random bits to the mantissa carries into the exponent with exactly the right probability, subnormals included."""
     magnitude = (v.view(torch.int32) & 0x7FFFFFFF).clamp_(max=_NOT_FINITE << 23)  # a NaN as inf, or the sum would overflow
-    magnitude += torch.randint(1 << 23, v.shape, generator=generator, dtype=torch.int32, device=v.device)
+    magnitude += drawn.bitwise_and_((1 << 23) - 1).to(torch.int32)
     return magnitude >> 23
 
 
-def _rounded_64(v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _rounded_64(v: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     """Exponent codes, likewise with 52 random bits; out of float32's range, as the class says."""
     bits = v.view(torch.int64) & 0x7FFFFFFFFFFFFFFF
-    noise = torch.randint(1 << 52, v.shape, generator=generator, dtype=torch.int64, device=v.device)
+    noise = drawn.bitwise_and_((1 << 52) - 1)
     codes = ((bits + noise) >> 52) - (1023 - 127)
     magnitude = v.abs()
     rounded_up = noise < magnitude * (2.0**126 * 2.0**52)

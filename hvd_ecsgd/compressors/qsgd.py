@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from ..arguments import check_choice, check_integer
-from ..kernels import all_finite, native_for, pack_codes, unpack_codes
+from ..kernels import all_finite, native_for, pack_codes, uniform, unpack_codes
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, check_payload, contraction, n_rows, rows, warn_once
 
@@ -75,17 +75,16 @@ class QSGD(BytePayload):
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
         if native := native_for(buffer, segments, "qsgd"):
-            seeds = [key.generator_seed(s, "levels") for s in segments]
-            native.qsgd_extract_(payload, seeds, self.levels, self.bucket, self.bits, self.norm == "max")
+            keys = [key.bits(s, "levels") for s in segments]
+            native.qsgd_extract_(payload, keys, self.levels, self.bucket, self.bits, self.norm == "max")
             return payload
         norms, at = self._parts(payload, segments)
         i = 0
         for s, view in zip(segments, segments.views(buffer), strict=True):
             if s.numel == 0:
                 continue
-            generator = key.generator(s, buffer.device, "levels")
             # Uniform in [0, 1), then turned into the levels in place.
-            levels = torch.rand(s.numel, generator=generator, dtype=buffer.dtype, device=buffer.device)
+            levels = uniform(key.bits(s, "levels"), s.numel, buffer.dtype, buffer.device)
             for part, level in zip(rows(view, self.bucket), rows(levels, self.bucket), strict=True):
                 norm = self._norms(part)
                 norms[i : i + part.shape[0]] = norm.view(-1)

@@ -7,17 +7,19 @@ from .reference import (
     check_positions,
     check_rows,
     column_sums,
+    draws,
     negative,
     pack_bits,
     pack_codes,
     signs,
     top_k_indices,
     top_k_rows,
+    uniform,
     unpack_bits,
     unpack_codes,
 )
 from .shift import shift_, sums_of
 
-__all__ = ["Addition", "Native", "all_finite", "check_positions", "check_rows", "column_sums", "fingerprint", "move_", "native_for",
-           "negative", "pack_bits", "pack_codes", "shift_", "signs", "sums_of", "top_k_indices", "top_k_rows", "unpack_bits",
-           "unpack_codes"]  # fmt: skip
+__all__ = ["Addition", "Native", "all_finite", "check_positions", "check_rows", "column_sums", "draws", "fingerprint", "move_", "native_for",
+           "negative", "pack_bits", "pack_codes", "shift_", "signs", "sums_of", "top_k_indices", "top_k_rows", "uniform",
+           "unpack_bits", "unpack_codes"]  # fmt: skip

@@ -64,16 +64,17 @@ class Native:
     def ternary_decode_(self, payload: torch.Tensor, alpha: float, add: bool) -> None:
         self._call("ternary_decode", *self._buffer, payload.data_ptr(), alpha, add)
 
-    def qsgd_extract_(self, payload: torch.Tensor, seeds: Sequence[int], levels: int, bucket: int, bits: int, largest: bool) -> None:
-        """`seeds`: of torch's generator, one for each segment. `largest`: the norm is the largest magnitude, else ℓ2."""
-        of = np.array(seeds, np.uint64)
+    def qsgd_extract_(self, payload: torch.Tensor, keys: Sequence[int], levels: int, bucket: int, bits: int, largest: bool) -> None:
+        """`keys`: of `draws`, one for each segment. `largest`: the norm is the largest magnitude, else ℓ2."""
+        of = np.array(keys, np.uint64)
         self._call("qsgd_extract", *self._buffer, payload.data_ptr(), _address(of), levels, bucket, bits, largest)
 
     def qsgd_decode_(self, payload: torch.Tensor, levels: int, bucket: int, bits: int, alpha: float, add: bool) -> None:
         self._call("qsgd_decode", *self._buffer, payload.data_ptr(), levels, bucket, bits, alpha, add)
 
-    def natural_extract_(self, payload: torch.Tensor, seeds: Sequence[int]) -> None:
-        of = np.array(seeds, np.uint64)
+    def natural_extract_(self, payload: torch.Tensor, keys: Sequence[int]) -> None:
+        """`keys`: of `draws`, one for each segment."""
+        of = np.array(keys, np.uint64)
         self._call("natural_extract", *self._buffer, payload.data_ptr(), _address(of))
 
     def natural_decode_(self, payload: torch.Tensor, alpha: float, add: bool) -> None:

@@ -10,8 +10,8 @@ import torch
 from ..errors import CompressionError
 from ..segments import Segment
 
-__all__ = ["all_finite", "check_positions", "check_rows", "column_sums", "column_sums_size", "fingerprint", "negative", "pack_bits", "pack_codes",
-           "signs", "top_k_indices", "top_k_rows", "unpack_bits", "unpack_codes"]  # fmt: skip
+__all__ = ["all_finite", "check_positions", "check_rows", "column_sums", "column_sums_size", "draws", "fingerprint", "negative", "pack_bits", "pack_codes",
+           "signs", "top_k_indices", "top_k_rows", "uniform", "unpack_bits", "unpack_codes"]  # fmt: skip
 
 
 def check_rows(positions: torch.Tensor, numel: int, segment: Segment, who: str) -> None:
@@ -99,6 +99,39 @@ def _fills_its_memory(t: torch.Tensor) -> bool:
             return False
         expected *= size
     return t.numel() > 0
+
+
+_MULTIPLIERS, _WEYL, _WORD = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
+
+
+def draws(key: int, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The first n random integers of a 64-bit `key` (int64): 32 bits of each for a float32 `dtype`, 64 for a float64.
+
+    Philox4x32-10 (Salmon et al. 2011): words 4i to 4i + 3 are a function of the key and i alone, so compiled kernels, on a GPU too, draw the same.
+    """
+    per_block = 4 if dtype == torch.float32 else 2
+    result = torch.empty(-(-n // per_block), per_block, dtype=torch.int64, device=device)
+    for start in range(0, len(result), _CHUNK // 16):
+        part = result[start : start + _CHUNK // 16]
+        counter = torch.arange(start, start + len(part), dtype=torch.int64, device=device)
+        c0, c1 = counter & _WORD, counter >> 32
+        c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+        k0, k1 = key & _WORD, key >> 32
+        for _ in range(10):
+            p0, p1 = c0.mul_(_MULTIPLIERS[0]), c2.mul_(_MULTIPLIERS[1])  # modulo 2⁶⁴, as if it had no sign
+            c0, c1 = (p1 >> 32).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0), p1 & _WORD
+            c2, c3 = (p0 >> 32).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1), p0 & _WORD
+            k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+        words = (c0, c1, c2, c3) if per_block == 4 else (c0 | c1 << 32, c2 | c3 << 32)
+        for i, word in enumerate(words):
+            part[:, i] = word
+    return result.view(-1)[:n]
+
+
+def uniform(key: int, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """n numbers in [0, 1) of a `key`: the `draws` modulo 2²⁴ times 2⁻²⁴, for float64 modulo 2⁵³ times 2⁻⁵³."""
+    digits = 24 if dtype == torch.float32 else 53
+    return draws(key, n, dtype, device).bitwise_and_((1 << digits) - 1).to(dtype).mul_(2.0**-digits)
 
 
 def negative(v: torch.Tensor) -> torch.Tensor:

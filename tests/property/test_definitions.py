@@ -18,6 +18,7 @@ from hvd_ecsgd.compressors import (
     Sign,
     Ternary,
 )
+from hvd_ecsgd.kernels import uniform
 from hvd_ecsgd.segments import Key, Segments
 from tests.property.operators import EVERY, checked, kinds, seeds, send, table, values
 
@@ -83,7 +84,7 @@ def test_qsgd_never_rounds_beyond_the_highest_level(levels: int) -> None:
     v, key = torch.full((2**22,), -3.0), Key(0, 0)
     (segment,) = table(v.numel(), dtype=v.dtype)
     assert torch.equal(send(QSGD(levels, norm="max"), v, key)[1], v)
-    draws = torch.rand(v.numel(), generator=key.generator(segment, "cpu", "levels"))
+    draws = uniform(key.bits(segment, "levels"), v.numel(), v.dtype, v.device)
     assert int(draws.add(levels).floor().max()) == levels + 1
 
 

@@ -22,7 +22,7 @@ import torch
 from hvd_ecsgd import kernels
 from hvd_ecsgd.compressors import QSGD, BlockTopK, Cast, Natural, RandomK, Sign, Ternary, Threshold, TopK
 from hvd_ecsgd.errors import CompressionError
-from hvd_ecsgd.kernels import native, reference
+from hvd_ecsgd.kernels import draws, native, reference
 from hvd_ecsgd.kernels.library import VARIANTS, Library, chosen
 from hvd_ecsgd.protocols import decode_sum_
 from hvd_ecsgd.segments import Key, Segments
@@ -529,3 +529,26 @@ def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path: Path) -> None:
         **env,
     )
     assert "AddressSanitizer" in control.stderr
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 in whole numbers, as its authors define it."""
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [p1 >> 32 ^ counter[1] ^ key[0], p1 & 0xFFFFFFFF, p0 >> 32 ^ counter[3] ^ key[1], p0 & 0xFFFFFFFF]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter
+
+
+def test_draws_are_philox() -> None:
+    """Its authors' example, and any block by itself, also beyond the first chunk; of float64 two words for each."""
+    cpu, key, n = torch.device("cpu"), 0xFEDCBA9876543210, 4 * ((1 << 16) + 3) + 1
+    assert draws(0, 4, torch.float32, cpu).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    drawn = draws(key, n, torch.float32, cpu)
+    assert len(drawn) == n
+    for block in (0, 1, 77, (1 << 16) - 1, 1 << 16, (1 << 16) + 2):
+        assert drawn[4 * block : 4 * block + 4].tolist() == philox([block, 0, 0, 0], [key & 0xFFFFFFFF, key >> 32])
+    wide = draws(key, 100, torch.float64, cpu)
+    assert torch.equal(wide & 0xFFFFFFFF, drawn[:200:2]) and torch.equal((wide >> 32) & 0xFFFFFFFF, drawn[1:200:2])
+    assert not torch.equal(draws(key + 1, 100, torch.float32, cpu), drawn[:100])
+    assert draws(key, 0, torch.float32, cpu).numel() == 0

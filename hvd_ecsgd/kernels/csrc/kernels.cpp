@@ -142,12 +142,12 @@ KERNEL(threshold_positions,
         int64_t capacity, int threads),
        (buffer, table, n, keys, sampled, ranks, counts, positions, capacity, threads))
 KERNEL(qsgd_extract,
-       (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* seeds, int64_t levels, int64_t bucket, int bits, int largest, int threads),
-       (buffer, table, n, payload, seeds, levels, bucket, bits, largest, threads))
+       (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* keys, int64_t levels, int64_t bucket, int bits, int largest, int threads),
+       (buffer, table, n, payload, keys, levels, bucket, bits, largest, threads))
 KERNEL(qsgd_decode, (int type, void* out, TABLE, const uint8_t* payload, int64_t levels, int64_t bucket, int bits, double alpha, int add, int threads),
        (out, table, n, payload, levels, bucket, bits, alpha, add, threads))
-KERNEL(natural_extract, (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* seeds, int threads),
-       (buffer, table, n, payload, seeds, threads))
+KERNEL(natural_extract, (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* keys, int threads),
+       (buffer, table, n, payload, keys, threads))
 KERNEL(natural_decode, (int type, void* out, TABLE, const uint8_t* payload, double alpha, int add, int threads), (out, table, n, payload, alpha, add, threads))
 KERNEL(cast_extract, (int type, void* buffer, TABLE, uint16_t* payload, int brain, double limit, int threads),
        (buffer, table, n, payload, brain, limit, threads))

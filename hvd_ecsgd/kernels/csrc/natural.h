@@ -47,12 +47,12 @@ INLINE static void round_to_powers(double* p, int64_t n, const uint64_t* draws, 
 }
 
 template <class T>
-int64_t natural_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, const uint64_t* seeds, int threads) {
+int64_t natural_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, const uint64_t* keys, int threads) {
     T* buffer = static_cast<T*>(buffer_);
     const auto first = offsets_of(table, n, 1), bytes = offsets_of(table, n, 8);
     parallel_for(n, useful(threads, first[n]), [&](int64_t s) ISA {
         constexpr int CHUNK = Draws<T>::CHUNK;
-        Draws<T> draws(seeds[s]);
+        Draws<T> draws(keys[s]);
         for (int64_t chunk = 0; chunk < table[s].numel; chunk += CHUNK) {
             const int64_t count = std::min<int64_t>(CHUNK, table[s].numel - chunk);
             T* p = buffer + table[s].start + chunk;

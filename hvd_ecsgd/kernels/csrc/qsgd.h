@@ -37,14 +37,14 @@ inline std::vector<int64_t> code_offsets(const Segment* table, int64_t n, int bi
 }
 
 template <class T>
-int64_t qsgd_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, const uint64_t* seeds, int64_t levels, int64_t bucket, int bits,
+int64_t qsgd_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, const uint64_t* keys, int64_t levels, int64_t bucket, int bits,
                      int largest, int threads) {
     T* buffer = static_cast<T*>(buffer_);
     const auto rows = offsets_of(table, n, bucket), bytes = code_offsets(table, n, bits);
     uint8_t* codes_of_all = payload + rows[n] * sizeof(T);
     parallel_for(n, useful(threads, elements(table, n)), [&](int64_t s) ISA {
         constexpr int CHUNK = Draws<T>::CHUNK;
-        Draws<T> draws(seeds[s]);
+        Draws<T> draws(keys[s]);
         T uniform[CHUNK + 64];
         uint8_t codes[CHUNK + 64];
         T* p = buffer + table[s].start;

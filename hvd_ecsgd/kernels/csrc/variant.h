@@ -3,7 +3,7 @@
 
 #include "whole_tensors.h"
 
-#include "twister.h"
+#include "draws.h"
 
 #include "sign.h"
 
