@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..arguments import check_choice, check_flag
-from ..kernels import all_finite, native_for
+from ..kernels import all_finite, kernels_for
 from ..segments import Key, Segments
 from .base import Operator, check_payload
 from .identity import Identity
@@ -53,7 +53,7 @@ class Cast(Operator):
         payload = segments.scratch(self.dtype)
         info = torch.finfo(self.dtype)
         limit = info.max / key.size * (1 - info.eps) if self.saturate else math.inf  # rounding must not push it back over
-        if native := native_for(buffer, segments, "cast"):
+        if native := kernels_for(buffer, segments, "cast"):
             native.cast_extract_(payload, limit)
             return payload
         at = 0
@@ -66,6 +66,6 @@ class Cast(Operator):
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, self.dtype, segments.numel, "cast")
-        if native := native_for(out, segments, "cast"):
+        if native := kernels_for(out, segments, "cast"):
             return native.cast_decode_(payload, alpha, add)
         _PLAIN.decode_(out, payload, segments, key, alpha, add=add)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import all_finite, draws, native_for, negative, pack_bits, unpack_bits
+from ..kernels import all_finite, draws, kernels_for, negative, pack_bits, unpack_bits
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, check_payload, contraction
 
@@ -53,7 +53,7 @@ class Natural(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
-        if native := native_for(buffer, segments, "natural"):
+        if native := kernels_for(buffer, segments, "natural"):
             native.natural_extract_(payload, [key.bits(s, "powers") for s in segments])
             return payload
         first, at = 0, segments.numel
@@ -72,7 +72,7 @@ class Natural(BytePayload):
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "natural")
-        if native := native_for(out, segments, "natural"):
+        if native := kernels_for(out, segments, "natural"):
             return native.natural_decode_(payload, alpha, add)
         if not add:
             segments.zero_(out)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from ..arguments import check_choice, check_integer
-from ..kernels import all_finite, native_for, pack_codes, uniform, unpack_codes
+from ..kernels import all_finite, kernels_for, pack_codes, uniform, unpack_codes
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, check_payload, contraction, n_rows, rows, warn_once
 
@@ -74,7 +74,7 @@ class QSGD(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
-        if native := native_for(buffer, segments, "qsgd"):
+        if native := kernels_for(buffer, segments, "qsgd"):
             keys = [key.bits(s, "levels") for s in segments]
             native.qsgd_extract_(payload, keys, self.levels, self.bucket, self.bits, self.norm == "max")
             return payload
@@ -100,7 +100,7 @@ class QSGD(BytePayload):
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "qsgd")
-        if native := native_for(out, segments, "qsgd"):
+        if native := kernels_for(out, segments, "qsgd"):
             return native.qsgd_decode_(payload, self.levels, self.bucket, self.bits, alpha, add)
         if not add:
             segments.zero_(out)

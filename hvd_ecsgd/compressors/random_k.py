@@ -9,7 +9,7 @@ import torch
 
 from ..arguments import check_flag, check_ratio
 from ..errors import CompressionError
-from ..kernels import native_for
+from ..kernels import kernels_for
 from ..protocols import Places
 from ..segments import Key, Segment, Segments
 from .base import FloatPayload, check_payload, distinct_below, kept
@@ -68,7 +68,7 @@ class RandomK(FloatPayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.empty(self.payload_size(segments), dtype=buffer.dtype, device=buffer.device)
-        if not self.unbiased and (native := native_for(buffer, segments, "random_k")):
+        if not self.unbiased and (native := kernels_for(buffer, segments, "random_k")):
             counts = self._counts(segments)
             native.take_(counts, native.random_k(self._keys(segments, key), counts), payload)
             return payload
@@ -87,7 +87,7 @@ class RandomK(FloatPayload):
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, segments.dtype, self.payload_size(segments), "random_k")
-        if native := native_for(out, segments, "random_k"):
+        if native := kernels_for(out, segments, "random_k"):
             counts = self._counts(segments)
             return native.decode_at_(counts, native.random_k(self._keys(segments, key), counts), payload, alpha, add)
         if not add:
@@ -99,7 +99,7 @@ class RandomK(FloatPayload):
             at += positions.numel()
 
     def places(self, payload: torch.Tensor, segments: Segments, key: Key) -> Places:
-        if native := native_for(None, segments, "random_k") if segments.device.type == "cpu" else None:
+        if native := kernels_for(None, segments, "random_k"):
             return Places(self._counts(segments), native.random_k(self._keys(segments, key), self._counts(segments)))
         positions = [self._positions(s, key, segments.device) for s in segments]
         return Places(self._counts(segments), torch.cat(positions).to(torch.int32))

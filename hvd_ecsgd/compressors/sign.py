@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from ..arguments import check_choice, check_integer
-from ..kernels import Native, all_finite, native_for, negative, pack_bits, signs, unpack_bits
+from ..kernels import Kernels, all_finite, kernels_for, negative, pack_bits, signs, unpack_bits
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, check_payload, n_rows, rows, warn_once
 
@@ -89,9 +89,9 @@ class Sign(BytePayload):
     def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
         return all_finite(self._scales(payload, segments)[0])
 
-    def _native(self, buffer: torch.Tensor, segments: Segments) -> Native | None:
+    def _native(self, buffer: torch.Tensor, segments: Segments) -> Kernels | None:
         """Blocks that share bytes are compiled as long as they fit into a cache."""
-        return native_for(buffer, segments, "one_bit") if self.block is None or self.block % 8 == 0 or self.block <= 2**12 else None
+        return kernels_for(buffer, segments, "one_bit") if self.block is None or self.block % 8 == 0 or self.block <= 2**12 else None
 
     def _rows(self, view: torch.Tensor, bits: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         width = view.numel() if self.block is None else self.block

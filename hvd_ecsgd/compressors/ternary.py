@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from ..arguments import check_choice
-from ..kernels import all_finite, native_for, negative, pack_codes, unpack_codes
+from ..kernels import all_finite, kernels_for, negative, pack_codes, unpack_codes
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, check_payload, warn_once
 
@@ -43,7 +43,7 @@ class Ternary(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
-        if native := native_for(buffer, segments, "ternary"):
+        if native := kernels_for(buffer, segments, "ternary"):
             native.ternary_extract_(payload, self.scale == "l2")
             return payload
         scales, at = self._scales(payload, segments)
@@ -61,7 +61,7 @@ class Ternary(BytePayload):
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "ternary")
-        if native := native_for(out, segments, "ternary"):
+        if native := kernels_for(out, segments, "ternary"):
             return native.ternary_decode_(payload, alpha, add)
         if not add:
             segments.zero_(out)

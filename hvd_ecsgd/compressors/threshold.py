@@ -10,7 +10,7 @@ import torch
 
 from ..arguments import check_flag, check_number, check_ratio
 from ..errors import CompressionError
-from ..kernels import all_finite, check_positions, native_for, pack_codes, unpack_codes
+from ..kernels import all_finite, check_positions, kernels_for, pack_codes, unpack_codes
 from ..protocols import Places
 from ..segments import Key, Segment, Segments, aligned
 from .base import BytePayload, below, check_payload, kept
@@ -58,7 +58,7 @@ class Threshold(BytePayload):
                     f"threshold: parameter '{s.name}' has {s.numel} elements; positions are sent as int32, so at most {_MAX_SEGMENT - 1} are "
                     "supported."
                 )
-        native = native_for(buffer, segments, "threshold")
+        native = kernels_for(buffer, segments, "threshold")
         if native and not self.two_bits:
             counted, at = native.threshold(*self._draws(segments, key))
             payload = self._empty_payload(counted.tolist(), segments)
@@ -90,7 +90,7 @@ class Threshold(BytePayload):
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         sent, positions, packed, counts = self._parts(payload, segments)
-        native = native_for(out, segments, "threshold")
+        native = kernels_for(out, segments, "threshold")
         if native and not self.two_bits:
             return native.decode_at_(np.array(counts, np.int64), positions, sent, alpha, add)
         if not add:
@@ -161,7 +161,7 @@ class Threshold(BytePayload):
 
     def _positions(self, buffer: torch.Tensor, segments: Segments, key: Key) -> list[torch.Tensor]:
         """What is chosen of each segment: ascending positions."""
-        if native := native_for(buffer, segments, "threshold"):
+        if native := kernels_for(buffer, segments, "threshold"):
             counts, positions = native.threshold(*self._draws(segments, key))
             stops = np.cumsum(counts).tolist()
             return [positions[start:stop].long() for start, stop in zip([0, *stops], stops)]

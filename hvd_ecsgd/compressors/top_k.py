@@ -9,7 +9,7 @@ import torch
 
 from ..arguments import check_integer, check_ratio
 from ..errors import CompressionError
-from ..kernels import all_finite, check_positions, native_for, top_k_indices
+from ..kernels import all_finite, check_positions, kernels_for, top_k_indices
 from ..protocols import Places
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, check_payload, kept
@@ -50,7 +50,7 @@ class TopK(BytePayload):
                 raise CompressionError(
                     f"top_k: parameter '{s.name}' has {s.numel} elements; positions are sent as int32, so at most {_MAX_SEGMENT - 1} are supported."
                 )
-        if native := native_for(buffer, segments, "top_k"):
+        if native := kernels_for(buffer, segments, "top_k"):
             counts = self._counts(segments)
             native.top_k(counts, positions)
             native.take_(counts, positions, values)
@@ -70,7 +70,7 @@ class TopK(BytePayload):
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "top_k")
         values, positions = self._parts(payload, segments)
-        if native := native_for(out, segments, "top_k"):
+        if native := kernels_for(out, segments, "top_k"):
             return native.decode_at_(self._counts(segments), positions, values, alpha, add)
         if not add:
             segments.zero_(out)

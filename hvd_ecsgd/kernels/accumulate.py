@@ -58,10 +58,12 @@ class Addition:
                 self.buffer.add_(self.momentum, alpha=self.of_momentum)
             else:
                 torch.mul(self.momentum, self.of_momentum, out=self.buffer)
-        if self.gradient and self.carry:
+        if self.gradient and (self.carry or self.momentum is not None):
             torch._foreach_add_(views(self.buffer), list(gradients), alpha=self.gradient)
         elif self.gradient:
             torch._foreach_copy_(views(self.buffer), list(gradients))
+            if self.gradient != 1.0:
+                self.buffer.mul_(self.gradient)
         if self.gradient and self.decay:
             torch._foreach_add_(views(self.buffer), list(parameters), alpha=self.decay)
         return True
@@ -93,8 +95,9 @@ class Addition:
 
     def _compiled(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> bool | None:
         """What the compiled kernel says; None where the reference is to run."""
-        kernels = native.native_for(self.buffer, self.segments, "accumulate")
-        kind, point_kind = native.common_type(gradients), native.common_type(parameters if self.decay else gradients)
+        kernels = native.kernels_for(self.buffer, self.segments, "accumulate")
+        of = self.buffer.device
+        kind, point_kind = native.common_type(gradients, of), native.common_type(parameters if self.decay else gradients, of)
         flat = [t for t in (self.momentum, self.displacement) if t is not None]
         if kernels is None or kind is None or point_kind is None or not all(t.dtype == self.buffer.dtype and t.is_contiguous() for t in flat):
             return None

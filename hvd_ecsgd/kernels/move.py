@@ -18,7 +18,7 @@ def move_(targets: Sequence[torch.Tensor], update: torch.Tensor, segments: Segme
 
     `targets`: a tensor by segment. The bits are those of subtracting all of an update that is zero elsewhere.
     """
-    kernels = native.native_for(update, segments, "update") if native.writable(targets, segments) else None
+    kernels = native.kernels_for(update, segments, "update") if native.writable(targets, segments) else None
     if kernels is not None:
         kernels.move_(places.counts, places.positions, targets)
         native.raise_versions(targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,10 +11,12 @@ import torch
 
 from ..errors import CompressionError
 from ..segments import Segments
-from . import library, reference
+from . import cuda, library, reference
+from .cuda import Cuda
 from .library import Library
 
-__all__ = ["Native", "all_finite", "common_type", "fingerprint", "forced", "native_for", "native_library", "raise_versions", "writable"]
+__all__ = ["Kernels", "Native", "all_finite", "common_type", "fingerprint", "forced", "kernels_for", "native_for", "native_library", "raise_versions",
+           "writable"]  # fmt: skip
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _BUFFERS = (torch.float32, torch.float64)
@@ -46,10 +49,7 @@ class Native:
         result = self._library.call(name, *arguments, self._threads)
         if result < 0:
             segment = self._segments.table[-1 - result]
-            raise CompressionError(
-                f"{self._who}: the payload's positions for parameter '{segment.name}' must ascend below its {segment.numel} elements, and do not: it "
-                "was damaged on its way, or comes from ranks with other settings."
-            )
+            raise reference.damaged_positions(segment, segment.numel, self._who)
         return result
 
     def sign_extract_(self, payload: torch.Tensor, l2: bool, block: int | None) -> None:
@@ -187,8 +187,8 @@ class Native:
 
 
 def writable(tensors: Sequence[torch.Tensor], segments: Segments) -> bool:
-    """By compiled kernels, as they are: of the segments' type, on the CPU, and in one piece."""
-    return common_type(tensors) == segments.dtype and all(t.is_contiguous() for t in tensors)
+    """By compiled kernels, as they are: of the segments' type, on their device, and in one piece."""
+    return common_type(tensors, segments.device) == segments.dtype and all(t.is_contiguous() for t in tensors)
 
 
 def raise_versions(tensors: Sequence[torch.Tensor]) -> None:
@@ -197,14 +197,18 @@ def raise_versions(tensors: Sequence[torch.Tensor]) -> None:
         t.detach().view(-1)[:0].zero_()
 
 
-def common_type(tensors: Sequence[torch.Tensor]) -> torch.dtype | None:
-    """That of all of them, where compiled kernels can read them: strided, on the CPU."""
-    types = {t.dtype if t.device.type == "cpu" and t.layout is torch.strided else None for t in tensors}
+def common_type(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.dtype | None:
+    """That of all of them, where compiled kernels can read them: strided, on this device."""
+    types = {t.dtype if t.device == device and t.layout is torch.strided else None for t in tensors}
     kind = types.pop() if len(types) == 1 else None
     return kind if kind in _TYPES else None
 
 
+Kernels = Native | Cuda
+
 _library: Library | None = library.from_environment()
+_on_gpus = os.environ.get("HVD_ECSGD_KERNELS") != "reference"
+_interpreted = False
 
 
 def native_library() -> Library | None:
@@ -224,6 +228,18 @@ def native_for(buffer: torch.Tensor | None, segments: Segments, who: str) -> Nat
     return Native(_library, buffer, segments, who)
 
 
+def kernels_for(buffer: torch.Tensor | None, segments: Segments, who: str) -> Kernels | None:
+    """As `native_for`, on a GPU too."""
+    device = segments.device if buffer is None else buffer.device
+    if device.type != "cuda" and not _interpreted:
+        return native_for(buffer, segments, who)
+    if not (_on_gpus and segments.dtype in _BUFFERS and cuda.available()):
+        return None
+    if buffer is not None and (buffer.dtype != segments.dtype or not buffer.is_contiguous()):
+        return None
+    return Cuda(buffer, segments, who)
+
+
 def all_finite(t: torch.Tensor) -> bool:
     """True when no element of the floating-point `t` is inf or NaN. One pass over `t` without temporaries in the usual case."""
     if _library is None or t.device.type != "cpu" or t.dtype not in _TYPES or not t.is_contiguous():
@@ -241,11 +257,14 @@ def fingerprint(t: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def forced(kernels: Library | None) -> Iterator[None]:
-    """For tests and benchmarks: these kernels in place of those that the environment chose; None for the reference."""
-    global _library
-    before, _library = _library, kernels
+def forced(kernels: Library | type[Cuda] | None) -> Iterator[None]:
+    """For tests and benchmarks: these kernels in place of those that the environment chose; None for the reference. `Cuda` on the CPU is for Triton's
+    interpreter (TRITON_INTERPRET=1 from the start of the process)."""
+    global _library, _on_gpus, _interpreted
+    before = _library, _on_gpus, _interpreted
+    _on_gpus = _interpreted = kernels is Cuda
+    _library = kernels if isinstance(kernels, Library) else None
     try:
         yield
     finally:
-        _library = before
+        _library, _on_gpus, _interpreted = before

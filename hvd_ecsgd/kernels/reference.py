@@ -10,8 +10,17 @@ import torch
 from ..errors import CompressionError
 from ..segments import Segment
 
-__all__ = ["all_finite", "check_positions", "check_rows", "column_sums", "column_sums_size", "draws", "fingerprint", "negative", "pack_bits", "pack_codes",
+__all__ = ["all_finite", "check_positions", "check_rows", "column_sums", "column_sums_size", "damaged_positions", "draws", "fingerprint", "negative",
+           "pack_bits", "pack_codes",
            "signs", "top_k_indices", "top_k_rows", "uniform", "unpack_bits", "unpack_codes"]  # fmt: skip
+
+
+def damaged_positions(segment: Segment, numel: int, who: str) -> CompressionError:
+    """What is wrong with positions of a payload that do not ascend from 0 and below `numel`."""
+    return CompressionError(
+        f"{who}: the payload's positions for parameter '{segment.name}' must ascend below {numel} elements, and do not: it was damaged on its "
+        "way, or comes from ranks with other settings."
+    )
 
 
 def check_rows(positions: torch.Tensor, numel: int, segment: Segment, who: str) -> None:
@@ -20,10 +29,7 @@ def check_rows(positions: torch.Tensor, numel: int, segment: Segment, who: str) 
         return
     first, last = int(positions[:, 0].min()), int(positions[:, -1].max())
     if first < 0 or last >= numel or not bool((positions[:, 1:] > positions[:, :-1]).all()):
-        raise CompressionError(
-            f"{who}: the payload's positions for parameter '{segment.name}' must ascend below {numel} elements, and do not: it was damaged on its "
-            "way, or comes from ranks with other settings."
-        )
+        raise damaged_positions(segment, numel, who)
 
 
 def check_positions(positions: torch.Tensor, segment: Segment, who: str) -> None:

@@ -14,7 +14,7 @@ __all__ = ["shift_", "sums_of"]
 
 def shift_(parameters: Sequence[torch.Tensor], segments: Segments, x: torch.Tensor, t: torch.Tensor, factor: float) -> list[torch.Tensor]:
     """parameters ← x − factor·t, for flat x and t; returns `column_sums` of each as it is then."""
-    kernels = native.native_for(x, segments, "shift") if native.writable(parameters, segments) and t.dtype == x.dtype and t.is_contiguous() else None
+    kernels = native.kernels_for(x, segments, "shift") if native.writable(parameters, segments) and t.dtype == x.dtype and t.is_contiguous() else None
     if kernels is None:
         torch._foreach_copy_(list(parameters), segments.shaped_views(x))
         torch._foreach_add_(list(parameters), segments.shaped_views(t), alpha=-factor)
@@ -26,5 +26,5 @@ def shift_(parameters: Sequence[torch.Tensor], segments: Segments, x: torch.Tens
 
 def sums_of(parameters: Sequence[torch.Tensor], segments: Segments) -> list[torch.Tensor]:
     """`column_sums` of each."""
-    kernels = native.native_for(None, segments, "shift") if native.writable(parameters, segments) else None
+    kernels = native.kernels_for(None, segments, "shift") if native.writable(parameters, segments) else None
     return [reference.column_sums(p) for p in parameters] if kernels is None else kernels.shift_(parameters)
