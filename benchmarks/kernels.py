@@ -6,8 +6,8 @@
 A step is accumulate, extract, send to oneself and decode, through `GradientExchange`, as a training loop of one's own calls it. Native and reference
 steps, and T, take turns, so that what else the machine does meets all of them alike; given are the median, and in JSON the quartiles and the least.
 GB/s is the gradient's bytes by time, beside those of a copy. `of copy`: the three accesses of e += g, which every step makes at least, by the step's
-time, as a share of the bandwidth that a copy was measured to have. `--device cuda`: torch on the GPU, for which there are no compiled kernels; a step
-ends when the GPU has done its work. `--output NAME` writes NAME.json, and NAME.png where matplotlib is installed.
+time, as a share of the bandwidth that a copy was measured to have. `--device cuda`: on a GPU, with Triton's kernels as native; times are
+of its events. `--output NAME` writes NAME.json, and NAME.png where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 from hvd_ecsgd import Compression, GradientExchange
 from hvd_ecsgd.compressors import Natural, Ternary
-from hvd_ecsgd.kernels import native
+from hvd_ecsgd.kernels import cuda, native
 
 METHODS: dict[str, Callable[[], Any]] = {
     "random_block": lambda: Compression.random_block(64),
@@ -38,6 +38,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "double_squeeze": lambda: Compression.double_squeeze(),
     "top_k by block": lambda: Compression.top_k(100, block=512),
     "power_sgd": lambda: Compression.power_sgd(1),
+    "power_sgd 4": lambda: Compression.power_sgd(4),
     "ternary": lambda: Compression.ternary(),
     "ternary double_squeeze": lambda: Compression.double_squeeze(Ternary("l1")),
     "qsgd": lambda: Compression.qsgd(),
@@ -66,13 +67,25 @@ QUARTERS = 4
 
 
 def timed(f: Callable[[], object], device: torch.device) -> float:
-    """In seconds."""
-    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else int
-    wait()
+    """In seconds; on a GPU between two of its events."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        f()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
     f()
-    wait()
     return time.perf_counter() - start
+
+
+def compiled(device: torch.device) -> Any:
+    """The kernels for the device; None where there are none."""
+    if device.type == "cuda":
+        return cuda.Cuda if cuda.available() else None
+    return native.native_library()
 
 
 def spread(times: list[float]) -> dict[str, float]:
@@ -105,21 +118,22 @@ class Stepper:
         return (wrong / of) ** 0.5 if of else 0.0
 
 
-def measure(name: str, numel: int, repeat: int, device: torch.device, distribution: str) -> dict[str, Any]:
-    """A row of the table: times of native and reference, of T and of a copy."""
+def measure(name: str, numel: int, repeat: int, device: torch.device, distribution: str, reference: bool = True) -> dict[str, Any]:
+    """A row of the table: times of native and reference (`reference` False: only where there is no native), of T and of a copy."""
     side = max(2, int((numel / LAYERS) ** 0.5))
-    generator = torch.Generator().manual_seed(0)
-    gradients = [DISTRIBUTIONS[distribution](torch.randn(side, side, generator=generator), generator).to(device) for _ in range(LAYERS)]
+    generator = torch.Generator(device=device).manual_seed(0)
+    gradients = [DISTRIBUTIONS[distribution](torch.randn(side, side, device=device, generator=generator), generator) for _ in range(LAYERS)]
     flat, other = (torch.zeros(side * side * LAYERS, device=device) for _ in range(2))
-    kinds = {"native": native.native_library() if device.type == "cpu" else None, "reference": None}
-    steppers = {kind: Stepper(METHODS[name](), gradients, library) for kind, library in kinds.items() if kind == "reference" or library is not None}
+    library = compiled(device)
+    kinds = {**({"native": library} if library else {}), **({"reference": None} if reference or not library else {})}
+    steppers = {kind: Stepper(METHODS[name](), gradients, library) for kind, library in kinds.items()}
     times: dict[str, list[float]] = {kind: [] for kind in (*steppers, "T", "copy")}
     for i in range(repeat + 1):
         round_of = {"T": timed(lambda: flat.add_(other), device), "copy": timed(lambda: other.copy_(flat), device)}
         round_of |= {kind: timed(step, device) for kind, step in steppers.items()}
         for kind, seconds in round_of.items() if i else ():  # the first step allocates
             times[kind].append(seconds)
-    step = steppers.get("native", steppers["reference"])
+    step = steppers.get("native") or steppers["reference"]
     one = statistics.median(times["T"])
     n_bytes = flat.nbytes
     row: dict[str, Any] = {"method": name, "seconds": {kind: spread(t) for kind, t in times.items()}, "error": step.error()}
@@ -171,9 +185,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--only: {unknown[0]!r} is none of {', '.join(METHODS)}")
     torch.set_num_threads(given.threads)
     device = torch.device(given.device)
-    library = native.native_library() if device.type == "cpu" else None
+    library = compiled(device)
+    variant = "Triton" if library is cuda.Cuda else library.variant if library else None
     where = "" if device.type == "cpu" else f" on {given.device}"
-    print(f"{given.numel / 1e6:g} M float32{where}, {given.threads} thread(s), kernels: {library.variant if library else 'reference only'}")
+    print(f"{given.numel / 1e6:g} M float32{where}, {given.threads} thread(s), kernels: {variant or 'reference only'}")
     print(f"{'method':24}{'native':>9}{'target':>8}{'reference':>11}{'copy':>7}  T   {'GB/s':>6}{'copy':>6}{'of copy':>9}{'error':>8}{'bytes':>12}")
     rows = []
     for name in chosen:
@@ -193,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
             "device": given.device,
             "distribution": given.distribution,
             "threads": given.threads,
-            "variant": library.variant if library else None,
+            "variant": variant,
             "torch": torch.__version__,
         }
         given.output.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1))

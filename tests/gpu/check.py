@@ -107,29 +107,51 @@ def ranks(name: str, n: int, program: str, device: str, only: Sequence[str], lim
     return Part(name, f"mpirun -n {n} python {path} {' '.join([device, *only])}", limit, run)
 
 
-def bench(device: str, short: bool) -> Part:
-    command = [sys.executable, "benchmarks/kernels.py", "--device", device]
+def kernels(device: str, short: bool) -> Part:
+    """Selection, packing and random bits of the kernels for GPUs, beside the reference on the CPU."""
+    command = [sys.executable, "tests/gpu/program_kernels.py", device, *(["--short"] if short or device == "cpu" else [])]
+
+    def run(seconds: float) -> dict[str, Any]:
+        import importlib.util
+
+        if importlib.util.find_spec("triton") is None:
+            raise NotRun("Triton is not installed: what runs on a GPU is the reference, in torch")
+        rows = json.loads(re.findall(r"^RESULT (.*)$", started(command, seconds), re.MULTILINE)[-1])
+        control = rows.pop("broken")
+        if wrong := [f"{name}: {what[:3]}" for name, what in rows.items() if what]:
+            raise Failed(f"{len(wrong)} of {len(rows)} checks: " + "; ".join(wrong[:5]))
+        if not isinstance(control, dict) or not all(control.values()):
+            raise Failed(f"kernels that are wrong were not found to be: {control}")
+        return {"checks": len(rows), "controls": len(control)}
+
+    return Part("kernels, bit by bit", " ".join(command), 150, run)
+
+
+def gpu_bench(device: str, short: bool) -> Part:
+    command = [sys.executable, "benchmarks/gpu.py", "--device", device]
 
     def run(seconds: float) -> dict[str, Any]:
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
-            started([*command, *(["--short"] if short else []), "--output", f"{folder}/kernels"], seconds)
-            rows = json.loads((Path(folder) / "kernels.json").read_text())["rows"]
-        steps = {row["method"]: {"in T": row["T"].get("native", row["T"]["reference"]), "of copy": max(row["of copy"].values())} for row in rows}
-        return {"copy in GB/s": 2 * rows[0]["GB/s"]["copy"], "steps": steps}
+            started([*command, *(["--short"] if short else []), "--seconds", f"{0.6 * seconds:.0f}", "--output", f"{folder}/gpu.json"], seconds)
+            found = json.loads((Path(folder) / "gpu.json").read_text())
+        steps = {f"{name}, {int(n) / 1e6:g} M": row for n, size in found["sizes"].items() for name, row in size["steps"].items()}
+        rate = max(size["copy"]["GB/s"] for size in found["sizes"].values())
+        return {"copy in GB/s": rate, "kernels": sum(len(s["kernels"]) for s in found["sizes"].values()), "steps": steps, "rows": found}
 
-    return Part("kernels", " ".join([*command, *(["--short"] if short else [])]), 90, run)
+    return Part("kernels, how fast", " ".join([*command, *(["--short"] if short else [])]), 130, run)
 
 
 def parts_of(device: str, short: bool) -> list[Part]:
     only = SHORT if short else ()
     return [
         tests_that_skip(device),
-        ranks("every method, 2 ranks", 2, "program_methods", device, only, 130),
-        ranks("every method, 3 ranks", 3, "program_methods", device, only, 130),
+        kernels(device, short),
+        ranks("every method, 2 ranks", 2, "program_methods", device, only, 110),
+        ranks("every method, 3 ranks", 3, "program_methods", device, only, 110),
         ranks("streams, autocast, scaler", 2, "program_training", device, only, 70),
-        bench(device, short),
+        gpu_bench(device, short),
     ]
 
 

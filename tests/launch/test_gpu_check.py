@@ -26,7 +26,7 @@ def test_without_a_gpu_it_says_so_of_each_part(tmp_path: Path) -> None:
     done = script("--output", str(tmp_path / "found.json"))
     assert done.returncode == 2, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found["parts"]) == 5 and found["machine"]["torch"] == torch.__version__
+    assert len(found["parts"]) == 6 and found["machine"]["torch"] == torch.__version__
     for part in found["parts"]:
         assert part["result"] == "not run" and part["said"].startswith("no GPU")
         assert any(line.startswith(part["name"]) and "no GPU" in line for line in done.stdout.splitlines())
@@ -90,3 +90,26 @@ def test_what_ranks_found_wrong_is_told(printed: str, told: str, monkeypatch: py
     monkeypatch.setattr("tests.ranks.mpirun", lambda *given, **options: f"a warning\nRESULT {printed}\n")
     with pytest.raises(check.Failed, match=told):
         check.ranks("", 2, "program_methods", "cpu", [], 60).run(60)
+
+
+def test_the_benchmark_of_kernels_runs_on_the_cpu_in_the_gpus_place() -> None:
+    figures = check.gpu_bench("cpu", True).run(100)
+    assert figures["kernels"] == 19 and figures["copy in GB/s"] > 0 and figures["rows"]["left out"] == []
+    assert {name.split(",")[0] for name in figures["steps"]} >= {"random_block", "one_bit", "top_k", "power_sgd 4"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ({"Sign()": ["codes"], "broken": {"a": ["x"]}}, r"1 of 1 checks: Sign\(\): \['codes'\]"),
+        ({"Sign()": [], "broken": {"a": []}}, "were not found to be"),
+    ],
+)
+def test_kernels_that_differ_are_told(rows: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(check, "started", lambda command, seconds: f"a warning\nRESULT {json.dumps(rows)}\n")
+    with pytest.raises(check.Failed, match=told):
+        check.kernels("cuda", False).run(60)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(check.NotRun, match="Triton is not installed"):
+        check.kernels("cuda", False).run(60)
