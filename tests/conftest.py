@@ -21,7 +21,7 @@ OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability-table", action="store_true", help="write the table of docs/reliability.md anew from what the tests find")
-    parser.addoption("--roads-table", action="store_true", help="write the table of docs/roads.md anew from what the tests find")
+    parser.addoption("--roads-table", action="store_true", help="write the tables of docs/roads.md anew from what the tests find")
     parser.addoption("--full", action="store_true", help="also run the tests that take minutes (marked `full`)")
 
 
