@@ -64,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizer": {"compression", *IN_CORE, *BELOW_CORE},
     "torch_backend": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "ddp": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
+    "fsdp": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "gradient_exchange": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "advisor": {"gradient_exchange", "optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "doctor": {"compression", *IN_CORE, *BELOW_CORE},

@@ -1,0 +1,327 @@
+"""FSDP2 with replicas: shards that fully_shard has made are exchanged between groups of processes, by any method in units of gradients.
+
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+fully_shard(model, mesh=mesh["shard"])
+hook = hvd_ecsgd.fsdp.register(model, Compression.double_squeeze(), mesh["replicate"])
+hook.attach(optimizer)
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from .compression import AnyCompression, bind
+from .core.aggregator import Aggregator
+from .core.agreement import in_common_order
+from .core.attached import Attached
+from .core.bucket import Bucket
+from .core.gradients import take_
+from .core.state import MethodState
+from .core.step_hooks import claim
+from .errors import CompressionError, DisagreementError, SequenceError
+from .optimizer.distributed import BUCKET_BYTES
+from .optimizer.executor import Inline
+from .optimizer.step import Outcome, Phase, StepExchange
+from .protocols import GroupSettings
+from .transport.torch_dist import TorchTransport
+
+__all__ = ["FSDPHook", "register"]
+
+
+def register(model: FSDPModule, compression: AnyCompression, replicate: DeviceMesh) -> FSDPHook:
+    """Exchange the gradients of `model`'s shards over `replicate`, a mesh of one dimension, from now on. Collective. Raises as `FSDPHook` does."""
+    return FSDPHook(model, compression, replicate)
+
+
+class _Shard:
+    """A parameter's part on this process, as the method knows it: a plain parameter over the same memory."""
+
+    def __init__(self, name: str, whole: torch.nn.Parameter) -> None:
+        tensor: Any = whole
+        place, size = tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()
+        self.name = f"{name}.shard{place}of{size}"
+        self.whole = whole
+        self.part = torch.nn.Parameter(tensor.to_local().detach())
+        self.written: tuple[torch.Tensor, int] | None = None
+        """The mean that was written last, and its version then."""
+
+    def gradient(self) -> torch.Tensor:
+        """What the backward pass has left in `grad`: of the mean over the processes that hold the other shards."""
+        gradient: Any = self.whole.grad
+        local: torch.Tensor = gradient.to_local()
+        if self.written is not None and self.written[0] is gradient._local_tensor and gradient._local_tensor._version == self.written[1] + 1:
+            raise SequenceError(
+                f"the gradient of '{self.name}' was added to the mean of an earlier backward pass. Call optimizer.zero_grad() between two, and "
+                "accumulate by model.set_requires_gradient_sync(False), which keeps gradients until the last pass."
+            )
+        return local
+
+    def write(self, mean: torch.Tensor) -> None:
+        """Put the mean over replicas in place of the gradient."""
+        held: Any = self.whole.grad
+        tensor: Any = self.whole
+        if held is None:  # no process of this replica uses the parameter, one of another does
+            self.whole.grad = held = DTensor.from_local(
+                torch.zeros_like(self.part), tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+            )
+        held._local_tensor.copy_(mean)
+        self.written = held._local_tensor, held._local_tensor._version
+
+
+class FSDPHook:
+    """Feeds the shards' gradients to the exchange, as the backward pass of `model` reduces them, and puts the means over replicas there. Collective.
+
+    After `backward()` the mean over all processes is in `p.grad`. A step in which an inf or NaN comes to some process is undone on those with the
+    same shard: `p.grad` is NaN then, and None once the optimizer steps; processes with other shards go on where it did not come to them. State is
+    kept by parameter and shard (`'0.weight.shard1of2'`), in units of gradients that are the mean over the shards' processes.
+
+    Raises `CompressionError` where `model` was not given to `fully_shard`, or with another mesh than one of one dimension; where `replicate` is not
+    the other dimension; for parameters that are no DTensors on the CPU; and for methods that apply the update themselves.
+    """
+
+    def __init__(self, model: FSDPModule, compression: AnyCompression, replicate: DeviceMesh) -> None:
+        self._shards = _shards_of(model)
+        _check_replicate(self._shards[0], replicate)
+        self.compression = bind(compression, [(s.name, s.part) for s in self._shards])
+        if self.compression.method.feedback.takes.update:
+            raise CompressionError(
+                f"register(): {self.compression.method.feedback} applies the update itself, and FSDP2's optimizer steps on shards of DTensors; use a "
+                "method in units of gradients (top_k, random_block, one_bit, double_squeeze, power_sgd, …; `hvd-ecsgd methods` names units)."
+            )
+        if self.compression.method.clips:
+            raise CompressionError(
+                "register(): clip_norm and clip_value clip a worker's whole gradient, of which a process holds a shard; use clip_grad_norm_."
+            )
+        self._of = {id(s.part): s for s in self._shards}
+        self._optimizer: torch.optim.Optimizer | None = None
+        transport = TorchTransport.lent(replicate.get_group())
+        state = MethodState(
+            self.compression.method,
+            in_common_order(self.compression.named, transport),
+            rank=transport.rank,
+            size=transport.size,
+            bucket_bytes=BUCKET_BYTES,
+            settings=self._settings,
+            transport=transport,
+        )
+        aggregator = Aggregator(
+            state,
+            also={"optimizer": "FSDP2's hook"},
+            statistics=self.compression.statistics,
+            averages=self.compression.averages,
+        )
+        self.compression.adopt(aggregator, self)
+        self._step = StepExchange(aggregator, transport, Inline(), None, bytes)
+        transport.lend_to(self)
+        self._came: dict[int, torch.Tensor] = {}
+        """Gradients of the step that accumulates, by part."""
+        self._undone = False
+        self._refused: CompressionError | None = None
+        """Raised when the optimizer steps."""
+        for shard in self._shards:
+            shard.whole.register_post_accumulate_grad_hook(partial(self._take, shard))  # type: ignore[no-untyped-call]
+        claim(self)
+
+    # -- Driver ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The one that is attached."""
+        return self._optimizer
+
+    @property
+    def named(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The DTensors, by the names of their shards."""
+        return [(s.name, s.whole) for s in self._shards]
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Of the DTensors."""
+        return frozenset(id(s.whole) for s in self._shards)
+
+    @property
+    def begun(self) -> bool:
+        """A backward pass was broken off."""
+        return self._step.begun or bool(self._came)
+
+    def attach(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Read learning rates live from `optimizer`, which holds the DTensors; `scaler` scales the loss.
+
+        In place of `compression.attach`, which looks for the parts that the method knows. Raises `CompressionError` where the optimizer holds none of
+        the parameters.
+        """
+        if not any(id(p) in self.ids for group in optimizer.param_groups for p in group["params"]):
+            raise CompressionError("attach(): the optimizer holds none of the model's parameters; make it after fully_shard, of model.parameters().")
+        self._optimizer = optimizer
+        self.compression.scaler = scaler if scaler is not None else self.compression.scaler
+
+    def _settings(self, bucket: Bucket) -> GroupSettings:
+        attached: Attached = self.compression.attached
+        if self._optimizer is None:
+            return attached.settings(self.compression.method, bucket)
+        whole = self._of[id(bucket.parameters[0])].whole
+        for g, group in enumerate(self._optimizer.param_groups):
+            if any(p is whole for p in group["params"]):
+                return attached.settings_of(self.compression.method, self._optimizer, g)
+        raise CompressionError(f"parameter '{bucket.segments.names[0]}' is in no param group of the attached optimizer; attach another.")
+
+    def catch_up(self) -> None:
+        """Gradients are accumulated where FSDP2 hands them over."""
+
+    def meet(self, what: str) -> None:
+        """See `Driver`."""
+        self._step.meeting.before(what)
+
+    def discard(self) -> None:
+        """See `Driver`."""
+        if self._step.aggregator.step_is_open:
+            self._step.meeting.before("discard")
+        self._step.discard()
+        self._let_go()
+
+    # -- FSDP2's backward pass ---------------------------------------------------------------------------------------------------
+
+    def _take(self, shard: _Shard, _: torch.Tensor) -> None:
+        """A module's reduce-scatter has put this shard's gradient into `grad`."""
+        if not self._came:
+            self._begin()
+        elif id(shard.part) in self._came:
+            raise SequenceError("a backward pass before this one was broken off, and half of its gradients were sent. Make the model and hook anew.")
+        self._came[id(shard.part)] = shard.gradient()
+        self._submit_ready()
+
+    def _begin(self) -> None:
+        self._raise_refusal()
+        self._step.begin()
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._finish)  # behind FSDP2's own, in which the gradients of its outermost modules come
+
+    def _submit_ready(self) -> None:
+        while (bucket := self._step.next_bucket) is not None and all(id(p) in self._came for p in bucket.parameters):
+            self._step.submit(take_(self._step.aggregator.state, bucket, [self._came[id(p)] for p in bucket.parameters]))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        for shard in self._shards:
+            self._came.setdefault(id(shard.part), torch.zeros_like(shard.part))
+        self._submit_ready()
+        came, self._came = self._came, {}
+        self._step.drain()
+        try:
+            outcome = self._step.complete()
+        except CompressionError as error:
+            if isinstance(error, DisagreementError):
+                raise
+            outcome, self._refused = Outcome.UNDONE, error
+        self._undone = outcome is Outcome.UNDONE
+        if self._undone:
+            for shard in self._shards:
+                shard.write(came[id(shard.part)].fill_(float("nan")))
+            return
+        for bucket, reduction in zip(self._step.aggregator.state.buckets, self._step.results, strict=True):
+            shards = [self._of[id(p)] for p in bucket.parameters]
+            nothing = reduction is None or reduction.out is None or reduction.task.skipped  # learning rate 0, or nothing came
+            means = [torch.zeros_like(s.part) for s in shards] if nothing else bucket.segments.shaped_views(reduction.out)  # type: ignore[union-attr, arg-type]
+            for shard, mean in zip(shards, means, strict=True):
+                if shard.whole.grad is not None or bool(mean.any()):
+                    shard.write(mean)
+        self._step.aggregator.gradients_are_gone()
+
+    # -- the optimizer's step ----------------------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Before the step of an optimizer that holds these parameters: it moves nothing where the step was undone or nothing came."""
+        self._raise_refusal()
+        if self._step.phase is not Phase.EXCHANGED:
+            return
+        if self._undone:
+            self._let_go()
+        for reduction in self._step.reductions:
+            if reduction.task.skipped:
+                for part in reduction.bucket.parameters:
+                    self._of[id(part)].whole.grad = None
+        self._step.forget()
+
+    def _raise_refusal(self) -> None:
+        refused, self._refused = self._refused, None
+        if refused is not None:
+            self._let_go()
+            raise refused
+
+    def _let_go(self) -> None:
+        for shard in self._shards:
+            shard.whole.grad = None
+
+    # -- state -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _key(self) -> str:
+        """What only this process holds."""
+        first: Any = self._shards[0].whole
+        state = self._step.aggregator.state
+        mesh = first.device_mesh
+        return f"shard{mesh.get_local_rank()}of{mesh.size()}.replica{state.rank}of{state.size}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `torch.distributed.checkpoint`: residuals and the like, under a name that only this process uses (`'shard1of2.replica0of2'`).
+
+        `dcp.save({"model": …, "hook": hook.state_dict()})`. To load, `dcp.load` fills such a dictionary, which goes to `load_state_dict`.
+        """
+        packed = io.BytesIO()
+        torch.save(self.compression.state_dict(), packed)
+        return {self._key: packed.getvalue()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned on the same process of as many. Raises `CompressionError` where it is not there, or does not fit."""
+        if self._key not in state:
+            raise CompressionError(
+                f"load_state_dict(): '{self._key}' is not in the state, which holds {', '.join(sorted(state)) or 'nothing'}. Residuals belong to a "
+                "shard of a replica: load with as many shards and replicas as saved it, or start without this state."
+            )
+        self.compression.load_state_dict(torch.load(io.BytesIO(state[self._key]), weights_only=True))
+
+
+def _shards_of(model: FSDPModule) -> list[_Shard]:
+    """Of all trained parameters that are not empty on this process."""
+    if not isinstance(model, FSDPModule) or not isinstance(model, torch.nn.Module):
+        raise CompressionError(f"register(): expected a module after fully_shard, got a {type(model).__name__}. Call fully_shard first.")
+    found = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        tensor: Any = p
+        if not isinstance(tensor, DTensor):
+            raise CompressionError(f"register(): parameter '{name}' is no DTensor, so fully_shard left it out, and nothing exchanges its gradient.")
+        if tensor.device_mesh.ndim != 1 or not isinstance(tensor.placements[0], Shard):
+            raise CompressionError(
+                f"register(): parameter '{name}' lies on {tensor.device_mesh} as {tensor.placements}, and torch exchanges it between replicas by "
+                "itself. Give fully_shard the mesh of one dimension: fully_shard(model, mesh=mesh['shard'])."
+            )
+        if tensor.device.type != "cpu":
+            raise CompressionError(f"register(): parameter '{name}' is on {tensor.device}; the hook exchanges over gloo, for models on the CPU.")
+        if p.grad is not None or getattr(p, "_post_accumulate_grad_hooks", None):
+            raise CompressionError(f"register(): parameter '{name}' has a gradient or a hook already. Register once, before the first backward pass.")
+        if tensor.to_local().numel():
+            found.append(_Shard(name, p))
+    return found
+
+
+def _check_replicate(shard: _Shard, replicate: DeviceMesh) -> None:
+    tensor: Any = shard.whole
+    if not isinstance(replicate, DeviceMesh) or replicate.ndim != 1:
+        raise CompressionError(f"register(): expected the mesh of replicas, of one dimension (mesh['replicate']), got {replicate!r:.100}.")
+    ranks = [set(dist.get_process_group_ranks(mesh.get_group())) for mesh in (tensor.device_mesh, replicate)]
+    if ranks[0] & ranks[1] != {dist.get_rank()}:
+        raise CompressionError(
+            f"register(): this process, {dist.get_rank()}, shares a replica with {sorted(ranks[0])}, and its replicas are to be {sorted(ranks[1])}. "
+            "Give the other dimension of the same mesh: mesh['replicate']."
+        )
