@@ -6,13 +6,16 @@ Models are on the CPU; everything travels over gloo. `mpi_backend` has all of Ho
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from .compression import AnyCompression, Compression
 from .errors import CompressionError, TransportError
@@ -55,6 +58,8 @@ class Operation(Enum):
 
 Average, Sum = Operation.AVERAGE, Operation.SUM
 
+_PATIENCE = 600.0
+"""Seconds."""
 _network: TorchTransport | None = None
 _began = False
 """`init` has initialised torch.distributed, and `shutdown` ends it."""
@@ -62,8 +67,10 @@ _began = False
 
 def init() -> None:
     """Join the job that torchrun has started (its variables RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without one, a job of one process.
+    Ranks that torchrun starts again, as many or fewer or more, find each other, and not those before them.
 
     Where the script has initialised torch.distributed already, among all of its processes. Nothing when it was called before.
+    Raises `TransportError` when the other ranks have not come for ten minutes.
     """
     global _network, _began
     if _network is not None:
@@ -71,10 +78,44 @@ def init() -> None:
     if not dist.is_initialized():
         _began = True
         if "RANK" in os.environ:
-            dist.init_process_group("gloo")
+            store, rank, size = next(rendezvous("env://"))
+            dist.init_process_group("gloo", store=_own_part(store, rank, size), rank=rank, world_size=size)
         else:
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     _network = TorchTransport()
+
+
+def _own_part(store: Any, rank: int, size: int) -> Any:
+    """The part of `store` of the ranks that are here now.
+
+    torchrun hands the same store to ranks that it starts again, where they would find addresses of those before them. Nothing in a process's
+    environment tells all of its starts apart, so rank 0 draws a name, and gives it to whoever asks by a key that was never there before.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + _PATIENCE
+
+    def wait(key: str, meanwhile: Callable[[], None] = lambda: None) -> str:
+        while not store.check([key]):
+            if time.monotonic() > deadline:
+                raise TransportError(f"rank {rank} of {size} has waited {_PATIENCE} s for the others; see whether they all call hvd.init().")
+            meanwhile()
+            time.sleep(0.01)
+        found: bytes = store.get(key)
+        return found.decode()
+
+    def answer() -> None:
+        for other in range(1, size):
+            if store.check([f"asks {other}"]):
+                store.set(f"answer {store.get(f'asks {other}').decode()}", mine)
+
+    if rank == 0:
+        name = mine
+        for other in range(1, size):
+            wait(f"{name} has {other}", answer)
+    else:
+        store.set(f"asks {rank}", mine)
+        name = wait(f"answer {mine}")
+        store.set(f"{name} has {rank}", "")
+    return PrefixStore(name, store)
 
 
 def shutdown() -> None:

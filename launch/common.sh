@@ -224,14 +224,14 @@ setup_venv() {
     allow_root_mpi
 }
 
-# ---- launching: shared by mpirun.sh, horovodrun.sh and slurm/*.sbatch
+# ---- launching: shared by mpirun.sh, horovodrun.sh, torchrun.sh and slurm/*.sbatch
 
 # usage FILE: its header, which is its documentation.
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; }
 
-need_value() {   # the arguments that are left, an option first; what looks like the next option is no value (but for --mpi-args)
+need_value() {   # the arguments that are left, an option first; what looks like the next option is no value (but for --…-args)
     [ "$#" -ge 2 ] || die "$1 needs a value." "See $0 --help."
-    case $1=$2 in --mpi-args=*) ;; *=-*) die "$1 needs a value, and '$2' is an option." "See $0 --help." ;; esac
+    case $1=$2 in --mpi-args=*|--torchrun-args=*) ;; *=-*) die "$1 needs a value, and '$2' is an option." "See $0 --help." ;; esac
 }
 
 switch() {   # $1: value  $2: its variable
@@ -387,12 +387,16 @@ launch() {
 
 # ---- in a Slurm job
 
-# Where there is no job to ask: what the batch file's own #SBATCH lines ask for. Which start works is only known inside of a job.
+# Where there is no job to ask: what the batch file's own #SBATCH lines ask for.
 pretend_job() {
     [ -z "${SLURM_JOB_ID:-}" ] || return 0
     export SLURM_JOB_ID=0 SLURM_JOB_NODELIST='node[0-1]' SLURM_JOB_NUM_NODES=2 SLURM_NTASKS=2 SLURM_SUBMIT_DIR=$PWD
     say "no job, a dry run: sbatch's own options are not seen, and srun is not tried"
-    export START=${START:-auto} START_WITH=${START_WITH:-auto}
+}
+
+# Which start works is only known inside of a job.
+pretend_start() {
+    [ "$SLURM_JOB_ID" = 0 ] || return 0
     if [ "$START" = auto ]; then START=srun; say "START=auto is taken for srun"; fi
     if [ "$START" = srun ] && [ "$START_WITH" = auto ]; then START_WITH=pmix; say "START_WITH=auto is taken for pmix"; fi
 }

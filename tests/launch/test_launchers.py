@@ -1,14 +1,17 @@
-"""launch/mpirun.sh and launch/horovodrun.sh: the command they make for each MPI, with pretended ones; and real jobs."""
+"""launch/mpirun.sh, launch/horovodrun.sh and launch/torchrun.sh: the command they make for each MPI, with pretended ones; and real jobs."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch.test_scripts import REPO, environment, run, stub
@@ -224,6 +227,103 @@ def test_horovodrun(machine: dict[str, str]) -> None:
     expected = """horovodrun --mpi -np 4 --start-timeout 9 -H host-a:2,host-b:2 --network-interfaces ib0 --ssh-port 2222 --fusion-threshold-mb 64
         --cycle-time-ms 2 --timeline-filename t.json --log-level INFO --mpi-args=-v x --y"""
     assert command("horovodrun.sh", machine, *every.split(), "x", "--y") == expected.split()
+
+
+def test_torchrun(machine: dict[str, str], tmp_path: Path) -> None:
+    """The interpreter's own, with the machines that meet, the interface of the route to where, and the processors of a task shared by its ranks."""
+    own = "python -m torch.distributed.run"
+    expected = "--nproc-per-node 2 --max-restarts 0 --standalone --no-python x --y"
+    assert command("torchrun.sh", machine, "x", "--y") == [*own.split(), *expected.split()]
+    every = "-n 3 -N 2:4 -e host-b -r 5 --id job -i eth0 -t 2 --torchrun-args=--rdzv-conf=timeout=9 -- x"
+    expected = """--nproc-per-node 3 --max-restarts 5 --nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint host-b:29400 --rdzv-id job
+        --rdzv-conf=timeout=9 --no-python x"""
+    assert command("torchrun.sh", machine, *every.split()) == [*own.split(), *expected.split()]
+    variables = {"RANKS": "3", "NODES": "2:4", "ENDPOINT": "host-b", "MAX_RESTARTS": "5", "ID": "job", "TORCHRUN_ARGS": "--rdzv-conf=timeout=9"}
+    assert command("torchrun.sh", machine | variables, "x") == [*own.split(), *expected.split()]
+    said = run(["launch/torchrun.sh", "-n", "2", "-N", "2", "-e", "host-b:5", "--dry-run", "x"], machine).stdout
+    assert "2 ranks on this machine, host-a.cluster, of 2 that meet at host-b:5" in said, said
+    assert "network interface: ib0, which the route to host-b (10.1.0.2) takes" in said and "threads of each rank: 4\n" in said, said
+    task = {**machine, "SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "6", "SLURM_JOB_NUM_NODES": "2"}
+    assert "threads of each rank: 3\n" in run(["launch/torchrun.sh", "-n", "2", "-N", "2", "-e", "host-b", "--dry-run", "x"], task).stdout
+    missing = run(["launch/torchrun.sh", "x"], machine)
+    assert missing.returncode == 1 and "error: torch is not installed in" in missing.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-N", "2", "x"], "2 machines need a place to meet."),
+        (["-N", "a", "-e", "b", "x"], "the number of machines is 'a'"),
+        (["-N", "1:0", "-e", "b", "x"], "the number of machines is '0'"),
+        (["-r", "-1", "x"], "-r needs a value, and '-1' is an option."),
+        (["-r", "often", "x"], "the number of restarts (or 0) is 'often'"),
+    ],
+)
+def test_wrong_arguments_of_torchrun_are_worded(arguments: list[str], message: str, machine: dict[str, str]) -> None:
+    done = run(["launch/torchrun.sh", *arguments], machine)
+    assert done.returncode == 1 and f"error: {message}" in done.stdout, done.stdout
+
+
+@pytest.mark.full  # it waits for torchrun half a minute
+def test_killed_ranks_start_again_from_the_checkpoint_and_so_do_fewer(tmp_path: Path) -> None:
+    """By torchrun's own elasticity: one of two ranks is killed, and both start again. Then two launchers, as on two machines, go on with what they
+    have saved, one of these is killed with its rank, and the other one goes on alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = str(REPO / "launch" / "torchrun.sh")
+    script = [sys.executable, str(REPO / "examples" / "digits.py"), "--backend", "torch", "--method", "double_squeeze", "--epochs", "4000"]
+    script += ["--checkpoint", str(tmp_path / "checkpoint")]
+    log = tmp_path / "log"
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(*options: str) -> None:
+        with log.open("ab") as out:
+            started = subprocess.Popen(
+                [launcher, *options, *script], stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=rank_environment(), cwd=REPO
+            )
+        running.append(started)
+
+    def end() -> None:
+        for job in running:
+            job.terminate()
+        while running:
+            running.pop().wait(60)
+
+    def ranks() -> list[psutil.Process]:
+        children = [p for job in running for p in psutil.Process(job.pid).children(recursive=True)]
+        return [p for p in children if str(script[1]) in p.cmdline()[:2]]
+
+    def saved_after(line: str, times: int) -> None:
+        """Once `line` was printed so often, an epoch is done."""
+        deadline = time.monotonic() + 100
+        while len(parts := re.split(line, log.read_text())) <= times or "saved" not in parts[-1]:
+            assert time.monotonic() < deadline and all(job.poll() is None for job in running), log.read_text()
+            time.sleep(0.1)
+
+    try:
+        start("-n", "2", "-r", "2")
+        saved_after("epoch 1 of", 1)
+        ranks()[0].kill()
+        saved_after("goes on after epoch", 1)
+        assert [p.environ()["WORLD_SIZE"] for p in ranks()] == ["2", "2"]
+        end()
+        # The meeting waits so long for the one that has gone, or is not there yet; on one machine, both would host it.
+        brief = "last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=5"
+        for host in (1, 0):
+            start("-n", "1", "-N", "1:2", "-e", f"127.0.0.1:{port}", "-r", "2", f"--torchrun-args=--rdzv-conf={brief},is_host={host}")
+        saved_after("goes on after epoch", 2)
+        assert [p.environ()["WORLD_SIZE"] for p in ranks()] == ["2", "2"]
+        gone = running.pop()
+        for process in psutil.Process(gone.pid).children(recursive=True):
+            process.kill()
+        gone.wait(60)
+        saved_after("goes on after epoch", 3)
+        assert [p.environ()["WORLD_SIZE"] for p in ranks()] == ["1"]
+        epochs = [int(e) for e in re.findall(r"goes on after epoch (\d+)", log.read_text())]
+        assert 1 <= epochs[0] < epochs[1] < epochs[2], "control: it never begins anew"
+    finally:
+        end()
 
 
 def test_without_horovod(machine: dict[str, str], tmp_path: Path) -> None:

@@ -130,6 +130,16 @@ def test_horovod_started_by_pmix_trains_the_same(cluster: Slurm, by_mpirun: str)
 
 
 @pytest.mark.timeout(600)
+def test_torchrun_on_two_nodes_trains_the_same(cluster: Slurm, by_mpirun: str) -> None:
+    job, log = submit(cluster, "torchrun.sbatch", "torchrun", *digits(cluster, "torchrun", "--backend", "torch"))
+    printed = cluster.wait(job, log, 200)
+    assert re.search(r"Slurm job \d+ on node\[0-1\], 2 tasks on 2 nodes, start number 1", printed), printed
+    assert len(re.findall(r"^== 1 ranks on this machine, .* of 2 that meet at 127\.0\.0\.1:\d+$", printed, re.MULTILINE)) == 2, printed
+    assert nodes(printed) == ["node0", "node1"], printed
+    assert re.findall(r"torch double_squeeze: test accuracy .*weights ([0-9a-f]{16})", printed) == [by_mpirun], printed
+
+
+@pytest.mark.timeout(600)
 def test_mpich_started_by_pmi2_trains_the_same(cluster: Slurm, mpich: dict[str, str], by_mpirun: str) -> None:
     """MPICH refuses PMIx, which is tried first."""
     job, log = submit(cluster, "mpi.sbatch", "mpich", *digits(cluster, "mpich"), env={**mpich, "MPIR_CVAR_CH4_NETMOD": "ofi"})
@@ -178,6 +188,18 @@ def test_srun_and_each_task_are_told_of_the_processors_that_the_job_asked_for(cl
     assert "== start: srun --mpi=pmix, as asked, though the trial failed" in printed, printed
     assert re.search("^== srun --mpi=pmix .*--cpus-per-task=3 ", printed, re.MULTILINE), printed
     assert sorted(re.findall(r"^\d on .*threads$", printed, re.MULTILINE)) == ["0 on node0: 3 threads", "1 on node1: 3 threads"], printed
+
+
+def test_outside_of_a_job_the_one_for_torchrun_explains_itself_too() -> None:
+    env = {k: v for k, v in rank_environment().items() if not k.startswith("SLURM_")}
+    command = ["bash", str(BATCH / "torchrun.sbatch")]
+    helped = subprocess.run([*command, "--help"], env=env, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert helped.returncode == 0 and "sbatch launch/slurm/torchrun.sbatch" in helped.stdout and "set -euo" not in helped.stdout
+    dry = subprocess.run([*command, "--dry-run", "python", "x.py"], env=env | {"RANKS": "3"}, cwd=REPO, capture_output=True, text=True, timeout=60)
+    expected = r"srun --nodes=2 .*/launch/torchrun\.sh --ranks 3 --nodes 2 --endpoint node0:29400 --id 0 --max-restarts 0 -- python x\.py\n"
+    assert dry.returncode == 0 and re.fullmatch(expected, dry.stdout), dry.stdout + dry.stderr
+    refused = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1 and "error: this is no Slurm job." in refused.stderr
 
 
 @pytest.mark.parametrize("file", ["mpi.sbatch", "horovod.sbatch"])
