@@ -7,6 +7,7 @@ hook.compression.attach(optimizer)
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +26,8 @@ from .core.guard import Guard
 from .core.state import MethodState
 from .core.step_hooks import claim
 from .errors import CompressionError, DisagreementError, SequenceError
+from .optimizer.background import Background
 from .optimizer.distributed import BUCKET_BYTES
-from .optimizer.executor import Inline
 from .optimizer.step import Outcome, Phase, StepExchange
 from .transport.torch_dist import TorchTransport
 
@@ -112,7 +113,9 @@ class DDPHook:
             averages=self.compression.averages,
         )
         self.compression.adopt(aggregator, self)
-        self._step = StepExchange(aggregator, transport, Inline(), None, bytes)
+        background = Background("DDP's hook")
+        weakref.finalize(self, background.close)
+        self._step = StepExchange(aggregator, transport, background, None, bytes)
         transport.lend_to(self)
         self._gradients: dict[int, torch.Tensor] = {}
         """Of the step that accumulates, by parameter."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hvd_ecsgd.transport.base import Handle
+from hvd_ecsgd.transport.devices import current_device, use_device
 
-from ..devices import current_device, use_device
 from .negotiation import Request
 from .pending import Pending
 

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from hvd_ecsgd.optimizer import driver_of
+from hvd_ecsgd.transport.devices import current_device, use_device
 
 from .. import runtime
-from ..devices import current_device, use_device
 from ..errors import HorovodInternalError
 from ..process_sets import global_process_set
 from ..tracing import untraced

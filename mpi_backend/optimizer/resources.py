@@ -11,10 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hvd_ecsgd.optimizer import driver_of
+from hvd_ecsgd.optimizer.background import Background
 
 from .. import runtime
 from ..process_sets import ProcessSet, global_process_set
-from .background import Background
 
 if TYPE_CHECKING:
     from ..transport import Link, MPITransport, User

@@ -11,9 +11,9 @@ import torch
 from mpi4py import MPI
 
 from hvd_ecsgd import Compression, DisagreementError, DistributedOptimizer
+from hvd_ecsgd.optimizer.background import Background
 from hvd_ecsgd.protocols import Traffic
 from hvd_ecsgd.transport import run_simulated
-from mpi_backend.optimizer.background import Background
 from mpi_backend.transport import MPITransport
 from tests.cases import ALL, CASES, SWITCHES, Case
 from tests.problems import flat, mlp, simulate, slot, train, weights

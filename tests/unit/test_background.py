@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from mpi_backend.optimizer.background import Background
+from hvd_ecsgd.optimizer.background import Background
 
 
 @pytest.mark.parametrize("initialized", [True, False])

@@ -82,10 +82,9 @@ MPI_MAY_IMPORT: dict[str, set[str]] = {
     "environment": set(),
     "process_sets": set(),
     "compression": set(),
-    "devices": set(),
     "tracing": set(),
     "transport": {"environment"},
-    "engine": {"transport", "environment", "errors", "devices", "tracing"},
+    "engine": {"transport", "environment", "errors", "tracing"},
     "liveness": {"transport", "environment"},
     "job_end": {"liveness"},
     "runtime": {"job_end", "liveness", "engine", "process_sets"},
@@ -95,7 +94,7 @@ MPI_MAY_IMPORT: dict[str, set[str]] = {
     "collectives": COLLECTIVE,
     "functions": {"basics", "collectives", *COLLECTIVE},
     "sync_batch_norm": {"basics", "collectives", "tracing"},
-    "optimizer": {"collectives", "transport", "devices", *COLLECTIVE},
+    "optimizer": {"collectives", "transport", *COLLECTIVE},
     "lifecycle": {"optimizer", "sets", "liveness", "job_end", "transport", *COLLECTIVE},
 }
 MPI_MAY_IMPORT["mpi_ops"] = set(MPI_MAY_IMPORT)

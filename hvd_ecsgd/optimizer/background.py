@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from hvd_ecsgd.transport.patience import Patience
+import torch
 
-from ..devices import current_device, use_device
+from ..transport.devices import current_device, use_device
+from ..transport.patience import Patience
 
 __all__ = ["Background"]
 
@@ -17,7 +18,7 @@ _A_WHILE = 1.0
 
 
 class Background:
-    """`hvd_ecsgd.optimizer.Executor` with a thread of its own, which starts with the first work, and sleeps without.
+    """An `Executor` with a thread of its own, which starts with the first work, and sleeps without.
 
     After an exception what is left is dropped; the exception is raised by the next call, whichever that is. `waits`: entered by whoever has waited
     for a second in `drain`, until it waits no more; what it gives is then called now and then, and may raise.
@@ -36,12 +37,14 @@ class Background:
         self._closed = False
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._threads = torch.get_num_threads()
+        """A property of each thread that computes, like the GPU."""
 
     def submit(self, work: Callable[[], None]) -> None:
         with self._changed:
             self._raise()
             if self._closed:
-                raise RuntimeError(f"{self._name}: mpi_backend has been shut down; make a new DistributedOptimizer after init().")
+                raise RuntimeError(f"{self._name}: closed, as mpi_backend was shut down; make a new DistributedOptimizer after init().")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
                 self._thread.start()
@@ -77,6 +80,7 @@ class Background:
         return bool(self._queue) or self._closed
 
     def _serve(self) -> None:
+        torch.set_num_threads(self._threads)
         while True:
             with self._changed:
                 self._busy = False
