@@ -1,6 +1,6 @@
-"""One rank of: whole scripts one after the other, as a launcher would start each.  program_migration.py PORT SCRIPT…
+"""One rank of: whole scripts one after the other, as a launcher would start each.  program_migration.py PORT,… SCRIPT…
 
-Scripts meet at PORT, PORT + 1, …, and each runs in a folder of its own that the ranks share.
+Each script has a port to meet at, and runs in a folder of its own that the ranks share.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch.distributed as dist
 from mpi4py import MPI  # which then ends MPI, and not the first of the scripts
 
 
-def main(port: str, *scripts: str) -> None:
+def main(ports: str, *scripts: str) -> None:
     warnings.simplefilter("ignore")
     assert MPI.Is_initialized()
     os.environ |= {"RANK": os.environ["OMPI_COMM_WORLD_RANK"], "WORLD_SIZE": os.environ["OMPI_COMM_WORLD_SIZE"], "MASTER_ADDR": "127.0.0.1"}
-    for i, script in enumerate(scripts):
-        os.environ["MASTER_PORT"] = str(int(port) + i)
+    for port, script in zip(ports.split(","), scripts, strict=True):
+        os.environ["MASTER_PORT"] = port
         folder = Path(script).with_suffix("")
         folder.mkdir(exist_ok=True)
         os.chdir(folder)

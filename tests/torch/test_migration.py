@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 from pathlib import Path
@@ -28,10 +29,12 @@ def test_both_sides_of_every_page_train(tmp_path: Path) -> None:
         for side, text in zip(("before", "after"), sides((REPO / "docs" / f"{page}.md").read_text(encoding="utf-8")), strict=True):
             scripts.append(tmp_path / f"{page}-{side}.py")
             scripts[-1].write_text(text, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    said = mpirun(2, "tests/torch/program_migration.py", str(port), *map(str, scripts), timeout=150)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in scripts]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        ports = ",".join(str(one.getsockname()[1]) for one in sockets)
+    said = mpirun(2, "tests/torch/program_migration.py", ports, *map(str, scripts), timeout=150)
     _, *parts = re.split(r"^== ", said, flags=re.MULTILINE)
     assert [part.split("\n")[0] for part in parts] == [s.name for s in scripts]
     losses = [float(re.search(r"loss (\d\.\d+)", part)[1]) for part in parts]  # type: ignore[index]
