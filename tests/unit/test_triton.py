@@ -39,7 +39,7 @@ def found() -> dict[str, Any]:
 def test_kernels_give_what_the_reference_gives(found: dict[str, Any]) -> None:
     """Payloads, residuals and results, to the bit but for sums; and the rules' passes."""
     assert {name: what for name, what in found.items() if what and name != "broken"} == {}
-    assert len(found) > 30
+    assert len(found) > 20
 
 
 @needs_triton
