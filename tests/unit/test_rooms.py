@@ -70,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"compression", *IN_CORE, *BELOW_CORE},
     "checkpoint": {*IN_CORE, *BELOW_CORE},
     "telemetry": {"tables", *IN_CORE, *BELOW_CORE},
+    "asynchronous": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
 }
 # The package itself and the command line may import every room.
 MAY_IMPORT["reproduce"] = set(MAY_IMPORT)

@@ -1,0 +1,231 @@
+"""The worker's side: what it computed goes to the servers, compressed, and its x moves as they say."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..core import saved_state
+from ..core.bucket import Bucket
+from ..core.gradients import clip_factor, take_
+from ..core.state import MethodState, NamedParameters
+from ..errors import CompressionError, SequenceError, TransportError
+from ..kernels import sums_of
+from ..optimizer.hyper_parameters import HyperParameters
+from ..protocols import Compressor, GroupSettings, StepContext
+from ..segments import Key
+from .messages import Kind, Message
+from .plan import Plan
+
+__all__ = ["Worker"]
+
+
+@dataclass
+class _Accumulated:
+    """A bucket whose gradients were added to its residual, and what undoes that."""
+
+    bucket: Bucket
+    gradients: list[torch.Tensor]
+    ctx: StepContext
+    buffer: torch.Tensor
+    extracted: tuple[Compressor, torch.Tensor, Key] | None = None
+
+    def undo_(self) -> None:
+        """Put everything back: bit for bit with `exact=True` in the preset, else to rounding."""
+        bucket = self.bucket
+        if bucket.method.exact:
+            bucket.restore()
+            return
+        if self.extracted is not None:
+            compressor, payload, key = self.extracted
+            scratch = torch.zeros_like(self.buffer)
+            compressor.add_(scratch, payload, bucket.segments, key)
+            self.buffer.add_(scratch.nan_to_num_(0.0, 0.0, 0.0))
+        bucket.method.feedback.undo_(bucket.part, self.gradients, self.ctx)
+
+
+class Worker:
+    """Worker number `worker`. `shards`: by server, the parameters that it serves; `optimizer` says what the hyper-parameters are, and takes no step.
+
+    Its x, the parameters themselves, is moved by what the servers answer, and by nothing else: a server knows it bit for bit.
+    """
+
+    def __init__(self, plan: Plan, shards: Sequence[NamedParameters], optimizer: torch.optim.Optimizer, worker: int) -> None:
+        plan.check_optimizer(optimizer)
+        self.plan, self.optimizer, self.worker = plan, optimizer, worker
+        self.shards: list[MethodState] = [plan.record(named, optimizer, worker) for named in shards]
+        for shard in self.shards:
+            shard.settings = self._settings
+        self._places = [{name: i for i, (name, _) in enumerate(named)} for named in shards]
+        self._hyper_parameters = HyperParameters(optimizer)
+        self.answers = [0] * len(shards)
+        """By server, how many have come."""
+        self.refused = 0
+        """Gradients that were not pushed, as they held an inf or NaN."""
+        self.sent = self.received = 0
+        """Bytes of payloads to the servers, and from them."""
+        self._versions: list[int] = []
+        self._sums: list[torch.Tensor] = []
+
+    def _settings(self, bucket: Bucket) -> GroupSettings:
+        group = self.optimizer.param_groups[bucket.group]
+        return GroupSettings.of(group, where=f"param group {bucket.group} of {type(self.optimizer).__name__}")
+
+    def _buckets(self) -> list[Bucket]:
+        return [bucket for shard in self.shards for bucket in shard.buckets]
+
+    # -- gradients go ------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def push(self) -> list[Message] | None:
+        """The gradients that the parameters hold, compressed: a message for each server, after which x is pulled from one after the other.
+
+        None when one holds an inf or NaN, or its payload would: nothing is sent then and residuals are as they were, it is counted in `refused`, and
+        warned of; the worker leaves what it has in flight, and pulls.
+
+        Raises `CompressionError` for hyper-parameters that no step can be taken with, and for gradients of other shapes than the parameters';
+        `SequenceError` when parameters were written to since the servers' last answer.
+        """
+        self._check_untouched()
+        gradients = {id(p): _dense(p) for bucket in self._buckets() for p in bucket.parameters}
+        factor = clip_factor(self.shards[0], list(gradients.values()))
+        accumulated: list[list[_Accumulated | None]] = []
+        begun: list[_Accumulated] = []
+        for shard in self.shards:
+            accumulated.append([])
+            for bucket in shard.buckets:
+                one = self._accumulate(shard, bucket, [gradients[id(p)] for p in bucket.parameters], factor)
+                if one is not None and not one.buffer.numel() and bucket.segments.numel:  # not finite: nothing was added
+                    self._refuse([*begun, one] if bucket.method.exact else begun)
+                    return None
+                accumulated[-1].append(one)
+                begun += [] if one is None else [one]
+        messages = []
+        for server, shard in enumerate(self.shards):
+            payloads = [self._extract(shard, bucket, one) for bucket, one in zip(shard.buckets, accumulated[server], strict=True)]
+            absent = [place for name, place in self._places[server].items() if shard.named[place][1].grad is None]
+            messages.append(Message(Kind.PUSH, self.worker, shard.step, self._hyper_parameters.values(), absent, payloads))
+        if not all(one.extracted[0].finite(one.extracted[1], one.bucket.segments) for one in begun if one.extracted is not None):
+            self._refuse(begun)
+            return None
+        for one in begun:
+            one.bucket.unit = one.ctx.unit
+        for shard in self.shards:
+            shard.step += 1
+        self.sent += sum(message.nbytes for message in messages)
+        return messages
+
+    def _accumulate(self, shard: MethodState, bucket: Bucket, gradients: list[torch.Tensor], factor: float) -> _Accumulated | None:
+        """None when the learning rate is 0: nothing is sent, and the residual stays as it is. Without a buffer where a gradient is not finite."""
+        bucket.check_takes(gradients)
+        group = shard.settings(bucket)
+        if group.wrong:
+            raise CompressionError(f"asynchronous training: {group.wrong}, and no step can be taken with that.")
+        if group.lr == 0:
+            return None
+        bucket.allocate(shard.rank, shard.size)
+        if bucket.method.exact:
+            bucket.remember()
+        given = take_(shard, bucket, gradients, factor)
+        ctx = bucket.context(group, self.plan.method.seed, shard.step, shard.rank, shard.size)
+        return _Accumulated(bucket, given, ctx, bucket.method.feedback.accumulate_(bucket.part, given, ctx).buffer)
+
+    def _extract(self, shard: MethodState, bucket: Bucket, one: _Accumulated | None) -> torch.Tensor:
+        if one is None:
+            return bucket.segments.compact.empty()[:0]
+        compressor = self.plan.up(bucket, shard.step)
+        key = self.plan.key(compressor, "push", shard.step, self.worker)
+        one.extracted = compressor, compressor.extract_(one.buffer, bucket.segments, key), key
+        return one.extracted[1]
+
+    def _refuse(self, begun: Sequence[_Accumulated]) -> None:
+        for one in begun:
+            one.undo_()
+        self.refused += 1
+        warnings.warn(
+            f"a gradient of worker {self.worker} held an inf or NaN: it was not pushed, and its residual is as it was ({self.refused} so far).",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    # -- x comes -----------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def on_answer(self, server: int, answer: Message) -> None:
+        """A server's answer has come: x of its parameters moves. Raises `TransportError` for one that was not meant for this worker or cannot be the
+        next, and `CompressionError` for payloads of another size than they must have."""
+        shard = self.shards[server]
+        if answer.worker != self.worker or answer.number != self.answers[server] or answer.kind not in (Kind.MOVE, Kind.EXACT):
+            raise TransportError(
+                f"asynchronous training: worker {self.worker} expected answer {self.answers[server]} of server {server}, and got "
+                f"{answer.kind.name} {answer.number} for worker {answer.worker}."
+            )
+        targets = shard.buckets if answer.kind is Kind.MOVE else [p for bucket in shard.buckets for p in bucket.parameters]
+        if len(answer.payloads) != len(targets):
+            raise TransportError(f"asynchronous training: {len(answer.payloads)} payloads came of server {server}, and {len(targets)} were expected.")
+        if answer.kind is Kind.MOVE:
+            for bucket, payload in zip(shard.buckets, answer.payloads, strict=True):
+                payload = payload.to(bucket.segments.device)
+                self.plan.move_([p.detach() for p in bucket.parameters], bucket, payload, answer.number, self.worker)
+        else:
+            exact = list(zip([p for bucket in shard.buckets for p in bucket.parameters], answer.payloads, strict=True))
+            for p, x in exact:
+                if x.numel() != p.numel() or x.dtype != p.dtype:
+                    raise TransportError(
+                        f"asynchronous training: {x.numel()} elements of {x.dtype} came for a parameter of {p.numel()} of {p.dtype}."
+                    )
+            for p, x in exact:
+                p.copy_(x.view(p.shape))
+        self.answers[server] += 1
+        self.received += answer.nbytes
+        # A broadcast of the same weights by the script writes to them, too; it comes at the beginning, where a look at them costs little.
+        self._sums = self._sums_now() if answer.kind is Kind.EXACT else []
+        self._versions = self._versions_now()
+
+    def _versions_now(self) -> list[int]:
+        return [p._version for bucket in self._buckets() for p in bucket.parameters]
+
+    def _sums_now(self) -> list[torch.Tensor]:
+        return [s for bucket in self._buckets() for s in sums_of(bucket.parameters, bucket.segments)]
+
+    def _check_untouched(self) -> None:
+        if self._versions == (now := self._versions_now()):
+            return
+        if self._sums and all(torch.equal(a, b) for a, b in zip(self._sums, self._sums_now(), strict=True)):
+            self._versions = now
+            return
+        names = [name for bucket in self._buckets() for name in bucket.segments.names]
+        changed = next((name for name, a, b in zip(names, self._versions, now) if a != b), names[0])
+        raise SequenceError(
+            f"asynchronous training: parameter '{changed}' was written to since the servers' last answer. x is the servers': load weights before the "
+            "optimizer is made, or by its load(…); and put back what you changed for an evaluation before the next step."
+            if self._versions
+            else "asynchronous training: a gradient was pushed before the servers gave x."
+        )
+
+    # -- saving ------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Residuals and counters, by server."""
+        return {"shards": [saved_state.state_dict(shard) for shard in self.shards], "answers": list(self.answers), "refused": self.refused}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned on the same worker of as many. Raises `CompressionError` where it does not fit, with nothing
+        changed."""
+        if len(saved["shards"]) != len(self.shards):
+            raise CompressionError(f"the state was saved with {len(saved['shards'])} servers, and there are {len(self.shards)} now.")
+        take_over = [saved_state.prepare_load(shard, one) for shard, one in zip(self.shards, saved["shards"], strict=True)]
+        for take in take_over:
+            take()
+        self.answers, self.refused = list(saved["answers"]), saved["refused"]
+
+
+def _dense(p: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient; zeros where there is none."""
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad.to_dense() if p.grad.layout is not torch.strided else p.grad
