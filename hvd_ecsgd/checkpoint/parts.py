@@ -208,6 +208,7 @@ class Parts:
         self.folder, self.manifest, self._stack = folder, manifest, stack
         self._open: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._lazy: dict[int, Any] = {}
+        self._given: set[tuple[int, str]] = set()
 
     def verify(self, r: int) -> None:
         """Part r is there, complete, and the one that the manifest means."""
@@ -246,9 +247,12 @@ class Parts:
         return self._handle(r)[1]
 
     def tensor(self, r: int, name: str) -> torch.Tensor:
-        """The tensor that rank r saved as `name`, wherever it is written."""
+        """The tensor that rank r saved as `name`, wherever it is written; in memory of its own, though equal ones are written once."""
         part, key, _ = self._about(r)["tensors"][name]
         t: torch.Tensor = self._handle(part)[0].get_tensor(key)
+        if (part, key) in self._given:  # what is read twice is one place in the file's memory
+            return t.clone()
+        self._given.add((part, key))
         return t
 
     def everything(self, r: int) -> Any:

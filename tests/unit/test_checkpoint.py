@@ -44,6 +44,30 @@ def test_a_loaded_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
         assert equal(through, resumed)
 
 
+def test_what_is_written_once_comes_back_as_tensors_of_their_own(tmp_path: Path) -> None:
+    """Adam keeps equal step counters, one for each parameter: in one place they would count as many steps as there are parameters."""
+
+    def made() -> tuple[torch.nn.Module, Any]:
+        model = mlp()
+        return model, DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.1), model.named_parameters())
+
+    def train(model: torch.nn.Module, optimizer: Any) -> None:
+        for step in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch(0, step)[0]), batch(0, step)[1]).backward()
+            optimizer.step()
+
+    model, optimizer = made()
+    train(model, optimizer)
+    save_checkpoint(tmp_path, model, optimizer, optimizer.compression)
+    again, resumed = made()
+    load_checkpoint(tmp_path, again, resumed, resumed.compression)
+    train(model, optimizer)
+    train(again, resumed)
+    assert [float(s["step"]) for s in resumed.state.values()] == [6.0] * len(list(model.parameters()))
+    assert torch.equal(weights(model), weights(again))
+
+
 def test_what_is_equal_on_all_ranks_is_written_once(tmp_path: Path) -> None:
     """Weights and momentum are in rank 0's part; the others hold their residuals. Nothing but parts, manifest and lock is left."""
     trained(tmp_path / "a", name="top_k")
