@@ -11,6 +11,7 @@
 #   -i, --interface NAME      INTERFACE      network interface for launcher, ranks and watchdog (that of the route to the first other host)
 #   -t, --threads N           OMP_NUM_THREADS   threads of each rank (cores ÷ ranks of this machine)
 #   -x, --export LIST         EXPORT         further variables for ranks on other machines, comma-separated (none)
+#   -s, --servers N           MPI_BACKEND_SERVERS  so many of the ranks serve the others, in asynchronous training (0)
 #       --transport auto|tcp  TRANSPORT      the MPI's best network, or TCP and shared memory only (auto)
 #       --bind none|core|socket  BIND        what a rank is tied to (none: a rank has several threads, which must not share one core)
 #       --oversubscribe 0|1   OVERSUBSCRIBE  allow more ranks than slots (1 without HOSTS, 0 with it)
@@ -47,6 +48,7 @@ while [ "$#" -gt 0 ]; do
         -i|--interface) INTERFACE=${2-} ;;
         -t|--threads) OMP_NUM_THREADS=${2-} ;;
         -x|--export) EXPORT=${2-} ;;
+        -s|--servers) MPI_BACKEND_SERVERS=${2-} ;;
         --transport) TRANSPORT=${2-} ;;
         --bind) BIND=${2-} ;;
         --oversubscribe) OVERSUBSCRIBE=${2-} ;;
@@ -72,6 +74,12 @@ detect_mpi
 read_hosts
 if [ -z "$RANKS" ]; then if [ "$SLOTS" -gt 0 ]; then RANKS=$SLOTS; else RANKS=${SLURM_NTASKS:-2}; fi; fi
 whole_number "$RANKS" "the number of ranks"
+if [ "${MPI_BACKEND_SERVERS:-0}" != 0 ]; then
+    whole_number "$MPI_BACKEND_SERVERS" "the number of servers"
+    [ "$MPI_BACKEND_SERVERS" -lt "$RANKS" ] || die "$MPI_BACKEND_SERVERS servers of $RANKS ranks leave nobody to train." "Start more ranks: --ranks."
+    export MPI_BACKEND_SERVERS
+    say "servers: the last $MPI_BACKEND_SERVERS of the ranks"
+fi
 if [ -z "$OVERSUBSCRIBE" ]; then if [ -z "$HOSTS" ]; then OVERSUBSCRIBE=1; else OVERSUBSCRIBE=0; fi; fi
 switch "$OVERSUBSCRIBE" OVERSUBSCRIBE
 if [ "$SLOTS" -gt 0 ] && [ "$RANKS" -gt "$SLOTS" ] && [ "$OVERSUBSCRIBE" != 1 ]; then

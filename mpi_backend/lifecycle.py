@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import job_end, runtime
+from hvd_ecsgd.arguments import is_integer
+
+from . import asynchronous, job_end, runtime
 from .engine.negotiation import StallCheck
 from .engine.timeline import Timeline
-from .environment import switch
+from .environment import switch, whole_number
 from .optimizer import resources
 from .process_sets import ProcessSet, global_process_set
 from .runtime import Context, Members, context
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["init", "shutdown", "start_timeline", "stop_timeline"]
 
 
-def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
+def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | str | None = None, servers: int | None = None) -> None:
     """Start the backend; collective over the processes of `comm`. Again, it makes further `process_sets` usable, and does nothing else.
 
     `comm` is an mpi4py communicator, a list of ranks of the world (called by exactly those), or None or [] for all processes; it is duplicated.
     `process_sets` become usable; sets given by communicators may differ between ranks, as those of a split do. ("dynamic", Horovod's leave to
     add sets later, is accepted and not needed.)
+    `servers`: so many of the last processes serve the others in asynchronous training (`AsyncDistributedOptimizer`); MPI_BACKEND_SERVERS by default,
+    which `launch/mpirun.sh --servers` sets. Ranks, sizes and collectives are then of the workers alone, and on those that serve of these alone.
 
     Initialises MPI with full thread support if nobody has (the process then finalises it at exit), and starts the communication thread. Where
     MPI was initialised without it, communication is done by the callers, which is said in a warning; MPI_BACKEND_THREAD=0 asks for that.
@@ -60,33 +64,41 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     from .liveness.watchdog import Settings, Watchdog
     from .transport import forced_algorithm
 
-    own = _communicator(comm)
-    rank, size = own.Get_rank(), own.Get_size()
+    everybody = _communicator(comm)
     wrong: Exception | None = None
     mine: list[tuple[int, ...]] = []
+    serving = 0
     algorithm = ""
     timeline: Timeline | None = None
     try:
-        mine = ranks_of(process_sets, own)
+        serving = _servers(servers, everybody.Get_size(), process_sets)
+        mine = ranks_of(process_sets, everybody)
         for variable in ("MPI_BACKEND_THREAD", "MPI_BACKEND_OVERLAP", "MPI_BACKEND_CUDA_AWARE"):  # what is wrong shows at once
             switch(variable)
         algorithm = forced_algorithm()
         settings, limit, stall = Settings.from_environment(), fusion_bytes(), StallCheck.from_environment()
         path = os.environ.get("HOROVOD_TIMELINE", "")
         if path not in ("", "DYNAMIC"):  # Horovod's word for a timeline that the script starts
-            timeline = _timeline(path, rank)
+            timeline = _timeline(path, everybody.Get_rank())
     except (ValueError, OSError) as error:
         wrong = error
-    said = own.allgather((None if wrong is None else str(wrong), mine, algorithm))
+    said = everybody.allgather((None if wrong is None else str(wrong), mine, algorithm, serving))
     try:
-        raise_if_wrong([text for text, _, _ in said], wrong)  # where it is right, too: the others will not come any further
-        if len(algorithms := {algorithm for _, _, algorithm in said}) > 1:
+        raise_if_wrong([text for text, *_ in said], wrong)  # where it is right, too: the others will not come any further
+        if len(algorithms := {algorithm for _, _, algorithm, _ in said}) > 1:
             raise ValueError(f"MPI_BACKEND_ALLREDUCE differs between ranks: {sorted(algorithms)}; set it to the same on all, or on none.")
+        if len(numbers := {number for *_, number in said}) > 1:
+            raise ValueError(
+                f"init: the number of serving ranks differs between ranks: {sorted(numbers)}; set servers, or MPI_BACKEND_SERVERS, alike."
+            )
     except BaseException:
-        own.Free()
+        everybody.Free()
         if timeline is not None:
             timeline.close()
         raise
+    job = runtime.Job(everybody, everybody.Get_rank(), everybody.Get_size(), serving)
+    own = _part_of(job)
+    rank, size = own.Get_rank(), own.Get_size()
     local = own.Split_type(MPI.COMM_TYPE_SHARED, rank)
     local_rank, local_size = local.Get_rank(), local.Get_size()
     cross = own.Split(local_rank, rank)
@@ -94,7 +106,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     homogeneous = len(set(own.allgather(local_size))) == 1
     local.Free()
     cross.Free()
-    if rank == 0 and MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+    if job.rank == 0 and MPI.Query_thread() != MPI.THREAD_MULTIPLE:
         warnings.warn(
             "mpi_backend: MPI was initialised without MPI_THREAD_MULTIPLE, so there is no communication thread; results are the same, overlap "
             "with computation is less, and what some ranks never submit is only reported while rank 0 communicates.",
@@ -102,13 +114,13 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
             stacklevel=2,
         )
     engine = Engine(threads_available(), limit, stall)
-    everybody = {0: Members(tuple(range(size)), own, engine.add(own, range(size)), global_process_set)}
+    process_set = {0: Members(tuple(range(size)), own, engine.add(own, range(size)), global_process_set)}
     place = rank, size, local_rank, local_size, cross_rank, cross_size
-    watchdog = Watchdog(own, settings)
-    runtime.install(Context(own, engine, watchdog, *place, homogeneous, everybody, itertools.count(1)))
-    job_end.running(own, watchdog, shutdown)
+    watchdog = Watchdog(everybody, settings, first=job.workers if job.serves else 0)
+    runtime.install(Context(job, own, engine, watchdog, *place, homogeneous, process_set, itertools.count(1)))
+    job_end.running(everybody, watchdog, shutdown)
     global_process_set.ranks = list(range(size))
-    register_all([] if process_sets is None or isinstance(process_sets, str) else process_sets, mine, [ranks for _, ranks, _ in said])
+    register_all([] if process_sets is None or isinstance(process_sets, str) else process_sets, mine, [ranks for _, ranks, *_ in said])
     engine.timeline = timeline
 
 
@@ -124,20 +136,48 @@ def shutdown() -> None:
     closing.watchdog.leaving()
     job_end.stopped()
     timeline = closing.engine.timeline
+    asynchronous.leave()
     if not MPI.Is_finalized():
         closing.engine.close(meanwhile=resources.carry_on)
         resources.close_backgrounds()
         closing.watchdog.wait_for_all(closing.engine.failure)
         resources.close_transports()
+        asynchronous.close()
         closing.watchdog.stop()
         for process_set in closing.process_sets.values():
             if process_set.comm is not None:
                 process_set.comm.Free()
+        if closing.job.servers:
+            closing.job.comm.Free()
     for identifier, process_set in closing.process_sets.items():
         process_set.process_set.process_set_id = None if identifier else 0
     closing.process_sets[0].process_set.ranks = []
     if timeline is not None:
         timeline.close()
+
+
+def _part_of(job: runtime.Job) -> MPI.Intracomm:
+    """The communicator of the workers, or of those that serve them, whichever this process is of."""
+    from mpi4py import MPI
+
+    if not job.servers:
+        return job.comm
+    part = job.comm.Split(int(job.serves), job.rank)
+    assert isinstance(part, MPI.Intracomm)
+    return part
+
+
+def _servers(servers: int | None, size: int, process_sets: object) -> int:
+    """How many of `size` ranks serve. Raises ValueError where that is no number, or leaves nobody to train."""
+    where = "MPI_BACKEND_SERVERS" if servers is None else "init: servers"
+    number = whole_number("MPI_BACKEND_SERVERS", 0, "a number of serving ranks, 0 for none") if servers is None else servers
+    if not is_integer(number, 0):
+        raise ValueError(f"{where} is {number!r}; expected a number of serving ranks, 0 for none.")
+    if number >= size:
+        raise ValueError(f"{where} is {number}, and there are {size} ranks: at least one must be left to train. Start more ranks, or fewer servers.")
+    if number and process_sets is not None and process_sets not in ("dynamic", [], ()):
+        raise ValueError(f"init: process_sets with {number} serving ranks; add them after init (add_process_set), by ranks among the workers.")
+    return number
 
 
 def start_timeline(file_path: str, mark_cycles: bool = False) -> None:

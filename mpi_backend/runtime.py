@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .liveness.watchdog import Watchdog
 
-__all__ = ["Context", "Members", "agree", "channel", "context", "install", "is_initialized", "members", "remove", "watchdog"]
+__all__ = ["Context", "Job", "Members", "agree", "channel", "context", "install", "is_initialized", "members", "remove", "watchdog"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,31 @@ class Members:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What init() found out. The package's functions communicate through the engine's channels; optimizers have transports of their own."""
+class Job:
+    """All processes of the job, of which the last `servers` serve those before them, the workers."""
 
+    comm: MPI.Intracomm
+    rank: int
+    size: int
+    servers: int
+
+    @property
+    def workers(self) -> int:
+        return self.size - self.servers
+
+    @property
+    def serves(self) -> bool:
+        """Whether this process does."""
+        return self.rank >= self.workers
+
+
+@dataclass(frozen=True)
+class Context:
+    """What init() found out. The package's functions communicate through the engine's channels; optimizers have transports of their own.
+
+    All but `job` is of those that train, or, on a rank that serves them, of those that serve."""
+
+    job: Job
     comm: MPI.Intracomm
     engine: Engine
     watchdog: Watchdog

@@ -213,6 +213,14 @@ class Worker:
         """Residuals and counters, by server."""
         return {"shards": [saved_state.state_dict(shard) for shard in self.shards], "answers": list(self.answers), "refused": self.refused}
 
+    def begin_anew(self) -> None:
+        """Forget residuals and counters: this worker is another one than those that the servers knew."""
+        for bucket in self._buckets():
+            bucket.state = bucket.exchange_state = bucket.unit = None
+        for shard in self.shards:
+            shard.step = 0
+        self.answers = [0] * len(self.shards)
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned on the same worker of as many. Raises `CompressionError` where it does not fit, with nothing
         changed."""

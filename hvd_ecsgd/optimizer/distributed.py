@@ -19,7 +19,7 @@ from .hooks import check_passes
 from .join import join
 from .own_class import OwnClass, copy_attributes
 
-__all__ = ["DistributedOptimizer", "driver_of"]
+__all__ = ["DistributedOptimizer", "driver_of", "matched"]
 
 BUCKET_BYTES = 25 * 2**20
 _DRIVER = "_hvd_ecsgd_driver"
@@ -79,7 +79,7 @@ def DistributedOptimizer(
             UserWarning,
             stacklevel=2,
         )
-    bound, trained, names = _matched(optimizer, named_parameters, compression)
+    bound, trained, names = matched(optimizer, named_parameters, compression)
     cls: Any = type(own.__name__, (_Distributed, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
     wrapped: _Distributed = object.__new__(cls)
     copy_attributes(optimizer, wrapped)
@@ -221,7 +221,7 @@ class _Distributed(torch.optim.Optimizer):
         )
 
 
-def _matched(
+def matched(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None, compression: AnyCompression
 ) -> tuple[BoundCompression, list[tuple[str, torch.nn.Parameter]], dict[int, str]]:
     """The compression, bound; the (name, parameter) pairs that it and the optimizer have in common; by id, the names of all that is optimised."""

@@ -57,10 +57,11 @@ class Settings:
 
 
 class Watchdog:
-    """Collective over `comm` to create. `stop` when all ranks are known to have shut down, or the others will miss this one."""
+    """Collective over `comm` to create. `stop` when all ranks are known to have shut down, or the others will miss this one. `watch` counts ranks
+    from the `first` of those that communicate with this one."""
 
-    def __init__(self, comm: MPI.Comm, settings: Settings) -> None:
-        self._comm = comm
+    def __init__(self, comm: MPI.Comm, settings: Settings, first: int = 0) -> None:
+        self._comm, self._first = comm, first
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._departures = Departures(self.rank)
         self._leaving_since: float | None = None
@@ -82,7 +83,7 @@ class Watchdog:
 
         Again, for another user of it: what ranks have said of the one before no longer counts.
         """
-        self._departures.watch(link, ranks)
+        self._departures.watch(link, [self._first + r for r in ranks])
 
     def leaving(self) -> None:
         """This rank shuts down. If that takes long, because others wait for something else, they are told."""

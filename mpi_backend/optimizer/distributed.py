@@ -75,6 +75,11 @@ def DistributedOptimizer(
         warnings.warn("DistributedOptimizer(): num_groups is deprecated; use groups.", DeprecationWarning, stacklevel=2)
     _check_groups(num_groups if groups is None else groups)
     runtime.members(process_set)
+    if servers := runtime.context().job.servers:
+        raise ValueError(
+            f"DistributedOptimizer(): {servers} ranks of this job serve, which is for AsyncDistributedOptimizer; start it without them (--servers, "
+            "MPI_BACKEND_SERVERS, init(servers=…))."
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):  # before the others are waited for
         raise ValueError(f"DistributedOptimizer(): expected a torch.optim optimizer, got {optimizer!r:.100}.")
     if isinstance(named_parameters, Iterable):

@@ -366,3 +366,15 @@ def test_a_real_job_of_each_script_gives_the_same_weights() -> None:
     if "(Open MPI) 5" in run(["mpirun", "--version"], rank_environment()).stdout:
         bare = run(["horovodrun", "--mpi", "-np", "2", *horovod], rank_environment())
         assert bare.returncode != 0, bare.stdout
+
+
+def test_servers_are_a_variable_of_all_ranks(machine: dict[str, str]) -> None:
+    """Also on other machines; the number must leave somebody to train."""
+    line = command("mpirun.sh", machine, "-n", "3", "--servers", "1", "-H", "host-a:2,host-b:2", "python", "a.py")
+    assert line[line.index("MPI_BACKEND_SERVERS") - 1] == "-x"
+    assert "MPI_BACKEND_SERVERS" not in command("mpirun.sh", machine, "-n", "3", "-H", "host-a:2,host-b:2", "python", "a.py")
+    for servers, message in (("3", "leave nobody to train"), ("one", "expected a whole number of at least 1")):
+        done = subprocess.run(
+            [str(REPO / "launch" / "mpirun.sh"), "--dry-run", "-n", "3", "--servers", servers, "true"], env=machine, capture_output=True, text=True
+        )
+        assert done.returncode != 0 and message in done.stdout + done.stderr

@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"compression", *IN_CORE, *BELOW_CORE},
     "checkpoint": {*IN_CORE, *BELOW_CORE},
     "telemetry": {"tables", *IN_CORE, *BELOW_CORE},
-    "asynchronous": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
+    "asynchronous": {"checkpoint", "optimizer", "compression", *IN_CORE, *BELOW_CORE},
 }
 # The package itself and the command line may import every room.
 MAY_IMPORT["reproduce"] = set(MAY_IMPORT)
@@ -96,7 +96,8 @@ MPI_MAY_IMPORT: dict[str, set[str]] = {
     "functions": {"basics", "collectives", *COLLECTIVE},
     "sync_batch_norm": {"basics", "collectives", "tracing"},
     "optimizer": {"collectives", "transport", *COLLECTIVE},
-    "lifecycle": {"optimizer", "sets", "liveness", "job_end", "transport", *COLLECTIVE},
+    "asynchronous": {"collectives", "transport", *COLLECTIVE},
+    "lifecycle": {"asynchronous", "optimizer", "sets", "liveness", "job_end", "transport", *COLLECTIVE},
 }
 MPI_MAY_IMPORT["mpi_ops"] = set(MPI_MAY_IMPORT)
 MPI_MAY_IMPORT["__init__"] = set(MPI_MAY_IMPORT)
