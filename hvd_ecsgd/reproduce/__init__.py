@@ -14,7 +14,7 @@ from .simulation import Size
 
 __all__ = ["PAPERS", "reproduce"]
 
-PAPERS = {"doublesqueeze": "doublesqueeze", "def": "detached", "compskip": "compskip", "hessian": "hessian", "topk": "topk"}
+PAPERS = {"doublesqueeze": "doublesqueeze", "def": "detached", "compskip": "compskip", "hessian": "hessian", "topk": "topk", "async": "asynchronous"}
 """Command → module."""
 
 
