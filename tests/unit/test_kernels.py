@@ -400,7 +400,7 @@ def test_what_the_environment_asks_for() -> None:
 
 def test_without_the_library_the_reference_runs_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a place where nothing was built; asked for, it is an error with the remedy."""
-    monkeypatch.setattr(kernels.library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(kernels.library, "FILE", tmp_path / "not_built.so")
     monkeypatch.setattr(kernels.library, "_missing", "")
     with pytest.raises(CompressionError, match=r"HVD_ECSGD_KERNELS=native.*setup\.py build_ext --inplace"):
         chosen("native")
