@@ -184,6 +184,80 @@ def _union(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
+class _Rhythm:
+    """When norms are taken: in the first step, and then in every `every`-th (0: never); the next ones are tried where this worker stayed silent."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._last: int | None = None
+        self._tries = 0
+
+    def due(self, step: int, local: bool) -> bool:
+        """In this step, which is not `local`."""
+        return bool(self._every) and not local and (self._last is None or not 0 <= step - self._last < self._every)
+
+    def taken(self, step: int, silent: bool) -> None:
+        """They were in this step. `silent`: nothing compressed was sent in it."""
+        again = silent and self._tries < _RETRIES
+        self._tries = self._tries + 1 if again else 0
+        self._last = self._last if again else step
+
+
+class _Silence:
+    """In which steps this worker sent nothing of what is compressed."""
+
+    def __init__(self) -> None:
+        self._silent_for: dict[str, int] = {}
+        self.skips: dict[int, int] = {}
+        """By param group, steps so far in which nothing at all was sent of it."""
+        self.stale: dict[int, int] = {}
+        """By group, the most steps since the last record for which a bucket had been silent."""
+
+    def count(self, step: Mapping[int, Sequence[tuple[str, bool]]]) -> None:
+        """Of a step, by group: each bucket's name, and whether nothing was sent of it."""
+        for group, buckets in step.items():
+            for name, silent in buckets:
+                if silent or name in self._silent_for:
+                    self._silent_for[name] = self._silent_for.get(name, 0) + 1 if silent else 0
+                    self.stale[group] = max(self.stale.get(group, 0), self._silent_for[name])
+            if all(silent for _, silent in buckets):
+                self.skips[group] = self.skips.get(group, 0) + 1
+
+    def plain(self, group: int) -> dict[str, int]:
+        return {"staleness_steps": self.stale[group], "skips": self.skips.get(group, 0)} if group in self.stale else {}
+
+
+class _Draft:
+    """A record in the making: what its steps add up to."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.groups: dict[int, _Sums] = {}
+        self.together = Traffic()
+        self.wire = 0.0
+        self.wait: float | None = 0.0
+        """None when somebody else waited too."""
+        self.own_seconds = 0.0
+        """That looking and telling took."""
+
+    def add(self, gauge: Gauge, sums: _Sums) -> None:
+        """What a bucket's step took."""
+        sums.received += gauge.received
+        sums.kernel_seconds += gauge.kernel_seconds
+        self.own_seconds += gauge.sampling_seconds
+        self.wait = self.wait + gauge.wait_seconds if self.wait is not None and gauge.seen else None
+
+    def plain(self, silence: _Silence) -> dict[str, Any]:
+        total, groups = _Sums(), []
+        for group, sums in sorted(self.groups.items()):
+            total += sums
+            groups.append({"group": group, **sums.plain(), **silence.plain(group)})
+        total.traffic += self.together
+        total.received += self.together.sent
+        waited = {} if self.wait is None else {"wait_seconds": self.wait}
+        return {**total.plain(), "wire_seconds": self.wire, **waited, "telemetry_seconds": self.own_seconds, "groups": groups}
+
+
 class Meter:
     """Looks at the steps of one bound method, and gives `emit` a record of every `every` of them, a dictionary of plain numbers.
 
@@ -201,124 +275,78 @@ class Meter:
         group_of: Callable[[Bucket], int] = lambda bucket: bucket.group,
         wanted: Callable[[int], bool] = lambda rank: True,
     ) -> None:
-        self._emit, self._every, self._norms_every, self._group_of, self._wanted = emit, every, norms_every, group_of, wanted
+        self._emit, self._every, self._group_of, self._wanted = emit, every, group_of, wanted
         self.last: dict[str, Any] | None = None
         """The record that was made last."""
-        self.own_seconds = 0.0
-        """That looking and telling took since the last record."""
-        self._silent_for: dict[str, int] = {}
-        self._skips: dict[int, int] = {}
-        self._last_sample: int | None = None
-        self._tries = 0
-        self._in_step = self._samples = self._open = False
-        self._outcome = ""
-        self._state: MethodState | None = None
-        self._ended_at: float | None = None
-        self._begin_record()
-
-    def _begin_record(self) -> None:
-        self._steps = 0
-        self._groups: dict[int, _Sums] = {}
-        self._together = Traffic()
-        self._wire = 0.0
-        self._wait: float | None = 0.0
-        self._stale: dict[int, int] = {}
+        self._rhythm, self._silence, self._draft = _Rhythm(norms_every), _Silence(), _Draft()
+        self._samples: bool | None = None
+        """Norms are taken in the step that has begun; None between steps."""
+        self._outcome: str | None = None
+        """Of a step that was exchanged and is not over."""
+        self._over: tuple[MethodState, str] | None = None
+        """Of the last step that is."""
+        self._told_at: float | None = None
 
     def begin(self, state: MethodState, bucket: Bucket) -> Gauge | None:
         """A step of `bucket` begins. None on a rank that is not looked at."""
         if not self._wanted(state.rank):
             return None
-        if self._open:
-            self.end(state)
-        if not self._in_step:
-            self._in_step = True
-            due = self._last_sample is None or not 0 <= state.step - self._last_sample < self._norms_every
-            self._samples = bool(self._norms_every) and due and not state.local
+        self.end(state)
+        if self._samples is None:
+            self._samples = self._rhythm.due(state.step, state.local)
         return Gauge(state.rank, state.size, self._samples)
 
     def exchanged(self, state: MethodState, reductions: Sequence[_Exchanged], outcome: str) -> None:
         """A step has been exchanged: `outcome` is "stands", "silent", "local" or "undone". Norms are not kept of one that was undone."""
         if not self._wanted(state.rank):
             return
-        self._in_step, self._open, self._outcome = False, True, outcome
-        self._steps += 1
-        spans: list[tuple[float, float]] = []
-        compressed: list[bool] = []
-        silent: dict[int, list[bool]] = {}
+        samples, self._samples, self._outcome = self._samples, None, outcome
+        draft, spans = self._draft, list[tuple[float, float]]()
+        draft.steps += 1
+        silent: dict[int, list[tuple[str, bool]]] = {}
         for reduction in reductions:
             gauge, bucket, task = reduction.gauge, reduction.bucket, reduction.task
             group = self._group_of(bucket)
-            sums = self._groups.setdefault(group, _Sums())
+            sums = draft.groups.setdefault(group, _Sums())
             sums.traffic += task.traffic
             if gauge is None:  # it began before somebody looked
                 continue
-            sums.received += gauge.received
-            sums.kernel_seconds += gauge.kernel_seconds
-            self.own_seconds += gauge.sampling_seconds
+            draft.add(gauge, sums)
             spans += gauge.spans
-            self._wait = self._wait + gauge.wait_seconds if self._wait is not None and gauge.seen else None
-            if outcome == "undone":
-                continue
-            sums.add_norms(gauge.norms)
-            if not bucket.dense:
-                compressed.append(task.silent)
-                silent.setdefault(group, []).append(task.silent)
-                self._count_silence(bucket, group, task.silent)
-        self._wire += _union(spans)
-        for group, each in silent.items():
-            if all(each):
-                self._skips[group] = self._skips.get(group, 0) + 1
-        if self._samples and outcome != "undone":
-            again = bool(compressed) and all(compressed) and self._tries < _RETRIES
-            self._tries = self._tries + 1 if again else 0
-            self._last_sample = self._last_sample if again else state.step - 1
-
-    def _count_silence(self, bucket: Bucket, group: int, silent: bool) -> None:
-        if silent or bucket.name in self._silent_for:
-            self._silent_for[bucket.name] = self._silent_for.get(bucket.name, 0) + 1 if silent else 0
-            self._stale[group] = max(self._stale.get(group, 0), self._silent_for[bucket.name])
+            if outcome != "undone":
+                sums.add_norms(gauge.norms)
+                if not bucket.dense:
+                    silent.setdefault(group, []).append((bucket.name, task.silent))
+        draft.wire += _union(spans)
+        self._silence.count(silent)
+        if samples and outcome != "undone":
+            self._rhythm.taken(state.step - 1, bool(silent) and all(nothing for buckets in silent.values() for _, nothing in buckets))
 
     def together(self, traffic: Traffic) -> None:
         """What belongs to no bucket was averaged over all ranks."""
-        self._together += traffic
+        self._draft.together += traffic
 
     def end(self, state: MethodState, outcome: str = "") -> None:
         """The step that was exchanged is over; nothing when none is. `outcome`: another than it seemed."""
-        if not self._open:
+        if self._outcome is None:
             return
         begin = time.perf_counter()
-        self._open, self._outcome = False, outcome or self._outcome
-        self._state = state
-        if self._steps >= self._every:
+        self._over, self._outcome = (state, outcome or self._outcome), None
+        if self._draft.steps >= self._every:
             self.flush()
-        self.own_seconds += time.perf_counter() - begin
+        self._draft.own_seconds += time.perf_counter() - begin
 
     def flush(self) -> None:
         """Make a record of the steps since the last one, if there are any."""
-        if self._state is not None and self._steps:
-            now = time.perf_counter()
-            self.last = self._record(self._state, now)
-            self.own_seconds, self._ended_at = 0.0, now
-            self._begin_record()
-            self._emit(self._state, self.last)
-
-    def _record(self, state: MethodState, now: float) -> dict[str, Any]:
-        total, groups = _Sums(), []
-        for group, sums in sorted(self._groups.items()):
-            total += sums
-            told: dict[str, Any] = {"group": group, **sums.plain()}
-            if group in self._stale:
-                told |= {"staleness_steps": self._stale[group], "skips": self._skips.get(group, 0)}
-            groups.append(told)
-        total.traffic += self._together
-        total.received += self._together.sent
-        record: dict[str, Any] = {"step": state.step - 1, "steps": self._steps, "outcome": self._outcome, "undone_steps": state.undone}
-        record |= {"unix_seconds": round(time.time(), 3), **total.plain(), "wire_seconds": self._wire}
-        if self._wait is not None:
-            record["wait_seconds"] = self._wait
-        if self._ended_at is not None:
-            record["step_seconds"] = now - self._ended_at
-        return {**record, "telemetry_seconds": self.own_seconds, "groups": groups}
+        if self._over is None or not self._draft.steps:
+            return
+        (state, outcome), now, draft = self._over, time.perf_counter(), self._draft
+        record: dict[str, Any] = {"step": state.step - 1, "steps": draft.steps, "outcome": outcome, "undone_steps": state.undone}
+        record |= {"unix_seconds": round(time.time(), 3), **draft.plain(self._silence)}
+        if self._told_at is not None:
+            record["step_seconds"] = now - self._told_at
+        self.last, self._told_at, self._draft, self._silence.stale = record, now, _Draft(), {}
+        self._emit(state, record)
 
 
 def metrics(state: MethodState, loaded: Mapping[str, Any] | None, meter: Meter | None) -> dict[str, Any]:
