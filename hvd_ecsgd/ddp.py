@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .compression import AnyCompression, bind
 from .core.aggregator import Aggregator
 from .core.agreement import in_common_order
-from .core.attached import check_plain_sgd
+from .core.attached import check_plain_sgd, groups_of
 from .core.gradients import clip_factor, scale_of, take_
 from .core.guard import Guard
 from .core.state import MethodState
@@ -76,7 +76,8 @@ class DDPHook:
     workers is in `p.grad`, and may be clipped there. Methods that apply the update themselves (`detached`, `local_momentum`, `pef`, …) leave this
     worker's own gradient there instead, and move the parameters when the attached `torch.optim.SGD` steps. A step in which some worker held an inf or
     NaN is undone on all of them: `p.grad` is NaN then, as a GradScaler expects, and None once the optimizer steps, so that it moves nothing.
-    Where a step is skipped, and nothing came, it is zero, and None likewise.
+    Where a step is skipped, and nothing came, it is zero, and None likewise. Each param group of the optimizer that is attached when the first step
+    begins is exchanged by its own settings; what is attached, or moved between groups, later must not part what travels together by then.
 
     Raises `CompressionError` where `model` is no DistributedDataParallel, has a hook already, or trains other parameters than are bound.
     """
@@ -102,7 +103,6 @@ class DDPHook:
             in_common_order(self.compression.named, transport),
             rank=transport.rank,
             size=transport.size,
-            bucket_bytes=BUCKET_BYTES,
             settings=lambda bucket: self.compression.attached.settings(self.compression.method, bucket),
             transport=transport,
         )
@@ -172,6 +172,7 @@ class DDPHook:
         """See `Driver`."""
         if self._applies:
             check_plain_sgd(self.compression.method, type(optimizer).step, type(optimizer).__name__)
+        self._step.aggregator.check_groups(groups_of(optimizer))
 
     def catch_up(self) -> None:
         """Gradients are accumulated where DDP hands them over."""
@@ -219,6 +220,7 @@ class DDPHook:
                 "Accumulate gradients inside `with model.no_sync():`, or throw the step away by hook.compression.discard(), on every rank."
             )
         self._raise_refusal()
+        self._step.aggregator.form_buckets(BUCKET_BYTES, groups_of(self.compression.attached.optimizer))
         self._step.begin()
 
     def _submit_ready(self, last: bool) -> None:

@@ -9,7 +9,7 @@ hook.attach(optimizer)
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .compression import AnyCompression, bind
 from .core.aggregator import Aggregator
 from .core.agreement import in_common_order
-from .core.attached import Attached
+from .core.attached import Attached, groups_of
 from .core.bucket import Bucket
 from .core.gradients import take_
 from .core.state import MethodState
@@ -109,7 +109,6 @@ class FSDPHook:
             in_common_order(self.compression.named, transport),
             rank=transport.rank,
             size=transport.size,
-            bucket_bytes=BUCKET_BYTES,
             settings=self._settings,
             transport=transport,
         )
@@ -157,12 +156,18 @@ class FSDPHook:
         """Read learning rates live from `optimizer`, which holds the DTensors; `scaler` scales the loss.
 
         In place of `compression.attach`, which looks for the parts that the method knows. Raises `CompressionError` where the optimizer holds none of
-        the parameters.
+        the parameters, and after the first step where it has parameters in several param groups that were in one then.
         """
         if not any(id(p) in self.ids for group in optimizer.param_groups for p in group["params"]):
             raise CompressionError("attach(): the optimizer holds none of the model's parameters; make it after fully_shard, of model.parameters().")
+        self._step.aggregator.check_groups(self._groups_of(optimizer))
         self._optimizer = optimizer
         self.compression.scaler = scaler if scaler is not None else self.compression.scaler
+
+    def _groups_of(self, optimizer: torch.optim.Optimizer | None) -> Callable[[torch.nn.Parameter], int]:
+        """By part."""
+        group_of = groups_of(optimizer)
+        return lambda part: group_of(self._of[id(part)].whole)
 
     def _settings(self, bucket: Bucket) -> GroupSettings:
         attached: Attached = self.compression.attached
@@ -201,6 +206,7 @@ class FSDPHook:
 
     def _begin(self) -> None:
         self._raise_refusal()
+        self._step.aggregator.form_buckets(BUCKET_BYTES, self._groups_of(self._optimizer))
         self._step.begin()
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(self._finish)  # behind FSDP2's own, in which the gradients of its outermost modules come

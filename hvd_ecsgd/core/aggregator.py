@@ -101,6 +101,40 @@ class Aggregator:
         """See `Points.at`."""
         return self.points.at(point, meet)
 
+    @torch.no_grad()
+    def form_buckets(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> None:
+        """Before the first step: form the record's buckets anew, with what was loaded into them. Of drivers that know the param groups by then only.
+
+        Later ranks have agreed on the buckets, and this is `check_groups`.
+        """
+        if not self.agreement.first_step_pending:
+            self.check_groups(group_of)
+            return
+        self.points.check_trainable()
+        saved = None
+        if any(bucket.state is not None for bucket in self.state.buckets):
+            for bucket in self.state.buckets:
+                if bucket.state is not None:
+                    self.points.recapture(bucket, contents=True)  # what somebody else wrote would be lost
+            saved = saved_state.state_dict(self.state)
+        self.state.form_buckets(bucket_bytes, group_of)
+        if saved is not None:
+            saved_state.prepare_load(self.state, saved)()
+
+    def check_groups(self, group_of: Callable[[torch.nn.Parameter], int]) -> None:
+        """Raise `CompressionError` where ranks have agreed on the buckets, and one would hold parameters of several param groups."""
+        if self.agreement.first_step_pending:
+            return
+        for bucket in self.state.buckets:
+            first = group_of(bucket.parameters[0])
+            for name, parameter in zip(bucket.segments.names, bucket.parameters, strict=True):
+                if group_of(parameter) != first:
+                    raise CompressionError(
+                        f"parameters '{bucket.segments.names[0]}' and '{name}' are in different param groups of the attached optimizer. Since the "
+                        "first step they travel together, by the settings of one. Attach the optimizer before the first backward pass, and leave "
+                        "parameters in their param groups; or make the model and its hook anew."
+                    )
+
     # -- one step ----------------------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:

@@ -19,6 +19,7 @@ from ..kernels import fingerprint
 from ..protocols import GroupSettings
 from ..transport.base import Handle, Ready, Transport
 from .bucket import Bucket
+from .method import Method
 from .refusal import Refusal
 from .state import MethodState
 from .talk import STEP, code_of, doing_of, packed_text, raise_if_apart, raise_on_other_texts, unpacked
@@ -107,8 +108,8 @@ class Agreement:
         self.first_step_pending = True
         """Nothing has been compared so far."""
         self._number = next(_numbers)
-        self._settings: tuple[Any, bytes] | None = None
-        """The method, and the digest of what does not change from step to step with it."""
+        self._settings: tuple[Method, list[Bucket], bytes] | None = None
+        """The method, the buckets, and the digest of what does not change from step to step with them."""
         self._frozen: list[str] = []
         self._texts: Handle[list[torch.Tensor]] | None = None
         self._fingerprints: Handle[list[torch.Tensor]] | None = None
@@ -260,11 +261,11 @@ class Agreement:
         return {**now, "frozen since the compression was bound (requires_grad=False)": self._frozen}
 
     def _digest(self) -> bytes:
-        method = self._state.method
-        if self._settings is None or self._settings[0] is not method:
+        method, buckets = self._state.method, self._state.buckets
+        if self._settings is None or self._settings[0] is not method or self._settings[1] is not buckets:
             text = json.dumps(list(self._description().items()))  # order matters too: it fixes the buckets, and places in the model
-            self._settings = (method, blake2b(text.encode(), digest_size=_DIGEST).digest())
-        return blake2b(self._settings[1] + json.dumps(self._now()).encode(), digest_size=_DIGEST).digest()
+            self._settings = (method, buckets, blake2b(text.encode(), digest_size=_DIGEST).digest())
+        return blake2b(self._settings[2] + json.dumps(self._now()).encode(), digest_size=_DIGEST).digest()
 
     def _packed_text(self) -> torch.Tensor:
         return packed_text({**self._description(), **self._now()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .bucket import Bucket
 from .method import Method
 from .state import NamedParameters
 
-__all__ = ["ATTACH", "Attached", "check_plain_sgd", "refuse_other"]
+__all__ = ["ATTACH", "Attached", "check_plain_sgd", "groups_of", "refuse_other"]
 
 ATTACH = "call compression.attach(optimizer), with what hvd.DistributedOptimizer returned, before the first backward pass."
 
@@ -105,6 +106,13 @@ class Attached:
                     self._places[id(parameter)] = (g, i)
                     return g
         return None
+
+
+def groups_of(optimizer: torch.optim.Optimizer | None) -> Callable[[torch.nn.Parameter], int]:
+    """What gives the index of a parameter's param group now: 0 without an optimizer, one past the last for parameters that it does not hold."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    places = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
+    return lambda parameter: places.get(id(parameter), len(groups))
 
 
 def refuse_other(method: Method, optimizer: torch.optim.Optimizer) -> None:

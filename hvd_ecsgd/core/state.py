@@ -48,11 +48,16 @@ class MethodState:
         self.named = list(named)
         self.rank, self.size = rank, size
         self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
-        self.buckets = _planned(method, self.named, bucket_bytes, group_of or (lambda parameter: 0))
+        self.buckets: list[Bucket] = []
+        self.form_buckets(bucket_bytes, group_of or (lambda parameter: 0))
         self.step = 0
         self.undone = 0
         self.traffic = Traffic()
         self._transport = transport
+
+    def form_buckets(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> None:
+        """Plan `buckets` anew, without state in them. `bucket_bytes`, `group_of`: as they are given to the object."""
+        self.buckets = _planned(self.method, self.named, bucket_bytes, group_of)
 
     @property
     def transport(self) -> Transport:

@@ -29,7 +29,7 @@ from hvd_ecsgd import (
 )
 from hvd_ecsgd.telemetry.runs import Run
 from hvd_ecsgd.transport.torch_dist import TorchTransport
-from tests.cases import CASES, COVERING, SWITCHES, Case, bound_method, by_name
+from tests.cases import ALL, CASES, COVERING, SWITCHES, Case, bound_method, by_name
 from tests.problems import batch, flat, mlp, weights
 from tests.torch.meeting import meet
 from tests.unit.test_state import equal
@@ -97,6 +97,54 @@ def skipped_steps_move_nothing() -> None:
     case = Case("skipping", SWITCHES[6])
     mine, expected = by_hook(case), by_optimizer(case)
     assert mine[0].isfinite().all() and equal(mine[0], expected[0]) and equal(mine[1], expected[1])
+
+
+def param_groups_keep_their_settings() -> None:
+    """Two of them, with rates that differ and change, under methods of both units: the bits of our optimizer, also where the rest begins from a state
+    that is loaded before the optimizer is attached. One rate for all is another training (control)."""
+    for make in (lambda: Compression.local_momentum(8, **ALL), lambda: Compression.top_k(10, **ALL)):
+        optimizer, model = grouped()
+        ours = DistributedOptimizer(optimizer, model.named_parameters(), make(), transport=TorchTransport())
+        for _ in steps(ours, model):
+            pass
+        expected = weights(model, ours.compression)
+        saved: Any = None
+        for begin, second in ((0, 1e-4), (4, 1e-4), (0, 0.1)):
+            optimizer, model = grouped()
+            wrapped = DistributedDataParallel(model)
+            hook = ddp.register(wrapped, make())
+            if begin:
+                model.load_state_dict(saved[0])
+                hook.load_state_dict(saved[1])
+                optimizer.load_state_dict(saved[2])
+            hook.compression.attach(optimizer)
+            for step in range(begin, len(RATES)):
+                if step == 4 and saved is None:
+                    with hook.compression.at("averaged"):
+                        saved = copy.deepcopy((model.state_dict(), hook.state_dict(), optimizer.state_dict()))
+                optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = RATES[step], second
+                optimizer.zero_grad()
+                loss = loss_of(wrapped, step)
+                (loss * float("inf") if step == INF_AT and dist.get_rank() == 1 else loss).backward()
+                optimizer.step()
+            mine = weights(model, hook.compression), hook.state_dict()
+            same = equal(mine[0], expected) and equal(mine[1], ours.compression.state_dict())
+            assert same == (second == 1e-4), (begin, second, (mine[0] - expected).abs().max())
+        # Ranks have agreed on the buckets by now: groups may be joined, and must not be parted.
+        hook.compression.attach(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0))
+        with pytest.raises(CompressionError, match=r"'2\.bias' and '2\.weight' are in different param groups"):
+            hook.compression.attach(torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1))
+    # A parameter that the optimizer does not hold is not exchanged by the settings of those that it holds.
+    model, wrapped, _, hook = made(Compression.top_k(10))
+    hook.compression.attach(torch.optim.SGD(model[2].parameters(), lr=0.1))  # type: ignore[index]
+    with pytest.raises(CompressionError, match=r"'0\.(weight|bias)' is in no param group of the attached optimizer"):
+        loss_of(wrapped, 0).backward()
+
+
+def grouped() -> tuple[torch.optim.Optimizer, torch.nn.Module]:
+    """The last layer, whose gradients come first, is a param group of its own. Without momentum, so that residuals follow the rate down, too."""
+    model = mlp()
+    return torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 1e-4}], lr=0.1, momentum=0), model
 
 
 # -- what scripts do -----------------------------------------------------------------------------------------------------------------
@@ -323,6 +371,7 @@ def telemetry_changes_nothing() -> None:
 USES = (
     telemetry_changes_nothing,
     skipped_steps_move_nothing,
+    param_groups_keep_their_settings,
     nothing_is_lost_without_compression,
     gradients_accumulate,
     unused_and_frozen_parameters,

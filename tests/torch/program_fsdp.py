@@ -24,7 +24,7 @@ from tests.problems import batch, mlp
 from tests.torch.meeting import meet
 
 STEPS = 8
-RATES = (0.1, 0.1, 0.05, 0.05, 0.1, 0.1, 0.02, 0.02)
+RATES = (0.05, 0.1, 0.05, 0.05, 0.1, 0.1, 0.02, 0.02)
 METHODS = {
     "none": lambda: Compression.none,
     "random_block": lambda: Compression.random_block(8, **ALL),
@@ -53,8 +53,10 @@ def local(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([t.to_local().detach().flatten() for t in tensors])
 
 
-def sgd(model: torch.nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+def sgd(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.SGD:
+    """With a param group for each layer, of which the first one's rate changes."""
+    every = list(parameters)
+    return torch.optim.SGD([{"params": every[:2]}, {"params": every[2:], "lr": 0.03}], lr=0.1, momentum=0.9)
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int] = range(STEPS)) -> torch.Tensor:
@@ -68,7 +70,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: Itera
 
 def made(mesh: DeviceMesh, compression: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer, fsdp.FSDPHook]:
     model = sharded(mesh["shard"])
-    optimizer = sgd(model)
+    optimizer = sgd(model.parameters())
     hook = fsdp.register(model, compression, mesh["replicate"])  # type: ignore[arg-type]
     hook.attach(optimizer)
     return model, optimizer, hook
@@ -77,7 +79,7 @@ def made(mesh: DeviceMesh, compression: Any) -> tuple[torch.nn.Module, torch.opt
 def without_compression_it_is_torchs_own(mesh: DeviceMesh) -> None:
     """Of fully_shard on the mesh of two dimensions, which exchanges between replicas by itself: the same bits. A lossy method is the control."""
     expected = sharded(mesh)
-    w = train(expected, sgd(expected))
+    w = train(expected, sgd(expected.parameters()))
     for compression, same in ((Compression.none, True), (Compression.top_k(10, **ALL), False)):
         model, optimizer, _ = made(mesh, compression)
         assert torch.equal(train(model, optimizer), w) == same
@@ -97,9 +99,7 @@ def simulated(mesh: DeviceMesh, make: Any) -> torch.Tensor:
         whole = mlp()  # follows the shards of all places, so each place is a training of its own here
         mine = [torch.nn.Parameter(t.clone()) for t in parts(whole, "data")]
         names = [f"{n}.{name}" for n, _ in whole.named_parameters()]
-        optimizer = DistributedOptimizer(
-            torch.optim.SGD(mine, lr=0.1, momentum=0.9), list(zip(names, mine, strict=True)), make(), transport=transport, bucket_bytes=1 << 20
-        )
+        optimizer = DistributedOptimizer(sgd(mine), list(zip(names, mine, strict=True)), make(), transport=transport, bucket_bytes=1 << 20)
         found = torch.empty(0)
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATES[step]
@@ -161,13 +161,15 @@ def checkpoints(mesh: DeviceMesh) -> None:
         where = [folder]
         dist.broadcast_object_list(where)
         model, optimizer, hook = made(mesh, METHODS["double_squeeze"]())
-        optimizer.param_groups[0]["momentum"] = 0.0
+        for group in optimizer.param_groups:
+            group["momentum"] = 0.0
         train(model, optimizer, range(4))
         dcp.save({"model": get_model_state_dict(model), "hook": hook.state_dict()}, checkpoint_id=where[0])
         expected = train(model, optimizer, range(4, STEPS))
         for residuals in (True, False):
             model, optimizer, hook = made(mesh, METHODS["double_squeeze"]())
-            optimizer.param_groups[0]["momentum"] = 0.0
+            for group in optimizer.param_groups:
+                group["momentum"] = 0.0
             state = {"model": get_model_state_dict(model), "hook": hook.state_dict()}
             dcp.load(state, checkpoint_id=where[0])
             set_model_state_dict(model, state["model"])
@@ -218,11 +220,14 @@ def wrong_use_is_told(mesh: DeviceMesh) -> None:
         fsdp.register(sharded(mesh["shard"]), Compression.detached(8), replicate)  # type: ignore[arg-type]
     with pytest.raises(CompressionError, match="clip_grad_norm_"):
         fsdp.register(sharded(mesh["shard"]), Compression.top_k(10, clip_norm=1.0), replicate)  # type: ignore[arg-type]
-    model, _, hook = made(mesh, Compression.none)
+    model, optimizer, hook = made(mesh, Compression.none)
     with pytest.raises(CompressionError, match="Register once"):
         fsdp.register(model, Compression.none, replicate)  # type: ignore[arg-type]
     with pytest.raises(CompressionError, match="holds none of the model's parameters"):
-        hook.attach(sgd(mlp()))
+        hook.attach(sgd(mlp().parameters()))
+    train(model, optimizer, range(1))
+    with pytest.raises(CompressionError, match="are in different param groups"):
+        hook.attach(torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1))
 
 
 def main(file: str) -> None:
