@@ -190,6 +190,7 @@ class Server:
         """A step of the optimizer with the worker's hyper-parameters. A parameter without a gradient on the worker, of whose residual nothing came
         either, has none here: it stays as it is, as the optimizer's state does."""
         self._hyper_parameters.adopt(push.numbers)
+        whole = [group.get("lr") for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
@@ -203,6 +204,9 @@ class Server:
                     p.grad = g.to(p.dtype)
         with torch.enable_grad():
             self.optimizer.step()
+        if self.plan.share != 1.0:
+            for group, lr in zip(self.optimizer.param_groups, whole, strict=True):
+                group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
 
     # -- saving ------------------------------------------------------------------------------------------------------------------

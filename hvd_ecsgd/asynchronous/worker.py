@@ -92,6 +92,11 @@ class Worker:
         """
         self._check_untouched()
         gradients = {id(p): _dense(p) for bucket in self._buckets() for p in bucket.parameters}
+        for shard in self.shards:  # all is looked at before anything is added to a residual
+            for bucket in shard.buckets:
+                bucket.check_takes([gradients[id(p)] for p in bucket.parameters])
+                if wrong := shard.settings(bucket).wrong:
+                    raise CompressionError(f"asynchronous training: {wrong}, and no step can be taken with that.")
         factor = clip_factor(self.shards[0], list(gradients.values()))
         accumulated: list[list[_Accumulated | None]] = []
         begun: list[_Accumulated] = []
@@ -121,10 +126,7 @@ class Worker:
 
     def _accumulate(self, shard: MethodState, bucket: Bucket, gradients: list[torch.Tensor], factor: float) -> _Accumulated | None:
         """None when the learning rate is 0: nothing is sent, and the residual stays as it is. Without a buffer where a gradient is not finite."""
-        bucket.check_takes(gradients)
         group = shard.settings(bucket)
-        if group.wrong:
-            raise CompressionError(f"asynchronous training: {group.wrong}, and no step can be taken with that.")
         if group.lr == 0:
             return None
         bucket.allocate(shard.rank, shard.size)

@@ -19,7 +19,8 @@ class HyperParameters:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         # An optimizer that holds another one (Lookahead, say) need not have defaults of its own.
-        defaults = {key for o in (optimizer, *inner_optimizers(optimizer)) for key in getattr(o, "defaults", {})}
+        # Nor must one's defaults name the learning rate, which steps read, and schedulers set.
+        defaults = {"lr"} | {key for o in (optimizer, *inner_optimizers(optimizer)) for key in getattr(o, "defaults", {})}
         self._places = [(g, key) for g, group in enumerate(optimizer.param_groups) for key in sorted(defaults) if _numbers(group.get(key))]
         self._held: list[float] = []
 

@@ -284,6 +284,69 @@ def test_a_gradient_with_an_inf_is_refused(servers: int) -> None:
     run(job, seeded(4), 30, worker_holds_the_view)
 
 
+@pytest.mark.parametrize("wrong", ["lr", "shape"])
+def test_what_no_step_can_be_taken_with_leaves_all_residuals(wrong: str) -> None:
+    """Of a bucket that comes after others, which must not hold this gradient already when the next step brings it again."""
+
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = net()
+        return model, torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
+
+    job = SimulatedJob(plan(TopK(4), Identity(), 1), make)
+    while sum(job.servers[0].pushes) < 2 or not job.computing:
+        job.happen(job.possible()[0], Gradients())
+    worker = job.workers[0]
+    buckets = [bucket for shard in worker.shards for bucket in shard.buckets]
+    before = [bucket.residual.clone() for bucket in buckets if bucket.residual is not None]
+    last = buckets[-1]
+
+    def backward(w: int, model: torch.nn.Module) -> None:
+        Gradients()(w, model)
+        if wrong == "lr":
+            worker.optimizer.param_groups[last.group]["lr"] = float("nan")
+        else:
+            (p,) = last.parameters
+            p.data, p.grad = p.data[..., :1], torch.ones_like(p.data[..., :1])
+
+    with pytest.raises(CompressionError, match="no step can be taken" if wrong == "lr" else last.segments.names[0]):
+        job.happen(Event("compute", 0), backward)
+    after = [bucket.residual for bucket in buckets if bucket.residual is not None]
+    assert len(buckets) == len(before) == 4 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_an_optimizer_whose_defaults_name_no_learning_rate_keeps_its_own() -> None:
+    """Each push takes one half of it, not of what the push before has left; and a schedule on the worker is followed."""
+
+    class Plain(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__([{"params": list(params), "lr": 0.5}], {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(p.grad * group["lr"])
+
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = net()
+        return model, Plain(model.parameters())
+
+    def ones(w: int, model: torch.nn.Module) -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+
+    job = SimulatedJob(plan(Identity(), Identity(), 2), make)
+    x, optimizer = next(job.masters[0].parameters()).detach().view(-1), job.workers[0].optimizer
+    moved = []
+    for lr in (0.5, 0.5, 0.5, 0.25):
+        optimizer.param_groups[0]["lr"] = lr
+        before = x.clone()
+        while job.servers[0].pushes[0] == len(moved):
+            job.happen(next(e for e in job.possible() if e.worker == 0), ones)
+        moved.append(round(float((before - x)[0]), 9))
+    assert moved == [0.25, 0.25, 0.25, 0.125]
+
+
 def test_a_payload_that_overflows_is_refused_too() -> None:
     """Of a gradient that float16 cannot hold; what was extracted goes back."""
     job = SimulatedJob(plan(Cast(), Identity(), 1), sgd())
