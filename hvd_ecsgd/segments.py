@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -66,6 +66,10 @@ class Segments:
             start += t.numel()
         first = named[0][1]
         return Segments(tuple(table), first.dtype, first.device, start if offsets is None else model_numel)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what is computed or kept: a copy has memory of its own."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __iter__(self) -> Iterator[Segment]:
         return iter(self.table)

@@ -284,7 +284,9 @@ class BoundCompression:
 
     def go_on_as(self, fits: Callable[[Method], bool]) -> None:
         """Where the method is chosen in training: before state is loaded, switch to the candidate that it belongs to, if one does."""
-        if self.tuner is not None and not fits(self.method):
+        if self.tuner is not None and fits(self.method):
+            self.tuner.went_back()
+        elif self.tuner is not None:
             candidate = self.tuner.went_on_as(fits, self.method)
             if candidate is not None and self._used:
                 self.switch(candidate)

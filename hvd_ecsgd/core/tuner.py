@@ -84,10 +84,10 @@ class StepTimes:
     def end(self, step: int, counts: bool) -> bool:
         """The last of `step` steps has ended, and `counts`. False when it had before: an unmodified Horovod's optimizer ends each twice."""
         passed = step - self.step
-        if passed <= 0:
+        if passed == 0:
             return False
         now, self.step = self.clock(), step
-        if counts and self._since is not None:
+        if counts and passed > 0 and self._since is not None:  # less than none: state was loaded
             self.taken.append((now - self._since) / passed)
         return True
 
@@ -139,6 +139,10 @@ class Tuner:
         self._tried: dict[str, float] = {}
         self._usual: float | None = None
         self.times.forget()
+
+    def went_back(self) -> None:
+        """State of what is done now is loaded: all is tried anew."""
+        self.begin("state was loaded", self.current)
 
     def went_on_as(self, fits: Callable[[Method], bool], of: Method) -> Candidate | None:
         """The candidate that, switched to from `of`, `fits`; with that one all is tried anew."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import traceback
 from typing import Any
 
@@ -93,3 +95,15 @@ def test_scratch_memory_that_somebody_refers_to_is_left_alone() -> None:
     del view
     assert segments.scratch().data_ptr() == address
     assert segments.scratch(torch.float16).dtype == torch.float16 and second.eq(2.0).all()
+
+
+def test_copies_of_segments_keep_no_memory_of_theirs() -> None:
+    """Two that know the same memory would both hand it out, and free the weak reference to it twice."""
+    segments = Segments.of([("w", torch.zeros(4, 4))])
+    first = segments.scratch().fill_(1.0)
+    copies = [copy.deepcopy(segments), pickle.loads(pickle.dumps(segments))]
+    address = first.data_ptr()
+    del first
+    again = [s.scratch().fill_(float(i)) for i, s in enumerate([segments, *copies])]
+    assert again[0].data_ptr() == address and [float(t[0]) for t in again] == [0.0, 1.0, 2.0]
+    assert all(c == segments and "_scratch" not in c.__getstate__() for c in copies)

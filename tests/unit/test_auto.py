@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,24 @@ def test_a_resumed_run_goes_on_as_what_was_saved_and_tries_anew(trained_before: 
         return torch.cat([entry[name].flatten() for entry in entries])
 
     run_simulated(2, run)
+
+
+def test_a_run_that_goes_back_to_an_earlier_step_tries_anew() -> None:
+    """With what it does now: none of the figures is of a step that was taken before."""
+
+    def run(transport: Transport) -> Any:
+        worker = Worker(transport, SLOW)
+        worker.train(20)
+        saved = copy.deepcopy(worker.compression.state_dict())
+        worker.train(20, 50)
+        worker.compression.load_state_dict(saved)
+        worker.clock.seconds = FAST
+        worker.train(20, 40)
+        return worker.chosen, [{n: round(t, 6) for n, t in d.seconds.items()} for d in worker.tuner.decisions], worker.tuner.decisions[-1].why
+
+    for chosen, seconds, why in run_simulated(2, run):
+        assert chosen == [(16, "double_squeeze"), (36, "none")]
+        assert seconds == [SLOW, FAST] and why == "state was loaded"
 
 
 def test_without_an_optimizer() -> None:
