@@ -253,6 +253,7 @@ def test_the_test_script_runs_every_part_after_a_failure_and_says_which_failed(p
         "ruff format --check .": "passed",
         "mypy --strict hvd_ecsgd mpi_backend": "FAILED",
         "shellcheck": "passed",
+        "mkdocs build --strict": "FAILED",
         "pytest, one process": "passed",
         "pytest, ranks": "passed",
         "pytest, mostly waiting": "passed",
