@@ -5,7 +5,9 @@ Models are on the CPU; everything travels over gloo. `mpi_backend` has all of Ho
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -77,6 +79,7 @@ def init() -> None:
         return
     if not dist.is_initialized():
         _began = True
+        atexit.register(_end_in_order)
         if "RANK" in os.environ:
             store, rank, size = next(rendezvous("env://"))
             dist.init_process_group("gloo", store=_own_part(store, rank, size), rank=rank, world_size=size)
@@ -126,6 +129,13 @@ def shutdown() -> None:
         if _began:
             dist.destroy_process_group()
     _network, _began = None, False
+
+
+def _end_in_order() -> None:
+    """Of a process that ends without `shutdown`: gloo's threads, if they are still there when memory is taken down, now and then abort it. One that
+    ends by an error does not wait for what it has begun."""
+    if dist.is_initialized() and not hasattr(sys, "last_type"):
+        shutdown()
 
 
 def is_initialized() -> bool:
