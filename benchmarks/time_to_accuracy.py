@@ -181,7 +181,7 @@ def time_steps(name: str, rounds: int, steps: int) -> dict[str, Any]:
             times += run(method, 4)
     after = run(AUTO, 17)
     decision = chosen[0].decisions[0]
-    named = {"none": "none", "fp16": "fp16", "double_squeeze": "double_squeeze()"}
+    named = {"none": "none", "fp16": "fp16", "power_sgd": "power_sgd(2)"}
     auto = {
         "chose": named[decision.chosen],
         "log": str(decision),

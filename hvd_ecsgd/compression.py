@@ -296,7 +296,7 @@ class Compression:
         """The fastest of several methods on this network, for this model; dense where compression saves less than a tenth of a step's time.
 
         Each is tried in `trial` steps of the training (the first is not counted), and all ranks go on with the same: after 15 steps with the default
-        `candidates`, by name: "none", "fp16" and "double_squeeze", which reach dense training's accuracy (docs/reproduce.md). Name your own, among
+        `candidates`, by name: "none", "fp16" and "power_sgd", which reach dense training's loss (benchmarks/README.md). Name your own, among
         them "none", all with error feedback in gradient units; residuals are carried from one to the next. All is tried again after `every` steps,
         after loading, and when steps become slower or faster by half. `options` are those of the default candidates. The figures:
         `compression.tuner.decisions`, and the logger `hvd_ecsgd` (INFO, rank 0). Raises `CompressionError` for candidates that do not fit together.
@@ -307,7 +307,7 @@ class Compression:
             candidates = {
                 DENSE: Compression(Identity(), ErrorFeedback(), **options),
                 "fp16": Compression.fp16(error_feedback=True, **options),
-                "double_squeeze": Compression.double_squeeze(**options),
+                "power_sgd": Compression.power_sgd(**options),
             }
         return AutoCompression(candidates, trial, every)
 

@@ -61,7 +61,7 @@ for number in range(20):
         late += 10.0
     step(number)
 assert [d.step for d in tuner.decisions] == [10], figures()
-assert tuner.decisions[0].chosen in ("fp16", "double_squeeze") and tuner.current == tuner.decisions[0].chosen
+assert tuner.decisions[0].chosen in ("fp16", "power_sgd") and tuner.current == tuner.decisions[0].chosen
 assert {name for name, seconds in tuner.decisions[0].seconds.items() if seconds > 9} == {"none"}
 assert repr(compression.method) == repr(tuner.candidates[tuner.current].method)
 

@@ -122,7 +122,7 @@ def test_time_to_accuracy_and_what_misses_it(lab: str, tmp_path: Path) -> None:
     step = statistics.median(cell["steps"]["seconds"]["none"])
     assert cell["seconds"]["loss"]["none"] == pytest.approx(found["reached"]["loss"]["none"][0] * step), "steps × time of a step"
     assert cell["seconds"]["loss"]["top_k(100)"] is None and "| top_k(100) | missed |" in done.stdout, "20 steps are too few for a hundredth"
-    assert cell["steps"]["auto"]["chose"] in ("none", "fp16", "double_squeeze()")
+    assert cell["steps"]["auto"]["chose"] in ("none", "fp16", "power_sgd(2)")
 
 
 def test_a_delay_is_kept_and_the_rate_too(lab: str) -> None:

@@ -22,6 +22,12 @@ SLOW = {"none": 1.0, "fp16": 0.6, "double_squeeze": 0.3}
 FAST = {"none": 1.0, "fp16": 0.95, "double_squeeze": 1.8}
 
 
+def auto(trial: int = 5, every: int | None = None, **options: Any) -> Compression:
+    """Among these three."""
+    fp16, double_squeeze = Compression.fp16(error_feedback=True, **options), Compression.double_squeeze(**options)
+    return Compression.auto({"none": Compression(Identity(), **options), "fp16": fp16, "double_squeeze": double_squeeze}, trial=trial, every=every)
+
+
 class Clock:
     """Goes on by the time of a step of what is done now, between the end of one step and the end of the next."""
 
@@ -42,7 +48,7 @@ class Worker:
     def __init__(self, transport: Transport, seconds: Mapping[str, float], **options: Any) -> None:
         self.model, self.rank = mlp(), transport.rank
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        bound = Compression.auto(**{**ALL, **options}).bind(self.model)
+        bound = auto(**{**ALL, **options}).bind(self.model)
         self.optimizer: Any = DistributedOptimizer(sgd, self.model.named_parameters(), bound, transport=transport)
         self.compression, self.tuner = bound, bound.tuner
         self.clock = Clock(self.tuner, seconds)
@@ -172,10 +178,10 @@ def test_a_resumed_run_goes_on_as_what_was_saved_and_tries_anew(trained_before: 
         resumed.train(20, 40)
         assert resumed.chosen == [(36, "none")]
 
-        early = Compression.auto(**ALL).bind(mlp())
+        early = auto(**ALL).bind(mlp())
         early.load_state_dict(saved)
         assert early.method == through.compression.method and early.tuner is not None and early.tuner.current == "double_squeeze"
-        other = Compression.auto(seed=3, **ALL).bind(mlp())
+        other = auto(seed=3, **ALL).bind(mlp())
         with pytest.raises(CompressionError, match="saved by another method"):
             other.load_state_dict(saved)
 
@@ -207,7 +213,7 @@ def test_a_run_that_goes_back_to_an_earlier_step_tries_anew() -> None:
 def test_without_an_optimizer() -> None:
     def run(transport: Transport) -> list[str]:
         model = mlp()
-        exchange = GradientExchange(model.named_parameters(), Compression.auto(trial=2, **ALL), transport, lr=0.1)
+        exchange = GradientExchange(model.named_parameters(), auto(trial=2, **ALL), transport, lr=0.1)
         tuner = exchange.compression.tuner
         assert tuner is not None
         Clock(tuner, SLOW)
@@ -243,6 +249,16 @@ def test_ranks_that_would_choose_among_others_are_told() -> None:
             worker.train(2)
 
     run_simulated(2, run)
+
+
+def test_what_is_tried_by_default() -> None:
+    """With options of its own."""
+    tuner = Compression.auto(seed=3, **ALL).bind(mlp()).tuner
+    assert tuner is not None
+    methods = [Compression(Identity(), seed=3, **ALL), Compression.fp16(error_feedback=True, seed=3, **ALL), Compression.power_sgd(seed=3, **ALL)]
+    assert {name: c.method for name, c in tuner.candidates.items()} == dict(
+        zip(("none", "fp16", "power_sgd"), (m.method for m in methods), strict=True)
+    )
 
 
 def test_wrong_use_is_named() -> None:
