@@ -227,7 +227,7 @@ class BoundCompression:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over state saved by the same rank of a group of the same size.
 
-        Raises `CompressionError`, with nothing changed, when it does not fit.
+        Raises `CompressionError`, with no state changed, when it does not fit; `Compression.auto` goes on with the method that it was saved of.
         """
         if isinstance(state, Mapping):
             self.go_on_as(lambda method: repr(method) == state.get("method"))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -19,8 +19,8 @@ from ..errors import CompressionError
 __all__ = ["claim", "follow"]
 
 
-class Claimant(Protocol):
-    """What wants to know of steps that move its parameters."""
+class Holder(Protocol):
+    """What has parameters whose steps it wants to know of."""
 
     @property
     def named(self) -> Sequence[tuple[str, torch.nn.Parameter]]: ...
@@ -29,39 +29,60 @@ class Claimant(Protocol):
     def ids(self) -> frozenset[int]:
         """Of the parameters named."""
         ...
+
+
+class Claimant(Holder, Protocol):
+    """It is told before they are moved."""
 
     def before_step(self) -> None: ...
 
 
-class Follower(Protocol):
-    """What wants to know when steps of its parameters have ended."""
-
-    @property
-    def named(self) -> Sequence[tuple[str, torch.nn.Parameter]]: ...
-
-    @property
-    def ids(self) -> frozenset[int]:
-        """Of the parameters named."""
-        ...
+class Follower(Holder, Protocol):
+    """It is told when they have been."""
 
     def after_step(self) -> None: ...
 
 
-_claims: dict[int, weakref.ref[Claimant]] = {}
-_followers: dict[int, weakref.ref[Follower]] = {}
-_lock = threading.Lock()
-_watched = _followed = False
+H = TypeVar("H", bound=Holder)
+
+
+class _Listeners(Generic[H]):
+    """By parameter, while they live. `register` makes torch call what looks at them."""
+
+    def __init__(self, register: Callable[[], object]) -> None:
+        self._register = register
+        self._registered = False
+        self._of: dict[int, weakref.ref[H]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, holder: H) -> None:
+        with self._lock:
+            if not self._registered:  # when the first comes, and never removed: torch iterates over its hooks unlocked
+                self._register()
+                self._registered = True
+            for _, parameter in holder.named:
+                self._of[id(parameter)] = weakref.ref(holder)
+
+    def of(self, parameter: torch.nn.Parameter) -> H | None:
+        """Who listens for steps of `parameter`."""
+        if (found := self._of.get(id(parameter))) is None:
+            return None
+        holder = found()
+        if holder is not None and id(parameter) in holder.ids:  # while it lives it holds its parameters, so the id is theirs
+            return holder
+        self._of.pop(id(parameter), None)
+        return None
 
 
 def claim(bound: Claimant) -> None:
     """From now on call `bound.before_step()` before every step of any optimizer that holds one of its parameters, while it lives."""
-    global _watched
-    with _lock:
-        if not _watched:  # at the first claim, and never removed: torch iterates over its hooks unlocked
-            register_optimizer_step_pre_hook(_before_step)
-            _watched = True
-        for _, parameter in bound.named:
-            _claims[id(parameter)] = weakref.ref(bound)
+    _claims.add(bound)
+
+
+def follow(bound: Follower) -> None:
+    """From now on call `bound.after_step()` after every step of any optimizer that holds one of its parameters, while it lives. Twice after one of
+    an unmodified Horovod's."""
+    _followers.add(bound)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -69,15 +90,10 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     late: torch.Tensor | None = None
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            found = _claims.get(id(parameter))
-            bound = None if found is None else found()
-            if bound is not None and id(parameter) in bound.ids:  # while it lives it holds its parameters, so the id is theirs
+            if (bound := _claims.of(parameter)) is not None:
                 claimed[id(bound)] = bound
-            else:
-                if found is not None:
-                    _claims.pop(id(parameter), None)
-                if parameter.requires_grad and parameter.grad is not None:
-                    late = parameter
+            elif parameter.requires_grad and parameter.grad is not None:
+                late = parameter
     if late is not None and claimed:
         raise CompressionError(
             f"a parameter of shape {tuple(late.shape)} takes part in training but was frozen or absent when the compression was bound; its "
@@ -88,27 +104,11 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         bound.before_step()
 
 
-def follow(bound: Follower) -> None:
-    """From now on call `bound.after_step()` after every step of any optimizer that holds one of its parameters, while it lives. Twice after one of
-    an unmodified Horovod's."""
-    global _followed
-    with _lock:
-        if not _followed:
-            register_optimizer_step_post_hook(_after_step)
-            _followed = True
-        for _, parameter in bound.named:
-            _followers[id(parameter)] = weakref.ref(bound)
-
-
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    following: dict[int, Follower] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            found = _followers.get(id(parameter))
-            bound = None if found is None else found()
-            if bound is not None and id(parameter) in bound.ids:
-                following[id(bound)] = bound
-            elif found is not None:
-                _followers.pop(id(parameter), None)
-    for bound in following.values():
+    listening = [_followers.of(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    for bound in {id(b): b for b in listening if b is not None}.values():
         bound.after_step()
+
+
+_claims = _Listeners[Claimant](lambda: register_optimizer_step_pre_hook(_before_step))
+_followers = _Listeners[Follower](lambda: register_optimizer_step_post_hook(_after_step))
