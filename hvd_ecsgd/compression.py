@@ -18,6 +18,7 @@ from .errors import CompressionError
 from .exchange import (
     AllGather,
     AllReduce,
+    Butterfly,
     Central,
     CompressedAllReduce,
     CompSkip,
@@ -290,6 +291,12 @@ class Compression:
         `period`-th step. Random blocks of 1/64, and of 1/8 for resets, by default. Over SGD, whose momentum it reads; on Horovod attached."""
         exchange = ErrorReset(RandomBlock(8) if reset_compressor is None else reset_compressor, period)
         return Compression(RandomBlock(64) if compressor is None else compressor, CSER(), exchange, **options)
+
+    @staticmethod
+    def butterfly(compressor: Compressor | None = None, period: int = 64, **options: Any) -> Compression:
+        """Butterfly mixing (Zhao, Canny 2013): in each step every worker averages its model with that of one other, and in every `period`-th with
+        all; uncompressed by default. For links that are slow to answer. Over SGD, whose momentum it reads; on Horovod attached."""
+        return Compression(Identity() if compressor is None else compressor, CSER(), Butterfly(period), **options)
 
     @staticmethod
     def auto(candidates: Mapping[str, Compression] | None = None, *, trial: int = 5, every: int | None = None, **options: Any) -> AutoCompression:

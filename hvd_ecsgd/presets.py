@@ -165,6 +165,11 @@ PRESETS = (
         "all-reduce or all-gather", "3", "Xie et al. 2020",
     ),
     Preset(
+        "butterfly(compressor, period)", "the model's difference, to one other worker",
+        "what the models differ by, to one other worker in each step, whole or compressed; all meet every `period` steps",
+        "one to one", "3", "Zhao, Canny 2013", exchange_note="; an all-reduce every `period` steps",
+    ),
+    Preset(
         "pef(ratio)", "random block of η·gradient; momentum after the exchange", "random block of η·gradient + error; momentum after the exchange",
         "all-reduce", "3", "Xu, Huang 2021 (PEF baseline)",
     ),

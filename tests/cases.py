@@ -53,7 +53,7 @@ class Case:
     draws: bool = False
     """Results depend on the step number: by randomness (and the parameter's name), or by a schedule."""
     saves: bool = True
-    """Sends fewer bytes than a dense exchange. False: a dense all-reduce of the error goes with every step."""
+    """Sends fewer bytes than a dense exchange. False: a dense all-reduce of the error goes with every step, or models travel whole."""
     momentum: float = 0.9
     """Of the SGD that the tests train it with. 0: the method refuses any."""
     converges: float = 0.15
@@ -172,6 +172,8 @@ CASES: tuple[Case, ...] = (
         saves=False,
     ),
     Case("cser", lambda: Compression.cser(RandomBlock(8), RandomBlock(2), 5), slots=3, draws=True),
+    Case("butterfly", lambda: Compression.butterfly(period=5), slots=3, draws=True, saves=False),
+    Case("butterfly-everything", lambda: Compression.butterfly(Sign(), 5, **ALL), slots=3, draws=True),
     Case("cser-everything", lambda: Compression.cser(Sign(), TopK(2), 3, **ALL), slots=3, draws=True),
     Case("power_sgd", lambda: Compression.power_sgd(), draws=True),
     Case("power_sgd-own-everything", lambda: Compression.power_sgd(4, residual="own", **ALL), draws=True),

@@ -2,6 +2,7 @@
 
 from .all_gather import AllGather
 from .all_reduce import AllReduce
+from .butterfly import Butterfly
 from .central import Central
 from .comp_skip import CompSkip, SkipAllReduce
 from .compressed_all_reduce import CompressedAllReduce, HorovodCompressor, is_horovod_compressor
@@ -14,6 +15,7 @@ __all__ = [
     "AllGather",
     "AllReduce",
     "Bernoulli",
+    "Butterfly",
     "Central",
     "CompSkip",
     "CompressedAllReduce",

@@ -12,7 +12,9 @@ __all__ = ["Faithful", "Skipping", "Stateless", "check_pair"]
 def check_pair(exchange: Exchange, feedback: Feedback, settles: bool) -> None:
     """Raise `CompressionError` where a residual waits for what an exchange does not add to it, or the other way round."""
     if settled(feedback) != settles:
-        raise CompressionError(f"{feedback} and {exchange} do not go together: CSER() needs ErrorReset(…) as its exchange, and only CSER does.")
+        raise CompressionError(
+            f"{feedback} and {exchange} do not go together: CSER() needs ErrorReset(…) or Butterfly(…) as its exchange, and only CSER does."
+        )
 
 
 class Faithful:

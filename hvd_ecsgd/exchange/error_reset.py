@@ -14,7 +14,7 @@ from .all_gather import AllGather
 from .all_reduce import AllReduce
 from .base import Stateless, check_pair
 
-__all__ = ["ErrorReset"]
+__all__ = ["ErrorReset", "reset_"]
 
 
 def _plain(compressor: Compressor) -> AllReduce | AllGather:
@@ -53,20 +53,26 @@ class ErrorReset(Stateless):
         task.undo_by(partial(error.sub_, left))
         if (task.ctx.step + 1) % self.period:
             return out
-        reset = Task(
-            name=f"{task.name}.reset",
-            segments=task.segments,
-            compressor=self.reset_compressor,
-            state={},
-            # Draws of its own: what C1 has just sent is not what is missing.
-            ctx=replace(task.ctx, seed=task.ctx.seed + 1),
-            accumulated=Accumulated(error),
-            into=Result(task.segments.scratch()),
-            reversals=Reversals(error),
-        )
-        task.undo_by(reset.reversals.run)
-        more = yield from _plain(self.reset_compressor).run(reset, transport)
-        task.finite = reset.finite
-        task.traffic += Traffic(payload=reset.traffic.payload, sent=reset.traffic.sent)
+        more = yield from reset_(task, transport, self.reset_compressor, Result(task.segments.scratch()))
         task.into.touched = None  # what is reset is elsewhere, too
         return out.add_(more)
+
+
+def reset_(task: Task, transport: Transport, compressor: Compressor, into: Result) -> Steps:
+    """e_i ← e_i − c_i, c_i = C2(e_i) of the `task`'s residuals; returns mean c_i, by which x is to move."""
+    reset = Task(
+        name=f"{task.name}.reset",
+        segments=task.segments,
+        compressor=compressor,
+        state={},
+        # Draws of its own: what C1 has just sent is not what is missing.
+        ctx=replace(task.ctx, seed=task.ctx.seed + 1),
+        accumulated=Accumulated(task.residual),
+        into=into,
+        reversals=Reversals(task.residual),
+    )
+    task.undo_by(reset.reversals.run)
+    mean = yield from _plain(compressor).run(reset, transport)
+    task.finite = reset.finite
+    task.traffic += Traffic(payload=reset.traffic.payload, sent=reset.traffic.sent)
+    return mean

@@ -23,6 +23,8 @@ class CSER(LocalPoint):
     own change at once. Nothing that C1 leaves is given to C1 again. mean p_i = x − mean e_i moves as momentum SGD on the mean of the workers'
     momenta. Xie, Zheng, Koyejo, Gupta, Li, Lin 2020: CSER: Communication-efficient SGD with Error Reset, algorithm 2, with momentum on the worker.
 
+    With the exchange `Butterfly` errors are what models differ by, and are mixed between two workers in each step.
+
     η, μ and wd are read from the SGD optimizer's param group at every step; no dampening, no Nesterov.
 
     Slots: `residual` (e), `momentum`, and `x`, the part of the models that is equal on all ranks, to the bit. Memory beside parameters and gradients:

@@ -68,6 +68,7 @@ ALLOCATE = {
     "fp16-feedback": "a sum overwrites the payload, of which undoing the step needs a copy",
     "bf16": "payloads for several servers are made one by one and joined",
     "hessian_aided": "curvature is estimated in torch's own passes",
+    "butterfly": "all meet in some steps only",
     "cser": "errors are reset in some steps only",
 }
 """Rows that do, and why."""
