@@ -8,6 +8,7 @@ Importing this package needs torch and NumPy only; Horovod is imported when Horo
 """
 
 from . import telemetry
+from .central_vr import CentralVR
 from .checkpoint import load_checkpoint, save_checkpoint
 from .compression import Compression, double_squeeze_comparison
 from .core.bound import BoundCompression
@@ -19,6 +20,7 @@ from .version import __version__
 
 __all__ = [
     "BoundCompression",
+    "CentralVR",
     "CheckpointError",
     "Compression",
     "CompressionError",
