@@ -6,6 +6,7 @@ With one process an unmodified Horovod never calls compress, and a method with m
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,7 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..errors import CompressionError
 
-__all__ = ["claim", "follow"]
+__all__ = ["claim", "follow", "hook_inner_step", "is_hooked", "tell_schedulers"]
+
+_HOOKED = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__
+"""Of the functions that torch puts around the `step` of every class of optimizers, to run step hooks and to name it in profiles."""
 
 
 class Holder(Protocol):
@@ -81,8 +85,54 @@ def claim(bound: Claimant) -> None:
 
 def follow(bound: Follower) -> None:
     """From now on call `bound.after_step()` after every step of any optimizer that holds one of its parameters, while it lives. Twice after one of
-    an unmodified Horovod's."""
+    an unmodified Horovod's that is not attached."""
     _followers.add(bound)
+
+
+def is_hooked(step: Any) -> bool:
+    """Whether `step`, of a class of optimizers, is what torch puts around it to run step hooks; what it was before is its `__wrapped__`."""
+    return getattr(step, "__code__", None) is _HOOKED
+
+
+def hook_inner_step(optimizer: torch.optim.Optimizer) -> None:
+    """From now on step hooks run once in a step of `optimizer`, whose class was made for it alone and calls `step` of the class below: around that.
+
+    Whoever claims its parameters is told before the outer step, too. Nothing where it is so already.
+    """
+    cls: Any = type(optimizer)
+    hooked = vars(cls).get("step")
+    if not is_hooked(hooked):
+        return
+    outer = hooked.__wrapped__
+
+    @functools.wraps(outer)
+    def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        _before_step(self, args, kwargs)
+        return outer(self, *args, **kwargs)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch would put step hooks around this one too
+    cls.step = step
+    held: Any = optimizer.__dict__.get("step")
+    if hasattr(held, "_wrapped_by_lr_sched") or hasattr(held, "_with_counter"):  # a scheduler's, which calls what the class had before
+        this = weakref.ref(optimizer)
+
+        @functools.wraps(held)
+        def tracked(*args: Any, **kwargs: Any) -> Any:
+            stepping = this()
+            assert stepping is not None
+            tell_schedulers(stepping)
+            return step(stepping, *args, **kwargs)
+
+        optimizer.__dict__["step"] = tracked
+
+
+def tell_schedulers(optimizer: torch.optim.Optimizer) -> None:
+    """Schedulers that were made for the optimizer, and look at its steps, warn of what comes before the first: this is one."""
+    held = optimizer.__dict__
+    if hasattr(held.get("step"), "_wrapped_by_lr_sched"):
+        held["_opt_called"] = True
+    if hasattr(held.get("step"), "_with_counter"):  # torch before 2.4
+        held["_step_count"] += 1
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from ..core.aggregator import Aggregator
 from ..core.attached import ATTACH, check_plain_sgd
 from ..core.bound import BoundCompression
 from ..core.state import MethodState
-from ..core.step_hooks import claim
+from ..core.step_hooks import claim, hook_inner_step
 from ..errors import CompressionError
 from ..transport.base import Transport
 from .introduction import Introduction
@@ -119,6 +119,8 @@ class HorovodDriver:
                     "hvd_ecsgd.DistributedOptimizer(optimizer, compression=…) or `import mpi_backend as hvd`."
                 )
             check_plain_sgd(method, getattr(type(optimizer).__base__, "step", None), type(optimizer).__name__)
+        if on_horovod:
+            hook_inner_step(optimizer)
         transport = self.transport() if on_horovod else None
         if transport is not None:
             self._check_clip()

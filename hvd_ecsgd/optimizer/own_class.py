@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 
+from ..core.step_hooks import is_hooked
 from ..errors import CompressionError
 
-__all__ = ["Evaluated", "OwnClass", "copy_attributes", "inner_optimizers", "tell_schedulers"]
+__all__ = ["Evaluated", "OwnClass", "copy_attributes", "inner_optimizers"]
 
 Arguments = tuple[Any, ...]
-
-_HOOKED = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__
-"""Of the functions that torch puts around the `step` of every class of optimizers, to run step hooks and to name it in profiles."""
 
 _OURS = ("step", "_step_supports_amp_scaling")
 """What an instance may hold and a wrapped one must not: a scheduler's `step`, which would bypass ours, and an answer to GradScaler that is ours."""
@@ -37,7 +35,7 @@ class OwnClass:
     @property
     def hooked(self) -> bool:
         """Whether torch runs step hooks around its `step`. Not where a class leaves out `Optimizer.__init__`, as some that hold another one do."""
-        return getattr(self._found(), "__code__", None) is _HOOKED
+        return is_hooked(self._found())
 
     def step(self) -> Callable[..., Any]:
         """Its `step`, which takes the instance first, without the hooks."""
@@ -133,12 +131,3 @@ def _signature(function: Any) -> inspect.Signature | None:
         return inspect.signature(function)
     except (TypeError, ValueError):  # not written in Python
         return None
-
-
-def tell_schedulers(inner: torch.optim.Optimizer) -> None:
-    """Schedulers made for the optimizer that was wrapped have counted on being told of its steps; they warn of what comes before the first."""
-    held = inner.__dict__
-    if hasattr(held.get("step"), "_wrapped_by_lr_sched"):
-        held["_opt_called"] = True
-    if hasattr(held.get("step"), "_with_counter"):  # torch before 2.4
-        held["_step_count"] += 1

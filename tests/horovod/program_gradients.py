@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hvd_ecsgd import Compression, CompressionError, SequenceError
 from tests.cases import ALL
@@ -140,6 +141,40 @@ def set_after_the_backward_pass() -> None:
     assert not torch.equal(weights(model), before) and same_on_all(weights(model), "late rate") and bound.undone_steps == 0
 
 
+def step_hooks() -> None:
+    """Once in a step of an optimizer that was attached, around the inner step, so that they see the mean: before and after a scheduler was made, and
+    after a state was loaded. Of one that was not (the control) twice, as without us."""
+    for name, make in (("top", Compression.top_k), ("def", Compression.detached)):
+        for when in ("never", "at once", "after the scheduler", "twice"):
+            if (name, when) == ("def", "never"):
+                continue
+            model = mlp()
+            seen: list[Any] = []
+            optimizer = stock(model, make(4, **ALL).bind(model), f"hooks.{name}.{when}")
+            if when in ("at once", "twice"):
+                optimizer._compression.attach(optimizer)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            if when in ("after the scheduler", "twice"):
+                optimizer._compression.attach(optimizer)
+            optimizer.load_state_dict(optimizer.state_dict())
+            everywhere = register_optimizer_step_post_hook(lambda o, *_: seen.append(type(o).__name__))  # noqa: B023
+            optimizer.register_step_pre_hook(lambda o, *_: seen.append(model[0].weight.grad))  # noqa: B023
+            backward(model, 0)
+            before = weights(model)
+            with torch.autograd.profiler.profile() as profile, warnings.catch_warnings():
+                warnings.simplefilter("error")
+                optimizer.step()
+                schedule.step()  # warns where nobody has told it of the step
+            everywhere.remove()
+            once = when != "never"
+            assert len(seen) == (2 if once else 4) and seen.count("SGD") == (1 if once else 2), (name, when, seen)
+            if once:
+                (gradient,) = (g for g in seen if not isinstance(g, str))
+                assert gradient is None if name == "def" else same_on_all(gradient, f"hooks.{name}.{when}"), "the mean, or it was applied already"
+            assert [event.name for event in profile.function_events].count("Optimizer.step#SGD.step") == (1 if once else 2)
+            assert not torch.equal(weights(model), before)
+
+
 CALLS = ("backward", "synchronize", "clip", "step", "step inside", "zero_grad", "discard")
 
 
@@ -194,6 +229,7 @@ if __name__ == "__main__":
                 set_after_the_backward_pass,
                 discarded,
                 never_applied,
+                step_hooks,
                 in_any_order,
             )
         }
