@@ -112,6 +112,12 @@ class Bucket:
         remembers = settings.remembers and (not feedback.takes.update or Role.MEMORY in self.method.slot_names)
         return max(settings.lr, self.unit or 0.0) if remembers else settings.lr
 
+    def decays_where_it_is(self, settings: GroupSettings) -> bool:
+        """Accumulating reads the parameters, as the rule takes weight decay of them, and nobody looks at them before they are moved: they are not
+        shifted."""
+        feedback = self.method.feedback
+        return feedback.takes.momentum and self.point is None and bool(getattr(feedback, "weight_decay", None) or settings.weight_decay)
+
     def context(self, settings: GroupSettings, seed: int, step: int, rank: int, size: int) -> StepContext:
         """What a step with these settings is done with."""
         unit = self.unit_for(settings) or 1.0

@@ -1,4 +1,4 @@
-"""What scripts must not do to gradients that were handed over: whatever they write there is lost, so it is an error."""
+"""What scripts must not do to gradients that were handed over, and to parameters that are read with them: an error, as a thread may be reading."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass
 class Noted:
-    """Gradients as they were when they were handed over; all of one device.
+    """Gradients, or parameters, as they were when gradients were handed over; all of one device.
 
     Version counters and places in memory tell of most writes. Those through `.data` or NumPy raise no counter; contents tell of them.
     """
 
     named: Sequence[tuple[str, torch.Tensor]]
     """Parameters that have a gradient."""
-    gradients: list[torch.Tensor]
+    gradients: Sequence[torch.Tensor]
+    """Theirs; or the parameters themselves."""
     versions: list[int]
     places: list[int]
     views: list[torch.Tensor | None]
@@ -44,13 +45,17 @@ class Noted:
     def of(named: Sequence[tuple[str, torch.Tensor]], everything: bool) -> Noted | None:
         """None when no parameter has a gradient."""
         held = [(pair, g) for pair in named if (g := pair[1].grad) is not None]
-        if not held:
-            return None
-        gradients = [g for _, g in held]
-        views = [_view(g) for g in gradients]
-        sums = _sums(gradients) if everything else None
-        versions, places = [g._version for g in gradients], [_place(g) for g in gradients]
-        return Noted([pair for pair, _ in held], gradients, versions, places, views, _sample(views, gradients), sums)
+        return Noted._now([pair for pair, _ in held], [g for _, g in held], everything) if held else None
+
+    @staticmethod
+    def of_parameters(named: Sequence[tuple[str, torch.Tensor]], everything: bool) -> Noted:
+        return Noted._now(named, [p for _, p in named], everything)
+
+    @staticmethod
+    def _now(named: Sequence[tuple[str, torch.Tensor]], tensors: Sequence[torch.Tensor], everything: bool) -> Noted:
+        views = [_view(t) for t in tensors]
+        sums = _sums(tensors) if everything else None
+        return Noted(named, tensors, [t._version for t in tensors], [_place(t) for t in tensors], views, _sample(views, tensors), sums)
 
     def changed(self, factors: Sequence[float] = (1.0,), replaced: bool = True) -> str | None:
         """The name of the first parameter whose gradient was changed, by other than a multiplication by one of `factors`.
@@ -80,20 +85,42 @@ class Guard:
     def __init__(self, feedback: Any) -> None:
         self._feedback = feedback
         self._noted: list[Noted] = []
+        self._read: list[Noted] = []
         self._steps = 0
         self._added_to = ""
 
     def note(self, named: Sequence[tuple[str, torch.Tensor]]) -> Noted | None:
         """The gradients of these are handed over now. To be called where the script cannot come in between."""
-        noted = Noted.of(named, self._steps < _FIRST or self._steps % _EVERY == 0)
+        noted = Noted.of(named, self._everything)
         if noted is not None:
             self._noted.append(noted)
         return noted
 
+    @property
+    def _everything(self) -> bool:
+        return self._steps < _FIRST or self._steps % _EVERY == 0
+
+    def note_read(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """These parameters are read from now on, perhaps in a thread, until `check_read`: weight decay is taken of them."""
+        self._read.append(Noted.of_parameters(named, self._everything))
+
+    def check_read(self) -> None:
+        """Nothing reads parameters any more. Raise `CompressionError` that names one which was written to while it was noted."""
+        read, self._read = self._read, []
+        for noted in read:
+            if (name := noted.changed(replaced=False)) is not None:
+                self.forget()  # an error once
+                raise CompressionError(
+                    f"parameter '{name}' was written to between its backward pass and step(), while {self._feedback} was taking weight decay of it, "
+                    "perhaps in another thread, so it may have seen the change or not. Write to parameters before the backward pass, after step() or "
+                    "inside `with compression.at('averaged'):`; or make the optimizer with overlap=False (MPI_BACKEND_OVERLAP=0), so that decay is "
+                    "taken in step()."
+                )
+
     def forget(self) -> None:
         """The step is over."""
         self._steps += bool(self._noted)
-        self._noted, self._added_to = [], ""
+        self._noted, self._read, self._added_to = [], [], ""
 
     def mean_is_spoilt(self, name: str) -> None:
         """A further backward pass has added to this parameter's gradient, which is the mean that was exchanged; that pass raises."""

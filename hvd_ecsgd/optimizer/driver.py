@@ -115,6 +115,7 @@ class OptimizerDriver:
     def catch_up(self) -> None:
         """See `Driver`."""
         self.step.drain()
+        self.hand_over.guard.check_read()
 
     def meet(self, what: str) -> None:
         """See `Driver`."""
@@ -214,6 +215,7 @@ class OptimizerDriver:
         try:
             self.hand_over.submit_rest(lost)
             self.step.drain()
+            self.hand_over.guard.check_read()
             if not lost and not (discarding and (method.exact or not method.stateful)):
                 self.hand_over.guard.check_in_flight(replaced=not discarding)
             self.hand_over.reset()

@@ -391,6 +391,87 @@ def test_result_buffers_are_used_again_in_the_usual_loop(set_to_none: bool) -> N
         assert len(set(places)) == (6 if keeps else 1 if set_to_none else 2)
 
 
+# -- parameters that are written to between backward() and step() ------------------------------------------------------------------
+
+DECAYING: dict[str, Callable[[], Any]] = {
+    "local_momentum": lambda: Compression.local_momentum(8, **ALL),
+    "topk_sgd": lambda: Compression.topk_sgd(8, **ALL),
+    "pef": lambda: Compression.pef(8, **ALL),
+    "dist_ef_sgd": lambda: Compression.dist_ef_sgd(**ALL),
+    "dist_ef_sgd(momentum=.9, weight_decay=.1)": lambda: Compression.dist_ef_sgd(momentum=0.9, weight_decay=0.1, **ALL),
+    "detached": lambda: Compression.detached(8),
+}
+"""Methods that take weight decay off parameters that they do not shift; of `detached` those that travel uncompressed."""
+
+
+def _of_theirs(p: torch.nn.Parameter) -> None:
+    p.data = p.data * 0.5
+
+
+MOVES: dict[str, Callable[[torch.nn.Parameter], Any]] = {
+    "in place": lambda p: p.detach().mul_(0.5),
+    "data": lambda p: p.data.mul_(0.5),
+    "data =": _of_theirs,
+    "numpy": lambda p: p.detach().numpy().__imul__(0.5),
+}
+
+
+@pytest.mark.parametrize("executor", ["Inline", "Late"])
+@pytest.mark.parametrize(("name", "write"), [(name, "data") for name in DECAYING] + [("local_momentum", write) for write in MOVES])
+def test_what_weight_decay_is_taken_of_must_not_be_written_to_while_it_may_be_read(name: str, write: str, executor: str) -> None:
+    """An error, whether the sending thread is fast or slow; none after step(), before the backward pass, inside of `at` or without overlap."""
+    own = "weight_decay" in name
+
+    def made(**options: Any) -> tuple[Any, Any]:
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.0 if own or name == "topk_sgd" else 0.9, weight_decay=0.0 if own else 0.1)
+        options["executor"] = Late() if executor == "Late" else None
+        return model, DistributedOptimizer(sgd, model.named_parameters(), DECAYING[name](), **options)
+
+    def moved(where: str) -> torch.Tensor:
+        model, optimizer = made(overlap=where != "without overlap")
+        for t in range(5):
+            optimizer.zero_grad()
+            if t == 4 and where == "before":
+                MOVES[write](model[-1].bias)
+            backward(model, t)
+            if t == 4 and where in ("between", "without overlap"):
+                MOVES[write](model[-1].bias)
+            if t == 4 and where == "at":
+                with optimizer.compression.at("averaged"):
+                    MOVES[write](model[-1].bias)
+            if t == 4 and where == "between":
+                with pytest.raises(CompressionError, match=r"parameter '2\.bias' was written to .*weight decay.*overlap=False"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            if t == 4 and where == "after":
+                MOVES[write](model[-1].bias)
+        return weights(model, optimizer.compression)
+
+    before = moved("nowhere")
+    for where in ("between", "before", "at", "without overlap", "after"):
+        assert not torch.equal(moved(where), before), where
+
+
+@pytest.mark.parametrize("method", [Compression.local_momentum, Compression.top_k])
+def test_without_weight_decay_inside_parameters_may_be_written_to_at_any_time(method: Any) -> None:
+    """Nothing reads them, or the optimizer alone."""
+    held = []
+    for executor in (None, Late()):
+        model, optimizer = mlp(), None
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1 if method is Compression.top_k else 0.0)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), method(8, **ALL), executor=executor)
+        for t in range(3):
+            optimizer.zero_grad()
+            backward(model, t)
+            for p in model.parameters():
+                p.data.mul_(0.9)
+            optimizer.step()
+        held.append(weights(model))
+    assert torch.equal(*held)
+
+
 # -- evaluating in the middle of a step ------------------------------------------------------------------------------------------
 
 
