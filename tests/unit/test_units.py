@@ -75,6 +75,57 @@ def test_with_units_that_fall_it_blows_up(name: str, plain: float, monkeypatch: 
     assert largest_momentum(by_name(name).make, SCHEDULES["one-cycle"]) > 200 * plain
 
 
+def run(make: Callable[[], Any], inner: Callable[[Any], torch.optim.Optimizer], lrs: Sequence[float]) -> tuple[float, float]:
+    """The largest step of x, and the largest that an Adam-like optimizer remembers (norms over all parameters), with one worker."""
+    model = mlp()
+    optimizer = DistributedOptimizer(inner(model.parameters()), model.named_parameters(), make(), transport=SelfTransport())
+    step, remembered, before = 0.0, 0.0, flat(model.parameters())
+    for t, lr in enumerate(lrs):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        x, y = batch(0, t)
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        with optimizer.compression.at("averaged"):
+            now = flat(model.parameters())
+        step, before = max(step, (now - before).norm().item()), now
+        kept = [s[name] for s in optimizer.state.values() for name in s if name in ("exp_avg_sq", "square_avg", "sum")]
+        remembered = max(remembered, flat(kept).norm().item() if kept else 0.0)
+    return step, remembered
+
+
+ADAPTIVE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.05),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.05),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+}
+SECOND_MOMENTS = [("Adam", name) for name in ("random_block", "double_squeeze", "power_sgd")] + [(inner, "top_k") for inner in ADAPTIVE]
+
+
+@pytest.mark.parametrize(("inner", "name"), SECOND_MOMENTS)
+def test_second_moments_stay_what_they_are_without_compression(inner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are inflated for long: ten times at most, where what was sent waited; with units that follow η (the control) many hundred times."""
+    plain = run(lambda: Compression.none, ADAPTIVE[inner], EVERYTHING)[1]
+    assert run(by_name(name).make, ADAPTIVE[inner], EVERYTHING)[1] < 10 * plain
+    monkeypatch.setattr(Bucket, "unit_for", FALLING)
+    assert run(by_name(name).make, ADAPTIVE[inner], EVERYTHING)[1] > 300 * plain
+
+
+def test_with_momentum_before_the_compressor_steps_of_x_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing after it remembers, so units follow η: what waited comes at its own rate."""
+
+    def step_of(make: Callable[[], Any], own: bool = False) -> float:
+        return run(make, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.0 if own else 0.9), EVERYTHING)[0]
+
+    plain = step_of(lambda: Compression.none)
+    monkeypatch.setattr(Bucket, "unit_for", FALLING)
+    assert step_of(lambda: Compression.dist_ef_sgd(momentum=0.9), own=True) < 2 * plain
+    assert step_of(lambda: Compression.dist_ef_sgd()) < 2 * plain
+    for make in (Compression.local_momentum, Compression.detached):
+        assert step_of(lambda: make(16)) < 5 * plain, "updates of many steps come at once"  # noqa: B023
+    assert step_of(by_name("top_k").make) > 50 * plain, "the control: momentum after it"
+
+
 LRS = (0.0, 0.05, 0.1, 0.02, 0.3, 0.001, 0.0, 0.05, 0.2)
 UNITS = (1.0, 0.05, 0.1, 0.1, 0.3, 0.3, 0.3, 0.3, 0.3)
 """The largest η so far."""
