@@ -109,7 +109,9 @@ def discarded() -> None:
         backward(model, 3)
         optimizer.synchronize()
         told("between a backward pass", bound.state_dict)
+        kept = [b.residual.clone() for b in bound.aggregator.state.buckets]
         told("discard()", optimizer.synchronize)  # nothing is exchanged a second time
+        assert all(torch.equal(b.residual, r) for b, r in zip(bound.aggregator.state.buckets, kept, strict=True)), "nor kept"
         bound.discard()
         assert torch.equal(weights(model, bound), before)
         torch.testing.assert_close(slot(bound, "residual"), residual, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Rank 0 alone calls save_checkpoint. Arguments: what rank 1 does meanwhile, after how many steps, and a folder."""
+"""Rank 0 alone calls a function that all call together. Arguments: which, what rank 1 does meanwhile, after how many steps, and a folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 import torch
 
 import mpi_backend as hvd
-from hvd_ecsgd import Compression, save_checkpoint
+from hvd_ecsgd import Compression, load_checkpoint, save_checkpoint
 
 hvd.init()
+alone, what, steps, folder = sys.argv[1:]
 model = torch.nn.Linear(4, 4)
-compression = Compression.top_k(2, dense_below=0)
+compression = Compression.local_momentum(2, dense_below=0) if alone == "virtual" else Compression.top_k(2, dense_below=0)
 optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression=compression)
 
 
@@ -21,12 +22,22 @@ def step() -> None:
     optimizer.zero_grad()
 
 
-what, steps, folder = sys.argv[1:]
+def virtual() -> None:
+    with optimizer.compression.at("virtual"):
+        pass
+
+
+functions = {
+    "save": lambda: save_checkpoint(folder, model, optimizer, optimizer.compression),
+    "load": lambda: load_checkpoint(folder, model, optimizer, optimizer.compression),
+    "switch": lambda: optimizer.compression.switch(Compression.random_block(2, dense_below=0)),
+    "virtual": virtual,
+}
 for _ in range(int(steps)):
     step()
 try:
     if hvd.rank() == 0:
-        save_checkpoint(folder, model, optimizer, optimizer.compression)
+        functions[alone]()
     elif what == "step":
         step()
     elif what == "allreduce":
