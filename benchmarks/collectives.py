@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed
 from mpi4py import MPI
-from reporting import Row, add_arguments, meet, slowest, start_gloo, write
+from reporting import Row, add_arguments, meet, slowest, start_gloo, told, write
 
 from mpi_backend.transport import MPITransport
 
@@ -79,20 +79,22 @@ def measure(runs: dict[str, Run], nbytes: int, trips: int, rate: float, seconds:
     count = max(1, nbytes // 4 // size) * size
     limit = trips * (size - 1) / size * 4 * count * 8 / rate if rate else None
     rows = [Row(name, limit) for name in runs]
-    t = torch.empty(count)
+    t, turns = torch.empty(count), list(zip(rows, runs.values()))
     began, rounds = time.perf_counter(), 0
-    while comm.bcast(rounds < min(3, most) or (rounds < most and time.perf_counter() - began < seconds)):
+    while told(comm, rounds < min(3, most) or (rounds < most and time.perf_counter() - began < seconds)):
         rounds += 1
-        for row, run in zip(rows, runs.values()):
+        turns = turns[1:] + turns[:1]  # nobody always follows the same one
+        for row, run in turns:
             t.fill_(rank + 1)
             meet(comm)
-            time.sleep(0.002)  # what the meeting has left is over
+            time.sleep(0.005)  # what the meeting has left is over
             start = time.perf_counter()
             run(t)
-            took = slowest(comm, [time.perf_counter() - start])
-            row.seconds += took if rounds > 1 or most == 1 else []  # the first round opens connections
+            row.seconds.append(time.perf_counter() - start)
             if trips == 2 and (t[0] != size * (size + 1) / 2 or t[-1] != t[0]):
                 raise AssertionError(f"{row.name}: the sum of {nbytes} bytes is wrong")
+    for row in rows:
+        row.seconds = slowest(comm, row.seconds[min(1, rounds - 1) :])  # the first round opens connections
     return rows
 
 

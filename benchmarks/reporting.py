@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from mpi4py import MPI
 
-__all__ = ["Row", "add_arguments", "meet", "slowest", "start_gloo", "wire_bytes", "write"]
+__all__ = ["Row", "add_arguments", "meet", "slowest", "start_gloo", "told", "wire_bytes", "write"]
 
 
 @dataclass
@@ -57,7 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def meet(comm: MPI.Intracomm) -> None:
     """Return when all ranks are here. They look now and then, so that nobody takes the others' core."""
-    request = comm.Ibarrier()
+    _look_at(comm.Ibarrier())
+
+
+def told(comm: MPI.Intracomm, flag: bool) -> bool:
+    """Rank 0's `flag`. Ranks look now and then: one that waits inside of MPI takes a core, and is put off afterwards, in what is measured next."""
+    value = bytearray([flag])
+    _look_at(comm.Ibcast([value, MPI.BYTE], 0))
+    return bool(value[0])
+
+
+def _look_at(request: MPI.Request) -> None:
     while not request.Test():
         time.sleep(20e-6)
 

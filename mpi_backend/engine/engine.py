@@ -33,7 +33,6 @@ log = logging.getLogger("mpi_backend")
 _FUSION_BYTES = 4 * 2**20  # of more, copying into one buffer costs what a message saves
 _SHORTEST, _LONGEST, _IDLE = 20e-6, 2e-3, 0.1
 """Seconds between looks: from and to, while waiting for other ranks; and without any work, where a coordinator must still notice stalls."""
-_LOOKS = 10  # at data on its way, without sleeping
 
 
 def threads_available() -> bool:
@@ -115,12 +114,16 @@ class Engine:
         if self.threaded:
             event.wait()
             return
-        pause = _SHORTEST
+        pause, patience = _SHORTEST, Patience()
         while not event.is_set():
             self.help()
-            if not event.is_set() and not any(c.in_flight for c in self._channels):
+            if event.is_set():
+                return
+            if any(c.in_flight for c in self._channels):
+                time.sleep(patience.pause())
+            else:
                 time.sleep(pause)
-                pause = min(pause * 1.5, _LONGEST)
+                pause, patience = min(pause * 1.5, _LONGEST), Patience()
 
     def raise_failure(self) -> None:
         """Raise what ended the engine, if something has."""
@@ -135,18 +138,14 @@ class Engine:
             return any([channel.turn() for channel in self._channels])
 
     def _serve(self) -> None:
-        pause, looks, patience = _SHORTEST, 0, Patience()
+        pause, patience = _SHORTEST, Patience()
         try:
             while not self._stop:
                 self._work.clear()
                 if self._turn():
-                    pause, looks, patience = _SHORTEST, 0, Patience()
+                    pause, patience = _SHORTEST, Patience()
                 elif any(c.in_flight for c in self._channels):
-                    looks += 1
-                    if looks <= _LOOKS:
-                        time.sleep(0)
-                    else:
-                        self._work.wait(patience.pause())
+                    self._work.wait(patience.pause())
                 elif any(c.waiting for c in self._channels):
                     self._work.wait(pause)
                     pause = min(pause * 1.5, _LONGEST)

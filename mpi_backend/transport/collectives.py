@@ -17,10 +17,10 @@ from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle, Ready
 
 from . import memory
-from .lanes import Opening, Task
+from .lanes import Stages, Task
 from .link import Link
 from .memory import cuda_aware, memory_of, unit_of
-from .messages import exchange_parts
+from .messages import Messages, exchange_parts
 from .reduction import REDUCIBLE, ReduceOp, allreduce_tasks, forced_algorithm, mpi_adds, reduce_scatter_tasks
 
 __all__ = ["MPITransport", "ReduceOp"]
@@ -50,11 +50,16 @@ class MPITransport:
 
     def __init__(self, comm: MPI.Comm | None = None, link: Link | None = None, algorithm: str | None = None) -> None:
         self.link = Link(MPI.COMM_WORLD if comm is None else comm) if link is None else link
-        self._messages, self._operations = self.link.messages, self.link.operations
-        self.rank = self._messages.rank
-        self.size = self.divisor = self._messages.size
+        self._operations = self.link.operations
         self._cuda_aware = cuda_aware()
         self._algorithm = forced_algorithm(algorithm)
+        self._be_among(self.link.messages)
+
+    def _be_among(self, messages: Messages) -> None:
+        """Whose collectives these are."""
+        self._messages = messages
+        self.rank = messages.rank
+        self.size = self.divisor = messages.size
 
     # ---- the protocol
 
@@ -82,7 +87,7 @@ class MPITransport:
                 flat.copy_(work)
             return t
 
-        return self._operations.start(what, lambda tag: allreduce_tasks(self._messages, tag, work, op, self._algorithm), finish)
+        return self._operations.start(what, lambda tag: self._reduce_stages(tag, work, op), finish)
 
     def reduce_scatter(self, t: torch.Tensor, counts: Sequence[int], name: str, op: ReduceOp = "sum") -> Handle[torch.Tensor]:
         """Reduce over ranks; rank r gets the r-th part of `counts[r]` elements, a new 1-D tensor. The bits are those of `allreduce_`.
@@ -99,7 +104,7 @@ class MPITransport:
         parts = torch.split(self._staged(flat), counts)
         out = torch.empty_like(parts[self.rank])
         return self._operations.start(
-            what, lambda tag: reduce_scatter_tasks(self._messages, tag, parts, out, op), lambda: out.to(t.device), keep=parts
+            what, lambda tag: iter([reduce_scatter_tasks(self._messages, tag, parts, out, op)]), lambda: out.to(t.device), keep=parts
         )
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
@@ -154,14 +159,15 @@ class MPITransport:
         unit = unit_of(t)
 
         def task() -> Task:
-            yield [self._messages.comm.Ibcast([memory_of(piece), piece.numel(), unit], root) for piece in torch.split(work, memory.LARGEST)]
+            world = self._root(root)
+            yield [self._messages.comm.Ibcast([memory_of(piece), piece.numel(), unit], world) for piece in torch.split(work, memory.LARGEST)]
 
         def finish() -> torch.Tensor:
             if work is not flat and root != self.rank:
                 flat.copy_(work)
             return t
 
-        return self._operations.start(what, lambda tag: [task()], finish)
+        return self._operations.start(what, lambda tag: iter([[task()]]), finish)
 
     def abandon(self) -> None:
         """Something in flight will never be complete: `close` does not wait for it."""
@@ -207,26 +213,39 @@ class MPITransport:
         """
         result: list[tuple[torch.Tensor, list[int]]] = []
 
-        def exchange(tag: int, rows: list[int]) -> list[Task]:
+        def exchange(tag: int, rows: list[int]) -> Stages:
             out = self._incoming(t, sum(rows))
             result.append((out, rows))
             row = math.prod(t.shape[1:])
             incoming = torch.split(out.view(-1), [r * row for r in rows])
-            return exchange_parts(self._messages, tag, outgoing(incoming[self.rank]), incoming)
+            return self._exchange_stages(tag, outgoing(incoming[self.rank]), incoming)
 
-        def agree(tag: int) -> Opening:
+        def agree(tag: int) -> Stages:
             signature = _signature(what, t)
             announced = torch.tensor([[n, signature] for n in told], dtype=torch.int64, device="cpu")
             replies = announced.clone()
-            requests = [self._messages.receive(replies[r], r, tag) for r in self._messages.peers]
-            yield requests + [self._messages.send(announced[r], r, tag) for r in self._messages.peers]
-            return exchange(tag + 1, self._agreed(replies, signature, t, what))
+            yield [self._tell(tag, announced, replies)]
+            yield from exchange(tag + 1, self._agreed(replies, signature, t, what))
 
         def finish() -> T:
             out, rows = result[0]
             return shaped(out.to(t.device), rows)
 
-        return self._operations.start(what, lambda tag: [agree(tag)] if sizes is None else exchange(tag, list(sizes)), finish)
+        return self._operations.start(what, lambda tag: agree(tag) if sizes is None else exchange(tag, list(sizes)), finish)
+
+    def _reduce_stages(self, tag: int, t: torch.Tensor, op: ReduceOp) -> Stages:
+        return iter([allreduce_tasks(self._messages, tag, t, op, self._algorithm)])
+
+    def _exchange_stages(self, tag: int, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> Stages:
+        return iter([exchange_parts(self._messages, tag, outgoing, incoming)])
+
+    def _tell(self, tag: int, announced: torch.Tensor, replies: torch.Tensor) -> Task:
+        requests = [self._messages.receive(replies[r], r, tag) for r in self._messages.peers]
+        yield requests + [self._messages.send(announced[r], r, tag) for r in self._messages.peers]
+
+    def _root(self, root: int) -> int:
+        """Its rank in the communicator."""
+        return root
 
     def _agreed(self, replies: torch.Tensor, signature: int, t: torch.Tensor, what: str) -> list[int]:
         """The rows of the (rows, signature) pairs that came. Everybody's signature went to everybody, so all ranks raise or none."""

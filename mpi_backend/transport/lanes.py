@@ -1,19 +1,19 @@
-"""Tasks that go on side by side: each starts messages, waits until they are complete, and goes on."""
+"""Tasks that go on side by side: each starts messages, waits until they are complete, and goes on. Stages, one after the other."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from mpi4py import MPI
 
-__all__ = ["Lanes", "Opening", "Task"]
+__all__ = ["Lanes", "Stages", "Task"]
 
 Task: TypeAlias = Generator[Sequence[MPI.Request], None, None]
 """A part of a collective: it starts messages, yields the requests that must be complete before it goes on, and holds what MPI reads or writes."""
-Opening: TypeAlias = Generator[Sequence[MPI.Request], None, Sequence[Task]]
-"""Likewise; it returns the tasks that follow."""
+Stages: TypeAlias = Iterator[Iterable[Task]]
+"""A collective: tasks that go on side by side, and when all have come to their ends, those that follow. It is asked for them only then."""
 
 
 class _Lane:
@@ -21,22 +21,23 @@ class _Lane:
 
     __slots__ = ("missing", "task")
 
-    def __init__(self, task: Task | Opening) -> None:
+    def __init__(self, task: Task) -> None:
         self.task = task
         self.missing = 0
 
 
 class Lanes:
-    """A lane for each of `tasks`, and for those that follow them, until it comes to its end."""
+    """A lane for each task of a stage, until it comes to its end; one stage of `stages` after the other."""
 
-    def __init__(self, tasks: Iterable[Task | Opening]) -> None:
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
         self.open: set[_Lane] = set()
         """Those that have not come to their ends."""
         self._unbegun: deque[_Lane] = deque()  # of these, those that have no room yet
         self._ready: deque[_Lane] = deque()  # lanes that wait for nothing
-        self._add(tasks)
         self._requests: list[MPI.Request] = []
         self._owners: list[_Lane | None] = []  # of the requests; None of those that are complete
+        self._go_on()
 
     @property
     def active(self) -> int:
@@ -52,10 +53,12 @@ class Lanes:
                 self._step(self._ready.popleft())
         return moved
 
-    def _add(self, tasks: Iterable[Task | Opening]) -> None:
-        lanes = [_Lane(task) for task in tasks]
-        self.open.update(lanes)
-        (self._ready if len(lanes) == 1 else self._unbegun).extend(lanes)  # what is small waits for nobody
+    def _go_on(self) -> None:
+        """Take the next stage in which there is anything to do, if no lane is open."""
+        while not self.open and (tasks := next(self._stages, None)) is not None:
+            lanes = [_Lane(task) for task in tasks]
+            self.open.update(lanes)
+            (self._ready if len(lanes) == 1 else self._unbegun).extend(lanes)  # what is small waits for nobody
 
     def _begin(self, room: int) -> bool:
         """Whether lanes are ready to go on."""
@@ -67,9 +70,9 @@ class Lanes:
         """Let a task go on to where it waits again."""
         try:
             requests = next(lane.task)
-        except StopIteration as end:
+        except StopIteration:
             self.open.remove(lane)
-            self._add(end.value or ())
+            self._go_on()
             return
         if not requests:
             self._ready.append(lane)

@@ -27,7 +27,7 @@ class Link:
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm.Dup()
-        self.messages = Messages(self.comm)
+        self.messages = Messages.everybody(self.comm)
         self.operations = Operations(last_tag=self.comm.Get_attr(MPI.TAG_UB) or 32767, lanes=self.messages.pace.lanes)
         self.abandoned = False
         self.user: Callable[[], User | None] = lambda: None

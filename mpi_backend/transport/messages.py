@@ -34,17 +34,23 @@ NEAR = Pace(2**20, 4, 2**20)
 
 
 class Messages:
-    """Messages among the ranks of `comm`. Creating one is collective: all cut what is large alike."""
+    """Messages among `ranks` of `comm`, which are numbered anew in that order. All cut what is large alike."""
 
-    def __init__(self, comm: MPI.Comm) -> None:
-        self.comm = comm
-        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+    def __init__(self, comm: MPI.Comm, ranks: Sequence[int], pace: Pace) -> None:
+        self.comm, self.pace = comm, pace
+        self.ranks = list(ranks)
+        self.rank, self.size = self.ranks.index(comm.Get_rank()), len(self.ranks)
         self.peers = [(self.rank + k) % self.size for k in range(1, self.size)]
         """The other ranks, beginning with the next one, so that not all send to one rank first."""
+
+    @classmethod
+    def everybody(cls, comm: MPI.Comm) -> Messages:
+        """Among all ranks of `comm`. Collective."""
         assert isinstance(comm, MPI.Intracomm)
         host = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.pace = NEAR if host.Get_size() == self.size else FAR
+        pace = NEAR if host.Get_size() == comm.Get_size() else FAR
         host.Free()
+        return cls(comm, range(comm.Get_size()), pace)
 
     def segment(self, t: torch.Tensor) -> int:
         """Elements of a segment of what is like `t`."""
@@ -62,11 +68,11 @@ class Messages:
 
     def send(self, t: torch.Tensor, peer: int, tag: int) -> MPI.Request:
         """Start to send a contiguous tensor of less than 2 GiB."""
-        return self.comm.Isend(memory_of(t), peer, tag)
+        return self.comm.Isend(memory_of(t), self.ranks[peer], tag)
 
     def receive(self, t: torch.Tensor, peer: int, tag: int) -> MPI.Request:
         """Start to receive into a contiguous tensor of less than 2 GiB."""
-        return self.comm.Irecv(memory_of(t), peer, tag)
+        return self.comm.Irecv(memory_of(t), self.ranks[peer], tag)
 
 
 def exchange_parts(messages: Messages, tag: int, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> list[Task]:

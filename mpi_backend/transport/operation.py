@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -15,32 +14,28 @@ from mpi4py import MPI
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.patience import Patience
 
-from .lanes import Lanes, Opening, Task
+from .lanes import Lanes, Stages
 
 __all__ = ["SLOTS", "Operation", "Operations"]
 
 T = TypeVar("T")
 
-SLOTS = 32
-"""Tags of each collective, from the one it is given. Its tasks use them so that messages of one tag between two ranks are sent and received in one
-order; messages of different collectives never meet."""
-
-_LOOKS = 10  # looks of a caller that waits that only yield, before the first that sleeps
+SLOTS = 64
+"""Tags of each collective, from the one it is given: two for each of 16 lanes, in each of two stages. Its tasks use them so that messages of one tag
+between two ranks are sent and received in one order; messages of different collectives never meet."""
 
 
 class Operation(Generic[T]):
-    """A started collective: tasks that go on side by side, and `finish`, which makes the result when they have come to their ends.
+    """A started collective: its stages, and `finish`, which makes the result when the last one has come to its end.
 
     `keep`: buffers that are needed until then, beside those that tasks and `finish` refer to.
     """
 
-    def __init__(
-        self, operations: Operations, number: int, what: str, tasks: Iterable[Task | Opening], finish: Callable[[], T], keep: Sequence[torch.Tensor]
-    ) -> None:
+    def __init__(self, operations: Operations, number: int, what: str, stages: Stages, finish: Callable[[], T], keep: Sequence[torch.Tensor]) -> None:
         self.number = number  # equal on all ranks
         self.what = what
         self._operations = operations
-        self.lanes = Lanes(tasks)
+        self.lanes = Lanes(stages)
         self.failed_in_mpi = False  # it may still write to what the lanes hold
         self._finish: Callable[[], T] | None = finish
         self._keep = keep
@@ -122,13 +117,13 @@ class Operations:
     def start(
         self,
         what: str,
-        tasks: Callable[[int], Iterable[Task | Opening]],
+        stages: Callable[[int], Stages],
         finish: Callable[[], T],
         keep: Sequence[torch.Tensor] = (),
     ) -> Operation[T]:
-        """Start a collective. `tasks` makes its tasks, given the first of its `SLOTS` tags; `finish` and `keep` as for `Operation`."""
+        """Start a collective. `stages` makes them, given the first of its `SLOTS` tags; `finish` and `keep` as for `Operation`."""
         with self._lock:
-            operation = Operation(self, self._started, what, tasks(self._started % self._distinct * SLOTS), finish, keep)
+            operation = Operation(self, self._started, what, stages(self._started % self._distinct * SLOTS), finish, keep)
             self._started += 1
             if operation.travels:  # where nobody has anything to send there is nothing to do
                 self._in_flight = [*self._in_flight, operation]
@@ -191,12 +186,7 @@ class Operations:
 
     def _wait_while(self, condition: Callable[[], bool]) -> None:
         """Looking now and then: a wait inside of MPI takes a whole core, and carries nothing else on."""
-        looks, patience = 0, Patience()  # not anew when something has come: where much is on its way, looking often takes a core and gains nothing
+        patience = Patience()  # not anew when something has come: where much is on its way, looking often takes a core and gains nothing
         while condition():
-            if self.progress():
-                continue
-            if looks < _LOOKS:
-                looks += 1
-                os.sched_yield()
-            else:
+            if not self.progress():
                 time.sleep(patience.pause())
