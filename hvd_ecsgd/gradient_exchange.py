@@ -21,6 +21,7 @@ from .optimizer.executor import Executor, Inline
 from .optimizer.step import Outcome, StepExchange
 from .protocols import GroupSettings
 from .transport import SelfTransport, Transport
+from .transport.base import workers_of
 
 __all__ = ["GradientExchange"]
 
@@ -67,8 +68,9 @@ class GradientExchange:
         state = MethodState(
             self.compression.method,
             in_common_order(self.compression.named, transport),
-            rank=transport.rank,
-            size=transport.size,
+            rank=workers_of(transport).rank,
+            size=workers_of(transport).size,
+            process=transport.rank,
             bucket_bytes=bucket_bytes,
             settings=self._settings,
             transport=transport,

@@ -62,31 +62,32 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
 
     from .engine.engine import Engine, fusion_bytes, threads_available
     from .liveness.watchdog import Settings, Watchdog
-    from .transport import forced_algorithm
+    from .transport import forced_algorithm, node_ranks
 
     everybody = _communicator(comm)
     wrong: Exception | None = None
     mine: list[tuple[int, ...]] = []
     serving = 0
-    algorithm = ""
+    chosen = {"MPI_BACKEND_ALLREDUCE": "", "MPI_BACKEND_NODES": ""}
     timeline: Timeline | None = None
     try:
         serving = _servers(servers, everybody.Get_size(), process_sets)
         mine = ranks_of(process_sets, everybody)
         for variable in ("MPI_BACKEND_THREAD", "MPI_BACKEND_OVERLAP", "MPI_BACKEND_CUDA_AWARE"):  # what is wrong shows at once
             switch(variable)
-        algorithm = forced_algorithm()
+        chosen = {"MPI_BACKEND_ALLREDUCE": forced_algorithm(), "MPI_BACKEND_NODES": node_ranks()}
         settings, limit, stall = Settings.from_environment(), fusion_bytes(), StallCheck.from_environment()
         path = os.environ.get("HOROVOD_TIMELINE", "")
         if path not in ("", "DYNAMIC"):  # Horovod's word for a timeline that the script starts
             timeline = _timeline(path, everybody.Get_rank())
     except (ValueError, OSError) as error:
         wrong = error
-    said = everybody.allgather((None if wrong is None else str(wrong), mine, algorithm, serving))
+    said = everybody.allgather((None if wrong is None else str(wrong), mine, chosen, serving))
     try:
         raise_if_wrong([text for text, *_ in said], wrong)  # where it is right, too: the others will not come any further
-        if len(algorithms := {algorithm for _, _, algorithm, _ in said}) > 1:
-            raise ValueError(f"MPI_BACKEND_ALLREDUCE differs between ranks: {sorted(algorithms)}; set it to the same on all, or on none.")
+        for variable in chosen:
+            if len(values := {theirs[variable] for _, _, theirs, _ in said}) > 1:
+                raise ValueError(f"{variable} differs between ranks: {sorted(values)}; set it to the same on all, or on none.")
         if len(numbers := {number for *_, number in said}) > 1:
             raise ValueError(
                 f"init: the number of serving ranks differs between ranks: {sorted(numbers)}; set servers, or MPI_BACKEND_SERVERS, alike."

@@ -268,9 +268,15 @@ class Parts:
             )
         return self._lazy[r]
 
-    def resized(self, layout: MethodState) -> tuple[Any, Done]:
-        """What `layout`'s rank goes on from when another number of workers saved, and what was done."""
+    def resized(self, layout: MethodState, ranks: int) -> tuple[Any, Done]:
+        """What `layout`'s rank goes on from when another number of `ranks` saved, and what was done."""
         saved_size = self.manifest["size"]
+        workers = self.lazily(0)["compression"].get("size", saved_size)
+        if workers != saved_size or layout.size != ranks:
+            raise CheckpointError(
+                f"{self.folder} was saved by {saved_size} ranks, {workers} workers, and is loaded by {ranks} ranks, {layout.size} "
+                "workers. Where several ranks are one worker, as many ranks must load a checkpoint as saved it, in nodes of the same size."
+            )
         weights = shares(layout.rank, layout.size, saved_size)
         saved = merge([{k: v for k, v in self.lazily(r).items() if k in ("model", "optimizer")} for r in weights], list(weights.values()))
         state, done = resized_state(layout, lambda r: self.lazily(r)["compression"], saved_size)

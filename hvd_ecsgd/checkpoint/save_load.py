@@ -138,7 +138,7 @@ def load_checkpoint(
             if saved_size == size:
                 saved = parts.everything(rank)
             else:
-                saved, done = parts.resized(compression.layout())
+                saved, done = parts.resized(compression.layout(), size)
             weights = _checked_model(model, saved["model"])
             _check_optimizer(optimizer, saved["optimizer"])
             take_over = compression.prepare_load(saved["compression"])

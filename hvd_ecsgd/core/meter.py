@@ -289,7 +289,7 @@ class Meter:
 
     def begin(self, state: MethodState, bucket: Bucket) -> Gauge | None:
         """A step of `bucket` begins. None on a rank that is not looked at."""
-        if not self._wanted(state.rank):
+        if not self._wanted(state.process):
             return None
         self.end(state)
         if self._samples is None:
@@ -298,7 +298,7 @@ class Meter:
 
     def exchanged(self, state: MethodState, reductions: Sequence[_Exchanged], outcome: str) -> None:
         """A step has been exchanged: `outcome` is "stands", "silent", "local" or "undone". Norms are not kept of one that was undone."""
-        if not self._wanted(state.rank):
+        if not self._wanted(state.process):
             return
         samples, self._samples, self._outcome = self._samples, None, outcome
         draft, spans = self._draft, list[tuple[float, float]]()

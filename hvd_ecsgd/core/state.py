@@ -29,7 +29,7 @@ class MethodState:
 
     `named`: (name, parameter) pairs that require gradients. `group_of` gives a parameter's group index and `settings` the hyper-parameters of a
     bucket's group now. `bucket_bytes` = 0 makes one bucket of each parameter (Horovod calls us so); results do not depend on it. `transport`: to the
-    other workers, if it is known already.
+    other workers, if it is known already. `process`: the rank of this process, where several are one worker.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class MethodState:
         *,
         rank: int = 0,
         size: int = 1,
+        process: int | None = None,
         bucket_bytes: int = 0,
         group_of: Callable[[torch.nn.Parameter], int] | None = None,
         settings: Callable[[Bucket], GroupSettings] | None = None,
@@ -46,7 +47,7 @@ class MethodState:
     ) -> None:
         self.method = method
         self.named = list(named)
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.process = rank, size, rank if process is None else process
         self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
         self.buckets: list[Bucket] = []
         self.form_buckets(bucket_bytes, group_of or (lambda parameter: 0))

@@ -17,6 +17,7 @@ from ..core.state import MethodState
 from ..core.step_hooks import tell_schedulers
 from ..errors import CompressionError
 from ..transport import Transport
+from ..transport.base import workers_of
 from .executor import Executor, Observer
 from .gradients import Leftover, multiply_gradients_, poison_gradients, write_means
 from .groups import ParamGroups
@@ -64,8 +65,9 @@ class OptimizerDriver:
         state = MethodState(
             compression.method,
             trained,
-            rank=transport.rank,
-            size=transport.size,
+            rank=workers_of(transport).rank,
+            size=workers_of(transport).size,
+            process=transport.rank,
             bucket_bytes=bucket_bytes,
             group_of=lambda p: group_of[id(p)],
             settings=self.groups.settings,

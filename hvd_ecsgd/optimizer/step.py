@@ -15,6 +15,7 @@ from ..core.bucket import Bucket
 from ..core.step import BucketStep, drive
 from ..errors import CompressionError
 from ..transport import Transport
+from ..transport.base import Workers, workers_of
 from .executor import Executor, Observer, wait_patiently
 from .meeting import Meeting
 
@@ -55,6 +56,7 @@ class StepExchange:
         self, aggregator: Aggregator, transport: Transport, executor: Executor, observer: Observer | None, note: Callable[[], bytes]
     ) -> None:
         self.aggregator, self.transport, self.executor, self.observer = aggregator, transport, executor, observer
+        self._workers = workers_of(transport)
         self.meeting = Meeting(aggregator.agreement, transport, executor, note)
         self.phase, self.outcome = Phase.IDLE, Outcome.STANDS
         self.results: list[BucketStep | None] = []
@@ -136,8 +138,10 @@ class StepExchange:
             event.synchronize()
         if not self._started and not self.meeting.begun:
             self.meeting.open()
+        if isinstance(self._workers, Workers):
+            gradients = self._averaged_inside(self._workers, bucket, gradients)
         begin = time.perf_counter()
-        self._started.append(self.aggregator.start(bucket, gradients, self.transport))
+        self._started.append(self.aggregator.start(bucket, gradients, self._workers))
         self._sent_at[id(bucket)] = time.perf_counter()
         if self.observer is not None:
             self.observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])
@@ -145,6 +149,17 @@ class StepExchange:
             self.meeting.agree()
             earlier = [r for r in self._started[:-1] if r is not None and r.pending is not None]
             self._finish([r for r in earlier if not r.waits_once or (r.pending is not None and r.pending.done())])
+
+    def _averaged_inside(self, workers: Workers, bucket: Bucket, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies, as the script's gradients are not to be written to."""
+        whole = bucket.segments.scratch()
+        means = bucket.segments.shaped_views(whole)
+        for mean, gradient in zip(means, gradients, strict=True):
+            mean.copy_(gradient)
+        handle = workers.average_inside_(whole, f"{bucket.name}.inside")
+        wait_patiently(handle)
+        handle.wait()
+        return means
 
     def _finish(self, started: Sequence[BucketStep | None]) -> None:
         reductions = [r for r in started if r is not None]

@@ -69,7 +69,7 @@ class Logger:
         compression.measure_by(self._meter)
 
     def _write(self, state: MethodState, record: dict[str, Any]) -> None:
-        place = {"rank": state.rank}
+        place = {"rank": state.process}
         if state.method is not self._method:
             self._tell({"kind": "run" if self._method is None else "method", **place, "step": record["step"], **self._about(state)})
             self._method = state.method

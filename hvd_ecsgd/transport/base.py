@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-__all__ = ["Handle", "Ready", "Transport", "direct"]
+__all__ = ["Handle", "Ready", "Transport", "Workers", "direct", "workers_of"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -74,6 +74,24 @@ class Transport(Protocol):
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         """Root's values, in place; the result is `t`."""
         ...
+
+
+@runtime_checkable
+class Workers(Transport, Protocol):
+    """A transport among workers of several processes each: `rank` and `size` count workers, and every process of one calls it with the same bits.
+
+    Processes of one worker have batches of their own, whose gradients they average before anything is compressed.
+    """
+
+    def average_inside_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
+        """The mean over the processes of this worker, in place, uncompressed; the result is `t`, the same bits on each of them."""
+        ...
+
+
+def workers_of(transport: Transport) -> Transport:
+    """Between whom compressed gradients travel: the processes of `transport`, or where it has them the workers that those form."""
+    found: Transport = getattr(transport, "workers", transport)
+    return found
 
 
 def direct(transport: Transport) -> Transport:

@@ -89,7 +89,7 @@ def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
     others are closed by `shutdown`. Raises ValueError before init(), and outside of the process set.
     """
     global _count
-    from ..transport import Link, MPITransport
+    from ..transport import Link, MPITransport, NodesTransport, node_ranks, nodes_of
 
     users = runtime.members(global_process_set if process_set is None else process_set)
     some = _made.setdefault(users.ranks, [])
@@ -103,8 +103,9 @@ def new_transport(process_set: ProcessSet | None = None) -> MPITransport:
         made = some[min(common)[0]]
     else:
         assert users.comm is not None
-        some.append(made := _Made(Link(users.comm), lambda: None))
-    transport = MPITransport(link=made.link)
+        nodes = nodes_of(users.comm, said) if (said := node_ranks()) else ()
+        some.append(made := _Made(Link(users.comm, nodes), lambda: None))
+    transport = NodesTransport(made.link) if made.link.nodes else MPITransport(link=made.link)
     made.transport, made.link.user = weakref.ref(transport), lambda: None
     if (watchdog := runtime.watchdog()) is not None:
         watchdog.watch(made.link, users.ranks)

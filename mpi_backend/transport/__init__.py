@@ -5,6 +5,7 @@ from __future__ import annotations
 from .collectives import MPITransport, ReduceOp
 from .link import Link, User
 from .memory import cuda_aware
+from .nodes import NodesTransport, node_ranks, nodes_of
 from .reduction import forced_algorithm
 
-__all__ = ["Link", "MPITransport", "ReduceOp", "User", "cuda_aware", "forced_algorithm"]
+__all__ = ["Link", "MPITransport", "NodesTransport", "ReduceOp", "User", "cuda_aware", "forced_algorithm", "node_ranks", "nodes_of"]

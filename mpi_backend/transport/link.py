@@ -23,10 +23,13 @@ class User:
 
 
 class Link:
-    """A private duplicate of `comm`, and the operations on it. Creating one is collective, and so is `close`."""
+    """A private duplicate of `comm`, and the operations on it. Creating one is collective, and so is `close`.
 
-    def __init__(self, comm: MPI.Comm) -> None:
-        self.comm = comm.Dup()
+    `nodes`: the ranks of each node, where a node is one worker.
+    """
+
+    def __init__(self, comm: MPI.Comm, nodes: Sequence[Sequence[int]] = ()) -> None:
+        self.comm, self.nodes = comm.Dup(), nodes
         self.messages = Messages.everybody(self.comm)
         self.operations = Operations(last_tag=self.comm.Get_attr(MPI.TAG_UB) or 32767, lanes=self.messages.pace.lanes)
         self.abandoned = False

@@ -38,35 +38,54 @@ def test_five_ranks_receive_the_same_bits() -> None:
     assert concluded(output), output
 
 
+def test_nodes_are_workers() -> None:
+    assert concluded(mpirun(4, HERE / "program_nodes.py", env={"MPI_BACKEND_NODES": "2"}))
+
+
 def test_an_algorithm_that_differs_between_ranks_or_is_unknown_is_an_error_on_all() -> None:
     code = """
     import os, mpi_backend as hvd
     from mpi4py import MPI
     first = MPI.COMM_WORLD.Get_rank() == 0
-    for here, there, expected in (("direct", "exchange", "differs between ranks: ['direct', 'exchange']"), ("", "ring", "'ring'; expected one of")):
-        os.environ["MPI_BACKEND_ALLREDUCE"] = here if first else there
+    def refused(variable, here, there, expected):
+        os.environ[variable] = here if first else there
         try:
             hvd.init()
         except ValueError as error:
-            assert "MPI_BACKEND_ALLREDUCE" in str(error) and expected in str(error), error
+            assert variable in str(error) and expected in str(error), error
         else:
             raise AssertionError("init went on")
-    os.environ["MPI_BACKEND_ALLREDUCE"] = "exchange"
+    refused("MPI_BACKEND_ALLREDUCE", "direct", "exchange", "differs between ranks: ['direct', 'exchange']")
+    refused("MPI_BACKEND_ALLREDUCE", "", "ring", "'ring'; expected one of")
+    os.environ["MPI_BACKEND_ALLREDUCE"] = ""
+    refused("MPI_BACKEND_NODES", "2", "", "differs between ranks: ['', '2']")
+    refused("MPI_BACKEND_NODES", "", "two", "'two'; expected hosts, a number")
+    os.environ["MPI_BACKEND_ALLREDUCE"] = "mpi"
+    refused("MPI_BACKEND_NODES", "2", "2", "MPI_BACKEND_ALLREDUCE=mpi adds among all ranks")
+    os.environ["MPI_BACKEND_ALLREDUCE"], os.environ["MPI_BACKEND_NODES"] = "exchange", "2"
     hvd.init()
+    import torch
+    p = torch.nn.Parameter(torch.ones(3))
+    try:
+        hvd.DistributedOptimizer(torch.optim.SGD([p], lr=0.1), [("p", p)])
+    except ValueError as error:
+        assert "MPI_BACKEND_NODES=2: the nodes have [1, 2] of these 3 ranks" in str(error), error
+    else:
+        raise AssertionError("nodes of different sizes were taken")
+    os.environ["MPI_BACKEND_NODES"] = ""
     hvd.shutdown()
     os.environ["MPI_BACKEND_ALLREDUCE"] = "mpi"
     hvd.init()
-    import torch
     try:
         hvd.allreduce(torch.ones(3, dtype=torch.float16), name="halves")
     except hvd.HorovodInternalError as error:
         assert "halves" in str(error) and "cannot reduce torch.float16" in str(error), error
     else:
         raise AssertionError("the MPI library has added halves")
-    assert hvd.allreduce(torch.ones(3), op=hvd.Sum).tolist() == [2.0] * 3, "the control: what it can goes on"
+    assert hvd.allreduce(torch.ones(3), op=hvd.Sum).tolist() == [3.0] * 3, "the control: what it can goes on"
     print("ok", hvd.rank())
     """
-    assert "ok 0" in mpirun(2, code)
+    assert "ok 0" in mpirun(3, code)
 
 
 STALLS = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "0.5", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "2"}
