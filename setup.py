@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -83,11 +84,25 @@ class BuildOptionalLibrary(build_ext):
         self.extensions = []
 
 
+# What systems of manylinux_2_28 have, by the names of symbols' versions: glibc 2.28, and GCC 8's libraries.
+MANYLINUX_2_28 = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+
+
+def runs_on_manylinux_2_28(library: Path) -> bool:
+    """Whether the newest symbols that it needs are there; `auditwheel show`, in launch/wheels.sh, asks for more and agrees."""
+    needed = re.findall(rb"\0(GLIBC|GLIBCXX|CXXABI|GCC)_([0-9.]+)(?=\0)", library.read_bytes())
+    return bool(needed) and all(tuple(map(int, version.split(b"."))) <= MANYLINUX_2_28[kind.decode()] for kind, version in needed)
+
+
 class WheelOfAnyPython(bdist_wheel):
-    """The library is of one platform, and of no Python's binary interface."""
+    """The library is of one platform, and of no Python's binary interface. Without it, the wheel is of any platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        library = Path(self.bdist_dir) / LIBRARY
+        platform = super().get_tag()[2] if library.exists() else "any"
+        if platform.startswith("linux_") and runs_on_manylinux_2_28(library):
+            platform = "manylinux_2_28" + platform.removeprefix("linux")
+        return "py3", "none", platform
 
 
 setup(ext_modules=kernel_extension(), cmdclass={"build_ext": BuildOptionalLibrary, "bdist_wheel": WheelOfAnyPython})

@@ -23,18 +23,17 @@ from hvd_ecsgd import kernels
 from hvd_ecsgd.compressors import QSGD, BlockTopK, Cast, Natural, RandomK, Sign, Ternary, Threshold, TopK
 from hvd_ecsgd.errors import CompressionError
 from hvd_ecsgd.kernels import draws, native, reference
-from hvd_ecsgd.kernels.library import VARIANTS, Library, chosen
+from hvd_ecsgd.kernels.library import FILE, VARIANTS, Library, chosen
 from hvd_ecsgd.protocols import decode_sum_
 from hvd_ecsgd.segments import Key, Segments
 
 REPO = Path(__file__).resolve().parents[2]
 KEY = Key(5, 7, 1, size=4)
-LIBRARY = REPO / "hvd_ecsgd/kernels/libhvd_ecsgd_cpu.so"
 
 
 def loaded() -> Library | None:
     try:
-        return Library(LIBRARY)
+        return Library(FILE)
     except OSError:
         return None
 
@@ -415,13 +414,13 @@ def test_without_the_library_the_reference_runs_and_says_so_once(tmp_path: Path,
 def test_a_library_of_other_sources_is_not_taken(tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     (folder / "csrc").mkdir(parents=True)
-    (folder / LIBRARY.name).write_bytes(LIBRARY.read_bytes())
+    (folder / FILE.name).write_bytes(FILE.read_bytes())
     for source in (REPO / "hvd_ecsgd/kernels/csrc").iterdir():
         (folder / "csrc" / source.name).write_bytes(source.read_bytes())
-    Library(folder / LIBRARY.name)  # control
+    Library(folder / FILE.name)  # control
     (folder / "csrc" / "sign.h").write_text("// changed\n")
     with pytest.raises(OSError, match="built from other sources"):
-        Library(folder / LIBRARY.name)
+        Library(folder / FILE.name)
 
 
 @compiled

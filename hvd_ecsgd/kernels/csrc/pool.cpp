@@ -4,7 +4,6 @@
 #include "common.h"
 
 #include <atomic>
-#include <condition_variable>
 #include <mutex>
 #include <new>
 #include <system_error>
@@ -32,6 +31,17 @@ struct Job {
     }
 };
 
+// As std::condition_variable, whose wait() in libstdc++ has a symbol of GCC 12 when that compiles it: the library would not load on older systems.
+class Condition {
+  public:
+    void wait(std::unique_lock<std::mutex>& lock) { pthread_cond_wait(&condition_, lock.mutex()->native_handle()); }
+    void notify_one() { pthread_cond_signal(&condition_); }
+    void notify_all() { pthread_cond_broadcast(&condition_); }
+
+  private:
+    pthread_cond_t condition_ = PTHREAD_COND_INITIALIZER;
+};
+
 class Pool {
   public:
     void run(Job& job, int helpers) {
@@ -48,14 +58,14 @@ class Pool {
         job.work();
         std::unique_lock<std::mutex> lock(mutex_);
         open_ = 0;  // who has not woken by now need not
-        finished_.wait(lock, [this] { return running_ == 0; });
+        while (running_ > 0) finished_.wait(lock);
     }
 
   private:
     void serve() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            wake_.wait(lock, [this] { return open_ > 0; });
+            while (open_ == 0) wake_.wait(lock);
             --open_;
             ++running_;
             Job* job = job_;
@@ -67,7 +77,7 @@ class Pool {
     }
 
     std::mutex mutex_;
-    std::condition_variable wake_, finished_;
+    Condition wake_, finished_;
     Job* job_ = nullptr;
     int workers_ = 0, open_ = 0, running_ = 0;
 };
