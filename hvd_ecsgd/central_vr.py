@@ -31,8 +31,8 @@ class CentralVR(torch.optim.Optimizer):
             optimizer.exchange()                                   # collective
 
     With a constant η it converges to the minimum, where SGD stays as far from it as the batches' gradients differ there. It does so uncompressed, and
-    with methods that take the same places on all workers (`random_block`, `fp16` with feedback), as what workers differ by cancels in their mean. With
-    others (`top_k`, `double_squeeze`) it stays at about SGD's distance.
+    with methods that take the same places on all workers (`random_block`, `fp16` with feedback), as what workers differ by cancels in their mean. It
+    stays at about SGD's distance with others (`top_k`, `double_squeeze`).
 
     A batch that is met for the first time gives a plain step of SGD. Workers may have different numbers of batches; each worker has the same weight.
     Batches whose gradient holds an inf or NaN are left out, with a warning the first time.
