@@ -290,6 +290,8 @@ class Task:
     """What the result is multiplied by when it is applied to the parameters: η in gradient units, 1 in update units."""
     applied: bool = False
     """What comes back is an update, which nobody looks at but the rule that applies it."""
+    present: Sequence[bool] | None = None
+    """By rank, who has gradients in this step, as all ranks have agreed; None: all have. Others send nothing of their buffers."""
     finite: bool = True
     """Set by the exchange: False where some rank sent an inf or NaN, the same on every rank."""
     skipped: bool = False
@@ -309,6 +311,15 @@ class Task:
     def poisoned(self) -> bool:
         """This rank's gradients hold an inf or NaN: the buffer was left alone, and NaN is sent so that every rank learns of it."""
         return not self.accumulated.finite
+
+    @property
+    def absent(self) -> bool:
+        """This worker has no gradients in this step, and sends nothing."""
+        return self.present is not None and not self.present[self.ctx.rank]
+
+    def sizes(self, of_each: Sequence[int] | None) -> list[int] | None:
+        """Elements of the payloads by rank, given those of each that sends; None when they cannot be known."""
+        return None if of_each is None else [n if self.present is None or self.present[r] else 0 for r, n in enumerate(of_each)]
 
     @property
     def residual(self) -> torch.Tensor:
@@ -331,6 +342,8 @@ class Task:
         key = self.ctx.key(self.compressor, stage)
         if self.poisoned:
             return poison(self.compressor, segments, key)
+        if self.absent:
+            return constant(self.compressor, segments, key, 0.0)
         if self.compressor.lossless and not self.reversible and segments.numel == self.buffer.numel():
             return self.buffer  # a scratch copy of the gradients that nobody reads again: it can travel as it is
         self.extracted += segments.numel
@@ -377,8 +390,13 @@ class Task:
         return into.buffer
 
 
+def constant(compressor: Compressor, segments: Segments, key: Key, value: float) -> torch.Tensor:
+    """The payload of a vector whose elements are all `value`."""
+    compact = segments.compact
+    scratch = torch.full((compact.numel,), value, dtype=compact.dtype, device=compact.device)
+    return compressor.extract_(scratch, compact, key)
+
+
 def poison(compressor: Compressor, segments: Segments, key: Key) -> torch.Tensor:
     """A payload that decodes to NaN."""
-    compact = segments.compact
-    scratch = torch.full((compact.numel,), float("nan"), dtype=compact.dtype, device=compact.device)
-    return compressor.extract_(scratch, compact, key)
+    return constant(compressor, segments, key, float("nan"))

@@ -10,7 +10,7 @@ from typing import NoReturn
 from . import compression as compression
 from . import functions as functions
 from . import mpi_ops as mpi_ops
-from .asynchronous import AsyncDistributedOptimizer, is_serving
+from .asynchronous import AsyncDistributedOptimizer, CutoffDistributedOptimizer, is_serving
 from .basics import (
     ccl_built,
     check_extension,
@@ -76,7 +76,7 @@ from .sets import add_process_set, remove_process_set
 from .sync_batch_norm import SyncBatchNorm
 
 __all__ = [
-    "AsyncDistributedOptimizer", "is_serving",
+    "AsyncDistributedOptimizer", "CutoffDistributedOptimizer", "is_serving",
     "Compression", "DistributedOptimizer", "HorovodInternalError", "MismatchError", "SyncBatchNorm",
     "init", "is_initialized", "shutdown", "start_timeline", "stop_timeline",
     "ProcessSet", "add_process_set", "global_process_set", "remove_process_set",

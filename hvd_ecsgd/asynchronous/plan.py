@@ -18,7 +18,7 @@ from ..optimizer.own_class import OwnClass
 from ..protocols import NO_SEGMENTS, Compressor, Role, Takes, decode_sum_
 from ..segments import Key
 
-__all__ = ["Plan", "plan_of", "shards_of"]
+__all__ = ["Plan", "check_rule", "dense_gradient", "plan_of", "shards_of"]
 
 _BUCKET_BYTES = 2**62
 """One bucket of each kind: there is nothing that it could travel beside."""
@@ -78,6 +78,24 @@ class Plan:
         torch._foreach_sub_(list(targets), bucket.segments.shaped_views(out))
 
 
+def check_rule(method: Method, what: str) -> None:
+    """Raise `CompressionError` for a method that cannot be used by workers of which some are steps behind; `what` is done with it."""
+    rule, exchange = method.feedback, method.exchange
+    roles = {slot.role for slot in rule.slots(NO_SEGMENTS).values()}
+    if rule.unit != "gradient" or rule.takes is not Takes.NOTHING or not roles <= {Role.RESIDUAL}:
+        raise CompressionError(
+            f"{what}: expected a method with error feedback in gradient units, or without feedback, got {rule}: workers hold the x that all others "
+            "or servers know, so a method must neither shift the model nor keep momentum nor apply the update. Use double_squeeze(), "
+            "top_k(), one_bit(), qsgd() or such; momentum is the optimizer's."
+        )
+    if type(exchange) not in _BOTH_WAYS + _ONE_WAY:
+        raise CompressionError(
+            f"{what}: expected an exchange in which payloads travel as they are (AllReduce, AllGather, TwoPass, Central), got "
+            f"{exchange}, which is something that all workers do together. Use Compression(compressor), or "
+            "double_squeeze(compressor, server_compressor)."
+        )
+
+
 def plan_of(method: Method, workers: int, tau_max: int | None = None, server_compressor: Compressor | None = None, mean: bool = True) -> Plan:
     """`method` as asynchronous training uses it: its compressor and feedback on the way to the servers; on the way back `server_compressor`, or the
     server's compressor of a two-pass method, or none.
@@ -88,14 +106,8 @@ def plan_of(method: Method, workers: int, tau_max: int | None = None, server_com
     check_integer(workers, "workers", "a number of workers ≥ 1: some rank must be left to train", least=1)
     if tau_max is not None:
         check_integer(tau_max, "tau_max", "a number of updates ≥ 0, or None for 4 times as many as there are workers", least=0)
-    rule, exchange = method.feedback, method.exchange
-    roles = {slot.role for slot in rule.slots(NO_SEGMENTS).values()}
-    if rule.unit != "gradient" or rule.takes is not Takes.NOTHING or not roles <= {Role.RESIDUAL}:
-        raise CompressionError(
-            f"asynchronous training: expected a method with error feedback in gradient units, or without feedback, got {rule}: workers hold the "
-            "x that servers give them, so a method must neither shift the model nor keep momentum nor apply the update. Use double_squeeze(), "
-            "top_k(), one_bit(), qsgd() or such; momentum is the optimizer's, which the servers run."
-        )
+    check_rule(method, "asynchronous training")
+    exchange = method.exchange
     if type(exchange) in _BOTH_WAYS:
         if not exchange.server_feedback:  # type: ignore[attr-defined]
             raise CompressionError(
@@ -104,14 +116,8 @@ def plan_of(method: Method, workers: int, tau_max: int | None = None, server_com
             )
         own = exchange.server_compressor  # type: ignore[attr-defined]
         down = server_compressor or own or method.compressor
-    elif type(exchange) in _ONE_WAY:
-        down = server_compressor or Identity()
     else:
-        raise CompressionError(
-            f"asynchronous training: expected an exchange in which payloads travel as they are (AllReduce, AllGather, TwoPass, Central), got "
-            f"{exchange}, which is something that all workers do together. Use Compression(compressor), or "
-            "double_squeeze(compressor, server_compressor)."
-        )
+        down = server_compressor or Identity()
     if not isinstance(down, Compressor) or isinstance(down, type):
         raise CompressionError(f"server_compressor: expected an instance from hvd_ecsgd.compressors, or None, got {down!r:.100}.")
     if not down.lossless:
@@ -135,3 +141,10 @@ def shards_of(named: NamedParameters, servers: int) -> list[list[tuple[str, torc
         owner[i] = least = min(range(servers), key=lambda s: (load[s], s))
         load[least] += max(1, named[i][1].numel())
     return [[pair for i, pair in enumerate(named) if owner[i] == s] for s in range(servers)]
+
+
+def dense_gradient(p: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient; zeros where there is none."""
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad.to_dense() if p.grad.layout is not torch.strided else p.grad

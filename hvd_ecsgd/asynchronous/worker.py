@@ -19,7 +19,7 @@ from ..optimizer.hyper_parameters import HyperParameters
 from ..protocols import Compressor, GroupSettings, StepContext
 from ..segments import Key
 from .messages import Kind, Message
-from .plan import Plan
+from .plan import Plan, dense_gradient
 
 __all__ = ["Worker"]
 
@@ -91,7 +91,7 @@ class Worker:
         `SequenceError` when parameters were written to since the servers' last answer.
         """
         self._check_untouched()
-        gradients = {id(p): _dense(p) for bucket in self._buckets() for p in bucket.parameters}
+        gradients = {id(p): dense_gradient(p) for bucket in self._buckets() for p in bucket.parameters}
         for shard in self.shards:  # all is looked at before anything is added to a residual
             for bucket in shard.buckets:
                 bucket.check_takes([gradients[id(p)] for p in bucket.parameters])
@@ -232,10 +232,3 @@ class Worker:
         for take in take_over:
             take()
         self.answers, self.refused = list(saved["answers"]), saved["refused"]
-
-
-def _dense(p: torch.nn.Parameter) -> torch.Tensor:
-    """The gradient; zeros where there is none."""
-    if p.grad is None:
-        return torch.zeros_like(p)
-    return p.grad.to_dense() if p.grad.layout is not torch.strided else p.grad

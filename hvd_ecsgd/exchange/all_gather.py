@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..protocols import Steps, Task, Traffic
 from ..transport.base import Transport
-from .base import Stateless
+from .base import Stateless, nothing
 
 __all__ = ["AllGather"]
 
@@ -19,10 +19,11 @@ class AllGather(Stateless):
 
     def run(self, task: Task, transport: Transport) -> Steps:
         n = transport.size
-        payload = task.extract_("gather")
+        payload = nothing(task.compressor, task.segments) if task.absent else task.extract_("gather")
         n_bytes = payload.numel() * payload.element_size()
         task.traffic += Traffic(payload=n_bytes, sent=(n - 1) * n_bytes)
         size = task.compressor.payload_size(task.segments)
-        payloads = yield transport.allgather(payload, f"{task.name}.gather", None if size is None else [size] * n)
-        task.finite = all(task.compressor.finite(p, task.segments) for p in payloads)
-        return task.decoded([(p, task.ctx.key(task.compressor, "gather", r)) for r, p in enumerate(payloads)], 1.0 / n)
+        payloads = yield transport.allgather(payload, f"{task.name}.gather", task.sizes(None if size is None else [size] * n))
+        sent = [(p, task.ctx.key(task.compressor, "gather", r)) for r, p in enumerate(payloads) if task.present is None or task.present[r]]
+        task.finite = all(task.compressor.finite(p, task.segments) for p, _ in sent)
+        return task.decoded(sent, 1.0 / n)

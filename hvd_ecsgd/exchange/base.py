@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..errors import CompressionError
 from ..protocols import Compressor, Exchange, Feedback, Slots, settled
 from ..segments import Segments
 
-__all__ = ["Faithful", "Skipping", "Stateless", "check_pair"]
+__all__ = ["Faithful", "Skipping", "Stateless", "check_pair", "nothing"]
+
+
+def nothing(compressor: Compressor, like: Segments) -> torch.Tensor:
+    """The payload of somebody who sends none, or to a server whose pieces are empty."""
+    return torch.empty(0, dtype=compressor.payload_dtype(like.dtype), device=like.device)
 
 
 def check_pair(exchange: Exchange, feedback: Feedback, settles: bool) -> None:

@@ -12,7 +12,7 @@ from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Tr
 from ..segments import Key, Segments
 from ..transport.base import Handle, Transport
 from .all_reduce import AllReduce
-from .base import Skipping
+from .base import Skipping, nothing
 from .skip import Every, SkipPolicy
 from .two_pass import absorb_, answer_, check_server_compressor, finite
 
@@ -128,7 +128,7 @@ class CompSkip(Skipping):
         if senders[rank]:
             payloads = [task.extract_("push", piece) for piece in pieces]
         else:
-            payloads = [torch.empty(0, dtype=worker.payload_dtype(mine.dtype), device=mine.device)] * n
+            payloads = [nothing(worker, mine)] * n
             task.traffic += Traffic(skipped=sum(_bytes(worker, piece) for piece in pieces))
         if any(known) or len(known) < n:
             push, size = torch.cat(payloads), worker.payload_size(mine)
@@ -148,10 +148,10 @@ class CompSkip(Skipping):
             task.traffic += Traffic(skipped=_bytes(server, mine))
 
         # Pass 2: the servers' answers.
-        answers = [torch.empty(0, dtype=server.payload_dtype(mine.dtype), device=mine.device)] * n
+        answers = [nothing(server, mine)] * n
         if serves or not self.server.predictable:
             if not serves:
-                answer = torch.empty(0, dtype=server.payload_dtype(mine.dtype), device=mine.device)
+                answer = nothing(server, mine)
             elif good:
                 answer = answer_(task, server, mine)
             else:

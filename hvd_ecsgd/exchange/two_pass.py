@@ -13,7 +13,7 @@ from ..errors import CompressionError
 from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, decode_sum_, poison
 from ..segments import Segments
 from ..transport.base import Transport
-from .base import Faithful
+from .base import Faithful, nothing
 
 __all__ = ["TwoPass", "absorb_", "answer_", "check_server_compressor", "finite"]
 
@@ -55,11 +55,6 @@ def answer_(task: Task, server: Compressor, mine: Segments) -> torch.Tensor:
     answer = server.extract_(residual, mine, key)
     task.undo_by_adding(residual, server, answer, mine, key, 1.0)
     return answer
-
-
-def _nothing(compressor: Compressor, like: Segments) -> torch.Tensor:
-    """The payload for a server whose pieces are empty."""
-    return torch.empty(0, dtype=compressor.payload_dtype(like.dtype), device=like.device)
 
 
 def _sizes(compressor: Compressor, tables: Sequence[Segments]) -> list[int] | None:
@@ -109,14 +104,14 @@ class TwoPass(Faithful):
         pieces = [self.served(task.segments, r, n) for r in range(n)]
         mine = pieces[rank].compact
 
-        payloads = [task.extract_("push", piece) if piece.numel else _nothing(worker, mine) for piece in pieces]
+        payloads = [task.extract_("push", piece) if piece.numel and not task.absent else nothing(worker, mine) for piece in pieces]
         push = torch.cat(payloads) if n > 1 else payloads[0]
-        expected = _sizes(worker, [mine] * n)
+        expected = task.sizes(_sizes(worker, [mine] * n))
         task.traffic += Traffic(payload=push.nbytes, sent=push.nbytes - payloads[rank].nbytes)
         received = yield transport.alltoall(push, [p.numel() for p in payloads], f"{task.name}.push", expected)
 
         if not mine.numel:
-            answer = _nothing(server, mine)
+            answer = nothing(server, mine)
         elif not finite(task, received, mine):
             answer = poison(server, mine, ctx.key(server, "pull"))
         elif self.server_feedback:

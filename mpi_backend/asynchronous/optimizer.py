@@ -14,14 +14,15 @@ import torch
 
 from hvd_ecsgd.asynchronous import Kind, Message, Plan, Server, Worker, plan_of, shards_of
 from hvd_ecsgd.compression import AnyCompression, Compression
-from hvd_ecsgd.core.talk import everyone, listed, packed_text, raise_on_other_texts
+from hvd_ecsgd.core.talk import packed_text, raise_on_other_texts
 from hvd_ecsgd.errors import CheckpointError, CompressionError, SequenceError
 from hvd_ecsgd.optimizer.distributed import matched
-from hvd_ecsgd.optimizer.own_class import OwnClass, copy_attributes
+from hvd_ecsgd.optimizer.own_class import OwnClass
 from hvd_ecsgd.protocols import Compressor
 
 from .. import runtime
 from ..collectives import Average, Sum
+from .begin import raise_together, share_x, told_of_parameters, wrapped
 
 # These import mpi4py.MPI, which initialises MPI: only init() may do that.
 if TYPE_CHECKING:
@@ -90,17 +91,14 @@ def AsyncDistributedOptimizer(
     except (CompressionError, ValueError, TypeError) as error:
         problem = error
     try:
-        _raise_together(transport, problem)
+        raise_together(transport, problem, "AsyncDistributedOptimizer()")
         assert made is not None
         plan, shards = made
         raise_on_other_texts(transport.allgather(packed_text(_told(plan, shards, optimizer)), "asynchronous.settings").wait())
     except BaseException:
         link.close()
         raise
-    for _, p in (pair for shard in shards for pair in shard):
-        with torch.no_grad():
-            x = p.detach().clone(memory_format=torch.contiguous_format)
-            p.copy_(transport.broadcast_(x, 0, "asynchronous.x").wait())
+    share_x(transport, (p for shard in shards for _, p in shard))
     from .post import Post
 
     post = Post(context.job.comm, most=4 * sum(p.nbytes for shard in shards for _, p in shard) + 2**20)
@@ -109,13 +107,9 @@ def AsyncDistributedOptimizer(
     if context.job.serves:
         participant.serve()
         sys.exit(0)
-    own = type(optimizer)
-    cls: Any = type(own.__name__, (_Asynchronous, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
-    wrapped: _Asynchronous = object.__new__(cls)
-    copy_attributes(optimizer, wrapped)
-    wrapped.__dict__[_PARTICIPANT] = participant
-    participant.begin(wrapped)
-    return wrapped
+    asynchronous = wrapped(optimizer, _Asynchronous, _PARTICIPANT, participant)
+    participant.begin(asynchronous)
+    return asynchronous
 
 
 _here: list[_Participant] = []
@@ -160,15 +154,6 @@ def _prepared(
     return plan, shards_of(trained, job.servers)
 
 
-def _raise_together(transport: MPITransport, problem: Exception | None) -> None:
-    """Raise what went wrong on this rank, or tell what did on another."""
-    said = everyone(transport, "" if problem is None else str(problem), "asynchronous.begin")
-    if problem is not None:
-        raise problem
-    if wrong := [r for r, text in enumerate(said) if text]:
-        raise CompressionError(f"AsyncDistributedOptimizer() has failed on {listed(wrong)}: {said[wrong[0]]}")
-
-
 def _told(plan: Plan, shards: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         "the compression": plan.method.text,
@@ -176,7 +161,7 @@ def _told(plan: Plan, shards: Any, optimizer: torch.optim.Optimizer) -> dict[str
         "tau_max": plan.tau_max,
         "op": plan.share,
         "the optimizer": type(optimizer).__name__,
-        "the parameters": [[(name, list(p.shape), str(p.dtype)) for name, p in shard] for shard in shards],
+        "the parameters": [told_of_parameters(shard) for shard in shards],
         "the hyper-parameters' names": [sorted(group) for group in optimizer.param_groups],
     }
 
