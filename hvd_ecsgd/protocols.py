@@ -28,16 +28,18 @@ from .values import (
     Slot,
     Slots,
     State,
+    Sums,
     Takes,
     Traffic,
+    Wanted,
     slot_of,
     zeros,
 )
 
 __all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Places", "Result",
            "Reversals", "Role",
-           "Slot", "Slots", "Sparse", "State", "Steps", "StepContext", "Takes", "Task", "Traffic", "UnbiasedCompressor", "decode_sum_",
-           "poison", "settled", "slot_of", "zeros"]  # fmt: skip
+           "Slot", "Slots", "Sparse", "State", "Steps", "StepContext", "Sums", "Takes", "Task", "Traffic", "UnbiasedCompressor", "UsesSums", "Wanted",
+           "decode_sum_", "poison", "settled", "slot_of", "wanted", "zeros"]  # fmt: skip
 
 Steps = Generator[Handle[Any], Any, torch.Tensor]
 """An exchange in progress: it yields each handle it waits for, is sent the handle's result, and returns the decoded mean."""
@@ -110,10 +112,31 @@ class Assigns(Protocol):
         ...
 
 
+class UsesSums(Protocol):
+    """A compressor that need not read its buffer twice where it is told sums of it."""
+
+    def wants(self, tables: Sequence[Segments]) -> Wanted | None:
+        """Which, of a buffer that it is to extract these from; None for none."""
+        ...
+
+    def extract_by_sums_(self, buffer: torch.Tensor, segments: Segments, key: Key, sums: Sums) -> torch.Tensor:
+        """`Compressor.extract_`, to the bit. `sums` are those of the buffer's segments."""
+        ...
+
+
 @cache
-def _assigns(kind: type) -> bool:
-    """Whether `assign_` says the same as `add_`: not where a class derived from one that has both brings an `add_` of its own."""
-    return next(("assign_" in vars(c) for c in kind.__mro__ if "assign_" in vars(c) or "add_" in vars(c)), False)
+def _agrees(kind: type, shortcut: str, plain: str) -> bool:
+    """Whether the class has a `shortcut` that says the same as its `plain` method: not where one derived from it brings a `plain` of its own."""
+    return next((shortcut in vars(c) for c in kind.__mro__ if shortcut in vars(c) or plain in vars(c)), False)
+
+
+def wanted(compressor: Compressor, exchange: Exchange, segments: Segments, size: int) -> Wanted | None:
+    """What the worker's compressor would like to know of a buffer with these `segments`, which `exchange` sends among so many workers."""
+    tables = getattr(exchange, "extracts", None)
+    if tables is None or not _agrees(type(compressor), "extract_by_sums_", "extract_"):
+        return None
+    parts = tables(segments, size)
+    return cast(UsesSums, compressor).wants(parts) if sum(part.numel for part in parts) == segments.numel else None
 
 
 def decode_sum_(
@@ -125,7 +148,7 @@ def decode_sum_(
     """
     rest = iter(payloads)
     first = next(rest, None)
-    if first is not None and _assigns(type(compressor)):
+    if first is not None and _agrees(type(compressor), "assign_", "add_"):
         cast(Assigns, compressor).assign_(out, first[0], segments, first[1], alpha)
     else:
         segments.zero_(out)
@@ -222,7 +245,11 @@ class Feedback(Protocol):
 
 @runtime_checkable
 class Exchange(Protocol):
-    """Who sends what to whom. One whose `run` yields once in all may say so by `waits_once = True`: its buckets need not wait for each other."""
+    """Who sends what to whom.
+
+    One whose `run` yields once in all may say so by `waits_once = True`: its buckets need not wait for each other. One that has `extracts(segments,
+    size)` says by it which tables a worker extracts, and extracts those very objects: then compressors may be told sums of them.
+    """
 
     @property
     def approximates(self) -> bool:
@@ -347,7 +374,11 @@ class Task:
         if self.compressor.lossless and not self.reversible and segments.numel == self.buffer.numel():
             return self.buffer  # a scratch copy of the gradients that nobody reads again: it can travel as it is
         self.extracted += segments.numel
-        payload = self.compressor.extract_(self.buffer, segments, key)
+        sums = self.accumulated.sums_of(segments)
+        if sums is None:
+            payload = self.compressor.extract_(self.buffer, segments, key)
+        else:
+            payload = cast(UsesSums, self.compressor).extract_by_sums_(self.buffer, segments, key, sums)
         if self.reversible and not self.reversals.was_zero:
             self.undo_by_adding(self.buffer, self.compressor, payload.clone() if travels_in_place else payload, segments, key, 1.0)
         return payload

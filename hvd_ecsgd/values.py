@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,10 @@ __all__ = [
     "Slot",
     "Slots",
     "State",
+    "Sums",
     "Takes",
     "Traffic",
+    "Wanted",
     "slot_of",
     "zeros",
 ]
@@ -189,10 +192,46 @@ def _number(value: Any) -> float | None:
         return None
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a compressor would like to know of the buffer that it is given: for each segment of each of the `tables` the sum of magnitudes, or of
+    their `squares`, and with `counts` how many are not zero. Whoever writes the buffer may tell it in the same pass. The tables share no element."""
+
+    tables: tuple[Segments, ...]
+    squares: bool = False
+    counts: bool = False
+
+    @cached_property
+    def ranges(self) -> np.ndarray:
+        """A row for each segment of each table, one table after the other: start and numel in the buffer (int64)."""
+        return np.concatenate([table.ranges for table in self.tables])
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """The answer, of a buffer that was not written to since its `version`: `totals` (float64) and `nonzero` (int64), a row as in `Wanted.ranges`."""
+
+    wanted: Wanted
+    version: int
+    totals: np.ndarray
+    nonzero: np.ndarray
+
+    def of(self, segments: Segments) -> Sums | None:
+        """Of one of the tables alone, that very object; None of another."""
+        at = 0
+        for table in self.wanted.tables:
+            if table is segments:
+                rows = slice(at, at + len(table))
+                return Sums(Wanted((table,), self.wanted.squares, self.wanted.counts), self.version, self.totals[rows], self.nonzero[rows])
+            at += len(table)
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One bucket, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero after an exchange.
-    `zero_learning_rate`: it was 0 in the step before, in which its parameters and state stayed as they are. `touched`: as in `Result`."""
+    `zero_learning_rate`: it was 0 in the step before, in which its parameters and state stayed as they are. `touched`: as in `Result`.
+    `wanted`: what the compressor would like to know of the buffer that is accumulated."""
 
     state: State
     parameters: Sequence[torch.Tensor]
@@ -200,15 +239,21 @@ class Part:
     lossless: bool = False
     zero_learning_rate: bool = False
     touched: list[Places] | None = None
+    wanted: Wanted | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Accumulated:
     """What reading the gradients once gives: the flat `buffer` to extract from, and whether all of them were `finite`; if not, nothing was
-    accumulated, and there is no buffer."""
+    accumulated, and there is no buffer. `sums`: what was wanted of it, where it was seen in the same pass."""
 
     buffer: torch.Tensor
     finite: bool = True
+    sums: Sums | None = None
+
+    def sums_of(self, segments: Segments) -> Sums | None:
+        """The sums of one of the tables that were named, unless the buffer was written to since, but by compressors' kernels."""
+        return None if self.sums is None or self.sums.version != self.buffer._version else self.sums.of(segments)
 
     @staticmethod
     def nothing(segments: Segments) -> Accumulated:

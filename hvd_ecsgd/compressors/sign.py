@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from ..arguments import check_choice, check_integer
-from ..kernels import Kernels, all_finite, kernels_for, negative, pack_bits, signs, unpack_bits
+from ..kernels import Kernels, Native, all_finite, kernels_for, negative, pack_bits, signs, unpack_bits
+from ..protocols import Sums, Wanted
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, check_payload, n_rows, rows, warn_once
 
@@ -65,6 +67,19 @@ class Sign(BytePayload):
                 s.copy_(part.abs().mean(1) if self.scale == "l1" else torch.linalg.vector_norm(part, dim=1) / part.shape[1] ** 0.5)
                 part.sub_(signs(part_bits, s.nan_to_num(0.0, 0.0, 0.0).unsqueeze(1)))  # what has no finite scale stays whole
                 i += part.shape[0]
+        return payload
+
+    def wants(self, tables: Sequence[Segments]) -> Wanted | None:
+        """What one scale a segment is made of."""
+        return Wanted(tuple(tables), squares=self.scale == "l2") if self.block is None else None
+
+    def extract_by_sums_(self, buffer: torch.Tensor, segments: Segments, key: Key, sums: Sums) -> torch.Tensor:
+        """`extract_` in one pass."""
+        native = self._native(buffer, segments)
+        if not isinstance(native, Native):
+            return self.extract_(buffer, segments, key)
+        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        native.sign_extract_(payload, self.scale == "l2", self.block, sums)
         return payload
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:

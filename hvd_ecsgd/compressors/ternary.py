@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from ..arguments import check_choice
-from ..kernels import all_finite, kernels_for, negative, pack_codes, unpack_codes
+from ..kernels import Native, all_finite, kernels_for, negative, pack_codes, unpack_codes
+from ..protocols import Sums, Wanted
 from ..segments import Key, Segments, aligned
 from .base import BytePayload, check_payload, warn_once
 
@@ -57,6 +59,19 @@ class Ternary(BytePayload):
             payload[at : at + n_bytes] = pack_codes(codes, 2)
             view.sub_(_signs(codes, view.dtype).mul_(scales[i].nan_to_num(0.0, 0.0, 0.0)))  # what has no finite scale stays whole
             at += n_bytes
+        return payload
+
+    def wants(self, tables: Sequence[Segments]) -> Wanted:
+        """What a scale is made of."""
+        return Wanted(tuple(tables), squares=self.scale == "l2", counts=True)
+
+    def extract_by_sums_(self, buffer: torch.Tensor, segments: Segments, key: Key, sums: Sums) -> torch.Tensor:
+        """`extract_` in one pass."""
+        native = kernels_for(buffer, segments, "ternary")
+        if not isinstance(native, Native):
+            return self.extract_(buffer, segments, key)
+        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        native.ternary_extract_(payload, self.scale == "l2", sums)
         return payload
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:

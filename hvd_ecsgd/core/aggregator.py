@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Accumulated, GroupSettings, Part, Reversals, Role, Task, Traffic
+from ..protocols import Accumulated, GroupSettings, Part, Reversals, Role, Task, Traffic, wanted
 from ..segments import Key
 from ..transport.base import Transport
 from . import saved_state, switch
@@ -168,10 +168,11 @@ class Aggregator:
         if bucket.method.exact:
             bucket.remember()
         frozen_state = FrozenState(bucket, transport.rank, transport.size) if bucket.frozen() else None
-        accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(bucket.part, gradients, ctx)
+        compressor, exchange = bucket.method.at(self.state.step)
+        part = replace(bucket.part, wanted=wanted(compressor, exchange, bucket.segments, transport.size))
+        accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(part, gradients, ctx)
         if gauge is not None:
             gauge.accumulated(gradients, accumulated.buffer, bucket, group)
-        compressor, exchange = bucket.method.at(self.state.step)
         task = Task(
             name=bucket.name,
             segments=bucket.segments,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import CompressionError
@@ -52,3 +54,7 @@ class Stateless(Faithful):
 
     def state_segments(self, segments: Segments, rank: int, size: int) -> Segments:
         return segments
+
+    def extracts(self, segments: Segments, size: int) -> Sequence[Segments]:
+        """All of the buffer at once."""
+        return [segments]

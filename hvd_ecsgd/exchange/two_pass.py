@@ -98,10 +98,14 @@ class TwoPass(Faithful):
         """The part of every segment that rank `rank` is the server of, over the same buffer; it may be empty."""
         return segments.piece(rank, size)
 
+    def extracts(self, segments: Segments, size: int) -> Sequence[Segments]:
+        """What every rank is the server of."""
+        return [self.served(segments, r, size) for r in range(size)]
+
     def run(self, task: Task, transport: Transport) -> Steps:
         n, rank, worker, ctx = transport.size, transport.rank, task.compressor, task.ctx
         server = worker if self.server_compressor is None else self.server_compressor
-        pieces = [self.served(task.segments, r, n) for r in range(n)]
+        pieces = self.extracts(task.segments, n)
         mine = pieces[rank].compact
 
         payloads = [task.extract_("push", piece) if piece.numel and not task.absent else nothing(worker, mine) for piece in pieces]

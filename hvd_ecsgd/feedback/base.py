@@ -41,10 +41,7 @@ class Rule(ABC):
 
     def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
         """One pass, compiled; in torch one that looks for inf and NaN before anything is changed, and those that add."""
-        addition = self.addition(part, ctx)
-        if not addition.add_(gradients, part.parameters):
-            return Accumulated.nothing(part.segments)
-        return Accumulated(addition.buffer)
+        return self.addition(part, ctx).accumulated_(gradients, part.parameters, part.wanted)
 
     def undo_(self, part: Part, gradients: Sequence[torch.Tensor] | None, ctx: StepContext) -> None:
         """Where gradients are gone, momentum and residual keep them: those of this worker, which are finite."""

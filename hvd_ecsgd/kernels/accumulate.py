@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..protocols import Accumulated, Sums, Wanted
 from ..segments import Segments
 from . import native
 
@@ -32,6 +33,17 @@ class Addition:
     mu: float = 0.0
     of_momentum: float = 1.0
     displacement: torch.Tensor | None = None
+
+    def accumulated_(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], wanted: Wanted | None = None) -> Accumulated:
+        """`add_`, and what is `wanted` of the buffer, where that costs no pass of its own."""
+        sums = None
+        if wanted is not None and isinstance(native.kernels_for(self.buffer, self.segments, "accumulate"), native.Native):
+            rows = len(wanted.ranges)
+            sums = Sums(wanted, self.buffer._version, np.empty(rows, np.float64), np.zeros(rows, np.int64))
+        finite = self._compiled(gradients, parameters, sums)
+        if finite is None:
+            finite, sums = self.add_(gradients, parameters), None
+        return Accumulated(self.buffer, sums=sums) if finite else Accumulated.nothing(self.segments)
 
     def add_(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> bool:
         """False when some gradient holds an inf or NaN: then all is as it was, to rounding (in torch, to the bit).
@@ -93,7 +105,7 @@ class Addition:
         if self.carry not in (0.0, 1.0):
             self.buffer.div_(self.carry)
 
-    def _compiled(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> bool | None:
+    def _compiled(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], sums: Sums | None = None) -> bool | None:
         """What the compiled kernel says; None where the reference is to run."""
         kernels = native.kernels_for(self.buffer, self.segments, "accumulate")
         of = self.buffer.device
@@ -104,7 +116,11 @@ class Addition:
         narrow = self.buffer.dtype == torch.float32
         if any(k != self.buffer.dtype and not (narrow and k in (torch.float16, torch.bfloat16)) for k in (kind, point_kind)):
             return None
-        return kernels.accumulate_(self.momentum, self.displacement, gradients, parameters if self.decay else None, self._factors)
+        points = parameters if self.decay else None
+        if sums is None:
+            return kernels.accumulate_(self.momentum, self.displacement, gradients, points, self._factors)
+        assert isinstance(kernels, native.Native)
+        return kernels.accumulate_(self.momentum, self.displacement, gradients, points, self._factors, sums)
 
     @property
     def _factors(self) -> np.ndarray:

@@ -28,9 +28,9 @@ _int, _long, _double, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_double, 
 _TABLE = (_pointer, _long)
 # Arguments by function; all but the first few return int64.
 _SIGNATURES: dict[str, tuple[type, ...]] = {
-    "sign_extract": (_int, _pointer, *_TABLE, _pointer, _int, _long, _int),
+    "sign_extract": (_int, _pointer, *_TABLE, _pointer, _int, _long, _pointer, _int),
     "sign_decode": (_int, _pointer, *_TABLE, _pointer, _long, _double, _int, _int),
-    "ternary_extract": (_int, _pointer, *_TABLE, _pointer, _int, _int),
+    "ternary_extract": (_int, _pointer, *_TABLE, _pointer, _int, _pointer, _pointer, _int),
     "ternary_decode": (_int, _pointer, *_TABLE, _pointer, _double, _int, _int),
     "positions_take": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _int),
     "positions_decode": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _double, _int, _long, _int),
@@ -46,7 +46,10 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "natural_decode": (_int, _pointer, *_TABLE, _pointer, _double, _int, _int),
     "cast_extract": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int),
     "cast_decode": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int, _int),
-    "accumulate": (_int, _pointer, *_TABLE, _pointer, _pointer, _int, _pointer, _int, _pointer, _pointer, _int),
+    "accumulate": (
+        *(_int, _pointer, *_TABLE, _pointer, _pointer, _int, _pointer, _int, _pointer, _pointer),
+        *(*_TABLE, _int, _int, _pointer, _pointer, _int),
+    ),
     "shift": (_int, _pointer, *_TABLE, _pointer, _double, _pointer, _pointer, _pointer, _int),
     "low_rank_p": (_int, _pointer, *_TABLE, _pointer, _long, _pointer, _pointer, _int),
     "low_rank_q": (_int, _pointer, *_TABLE, _pointer, _long, _pointer, _pointer, _int),

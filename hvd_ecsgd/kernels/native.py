@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import CompressionError
+from ..protocols import Sums
 from ..segments import Segments
 from . import cuda, library, reference
 from .cuda import Cuda
@@ -52,14 +53,16 @@ class Native:
             raise reference.damaged_positions(segment, segment.numel, self._who)
         return result
 
-    def sign_extract_(self, payload: torch.Tensor, l2: bool, block: int | None) -> None:
-        self._call("sign_extract", *self._buffer, payload.data_ptr(), l2, block or 0)
+    def sign_extract_(self, payload: torch.Tensor, l2: bool, block: int | None, sums: Sums | None = None) -> None:
+        """`sums`: of the magnitudes, or `l2` their squares; where they are known the buffer is read once. Likewise of others."""
+        self._call("sign_extract", *self._buffer, payload.data_ptr(), l2, block or 0, 0 if sums is None else _address(sums.totals))
 
     def sign_decode_(self, payload: torch.Tensor, block: int | None, alpha: float, add: bool) -> None:
         self._call("sign_decode", *self._buffer, payload.data_ptr(), block or 0, alpha, add)
 
-    def ternary_extract_(self, payload: torch.Tensor, l2: bool) -> None:
-        self._call("ternary_extract", *self._buffer, payload.data_ptr(), l2)
+    def ternary_extract_(self, payload: torch.Tensor, l2: bool, sums: Sums | None = None) -> None:
+        known = (0, 0) if sums is None else (_address(sums.totals), _address(sums.nonzero))
+        self._call("ternary_extract", *self._buffer, payload.data_ptr(), l2, *known)
 
     def ternary_decode_(self, payload: torch.Tensor, alpha: float, add: bool) -> None:
         self._call("ternary_decode", *self._buffer, payload.data_ptr(), alpha, add)
@@ -101,13 +104,19 @@ class Native:
         gradients: Sequence[torch.Tensor],
         points: Sequence[torch.Tensor] | None,
         factors: np.ndarray,
+        sums: Sums | None = None,
     ) -> bool:
-        """See `Addition`; the tensors by segment are each of one type (`common_type`). False when a gradient is not finite."""
+        """See `Addition`; the tensors by segment are each of one type (`common_type`). False when a gradient is not finite. Writes the `sums` of the
+        buffer."""
         flat = [0 if t is None else t.data_ptr() for t in (momentum, displacement)]
         tensors = [None if given is None else self._in_one_piece(given) for given in (gradients, points)]
         tables = [np.array([t.data_ptr() for t in given or ()], np.int64) for given in tensors]
         places = [(_TYPES[given[0].dtype], _address(table)) if given else (0, 0) for given, table in zip(tensors, tables, strict=True)]
-        return bool(self._call("accumulate", *self._buffer, *flat, *places[0], *places[1], _address(factors)))
+        asked = (0, 0, 0, 0, 0, 0)
+        if sums is not None:
+            wanted = sums.wanted
+            asked = (_address(wanted.ranges), len(wanted.ranges), wanted.squares, wanted.counts, _address(sums.totals), _address(sums.nonzero))
+        return bool(self._call("accumulate", *self._buffer, *flat, *places[0], *places[1], _address(factors), *asked))
 
     def shift_(self, parameters: Sequence[torch.Tensor], t: torch.Tensor | None = None, factor: float = 0.0) -> list[torch.Tensor]:
         """`parameters` ← the buffer + factor·t, and their `column_sums`; without `t` these alone."""

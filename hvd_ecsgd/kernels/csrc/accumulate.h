@@ -113,19 +113,49 @@ struct Accumulation {
     }
 };
 
-// 1, or 0 when a gradient holds an inf or NaN: then nothing is accumulated.
+// The segments' tiles; where `ranges` of the buffer are given, which segments hold, tiles end with them, and row[t] is the range of tile t.
+inline std::vector<Tile> tiles_of(const Segment* table, int64_t n, const Segment* ranges, int64_t n_ranges, std::vector<int64_t>& row) {
+    if (n_ranges == 0) return tiles_of(table, n);
+    std::vector<int64_t> order(n);  // segments by where they begin
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return table[a].start < table[b].start; });
+    std::vector<Tile> tiles;
+    for (const Tile& tile : tiles_of(ranges, n_ranges)) {
+        const int64_t start = ranges[tile.segment].start;
+        const auto after = std::upper_bound(order.begin(), order.end(), start, [&](int64_t at, int64_t s) { return at < table[s].start; });
+        const int64_t s = *std::find_if(std::make_reverse_iterator(after), order.rend(), [&](int64_t i) { return table[i].numel > 0; });
+        const int64_t shift = start - table[s].start;
+        tiles.push_back({s, tile.begin + shift, tile.end + shift});
+        row.push_back(tile.segment);
+    }
+    return tiles;
+}
+
+// 1, or 0 when a gradient holds an inf or NaN: then nothing is accumulated. With `ranges`, which cover the segments, sums[i] ← Σ|e| or, `squares`, Σe² of
+// the i-th, as kernels add that make a pass for it, and `counts`: nonzero[i] ← how many of it are not zero.
 template <class T>
 int64_t accumulate(void* e, const Segment* table, int64_t n, void* m, void* d, int type, const void* const* gradients, int point_type,
-                   const void* const* points, const double* f, int threads) {
+                   const void* const* points, const double* f, const Segment* ranges, int64_t n_ranges, int squares, int counts, double* sums,
+                   int64_t* nonzero, int threads) {
     const Accumulation<T> all{static_cast<T*>(e), static_cast<T*>(m), static_cast<T*>(d), type, gradients, point_type, points, {f[0], f[1], f[2], f[3], f[4]}};
-    const auto tiles = tiles_of(table, n);
+    std::vector<int64_t> row;
+    const auto tiles = tiles_of(table, n, ranges, n_ranges, row);
     threads = useful(threads, elements(table, n));
+    std::vector<double> of_tile(row.size());
+    std::vector<int64_t> nonzero_of_tile(row.size());
+    const auto look_at = [&](Sum<T>& sum, size_t t, int64_t begin, int64_t end) ISA {
+        const T* p = all.e + table[tiles[t].segment].start + begin;
+        sum.add_norm(p, end - begin, squares);
+        if (counts) nonzero_of_tile[t] += count_nonzero(p, end - begin);
+    };
     std::vector<int64_t> done(tiles.size());  // elements of the segment, up to here
     for (size_t t = 0; t < tiles.size(); ++t) done[t] = tiles[t].begin;
     std::atomic<bool> stop{false};
     const auto add = [&](bool doubtful) ISA {
         parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
             const int64_t s = tiles[t].segment;
+            const bool looks = doubtful && !row.empty();
+            Sum<T> sum;
             while (done[t] < tiles[t].end && !(doubtful && stop.load(std::memory_order_relaxed))) {
                 const int64_t end = std::min(done[t] + CHUNK, tiles[t].end);
                 if (doubtful && suspect(type, gradients[s], done[t], end, true)) {
@@ -133,18 +163,36 @@ int64_t accumulate(void* e, const Segment* table, int64_t n, void* m, void* d, i
                     return;
                 }
                 all.on_chunk(table, s, done[t], end, [&](int64_t at, const T* g, const T* x, int64_t count) ISA { all.add(at, g, x, count); });
+                if (looks) look_at(sum, t, done[t], end);
                 done[t] = end;
             }
+            if (looks) of_tile[t] = sum.total();
         });
     };
+    const auto fold = [&] {
+        std::fill(sums, sums + n_ranges, 0.0);
+        std::fill(nonzero, nonzero + n_ranges, 0);
+        for (size_t t = 0; t < row.size(); ++t) sums[row[t]] += of_tile[t], nonzero[row[t]] += nonzero_of_tile[t];
+    };
     add(true);
-    if (!stop) return 1;
+    if (!stop) {
+        fold();
+        return 1;
+    }
     std::atomic<bool> finite{true};
     parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
         if (finite.load(std::memory_order_relaxed) && suspect(type, gradients[tiles[t].segment], done[t], tiles[t].end, false)) finite = false;
     });
     if (finite) {
         add(false);
+        if (!row.empty())  // what was seen before the pass stopped may end within a tile
+            parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+                Sum<T> sum;
+                nonzero_of_tile[t] = 0;
+                look_at(sum, t, tiles[t].begin, tiles[t].end);
+                of_tile[t] = sum.total();
+            });
+        fold();
         return 1;
     }
     parallel_for(tiles.size(), threads, [&](int64_t t) ISA {

@@ -115,11 +115,12 @@ EXPORT const char* hvd_ecsgd_sources() { return HVD_ECSGD_SOURCES; }
     }
 #define TABLE const Segment *table, int64_t n
 
-KERNEL(sign_extract, (int type, void* buffer, TABLE, uint8_t* payload, int l2, int64_t block, int threads),
-       (buffer, table, n, payload, l2, block, threads))
+KERNEL(sign_extract, (int type, void* buffer, TABLE, uint8_t* payload, int l2, int64_t block, const double* sums, int threads),
+       (buffer, table, n, payload, l2, block, sums, threads))
 KERNEL(sign_decode, (int type, void* out, TABLE, const uint8_t* payload, int64_t block, double alpha, int add, int threads),
        (out, table, n, payload, block, alpha, add, threads))
-KERNEL(ternary_extract, (int type, void* buffer, TABLE, uint8_t* payload, int l2, int threads), (buffer, table, n, payload, l2, threads))
+KERNEL(ternary_extract, (int type, void* buffer, TABLE, uint8_t* payload, int l2, const double* sums, const int64_t* nonzero, int threads),
+       (buffer, table, n, payload, l2, sums, nonzero, threads))
 KERNEL(ternary_decode, (int type, void* out, TABLE, const uint8_t* payload, double alpha, int add, int threads), (out, table, n, payload, alpha, add, threads))
 KERNEL(positions_take, (int type, void* buffer, TABLE, const int64_t* counts, const uint32_t* positions, void* values, int threads),
        (buffer, table, n, counts, positions, values, threads))
@@ -155,8 +156,10 @@ KERNEL(cast_decode, (int type, void* out, TABLE, const uint16_t* payload, int br
        (out, table, n, payload, brain, alpha, add, threads))
 KERNEL(accumulate,
        (int type, void* residual, TABLE, void* momentum, void* displacement, int gradient_type, const void* const* gradients, int point_type,
-        const void* const* points, const double* factors, int threads),
-       (residual, table, n, momentum, displacement, gradient_type, gradients, point_type, points, factors, threads))
+        const void* const* points, const double* factors, const Segment* ranges, int64_t n_ranges, int squares, int counts, double* sums, int64_t* nonzero,
+        int threads),
+       (residual, table, n, momentum, displacement, gradient_type, gradients, point_type, points, factors, ranges, n_ranges, squares, counts, sums, nonzero,
+        threads))
 KERNEL(shift,
        (int type, const void* x, TABLE, const void* t, double factor, void* const* parameters, int64_t* sums, const int64_t* places, int threads),
        (x, table, n, t, factor, parameters, sums, places, threads))

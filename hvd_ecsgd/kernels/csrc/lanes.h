@@ -235,6 +235,14 @@ INLINE static void each_64(const T* p, int64_t n, Test test, F f) {
     }
 }
 
+// How many of n elements are not zero; a NaN is not.
+template <class T>
+INLINE static int64_t count_nonzero(const T* p, int64_t n) {
+    int64_t count = 0;
+    each_64(p, n, [](auto v) ISA { return v != 0; }, [&](int64_t, uint64_t bits, int) ISA { count += __builtin_popcountll(bits); });
+    return count;
+}
+
 // Sums in double in one order, whatever the variant: element i of a tile is added to lane i mod 32, and lanes are folded in halves.
 template <class T>
 struct Sum {

@@ -63,15 +63,30 @@ static T sign_scale(double sum, int64_t numel, bool l2) {
     return static_cast<T>(norm / (l2 ? std::sqrt(static_cast<double>(numel)) : static_cast<double>(numel)));
 }
 
-// `block` is 0 for one scale a segment; else it is at most a tile, or a multiple of 8.
+// `block` is 0 for one scale a segment; else it is at most a tile, or a multiple of 8. `sums`: of each segment, where they are known and `block` is 0.
 template <class T>
-int64_t sign_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, int l2, int64_t block, int threads) {
+int64_t sign_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, int l2, int64_t block, const double* sums_of_segments, int threads) {
     T* buffer = static_cast<T*>(buffer_);
     threads = useful(threads, elements(table, n));
     const SignRows all = sign_rows(table, n, block, sizeof(T));
     const int64_t n_rows = all.rows.size();
     std::vector<T> scales(n_rows, T(0));
-    if (block && block % 8) {  // rows share bytes, and fit into the cache: each segment's bits first, then row by row
+    if (sums_of_segments) {  // one pass
+        for (int64_t s = 0; s < n; ++s)
+            if (table[s].numel) scales[s] = sign_scale<T>(sums_of_segments[s], table[s].numel, l2);
+        const auto tiles = tiles_of(table, n);
+        parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+            constexpr int64_t AT_ONCE = 4096;  // it stays in the first cache
+            const Tile& tile = tiles[t];
+            T* p = buffer + table[tile.segment].start;
+            uint8_t* bytes = payload + all.bytes[tile.segment];
+            for (int64_t i = tile.begin; i < tile.end; i += AT_ONCE) {
+                const int64_t count = std::min(AT_ONCE, tile.end - i);
+                pack_negative(p + i, count, bytes + i / 8);
+                subtract_sign(p + i, count, scales[tile.segment]);
+            }
+        });
+    } else if (block && block % 8) {  // rows share bytes, and fit into the cache: each segment's bits first, then row by row
         const auto bytes = offsets_of(table, n, 8);
         const int64_t first = n_rows * static_cast<int64_t>(sizeof(T));
         // Tiles that end where rows and bytes do.

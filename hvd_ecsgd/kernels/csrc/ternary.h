@@ -11,8 +11,7 @@ inline uint64_t spread(uint64_t x) {
 }
 
 template <class T>
-INLINE static int64_t pack_ternary(const T* p, int64_t n, uint8_t* bytes) {
-    int64_t nonzero = 0;
+INLINE static void pack_ternary(const T* p, int64_t n, uint8_t* bytes) {
     each_64(p, n, [](auto v) ISA { return v < 0; }, [&](int64_t i, uint64_t negative, int count) ISA {
         T rest[64] = {};
         const T* q = p + i;
@@ -21,34 +20,61 @@ INLINE static int64_t pack_ternary(const T* p, int64_t n, uint8_t* bytes) {
             q = rest;
         }
         const uint64_t positive = test_64(q, [](auto v) ISA { return v > 0; });
-        nonzero += __builtin_popcountll(test_64(q, [](auto v) ISA { return v != 0; }));  // a NaN is not zero
         const uint64_t words[2] = {spread(positive & 0xffffffffu) | spread(negative & 0xffffffffu) << 1, spread(positive >> 32) | spread(negative >> 32) << 1};
         std::memcpy(bytes + i / 4, words, (count + 3) / 4);
     });
-    return nonzero;
 }
 
+// p −= ±scale by the signs of p, but where p is zero
 template <class T>
-int64_t ternary_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, int l2, int threads) {
+INLINE static void subtract_ternary(T* p, int64_t n, T scale) {
+    if (!std::isfinite(scale) || scale == 0) return;
+    using L = Lanes<T>;
+    const auto plus = L::all(scale), minus = L::all(-scale), zero = L::all(0);
+    replace_each(p, n, [&](auto v, int64_t) ISA { return v - L::select(v < 0, minus, L::select(v > 0, plus, zero)); });
+}
+
+// `known_sums` and `known_nonzero`: of each segment, where they are known; then one pass is made.
+template <class T>
+int64_t ternary_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, int l2, const double* known_sums, const int64_t* known_nonzero,
+                        int threads) {
+    constexpr int64_t AT_ONCE = 4096;  // it stays in the first cache
     T* buffer = static_cast<T*>(buffer_);
     threads = useful(threads, elements(table, n));
     const auto tiles = tiles_of(table, n);
     const auto bytes = offsets_of(table, n, 4);
     const auto first = first_tiles(tiles, n);
+    std::vector<T> scales(n, T(0));
+    const auto scale_of = [&](int64_t s, double sum, int64_t nonzero) { scales[s] = sign_scale<T>(sum, std::max<int64_t>(1, nonzero), l2); };
+    if (known_sums) {
+        for (int64_t s = 0; s < n; ++s)
+            if (table[s].numel) scale_of(s, known_sums[s], known_nonzero[s]);
+        parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+            const Tile& tile = tiles[t];
+            T* p = buffer + table[tile.segment].start;
+            uint8_t* codes = payload + n * sizeof(T) + bytes[tile.segment];
+            for (int64_t i = tile.begin; i < tile.end; i += AT_ONCE) {
+                const int64_t count = std::min(AT_ONCE, tile.end - i);
+                pack_ternary(p + i, count, codes + i / 4);
+                subtract_ternary(p + i, count, scales[tile.segment]);
+            }
+        });
+        std::memcpy(payload, scales.data(), scales.size() * sizeof(T));
+        return DONE;
+    }
     std::vector<double> sums(tiles.size());
     std::vector<int64_t> counts(tiles.size());
-    std::vector<T> scales(n, T(0));
     in_two_passes(
         tiles, threads,
         [&](int64_t t) ISA {
-            constexpr int64_t AT_ONCE = 4096;  // it stays in the first cache
             const Tile& tile = tiles[t];
             const T* p = buffer + table[tile.segment].start;
             uint8_t* codes = payload + n * sizeof(T) + bytes[tile.segment];
             Sum<T> sum;
             for (int64_t i = tile.begin; i < tile.end; i += AT_ONCE) {
                 const int64_t count = std::min(AT_ONCE, tile.end - i);
-                counts[t] += pack_ternary(p + i, count, codes + i / 4);
+                counts[t] += count_nonzero(p + i, count);
+                pack_ternary(p + i, count, codes + i / 4);
                 sum.add_norm(p + i, count, l2);
             }
             sums[t] = sum.total();
@@ -57,16 +83,11 @@ int64_t ternary_extract(void* buffer_, const Segment* table, int64_t n, uint8_t*
             double total = 0;
             int64_t nonzero = 0;
             for (int64_t t = first[s]; t < first[s] + (table[s].numel + TILE - 1) / TILE; ++t) total += sums[t], nonzero += counts[t];
-            scales[s] = sign_scale<T>(total, std::max<int64_t>(1, nonzero), l2);
+            scale_of(s, total, nonzero);
         },
         [&](int64_t t) ISA {
-            using L = Lanes<T>;
             const Tile& tile = tiles[t];
-            const T scale = scales[tile.segment];
-            if (!std::isfinite(scale) || scale == 0) return;
-            const auto plus = L::all(scale), minus = L::all(-scale), zero = L::all(0);
-            replace_each(buffer + table[tile.segment].start + tile.begin, tile.end - tile.begin,
-                         [&](auto v, int64_t) ISA { return v - L::select(v < 0, minus, L::select(v > 0, plus, zero)); });
+            subtract_ternary(buffer + table[tile.segment].start + tile.begin, tile.end - tile.begin, scales[tile.segment]);
         });
     std::memcpy(payload, scales.data(), scales.size() * sizeof(T));
     return DONE;
