@@ -48,15 +48,24 @@ class NoCompiler(types.ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-def prepare(text: str) -> None:
-    """Import torch for a program that will."""
-    if "torch.compile" not in text:
+def compiles(text: str) -> bool:
+    """Whether this program needs torch's compiler."""
+    return "torch.compile" in text
+
+
+def imports_torch(text: str) -> bool:
+    """Whether this program does."""
+    return any(name in text for name in ("torch", "mpi_backend", "hvd_ecsgd"))
+
+
+def import_torch(compiler: bool) -> None:
+    """Do so, with torch's compiler or with the stand-in."""
+    if not compiler:
         sys.modules["torch._dynamo"] = NoCompiler("torch._dynamo")
-    if any(name in text for name in ("torch", "mpi_backend", "hvd_ecsgd")):
-        gc.disable()
-        importlib.import_module("torch")
-        gc.freeze()
-        gc.enable()
+    gc.disable()
+    importlib.import_module("torch")
+    gc.freeze()
+    gc.enable()
 
 
 def end(status: int) -> None:
@@ -100,7 +109,8 @@ def run(program: str, module: types.ModuleType) -> None:
     with open(program, encoding="utf-8") as file:
         text = file.read()
     code = compile(text, program, "exec")
-    prepare(text)
+    if imports_torch(text):
+        import_torch(compiles(text))
     exec(code, module.__dict__)
 
 

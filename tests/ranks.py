@@ -7,12 +7,15 @@ behind. Whatever happens, Ctrl-C included, no process of the job outlives the ca
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib.util
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +23,7 @@ import textwrap
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +31,8 @@ import psutil
 import pytest
 
 from hvd_ecsgd.doctor.processes import environment_of_ranks
+from tests.rank_main import compiles, imports_torch
+from tests.rank_start import PREPARED
 
 __all__ = ["REPO", "horovodrun", "mpirun", "require_horovod", "require_mpirun", "rank_environment", "run_job"]
 
@@ -42,7 +48,8 @@ def mpirun(
 ) -> str:
     """Run `program` on n ranks under Open MPI. `expect_failure`: a non-zero exit status is what should come (and the limit still fails the test).
 
-    An uncaught exception ends the job at once (see rank_main.py); `bare` leaves it to Python, for tests of what happens then.
+    An uncaught exception ends the job at once (see rank_main.py); `bare` leaves it to Python, for tests of what happens then. Other ranks
+    that need torch are forked by a process that has imported it (see rank_start.py).
     """
     require_mpirun()
     return run_job(["mpirun", "-n", str(n)], program, args, timeout=timeout, env=env, expect_failure=expect_failure, bare=bare)
@@ -101,7 +108,11 @@ def run_job(
     mark = uuid.uuid4().hex
     variables = rank_environment(env) | {MARK: mark, "HVD_ECSGD_JOB_DUMP_AT": str(time.time() + max(timeout - 1.0, 0.5 * timeout))}
     with _as_file(program) as file, tempfile.TemporaryFile() as output:
-        prelude = [str(REPO / "tests" / "rank_main.py"), *(["--bare"] if bare else [])]
+        if not bare and sys.platform == "linux" and _needs_torch_alone(file):
+            prelude = ["-I", "-S", str(REPO / "tests" / "rank_start.py")]
+            variables[PREPARED] = prepared().address
+        else:
+            prelude = [str(REPO / "tests" / "rank_main.py"), *(["--bare"] if bare else [])]
         command = [*launcher, sys.executable, *prelude, str(file), *args]
         # The launcher writes into a file: of a pipe, the end would only come when the last descendant has closed it.
         start, limit_reached, left = time.monotonic(), False, []
@@ -128,6 +139,50 @@ def run_job(
     if names:
         raise AssertionError(f"{title}: its launcher ended (status {job.returncode}), but these processes went on: {', '.join(names)}; {said}")
     return text
+
+
+def _needs_torch_alone(program: Path) -> bool:
+    """Whether this is what a prepared process has imported."""
+    text = program.read_text(encoding="utf-8") if program.is_file() else ""
+    return imports_torch(text) and not compiles(text)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Processes that fork ranks (see rank_start.py and rank_prepared.py)."""
+
+    address: str
+    servers: list[subprocess.Popen[bytes]]
+
+    def __enter__(self) -> Prepared:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self.servers:
+            server.communicate()  # closes its standard input, and it ends
+
+
+def prepare(n: int) -> Prepared:
+    """n such processes. They end with this one, as then their standard input does."""
+    variables = rank_environment()
+    folder = tempfile.mkdtemp(prefix="prepared-", dir=variables["TMPDIR"])  # only this user may ask
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    prepared = Prepared(os.path.join(folder, "socket"), [])
+    for i in range(n):
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(f"{prepared.address}{i}")
+            listening.listen(128)
+            command = [sys.executable, str(REPO / "tests" / "rank_prepared.py"), str(listening.fileno())]
+            prepared.servers.append(
+                subprocess.Popen(command, cwd=REPO, env=variables, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True)
+            )
+    return prepared
+
+
+@functools.cache
+def prepared() -> Prepared:
+    """Those of this process, started when the first rank needs them. (Why two: rank_start.py.)"""
+    return prepare(2)
 
 
 @contextlib.contextmanager
@@ -166,12 +221,17 @@ def _running(process: psutil.Process) -> bool:
 
 
 def _processes(job: subprocess.Popen[bytes], mark: str) -> list[psutil.Process]:
-    """The job's processes: the launcher's descendants, and those that left its tree or session, known by their environment."""
+    """The job's processes: the launcher's descendants, those that left its tree or session, known by their environment, and those of the prepared
+    processes: the environment that the system shows of a forked process is the one that its ancestor was started with."""
     found: dict[int, psutil.Process] = {}
     with contextlib.suppress(psutil.Error):
         launcher = psutil.Process(job.pid)
         if job.poll() is None:
             found = {p.pid: p for p in [launcher, *launcher.children(recursive=True)]}
+    if prepared.cache_info().currsize:  # ranks that were forked there, and what they left to it
+        for server in prepared().servers:
+            with contextlib.suppress(psutil.Error):
+                found |= {p.pid: p for p in psutil.Process(server.pid).children(recursive=True)}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(MARK) == mark:

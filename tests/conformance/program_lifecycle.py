@@ -295,7 +295,7 @@ def loading() -> None:
     optimizer.step()
 
 
-# -- compiled models, in this file as tests/rank_main.py looks for torch.compile in it ---------------------------------------------
+# -- compiled models, in this file as tests/ranks.py looks for torch.compile in it -------------------------------------------------
 
 
 def compiled() -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tests import ranks
+from tests.rank_start import PREPARED
 
 Launch = Callable[..., str]
 LAUNCHERS = [pytest.param(ranks.mpirun, id="mpirun"), pytest.param(ranks.horovodrun, id="horovodrun")]
@@ -175,6 +180,131 @@ def test_a_program_may_be_a_file_and_may_import_from_tests_and_pickle_its_classe
         ranks.mpirun(1, "tests/no_such_program.py")
 
 
+# -- ranks that a prepared process forks: tests/rank_prepared.py. Programs above that name torch are such ranks, too --------------------------------
+
+WHO = """
+import os, sys, time, numpy, torch
+print(f"<{os.getpid()} {os.getppid()} {hash('a')} {torch.initial_seed()} {numpy.random.randint(2**31)}>", flush=True)
+"""
+
+
+def who(output: str) -> list[list[int]]:
+    """Process, parent, and three numbers that chance gives each rank."""
+    return [[int(word) for word in line.split()] for line in re.findall(r"^<([-\d ]+)>$", output, re.MULTILINE)]
+
+
+def forked(processes: list[list[int]]) -> bool:
+    servers = {server.pid for server in ranks.prepared().servers}
+    return [parent for _, parent, *_ in processes] != [] and all(parent in servers for _, parent, *_ in processes)
+
+
+def still_there(processes: list[list[int]]) -> list[int]:
+    return [pid for pid, *_ in processes if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_program_that_imports_torch_is_forked_where_that_makes_no_difference() -> None:
+    first, second = ranks.run_job([], WHO), ranks.run_job([], WHO, env={"HVD_ECSGD_KERNELS": "reference"})
+    assert forked(who(first) + who(second))
+    for a, b in zip(who(first)[0][3:], who(second)[0][3:]):
+        assert a != b, "the second draws what the first has drawn"
+    for output in [
+        ranks.run_job([], WHO, bare=True),
+        ranks.run_job([], WHO + "# torch.compile"),
+        ranks.run_job([], WHO, env={"OMP_NUM_THREADS": "2"}),
+    ]:
+        assert len(who(output)) == 1 and not forked(who(output))
+
+
+def test_forked_ranks_differ_in_what_chance_gives_each() -> None:
+    """So that a program which is right only where all ranks order a set of names alike, or draw the same from an unseeded generator, fails."""
+    processes = who(ranks.mpirun(2, WHO))
+    assert forked(processes)
+    for drawn in list(zip(*processes))[2:]:
+        assert len(set(drawn)) == 2
+
+
+def test_no_forked_rank_outlives_its_jobs_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "GRACE", 1.0)
+    program = """
+        import signal
+        if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(1000)
+    """
+    with pytest.raises(AssertionError, match="time limit") as caught:
+        ranks.mpirun(2, WHO + textwrap.dedent(program), timeout=10)
+    processes = who(str(caught.value))
+    assert len(processes) == 2 and forked(processes) and not still_there(processes)
+
+
+def test_what_a_forked_rank_leaves_behind_is_an_error_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No environment tells of it, and its parent is dead: the prepared process has inherited it."""
+    monkeypatch.setattr(ranks, "GRACE", 1.0)
+    program = "if os.fork() == 0:\n    os.setsid()\n    print(f'<{os.getpid()} {os.getppid()}>', flush=True)\n    time.sleep(1000)\ntime.sleep(0.5)"
+    with pytest.raises(AssertionError, match="these processes went on") as caught:
+        ranks.run_job([], WHO + program, timeout=60)
+    processes = who(str(caught.value))
+    assert len(processes) == 2 and forked(processes[:1]) and not still_there(processes)
+
+
+@contextlib.contextmanager
+def started(prepared: ranks.Prepared, program: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """`rank_start.py` on a program that says who it is. Whatever the test does to them, in the end the rank must be gone."""
+    file = folder / "program.py"
+    file.write_text(WHO + program)
+    command = [sys.executable, "-I", "-S", str(ranks.REPO / "tests" / "rank_start.py"), str(file)]
+    environment = ranks.rank_environment({PREPARED: prepared.address})
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as start:
+        assert start.stdout is not None
+        rank = who(start.stdout.readline())
+        try:
+            assert rank[0][1] == prepared.servers[0].pid
+            yield start
+            start.wait(60)
+            deadline = time.monotonic() + 30
+            while still_there(rank) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not still_there(rank)
+        finally:
+            start.kill()
+            for pid in still_there(rank):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_forked_rank_gets_signals_and_its_status_is_that_of_who_started_it(tmp_path: Path) -> None:
+    program = "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))\nprint('ready', flush=True)\ntime.sleep(1000)"
+    with started(ranks.prepared(), program, tmp_path) as start:
+        assert start.stdout is not None and start.stdout.readline() == "ready\n"
+        start.send_signal(signal.SIGUSR1)
+        assert start.wait(60) == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
+def test_a_forked_rank_that_a_signal_ends_is_seen_so(number: signal.Signals, tmp_path: Path) -> None:
+    with started(ranks.prepared(), f"os.kill(os.getpid(), {int(number)})", tmp_path) as start:
+        assert ("Fatal Python error" in start.communicate(timeout=60)[0]) == (number == signal.SIGABRT)
+        assert start.returncode == -number
+
+
+def test_a_forked_rank_does_not_outlive_who_started_it(tmp_path: Path) -> None:
+    with started(ranks.prepared(), "time.sleep(1000)", tmp_path) as start:
+        start.kill()
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "its tests have ended"])
+def test_a_forked_rank_does_not_outlive_the_prepared_process(killed: bool, tmp_path: Path) -> None:
+    with ranks.prepare(1) as prepared, started(prepared, "time.sleep(1000)", tmp_path) as start:
+        if killed:
+            prepared.servers[0].kill()
+        else:
+            prepared.servers[0].communicate()
+        assert "the prepared process has died" in start.communicate(timeout=60)[0]
+        assert start.returncode == 1
+
+
+# -- compilers, and test runs that end early ---------------------------------------------------------------------------------------------------------
+
+
 def test_torchs_compiler_is_imported_when_it_is_asked_for_more_than_to_leave_an_optimizer_alone() -> None:
     source = """
         import sys
@@ -188,24 +318,28 @@ def test_torchs_compiler_is_imported_when_it_is_asked_for_more_than_to_leave_an_
     ranks.run_job([], source)
 
 
-def test_an_interrupted_test_run_leaves_no_ranks(marker: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("imports", ["", "import torch; "], ids=["", "forked"])
+def test_an_interrupted_test_run_leaves_no_ranks(imports: str, marker: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """SIGTERM to pytest (a cancelled CI job) ends the ranks its current test has started."""
     folder = tmp_path_factory.mktemp("interrupted")
     test = folder / "test_hang.py"
+    program = imports + f"import os, time; open(f'{folder}/{{os.getpid()}}.rank', 'w'); time.sleep(1000)"
     test.write_text(
         "from tests.conftest import pytest_configure\nfrom tests.ranks import mpirun\n"
-        f"def test_hang():\n    mpirun(2, 'import time; time.sleep(1000)', {marker!r}, timeout=500)\n"
+        f"def test_hang():\n    mpirun(2, {program!r}, {marker!r}, timeout=500)\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest", f"--rootdir={folder}", str(test)]
     run = subprocess.Popen(command, cwd=ranks.REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
-        while len([p for p in processes_with(marker) if "rank_main" in p]) < 3 and time.monotonic() < deadline:  # two ranks and their launcher
+        while len(list(folder.glob("*.rank"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert len(processes_with(marker)) >= 3, "the job did not start"
+        assert len(processes_with(marker)) >= 3, "the job did not start"  # two ranks, or who started them, and their launcher
+        processes = [[int(file.stem)] for file in folder.glob("*.rank")]
+        assert len(still_there(processes)) == 2
         run.send_signal(signal.SIGTERM)
         run.wait(40)
-        assert not processes_with(marker)
+        assert not processes_with(marker) and not still_there(processes)
     finally:
         if run.poll() is None:
             run.kill()

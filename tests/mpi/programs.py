@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch  # noqa: F401  # rank_main.py looks for it here
+import torch  # noqa: F401  # tests/ranks.py looks for it here
 from mpi4py import MPI
 
 import mpi_backend
