@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch
 from ..arguments import check_integer
 from ..compressors import Identity
 from ..protocols import Compressor, Feedback, Steps, Task, Traffic
+from ..segments import Segments
 from ..transport.base import Transport, direct
 from .base import Skipping, Stateless, check_pair
 from .error_reset import reset_
@@ -42,6 +44,10 @@ class Butterfly(Skipping, Stateless):
         """Any compressor can travel this way; it is given what it left before."""
         compressor.check_feedback()
         check_pair(self, feedback, settles=True)
+
+    def extracts(self, segments: Segments, size: int) -> Sequence[Segments]:
+        """Nothing of the buffer: what travels is the residual."""
+        return []
 
     @staticmethod
     def partners(rank: int, size: int, step: int) -> tuple[int, int]:
