@@ -102,7 +102,8 @@ class Guard:
 
     def note_read(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
         """These parameters are read from now on, perhaps in a thread, until `check_read`: weight decay is taken of them."""
-        self._read.append(Noted.of_parameters(named, self._everything))
+        if named:
+            self._read.append(Noted.of_parameters(named, self._everything))
 
     def check_read(self) -> None:
         """Nothing reads parameters any more. Raise `CompressionError` that names one which was written to while it was noted."""

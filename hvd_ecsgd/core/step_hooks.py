@@ -10,7 +10,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -100,8 +100,8 @@ def hook_inner_step(optimizer: torch.optim.Optimizer) -> None:
     Whoever claims its parameters is told before the outer step, too. Nothing where it is so already.
     """
     cls: Any = type(optimizer)
-    hooked = vars(cls).get("step")
-    if not is_hooked(hooked):
+    hooked, inner = vars(cls).get("step"), cast(Any, super(cls, optimizer))
+    if not (is_hooked(hooked) and is_hooked(getattr(inner.step, "__func__", None))):
         return
     outer = hooked.__wrapped__
 

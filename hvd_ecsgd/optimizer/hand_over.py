@@ -64,7 +64,7 @@ class HandOver:
         while (bucket := self._step.next_bucket) is not None and self.hooks.release(bucket):
             self._submit(gradients_of(bucket), 1.0)
             if bucket.decays_where_it_is(self._state.settings(bucket)):  # the script goes on
-                self.guard.note_read(list(zip(bucket.segments.names, bucket.parameters)))
+                self.guard.note_read([(n, p) for n, p in zip(bucket.segments.names, bucket.parameters) if p.requires_grad])
 
     def submit_rest(self, lost: bool) -> None:
         """All that was not submitted. `lost`: with NaN in place of the gradients, so that all ranks undo the step."""

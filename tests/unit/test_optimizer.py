@@ -246,6 +246,7 @@ def test_the_wrapped_optimizer_is_of_the_optimizers_class() -> None:
         optimizer = DistributedOptimizer(inner, model.named_parameters(), Compression.top_k(10))
         assert isinstance(optimizer, cls)
         assert optimizer.param_groups is inner.param_groups
+        assert all(p.grad is None for p in model.parameters()), "zeros on Horovod"
         before = weights(model)
         train(model, optimizer, 0, range(3))
         assert not torch.equal(weights(model), before)
