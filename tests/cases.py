@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -71,7 +72,12 @@ class _Scaled(dict[str, torch.Tensor]):
     """.3 on the diagonal, for the compressed parameter of `tests.problems.mlp`, whatever its prefix, and those of 40 × 40 elsewhere."""
 
     def __missing__(self, name: str) -> torch.Tensor:
-        return 0.3 * torch.eye(1280 if name.endswith("0.weight") else 1600, dtype=torch.float32, device="cpu")
+        return _scaled(1280 if name.endswith("0.weight") else 1600)
+
+
+@functools.cache
+def _scaled(n: int) -> torch.Tensor:
+    return 0.3 * torch.eye(n, dtype=torch.float32, device="cpu")
 
 
 def _product(vectors: Any) -> Any:

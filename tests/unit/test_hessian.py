@@ -68,16 +68,15 @@ def test_the_table(row: str, n: int, same: bool, expected: tuple[float, float | 
 
 @pytest.mark.parametrize("k", [10, 20])
 def test_plain_feedback_is_exact_too_where_errors_are_relative(k: int) -> None:
-    """Top-k of 40, exact gradients, one worker: x and z reach the optimum, to 1e-13. Not with more workers, nor with rounding (controls)."""
+    """Top-k of 40, exact gradients, one worker: x and z reach the optimum, to 1e-13. Not with two (the control), nor with rounding (the table)."""
 
-    def distances(n: int, compressor: Any, row: str = "I") -> tuple[float, float]:
+    def distances(n: int, compressor: TopK, row: str = "I") -> tuple[float, float]:
         problem = Quadratics(n, same=False)
         return descend(problem, matrices(problem, row), 4000, compressor)
 
     assert max(distances(1, TopK(k=k))) < 5e-13
     assert max(distances(1, TopK(k=k), "I - ηH")) < 5e-13
-    assert min(distances(5, TopK(k=k))) > 1e-3
-    assert min(distances(1, None)) > 1e-3
+    assert min(distances(2, TopK(k=k))) > 1e-3
 
 
 def test_the_hessian_bears_what_plain_feedback_does_not() -> None:
