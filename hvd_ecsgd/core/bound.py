@@ -103,7 +103,7 @@ class BoundCompression:
         self._modules: list[Any] = [m for m in modules if hasattr(m, "running_mean") and hasattr(m, "running_var")]
         self.ids = frozenset(id(p) for _, p in self.named)
         self.attached = Attached()
-        self.averages = Averages()
+        self.averages = Averages(self.ids)
         self._aggregator = Aggregator(MethodState(method, self.named))
         """Until a driver brings one, one without state."""
         self._loaded_state: Mapping[str, Any] | None = None
@@ -370,10 +370,10 @@ class BoundCompression:
         return self._aggregator.state.undone
 
 
-def _shift(bound: weakref.ref[BoundCompression]) -> tuple[bool, object, Averages] | None:
+def _shift(bound: weakref.ref[BoundCompression]) -> tuple[bool, object] | None:
     """As `ShiftWarning` wants it."""
     compression = bound()
-    return None if compression is None else (compression._aggregator.points.shifted, compression.method.feedback, compression.averages)
+    return None if compression is None else (compression._aggregator.points.shifted, compression.method.feedback)
 
 
 def _checked(model: Named) -> tuple[list[tuple[str, torch.nn.Parameter]], list[tuple[str, torch.nn.Parameter]]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.swa_utils import AveragedModel
 
 __all__ = ["Averages", "ShiftWarning"]
@@ -37,14 +39,20 @@ class _Watched:
 
 
 class Averages:
-    """The `swa_utils.AveragedModel`s that were made of one bound module. Each is warned of once."""
+    """The `swa_utils.AveragedModel`s that are made from now on of a module which holds a parameter of `ids`. Each is warned of once.
 
-    def __init__(self) -> None:
+    The module need not be known: torch tells of every module that becomes a part of another one, as the copy does of the averaged model.
+    """
+
+    def __init__(self, ids: frozenset[int] = frozenset()) -> None:
+        self.ids = ids
         self._watched: list[_Watched] = []
+        _Made.tell(self)
 
     def watch(self, model: AveragedModel) -> None:
         """From now on."""
-        self._watched.append(_Watched(weakref.ref(model)))
+        if all(watched.model() is not model for watched in self._watched):
+            self._watched.append(_Watched(weakref.ref(model)))
 
     def look(self, shifted: bool, feedback: object) -> None:
         """Warn of those that took an average since the last look, if the parameters were `shifted`. To be called before parameters are moved."""
@@ -61,21 +69,47 @@ class Averages:
                 )
 
 
+class _Made:
+    """Who is told of averaged models that are made, while they live."""
+
+    _told: ClassVar[weakref.WeakSet[Averages]] = weakref.WeakSet()
+    _registered = False
+    _lock = threading.Lock()
+
+    @classmethod
+    def tell(cls, averages: Averages) -> None:
+        with cls._lock:
+            if not cls._registered:  # when the first comes, and never removed: torch iterates over its hooks unlocked
+                register_module_module_registration_hook(cls._part)
+                cls._registered = True
+            cls._told.add(averages)
+
+    @classmethod
+    def _part(cls, module: torch.nn.Module, name: str, part: torch.nn.Module | None) -> None:
+        """`part` becomes a part of `module`."""
+        if isinstance(module, AveragedModel) and (made := _making()) is not None:
+            ids = {id(p) for p in made["model"].parameters()}
+            with cls._lock:
+                told = [averages for averages in cls._told if averages.ids & ids]
+            for averages in told:
+                averages.watch(module)
+
+
 class ShiftWarning:
     """A hook of a module before its `state_dict()`: says that its parameters are shifted now. `of` returns (whether they are, the method's feedback
-    rule, the averages to watch), or None where nothing is trained any more.
+    rule), or None where nothing is trained any more.
 
     A copied or pickled module is told of likewise, and leaves the hook behind; an `AveragedModel`, which copies, is watched instead.
     """
 
-    def __init__(self, of: Callable[[], tuple[bool, object, Averages] | None]) -> None:
+    def __init__(self, of: Callable[[], tuple[bool, object] | None]) -> None:
         self._of = of
 
     def __call__(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
         self._warn(4)
 
     def _warn(self, stacklevel: int) -> None:
-        shifted, feedback, _ = self._of() or (False, None, None)
+        shifted, feedback = self._of() or (False, None)
         if shifted:
             warnings.warn(
                 f"{feedback} holds the parameters at a shifted point that differs between ranks; save, copy and evaluate inside "
@@ -89,11 +123,8 @@ class ShiftWarning:
         return (ShiftWarning, (_nothing,))
 
     def __deepcopy__(self, memo: Any) -> ShiftWarning:
-        found, of = _averaged_model(), self._of()
-        if found is None or of is None:
+        if _making() is None:
             self._warn(3)
-        else:
-            of[2].watch(found)
         return ShiftWarning(_nothing)
 
 
@@ -101,12 +132,11 @@ def _nothing() -> None:
     return None
 
 
-def _averaged_model() -> AveragedModel | None:
-    """The one that is being made, by copying a module."""
+def _making() -> dict[str, Any] | None:
+    """Arguments of the `AveragedModel` that is being made."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code is _MAKING:
-            made: AveragedModel = frame.f_locals["self"]
-            return made
+            return frame.f_locals
         frame = frame.f_back
     return None

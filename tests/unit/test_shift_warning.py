@@ -119,6 +119,26 @@ def test_an_averaged_model_is_told_of_where_it_is_updated_at_a_shifted_point(met
     assert len(told) == (use == "outside" and method in ("detached", "cser")) and len(caught) == len(told)
 
 
+@pytest.mark.parametrize("of", ["the model", "its parameters", "a part", "what holds it", "another model"])
+def test_averaged_models_are_watched_whatever_was_bound_and_copied(of: str) -> None:
+    """The usual way binds parameters, and leads to no module; the average may be of a part, or of a wrapper around it."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.Linear(40, 40))
+    sgd, compression = torch.optim.SGD(model.parameters(), lr=0.1), Compression.detached(8, **ALL)
+    bound = compression.bind(model) if of == "the model" else compression
+    optimizer = DistributedOptimizer(sgd, model.named_parameters(), bound)
+    copied = {"a part": model[1], "what holds it": torch.nn.ModuleList([model]), "another model": torch.nn.Linear(2, 2)}.get(of, model)
+    averaged = torch.optim.swa_utils.AveragedModel(copied, device=torch.device("cpu"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 20)).square().sum().backward()
+            optimizer.step()
+            averaged.update_parameters(copied)
+    assert len(["averages other weights" in str(w.message) for w in caught]) == (of != "another model"), "once; of another model (control) never"
+
+
 def test_an_averaged_model_that_is_dropped_is_let_go() -> None:
     model, optimizer = trained(Compression.detached(8))
     with optimizer.compression.at("averaged"):
