@@ -54,13 +54,18 @@ show() {
     enter "$1" "$result" "$seconds"
 }
 
-ALONE=(tests/unit tests/property tests/convergence)
+ALONE=(tests/convergence tests/unit tests/property)   # the longest test is not the last one
 WAITING=(tests/launch tests/mpi/test_failure.py tests/mpi/test_cut_link.py)
 if [ "$#" -gt 0 ]; then NOTHING_FITS=5; fi   # pytest's status when the arguments leave no test of a part
 # shellcheck disable=SC2329  # so it does this, for the parts
 tests() { python -m pytest --durations=25 --durations-min=1 "$@" || [ $? = "${NOTHING_FITS:-}" ]; }
 
 part 'launch/install_horovod.sh' launch/install_horovod.sh
+# Ranks that wait leave the cores to what works, so they run beside all that follows. Those that work come one after the other: beside others each
+# takes as much longer as the others take.
+WAIT='pytest, mostly waiting'
+start_guarded kept "$WAIT" tests "${WAITING[@]}" "$@"
+WAITING_STARTED=$STARTED
 part 'ruff check .' ruff check .
 part 'ruff format --check .' ruff format --check .
 part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
@@ -68,11 +73,6 @@ part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
 part 'mkdocs build --strict' env NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun benchmarks/netlab.sh .ci/run
 
-# Ranks that wait leave the cores to tests that work, so they run beside them. Those that work come one after the other: beside others each takes as
-# much longer as the others take.
-WAIT='pytest, mostly waiting'
-start_guarded kept "$WAIT" tests "${WAITING[@]}" "$@"
-WAITING_STARTED=$STARTED
 part 'pytest, one process' tests "${ALONE[@]}" -n auto --maxprocesses 8 "$@"
 part 'pytest, ranks' tests tests "${ALONE[@]/#/--ignore=}" "${WAITING[@]/#/--ignore=}" "$@"
 show "$WAIT" "$WAITING_STARTED"
