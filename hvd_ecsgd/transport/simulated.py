@@ -47,7 +47,8 @@ class _Hub:
                         "every rank must start the same collectives in the same order."
                     )
             slot[rank] = (name, value)
-            self.changed.notify_all()
+            if len(slot) == self.size or self.failure is not None:
+                self.changed.notify_all()
 
     def complete(self, number: int) -> bool:
         if self.failure is not None:
