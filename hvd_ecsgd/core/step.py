@@ -180,10 +180,10 @@ def local_step(task: Task) -> Steps:
     return task.out
 
 
-def drive(reductions: Iterable[BucketStep]) -> None:
-    """Finish all, one phase of each after the other: second passes of all buckets travel at once, in the same order on every rank."""
+def drive(reductions: Iterable[BucketStep], advance: Callable[[BucketStep], None] = BucketStep.advance) -> None:
+    """Finish all, one phase of each after the other, by `advance`: second passes of all buckets travel at once, in the same order on every rank."""
     open_ones = [r for r in reductions if not r.finished]
     while open_ones:
         for reduction in open_ones:
-            reduction.advance()
+            advance(reduction)
         open_ones = [r for r in open_ones if not r.finished]

@@ -132,8 +132,11 @@ class StepExchange:
     # -- the executor's ----------------------------------------------------------------------------------------------------------
 
     def _start(self, bucket: Bucket, gradients: list[torch.Tensor], events: list[Any]) -> None:
-        """Compress a bucket and start to send it. In a thread, then finish what was started before: the one before this if further collectives
-        follow its first, since the order in which collectives start must not be a matter of timing; else those that have arrived."""
+        """Compress a bucket and start to send it. In a thread, then go on with what was started before: where others follow their first
+        collective, by one in each, since the order in which collectives start must not be a matter of timing; else with those that have arrived.
+
+        So the second pass of a bucket travels while the next one is compressed, and nobody waits for it before that.
+        """
         for event in events:
             event.synchronize()
         if not self._started and not self.meeting.begun:
@@ -147,8 +150,9 @@ class StepExchange:
             self.observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])
         if self.executor.concurrent and len(self._started) > 1:
             self.meeting.agree()
-            earlier = [r for r in self._started[:-1] if r is not None and r.pending is not None]
-            self._finish([r for r in earlier if not r.waits_once or (r.pending is not None and r.pending.done())])
+            for earlier in self._started[:-1]:
+                if earlier is not None and earlier.pending is not None and (not earlier.waits_once or earlier.pending.done()):
+                    self._advance(earlier)
 
     def _averaged_inside(self, workers: Workers, bucket: Bucket, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
         """Copies, as the script's gradients are not to be written to."""
@@ -161,19 +165,14 @@ class StepExchange:
         handle.wait()
         return means
 
-    def _finish(self, started: Sequence[BucketStep | None]) -> None:
-        reductions = [r for r in started if r is not None]
-        if not self.executor.concurrent:
-            drive(reductions)
-        for reduction in reductions:
-            while not reduction.finished:
-                reduction.advance(wait_patiently)
-            if self.observer is not None:
-                self.observer(reduction.bucket.name, "COMMUNICATE", self._sent_at[id(reduction.bucket)], time.perf_counter())
+    def _advance(self, reduction: BucketStep) -> None:
+        reduction.advance(wait_patiently if self.executor.concurrent else None)
+        if reduction.finished and self.observer is not None:
+            self.observer(reduction.bucket.name, "COMMUNICATE", self._sent_at[id(reduction.bucket)], time.perf_counter())
 
     def _finish_all(self) -> None:
         self.meeting.agree()
-        self._finish([r for r in self._started if r is not None and r.pending is not None])
+        drive([r for r in self._started if r is not None], self._advance)
         for reduction in self._started:
             if reduction is not None and reduction.out is not None and reduction.out.is_cuda and self.executor.concurrent:
                 torch.cuda.current_stream(reduction.out.device).synchronize()  # the caller's stream knows nothing of this thread's

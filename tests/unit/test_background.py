@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
+from hvd_ecsgd import Compression, GradientExchange
 from hvd_ecsgd.optimizer.background import Background
+from hvd_ecsgd.transport import SelfTransport
+from hvd_ecsgd.transport.base import Handle, Ready
 
 
 @pytest.mark.parametrize("initialized", [True, False])
@@ -57,3 +61,46 @@ def test_a_collector_may_close_it_in_its_own_thread() -> None:
     background.submit(background.close)
     background.drain()
     background.close()
+
+
+class _Late(Ready[list[torch.Tensor]]):
+    """Has not arrived before `arrives`; nobody waits longer than ten seconds."""
+
+    def __init__(self, value: list[torch.Tensor], arrives: Callable[[], bool]) -> None:
+        super().__init__(value)
+        self._arrives, self._until = arrives, time.monotonic() + 10
+
+    def done(self) -> bool:
+        assert time.monotonic() < self._until, "it was waited for"
+        return self._arrives()
+
+
+class _SlowSecondPass(SelfTransport):
+    """The second pass of a bucket arrives when the first pass of the bucket after the next one has begun, or that of the last one. `begun`: names."""
+
+    def __init__(self, buckets: int) -> None:
+        self.begun: list[str] = []
+        self._buckets = buckets
+
+    def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        self.begun.append(name)
+        return super().alltoall(t, splits, name, received)
+
+    def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        self.begun.append(name)
+        bucket = name.removesuffix(".pull").removeprefix("bucket")
+        awaited = f"bucket{min(int(bucket) + 2, self._buckets - 1)}.push" if name.endswith(".pull") else None
+        return _Late([t], lambda: awaited is None or awaited in self.begun)
+
+
+def test_second_passes_travel_while_the_next_buckets_are_compressed() -> None:
+    """Collectives start in one order whatever arrives when; and nobody waits for a second pass before the next first one has started."""
+    n = 5
+    parameters = [(f"p{k}", torch.nn.Parameter(torch.zeros(300, 2))) for k in range(n)]
+    background, transport = Background("test"), _SlowSecondPass(n)
+    exchange = GradientExchange(parameters, Compression.double_squeeze(dense_below=0), transport, bucket_bytes=1, executor=background)
+    means = exchange.reduce([torch.full((300, 2), float(k + 1)) for k in range(n)])
+    background.close()
+    assert [float(means[f"p{k}"][0, 0]) for k in range(n)] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    passes = [name.removeprefix("bucket") for name in transport.begun if name.startswith("bucket")]
+    assert passes == ["0.push", "1.push", "0.pull", "2.push", "1.pull", "3.push", "2.pull", "4.push", "3.pull", "4.pull"]
