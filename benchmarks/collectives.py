@@ -4,6 +4,7 @@
 
 All variants take turns, in one run. A time is that of the slowest rank, from a common start. On a network of a known rate the limit is
 2(n-1)/n · bytes ÷ rate for an all-reduce, and half of that for an all-gather (of so many bytes in all) and an all-to-all (of so many bytes a rank).
+Where links delay, that much is added for each of the two ways, or for one way of all bytes if that is less.
 """
 
 from __future__ import annotations
@@ -74,10 +75,16 @@ def all_to_alls() -> dict[str, Run]:
     return {"ours": lambda t: transport.alltoall(t, splits(t), "x", splits(t)).wait(), "MPI, non-blocking": by_mpi}
 
 
-def measure(runs: dict[str, Run], nbytes: int, trips: int, rate: float, seconds: float, most: int) -> list[Row]:
+def limit_of(nbytes: int, trips: int, rate: float, delay: float) -> float:
+    """Seconds that rate and delay (in seconds) allow; one trip of an all-reduce sends a part, or all that there is to all others."""
+    part = (size - 1) / size * nbytes * 8 / rate
+    return min(trips * (part + delay), size * part + delay) if trips == 2 else part + delay
+
+
+def measure(runs: dict[str, Run], nbytes: int, trips: int, options: argparse.Namespace, seconds: float, most: int) -> list[Row]:
     """Rounds in which each has its turn, for about so many seconds, at least three and at most so many."""
     count = max(1, nbytes // 4 // size) * size
-    limit = trips * (size - 1) / size * 4 * count * 8 / rate if rate else None
+    limit = limit_of(4 * count, trips, options.rate, options.delay / 1e3) if options.rate else None
     rows = [Row(name, limit) for name in runs]
     t, turns = torch.empty(count), list(zip(rows, runs.values()))
     began, rounds = time.perf_counter(), 0
@@ -115,7 +122,7 @@ def main() -> None:
         if options.only in (None, kind):
             runs = make()
             for nbytes in sizes:
-                tables[f"{kind} of {nbytes:g} bytes"] = measure(runs, int(nbytes), trips, options.rate, options.seconds, most)
+                tables[f"{kind} of {nbytes:g} bytes"] = measure(runs, int(nbytes), trips, options, options.seconds, most)
 
     def plot(axes: Any) -> None:
         kind = next(iter(tables)).split(" of ")[0]

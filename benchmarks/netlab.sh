@@ -9,7 +9,8 @@
 # --delay: milliseconds that a packet takes from one host to another, so a ping takes twice as long. Each host's link is then a small program
 # (delay_line.cpp, which needs a C++ compiler and /dev/net/tun): kernels without netem can do it too.
 # Everything lives in namespaces called NETLAB-host-0 …, NETLAB-switch (variable NETLAB, default netlab), so nothing is added to the machine's own
-# network. In COMMAND, gloo finds its network too (GLOO_SOCKET_IFNAME, MASTER_ADDR), and NETLAB_RATE is the rate in bits per second.
+# network. In COMMAND, gloo finds its network too (GLOO_SOCKET_IFNAME, MASTER_ADDR), and NETLAB_RATE is the rate in bits per second,
+# NETLAB_DELAY the delay in milliseconds.
 # Every way of ending but `kill -9` of this script takes away what it has made; after that, `down` does.
 set -euo pipefail
 
@@ -87,6 +88,7 @@ link_host() { # number delay-or-nothing directory
     disown
     read -r ready <"$3/ready$i" || fail "the link of host $i could not be made."
     [ "$ready" = ready ] || fail "the link of host $i could not be made: $ready"
+    ip -n "$NETLAB-switch" link set "port$i" alias "delay $2"
 }
 
 up() {
@@ -129,6 +131,11 @@ up() {
 
 rate() {
     tc -n "$NETLAB-host-0" -j qdisc show dev cable | sed -n 's/.*"rate":\([0-9]*\).*/\1/p' | awk '{ printf "%.0f\n", 8 * $1 }'
+}
+
+# Milliseconds from one host to another, or 0.
+delay() {
+    ip -n "$NETLAB-switch" -d link show port0 | awk '$1 == "alias" { found = $3 } END { print found + 0 }'
 }
 
 # Everything that runs on the hosts; with the argument 'links' the links too.
@@ -190,13 +197,13 @@ run_and() { # what follows, whatever comes; command…
     n=$(count_hosts)
     [ "$n" -ge 1 ] || fail "there are no hosts; 'netlab.sh up N RATE' makes them."
     hosts=$(seq -s, -f 'host-%g:1' 0 $((n - 1)))
-    NETLAB_RATE=$(rate)
-    export NETLAB NETLAB_RATE GLOO_SOCKET_IFNAME=cable MASTER_ADDR=$NETWORK.1
+    NETLAB_RATE=$(rate) NETLAB_DELAY=$(delay)
+    export NETLAB NETLAB_RATE NETLAB_DELAY GLOO_SOCKET_IFNAME=cable MASTER_ADDR=$NETWORK.1
     export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # gloo finds no names for addresses here, and says so
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     launcher=(mpirun -n "$n" -H "$hosts" --map-by slot --bind-to none --prtemca plm_ssh_agent "$SELF agent" --prtemca prte_if_include "$NETWORK.0/24")
     launcher+=(--mca pml ob1 --mca btl "self,tcp" --mca btl_tcp_if_include "$NETWORK.0/24")
-    for name in PATH PYTHONPATH OMP_NUM_THREADS TORCH_CPP_LOG_LEVEL GLOO_SOCKET_IFNAME MASTER_ADDR NETLAB_RATE; do
+    for name in PATH PYTHONPATH OMP_NUM_THREADS TORCH_CPP_LOG_LEVEL GLOO_SOCKET_IFNAME MASTER_ADDR NETLAB_RATE NETLAB_DELAY; do
         [ -z "${!name+set}" ] || launcher+=(-x "$name")
     done
     (on_host 0 "${launcher[@]}" "$@") &

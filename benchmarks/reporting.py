@@ -25,26 +25,28 @@ __all__ = ["Row", "add_arguments", "meet", "slowest", "start_gloo", "told", "wir
 @dataclass
 class Row:
     """Measurements of one thing, in seconds. `limit`: what the wire alone would take; None where its rate is not known. `kernels`: what the processor
-    alone would take beyond the step without it, of a method."""
+    alone would take beyond the step without it, of a method. `aim`: what the median should be at most."""
 
     name: str
     limit: float | None = None
     seconds: list[float] = field(default_factory=list)
     kernels: float | None = None
+    aim: float | None = None
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
     def plain(self) -> dict[str, Any]:
-        return {"name": self.name, "limit": self.limit, "median": self.median, "kernels": self.kernels, "seconds": self.seconds}
+        return {"name": self.name, "limit": self.limit, "median": self.median, "kernels": self.kernels, "aim": self.aim, "seconds": self.seconds}
 
     def __str__(self) -> str:
         times = (
             f"{self.name:<36} {1e3 * self.median:9.2f} ms  ({1e3 * min(self.seconds):.2f} … {1e3 * max(self.seconds):.2f}, {len(self.seconds)} times)"
         )
         times += f"  wire {1e3 * self.limit:.2f} ms, × {self.median / self.limit:.2f}" if self.limit else ""
-        return times if self.kernels is None else f"{times}  kernels {1e3 * self.kernels:.0f} ms"
+        times += "" if self.kernels is None else f"  kernels {1e3 * self.kernels:.0f} ms"
+        return times if self.aim is None else f"{times}  aim {1e3 * self.aim:.0f} ms, × {self.median / self.aim:.2f}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, help="file that a plot is written to (.svg, .png)")
     parser.add_argument("--short", action="store_true", help="little of everything, to see that it runs")
     rate = int(os.environ.get("NETLAB_RATE", "0"))
+    delay = float(os.environ.get("NETLAB_DELAY", "0"))
+    parser.add_argument("--delay", type=float, default=delay, help="milliseconds from one host to another (default: netlab's)")
     parser.add_argument("--rate", type=float, default=rate, help="bits per second of each host's link (default: netlab's, 0: not known)")
 
 
@@ -106,9 +110,8 @@ def write(options: argparse.Namespace, title: str, tables: dict[str, list[Row]],
         print(heading, *(f"  {row}" for row in rows), sep="\n", flush=True)
     if options.json is not None:
         plain = {heading: [row.plain() for row in rows] for heading, rows in tables.items()}
-        options.json.write_text(
-            json.dumps({"title": title, "made": made, "rate": options.rate, **about, **machine, "tables": plain}, indent=1) + "\n"
-        )
+        known = {"title": title, "made": made, "rate": options.rate, "delay": options.delay}
+        options.json.write_text(json.dumps({**known, **about, **machine, "tables": plain}, indent=1) + "\n")
     if options.plot is not None:
         import matplotlib
 

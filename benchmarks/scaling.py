@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> None:
     start_gloo(comm)
     sizes, seconds, most = ([4e3, 1e5], 0.1, 2) if options.short else (options.sizes, options.seconds, 15)
     runs = {name: run for name, run in all_reduces([]).items() if name == "ours"}
-    tables = {f"all-reduce of {nbytes:g} bytes": measured(runs, int(nbytes), 2, options.rate, seconds, most) for nbytes in sizes}
+    tables = {f"all-reduce of {nbytes:g} bytes": measured(runs, int(nbytes), 2, options, seconds, most) for nbytes in sizes}
     if comm.rank == 0:
         write(options, f"All-reduces among {size} ranks", tables, lambda axes: axes.set(xlabel="use fit for a plot"), size=size)
     torch.distributed.destroy_process_group()

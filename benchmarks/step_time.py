@@ -5,7 +5,8 @@
 The model is ten square linear layers. Rows take turns, in one run: in each round every row makes its model, warms up, and takes a few steps. A step's
 time is that of the slowest rank. `wire`: the bytes that the row's steps moved over the busiest host's link (as the system counts them, headers
 and all) ÷ its rate. On ranks of one host there is no wire. `kernels`: what a step of the method among one worker, which sends nothing, takes longer
-than compute alone, on all ranks at once.
+than compute alone, on all ranks at once. `aim`: of mpi_backend 1.2 × the longer of wire and compute with kernels; of its dense rows what DDP takes in
+the same run, dense and with its fp16 hook; of stock Horovod 1.4 × mpi_backend. Where links delay it is 1.3 ×, and the delay there and back is added.
 Rows `… logged` write telemetry, without norms, and `… logged, norms` take them in every step, where a Logger takes them in every 50th.
 """
 
@@ -150,13 +151,14 @@ def all_rows() -> dict[str, Make]:
     rows |= {f"ours {method} logged, norms": partial(logged, method=method, norms_every=1) for method in METHODS}
     rows |= {f"DDP {method}": partial(ddp_with_our_hook, method=method) for method in METHODS}
     if importlib.util.find_spec("horovod") is not None:
-        rows |= {f"Horovod {method}": partial(horovod, method=method) for method in ("none", "fp16", "random_block(64)", "double_squeeze()")}
+        rows |= {f"Horovod {method}": partial(horovod, method=method) for method in METHODS if method != "auto()"}
     return rows
 
 
 DEFAULT = [
-    *("compute alone", "DDP dense", "DDP fp16 hook", "ours none", "ours fp16", "ours random_block(64)", "ours detached(64)", "ours double_squeeze()"),
-    *("ours bf16", "ours power_sgd(1)", "Horovod none", "Horovod fp16", "Horovod random_block(64)"),
+    *("compute alone", "DDP dense", "DDP fp16 hook"),
+    *(f"ours {method}" for method in METHODS if method != "auto()"),
+    *("Horovod none", "Horovod fp16", "Horovod random_block(64)", "Horovod double_squeeze()"),
 ]
 
 
@@ -185,6 +187,25 @@ def measure(make: Make, width: int, layers: int, batch: int, steps: int, warm_up
     return slowest(comm, seconds), max(comm.allgather(moved)) / steps
 
 
+def method_of(row: str) -> str | None:
+    """Whose kernels a row runs: a method of this project, on any backend."""
+    method = row.partition(" ")[2].removesuffix(" logged").removesuffix(" logged, norms")
+    return method if method in METHODS and (not row.startswith("Horovod") or method not in ("none", "fp16")) else None
+
+
+def set_aims(results: dict[str, Row], compute: float, delay: float) -> None:
+    """What rows should take, of what the others of the same run have taken; nothing where those are missing. `delay`: seconds from host to host."""
+    dense = {"ours none": "DDP dense", "ours fp16": "DDP fp16 hook", "ours bf16": "DDP fp16 hook"}
+    for name, row in results.items():
+        backend, _, method = name.partition(" ")
+        if name in dense:
+            row.aim = results[dense[name]].median if dense[name] in results else None
+        elif backend == "ours" and row.kernels is not None:
+            row.aim = (1.3 if delay else 1.2) * (max(compute + row.kernels, row.limit or 0.0) + 2 * delay)
+        elif backend == "Horovod" and f"ours {method}" in results:
+            row.aim = 1.4 * results[f"ours {method}"].median
+
+
 def main() -> None:
     rows = all_rows()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,7 +215,6 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="measured ones, for each row in each round")
-    parser.add_argument("--kernels", action="store_true", help="measure the processor's part of each method too")
     parser.add_argument("--batch", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -209,10 +229,15 @@ def main() -> None:
             row.seconds += seconds
             row.limit = 8 * moved / options.rate if options.rate and name != "compute alone" else None
     compute = next((row.median for name, row in results.items() if name == "compute alone"), None)
-    for name, row in results.items():
-        if options.kernels and compute is not None and name.removeprefix("ours ") in METHODS and name.startswith("ours "):
-            seconds, _ = measure(partial(alone, method=name.removeprefix("ours ")), width, layers, options.batch, steps)
-            row.kernels = max(0.0, statistics.median(seconds) - compute)
+    if compute is not None:
+        kernels: dict[str, float] = {}
+        for name, row in results.items():
+            if (method := method_of(name)) is not None and method != "auto()":
+                if method not in kernels:
+                    seconds, _ = measure(partial(alone, method=method), width, layers, options.batch, steps)
+                    kernels[method] = max(0.0, statistics.median(seconds) - compute)
+                row.kernels = kernels[method]
+        set_aims(results, compute, options.delay / 1e3)
 
     def plot(axes: Any) -> None:
         names = list(results)[::-1]

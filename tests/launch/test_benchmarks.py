@@ -77,10 +77,15 @@ def test_collectives_on_emulated_hosts(lab: str, tmp_path: Path) -> None:
 
 def test_steps_on_ranks_of_one_host(tmp_path: Path) -> None:
     rows = ("compute alone", "DDP dense", "ours none", "ours random_block(64)")
-    arguments = ("--short", "--kernels", "--rows", *rows, "--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.svg"))
+    arguments = ("--short", "--rows", *rows, "--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.svg"))
     printed = mpirun(2, REPO / "benchmarks" / "step_time.py", *arguments)
     assert all(row in printed for row in rows), printed
     check_tables(tmp_path / "s.json", *rows)
+    (table,) = json.loads((tmp_path / "s.json").read_text())["tables"].values()
+    by_name = {row["name"]: row for row in table}
+    assert by_name["ours none"]["aim"] == by_name["DDP dense"]["median"] and by_name["DDP dense"]["aim"] is None
+    ours = by_name["ours random_block(64)"]
+    assert ours["kernels"] >= 0 and ours["aim"] == pytest.approx(1.2 * (by_name["compute alone"]["median"] + ours["kernels"]))
     assert (tmp_path / "s.svg").stat().st_size > 1000
 
 
@@ -129,17 +134,18 @@ def test_a_delay_is_kept_and_the_rate_too(lab: str) -> None:
     if not Path("/dev/net/tun").exists() or shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("a delay needs TUN/TAP and a C++ compiler")
     code = (
-        "import time, numpy as np; from mpi4py import MPI; c = MPI.COMM_WORLD; took = {}\n"
+        "import os, time, numpy as np; from mpi4py import MPI; c = MPI.COMM_WORLD; took = {}\n"
         "for n in (1, 1, 1, 1, 500000, 500000):\n"
         "    here, there = np.zeros(n), np.zeros(n); c.Barrier(); begin = time.perf_counter()\n"
         "    c.Send(here, 1 - c.rank) if c.rank == 0 else c.Recv(there, 0)\n"
         "    c.Recv(there[:1], 1) if c.rank == 0 else c.Send(here[:1], 0)\n"
         "    took[n] = min(took.get(n, 9), time.perf_counter() - begin)\n"
-        "print('took', *took.values()) if c.rank == 0 else None"
+        "print('took', *took.values(), os.environ['NETLAB_DELAY']) if c.rank == 0 else None"
     )
     done = netlab(lab, "with", "2", "100mbit", "--delay", "30", "python", "-c", code)
     assert done.returncode == 0, done.stdout
-    there_and_back, much = map(float, done.stdout.split("took ")[1].split()[:2])
+    there_and_back, much, told = map(float, done.stdout.split("took ")[1].split()[:3])
+    assert told == 30
     assert 0.055 < there_and_back < 0.3, "a message there and one back take twice the delay, and not much more"
     assert much > 0.32 + 0.055, "4 MB take what the rate allows, and the delays"
 
@@ -153,6 +159,18 @@ def test_a_delay_that_cannot_be_had_is_named(lab: str, environment: dict[str, st
     delay = "10" if "CXX" in environment else "long"
     done = subprocess.run([str(NETLAB), "up", "2", "1gbit", "--delay", delay], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and message in done.stderr and not left(lab), done.stderr
+
+
+def test_a_machine_without_tun_is_named(lab: str) -> None:
+    hidden = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$0" "$@"', str(NETLAB), "up", "2", "1gbit"]
+    if not Path("/dev/net").is_dir() or shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("a delay needs TUN/TAP and a C++ compiler")
+    arguments: list[str]
+    for arguments, refused in (["--delay", "10"], True), ([], False):  # the control: without a delay nobody needs it
+        done = subprocess.run([*hidden, *arguments], env=rank_environment({"NETLAB": lab}), capture_output=True, text=True, timeout=60)
+        assert ("this machine has no /dev/net/tun: load the module 'tun'" in done.stderr) == refused == (done.returncode != 0), done.stderr
+        assert not refused or not left(lab)
+    assert netlab(lab, "down").returncode == 0
 
 
 def test_hosts_are_refused_twice_and_taken_away_after_ctrl_c_and_a_killed_launcher(lab: str, tmp_path: Path) -> None:
