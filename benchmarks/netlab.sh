@@ -2,7 +2,7 @@
 # Emulated hosts on one machine: network namespaces with hostnames of their own, on a switch, behind links of a given rate. Needs root.
 #
 #   benchmarks/netlab.sh up N RATE [--delay MS]      make N hosts; RATE as tc writes it (100mbit, 1gbit): of each host's link, each way
-#   benchmarks/netlab.sh run COMMAND [ARGUMENT …]    run COMMAND under mpirun, one rank on each host
+#   benchmarks/netlab.sh run COMMAND [ARGUMENT …]    run COMMAND under mpirun, one rank on each host (variable NETLAB_RANKS: so many)
 #   benchmarks/netlab.sh down                        end what runs there, and take the hosts away; no error when there are none
 #   benchmarks/netlab.sh with N RATE [--delay MS] COMMAND …    up, run, down: nothing is left, whatever ends the command
 #
@@ -193,16 +193,18 @@ run_and() { # what follows, whatever comes; command…
     shift
     [ $# -ge 1 ] || usage
     check_machine
-    local n hosts launcher name status=0
+    local n ranks hosts launcher name status=0
     n=$(count_hosts)
     [ "$n" -ge 1 ] || fail "there are no hosts; 'netlab.sh up N RATE' makes them."
-    hosts=$(seq -s, -f 'host-%g:1' 0 $((n - 1)))
+    ranks=${NETLAB_RANKS:-1}
+    [[ $ranks =~ ^[1-9][0-9]?$ ]] || fail "NETLAB_RANKS='$ranks': expected how many ranks run on each host, 1 to 99."
+    hosts=$(seq -s, -f "host-%g:$ranks" 0 $((n - 1)))
     NETLAB_RATE=$(rate) NETLAB_DELAY=$(delay)
     export NETLAB NETLAB_RATE NETLAB_DELAY GLOO_SOCKET_IFNAME=cable MASTER_ADDR=$NETWORK.1
     export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # gloo finds no names for addresses here, and says so
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    launcher=(mpirun -n "$n" -H "$hosts" --map-by slot --bind-to none --prtemca plm_ssh_agent "$SELF agent" --prtemca prte_if_include "$NETWORK.0/24")
-    launcher+=(--mca pml ob1 --mca btl "self,tcp" --mca btl_tcp_if_include "$NETWORK.0/24")
+    launcher=(mpirun -n "$((n * ranks))" -H "$hosts" --map-by slot --bind-to none --prtemca plm_ssh_agent "$SELF agent" --prtemca prte_if_include "$NETWORK.0/24")
+    launcher+=(--mca pml ob1 --mca btl "self,sm,tcp" --mca btl_tcp_if_include "$NETWORK.0/24")
     for name in PATH PYTHONPATH OMP_NUM_THREADS TORCH_CPP_LOG_LEVEL GLOO_SOCKET_IFNAME MASTER_ADDR NETLAB_RATE NETLAB_DELAY; do
         [ -z "${!name+set}" ] || launcher+=(-x "$name")
     done

@@ -77,6 +77,8 @@ class Messages:
 
 def exchange_parts(messages: Messages, tag: int, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> list[Task]:
     """Send the r-th of `outgoing` to each other rank r, and receive the r-th of `incoming` from it: flat tensors whose sizes both sides know."""
+    if not messages.peers:
+        return []
     longest = max((part[r] for part in (outgoing, incoming) for r in messages.peers), key=torch.numel)
     size = messages.segment(longest)
 

@@ -17,4 +17,8 @@ assert gathered.numel() == sum(rows)
 assert [int(gathered[i]) for i in (0, rows[0] - 1, rows[0], sum(rows) - 1)] == [1, 1, 2, 2]
 del gathered
 assert len(hvd.broadcast_object(bytes(1200 * MEBI) if rank == 0 else None, 0)) == 1200 * MEBI
+ones = torch.ones(2048 * MEBI + 5, dtype=torch.uint8)  # beyond the counts of a C int, each rank with one element of its own
+ones[-1 - rank] = 3
+assert hvd.allreduce_(ones, op=hvd.Sum) is ones
+assert ones[-3:].tolist() == [2, 4, 4] and int(ones[:-3].min()) == int(ones[:-3].max()) == 2
 print(f"rank {rank}: all right", flush=True)

@@ -17,7 +17,7 @@ from hvd_ecsgd import Compression, DisagreementError, DistributedOptimizer, Grad
 from hvd_ecsgd.errors import CheckpointError, TransportError
 from hvd_ecsgd.transport import run_simulated
 from mpi_backend.transport import Link, NodesTransport, nodes_of
-from tests.cases import CASES, bound_method
+from tests.cases import CASES, bound_method, by_name
 from tests.mpi.verdict import Verdict
 from tests.problems import batch, flat, mlp, slot, train, weights
 
@@ -75,6 +75,14 @@ for case in CASES:
     expected = run_simulated(2, lambda t, case=case: exchanged(t, case, (2 * t.rank, 2 * t.rank + 1)))[node]  # type: ignore[misc]
     verdict.equal(real[0], expected[0], f"weights of {case.name}")
     verdict.equal(real[1], expected[1], f"residuals of {case.name}")
+
+alone, one = NodesTransport(Link(world, nodes_of(world, "1"))), NodesTransport(Link(world, nodes_of(world, "hosts")))
+verdict.expect((alone.workers.size, one.workers.size, one.workers.rank) == (4, 1, 0), "nodes of one rank, and one node of all")
+for transport in (alone, one):  # the control: what is compressed is a mean already, or what each rank has
+    real = exchanged(transport, by_name("one_bit"), (rank,))[0]
+    everyones = [tuple(range(4))] if transport is one else [(r,) for r in range(4)]
+    expected = run_simulated(len(everyones), lambda t, of=everyones: exchanged(t, by_name("one_bit"), of[t.rank])[0])[0]  # type: ignore[misc]
+    verdict.equal(real, expected, f"weights of {transport.workers.size} workers")
 
 # ---- an optimizer: what its ranks hold, what one of them alone would do, and checkpoints
 warnings.simplefilter("ignore")

@@ -219,7 +219,7 @@ print("ok", flush=True)
 
 @pytest.mark.full
 def test_what_is_larger_than_messages_and_counts_travels() -> None:
-    """Objects of 560 MiB and 1.2 GB, and parts of more than 2³⁰ rows that differ between ranks. It takes 12 GB of memory."""
+    """Objects of 560 MiB and 1.2 GB, parts of more than 2³⁰ rows that differ between ranks, an all-reduce of over 2³¹ elements. It takes 12 GB."""
     said = mpirun(2, "tests/mpi/program_large.py", timeout=280)
     assert all(f"rank {r}: all right" in said for r in range(2)), said
 
