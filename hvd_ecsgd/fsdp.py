@@ -15,9 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+
+try:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Shard
+except ImportError:
+    raise ImportError(
+        f"hvd_ecsgd.fsdp needs FSDP2, torch.distributed.fsdp.fully_shard of torch 2.6 or newer, and this is torch {torch.__version__}; install a "
+        "newer torch. All else of hvd_ecsgd runs from torch 2.2 on."
+    ) from None
 
 from .compression import AnyCompression, bind
 from .core.aggregator import Aggregator

