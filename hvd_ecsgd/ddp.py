@@ -164,6 +164,11 @@ class DDPHook:
         return self.compression.method.feedback.takes.update
 
     @property
+    def exchanging(self) -> bool:
+        """Always: see `Claimant`."""
+        return True
+
+    @property
     def begun(self) -> bool:
         """A backward pass was broken off."""
         return self._step.begun or bool(self._waiting)

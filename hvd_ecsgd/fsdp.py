@@ -155,6 +155,11 @@ class FSDPHook:
         return frozenset(id(s.whole) for s in self._shards)
 
     @property
+    def exchanging(self) -> bool:
+        """Always: see `Claimant`."""
+        return True
+
+    @property
     def begun(self) -> bool:
         """A backward pass was broken off."""
         return self._step.begun or bool(self._came)

@@ -16,6 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import CompressionError
+from .closures import Arguments, Evaluated, closure_of, place_of, signature, with_closure
 
 __all__ = ["claim", "follow", "hook_inner_step", "is_hooked", "tell_schedulers"]
 
@@ -37,6 +38,11 @@ class Holder(Protocol):
 
 class Claimant(Holder, Protocol):
     """It is told before they are moved."""
+
+    @property
+    def exchanging(self) -> bool:
+        """Gradients are exchanged by it in the backward pass, which is over when it is told."""
+        ...
 
     def before_step(self) -> None: ...
 
@@ -107,7 +113,7 @@ def hook_inner_step(optimizer: torch.optim.Optimizer) -> None:
 
     @functools.wraps(outer)
     def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        _before_step(self, args, kwargs)
+        _tell_claimants(self)
         return outer(self, *args, **kwargs)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch would put step hooks around this one too
@@ -135,7 +141,22 @@ def tell_schedulers(optimizer: torch.optim.Optimizer) -> None:
         held["_step_count"] += 1
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, args: Arguments, kwargs: dict[str, Any]) -> tuple[Arguments, dict[str, Any]] | None:
+    """A closure is evaluated first, as its backward pass exchanges gradients, and a stand-in takes its place. `args` begins with the optimizer."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    place = place_of(signature(type(optimizer).step)) if args[1:] or kwargs else 0
+    closure = closure_of(args[1:], kwargs, place)
+    if closure is None or not any(bound.exchanging for p in parameters if (bound := _claims.of(p)) is not None):
+        _tell_claimants(optimizer)
+        return None
+    with torch.enable_grad():
+        value = closure.value if isinstance(closure, Evaluated) else closure()
+    _tell_claimants(optimizer)
+    rest, kwargs = with_closure(args[1:], kwargs, place, Evaluated(value, parameters, type(optimizer).__name__))
+    return (args[0], *rest), kwargs
+
+
+def _tell_claimants(optimizer: torch.optim.Optimizer) -> None:
     claimed: dict[int, Claimant] = {}
     late: torch.Tensor | None = None
     for group in optimizer.param_groups:

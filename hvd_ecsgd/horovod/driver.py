@@ -52,6 +52,11 @@ class HorovodDriver:
         return HorovodTransport(self._process_set) if horovod_is_running() else None
 
     @property
+    def exchanging(self) -> bool:
+        """See `Claimant`. Horovod's own step synchronizes before it evaluates a closure, and refuses the backward pass in it."""
+        return False
+
+    @property
     def begun(self) -> bool:
         return self._slot is not None and self._slot.accumulates
 

@@ -13,6 +13,7 @@ from ..core.aggregator import Aggregator
 from ..core.agreement import in_common_order
 from ..core.attached import refuse_other
 from ..core.bound import BoundCompression
+from ..core.closures import Evaluated
 from ..core.state import MethodState
 from ..core.step_hooks import tell_schedulers
 from ..errors import CompressionError
@@ -24,7 +25,7 @@ from .groups import ParamGroups
 from .hand_over import HandOver
 from .hyper_parameters import HyperParameters
 from .note import Note
-from .own_class import Evaluated, OwnClass
+from .own_class import OwnClass
 from .refusals import check_all_bound, check_in_use, raise_if_lost, raise_on_the_way, raise_unapplied
 from .scaler import ScalerLink
 from .step import Outcome, Phase, StepExchange

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from ..core.closures import Arguments, closure_of, place_of, signature, with_closure
 from ..core.step_hooks import is_hooked
 from ..errors import CompressionError
 
-__all__ = ["Evaluated", "OwnClass", "copy_attributes", "inner_optimizers"]
-
-Arguments = tuple[Any, ...]
+__all__ = ["OwnClass", "copy_attributes", "inner_optimizers"]
 
 _OURS = ("step", "_step_supports_amp_scaling")
 """What an instance may hold and a wrapped one must not: a scheduler's `step`, which would bypass ours, and an answer to GradScaler that is ours."""
@@ -25,9 +24,8 @@ class OwnClass:
 
     def __init__(self, cls: type[torch.optim.Optimizer]) -> None:
         self._cls = cls
-        self._step, self._zero_grad = _signature(self._found()), _signature(cls.zero_grad)
-        names = [] if self._step is None else list(self._step.parameters)[1:]
-        self._place = names.index("closure") if "closure" in names else 0
+        self._step, self._zero_grad = signature(self._found()), signature(cls.zero_grad)
+        self._place = place_of(self._step)
 
     def _found(self) -> Any:
         return self._cls.step
@@ -49,14 +47,11 @@ class OwnClass:
 
     def closure(self, args: Arguments, kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
         """The one among the arguments of `step`; None if there is none."""
-        found = kwargs["closure"] if "closure" in kwargs else args[self._place] if len(args) > self._place else None
-        return found if callable(found) else None
+        return closure_of(args, kwargs, self._place)
 
     def with_closure(self, args: Arguments, kwargs: dict[str, Any], closure: Callable[[], Any]) -> tuple[Arguments, dict[str, Any]]:
         """The arguments with another closure."""
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": closure}
-        return (*args[: self._place], closure, *args[self._place + 1 :]), kwargs
+        return with_closure(args, kwargs, self._place, closure)
 
     def zero_grad_arguments(self, optimizer: Any, args: Arguments, kwargs: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
         """Those of `zero_grad` that it takes: `set_to_none` is left out for classes that do not know it."""
@@ -79,31 +74,6 @@ class OwnClass:
             )
 
 
-class Evaluated:
-    """Stands in for a closure that was evaluated already, before its gradients were exchanged.
-
-    Raises `CompressionError` when the optimizer, of that `name`, wants gradients that there are not: at another point, or a second time.
-    """
-
-    def __init__(self, value: Any, parameters: Iterable[torch.Tensor], name: str) -> None:
-        self._value, self._parameters, self._name = value, list(parameters), name
-        self._calls = 0
-        self._then = self._now()
-
-    def _now(self) -> list[tuple[int, int]]:
-        return [(p._version, id(p.grad)) for p in self._parameters]
-
-    def __call__(self) -> Any:
-        self._calls += 1
-        if self._calls > 1 or self._now() != self._then:
-            why = "several times in a step" if self._calls > 1 else "after it has moved the parameters or dropped their gradients"
-            raise CompressionError(
-                f"{self._name} evaluates its closure {why}, and gradients are exchanged once, where the parameters were before. Use an optimizer "
-                "that takes one gradient a step (SGD, Adam, …)."
-            )
-        return self._value
-
-
 def copy_attributes(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
     """What an instance holds, in `__dict__` and `__slots__`, whatever its class makes of setting attributes."""
     target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in _OURS})
@@ -124,10 +94,3 @@ def inner_optimizers(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.O
             if isinstance(held, torch.optim.Optimizer) and held is not optimizer:
                 yield held
                 yield from inner_optimizers(held)
-
-
-def _signature(function: Any) -> inspect.Signature | None:
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):  # not written in Python
-        return None

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,35 @@ def nothing_is_lost_without_compression() -> None:
         model, wrapped, _, _ = made(compression)
         loss_of(wrapped, 0).backward()
         assert torch.allclose(flat(p.grad for p in model.parameters() if p.grad is not None), expected, atol=1e-7) == same
+
+
+def a_closure_is_evaluated_before_the_step() -> None:
+    """As Lightning steps: the backward pass is in the closure, and the step is that of a script without one; with an undone step, too."""
+
+    def evaluated(optimizer: torch.optim.Optimizer, model: Any, step: int, told: list[int]) -> torch.Tensor:
+        told.append(step)
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        (loss * float("inf") if step == INF_AT and dist.get_rank() == 1 else loss).backward()
+        return loss
+
+    for name in ("none", "top_k", "detached"):
+        case, told = by_name(name), list[int]()
+        model = mlp()
+        wrapped = DistributedDataParallel(model)
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1, **options(case))  # type: ignore[arg-type]
+        hook = ddp.register(wrapped, case.make())
+        hook.compression.attach(optimizer)
+        for step, lr in enumerate(RATES):
+            optimizer.param_groups[0]["lr"] = lr
+            assert optimizer.step(partial(evaluated, optimizer, wrapped, step, told)).item() > 0 and told == list(range(step + 1)), name
+        expected = by_hook(case)
+        assert equal(weights(model, hook.compression), expected[0]) and equal(hook.state_dict(), expected[1]), name
+        assert hook.compression.undone_steps == expected[2] == 1
+    _, wrapped, _, _ = made(Compression.top_k(10, **ALL))
+    several = torch.optim.LBFGS(wrapped.parameters(), lr=0.1, max_iter=3)
+    with pytest.raises(CompressionError, match="LBFGS evaluates its closure"):
+        several.step(partial(evaluated, several, wrapped, 0, []))
 
 
 def gradients_accumulate() -> None:
@@ -372,6 +402,7 @@ USES = (
     telemetry_changes_nothing,
     skipped_steps_move_nothing,
     param_groups_keep_their_settings,
+    a_closure_is_evaluated_before_the_step,
     nothing_is_lost_without_compression,
     gradients_accumulate,
     unused_and_frozen_parameters,
