@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from ..core.step import BucketStep, drive
 from ..errors import CompressionError
 from ..transport import Transport
 from ..transport.base import Workers, workers_of
+from ..transport.devices import Marks, marks_of, wait_for
 from .executor import Executor, Observer, wait_patiently
 from .meeting import Meeting
 
@@ -64,6 +64,7 @@ class StepExchange:
         self._submitted = 0
         self._started: list[BucketStep | None] = []  # the executor's, until it is drained
         self._sent_at: dict[int, float] = {}
+        self._end: Marks = []  # of the executor's streams
 
     @property
     def reductions(self) -> list[BucketStep]:
@@ -105,7 +106,7 @@ class StepExchange:
         if self._submitted == 0:
             self.aggregator.agreement.note_frozen()
         self._submitted += 1
-        self.executor.submit(partial(self._start, bucket, gradients, _events(gradients) if self.executor.concurrent else []))
+        self.executor.submit(partial(self._start, bucket, gradients, marks_of(gradients) if self.executor.concurrent else []))
 
     def drain(self) -> None:
         """Wait until every submitted bucket has started to travel. Raises what went wrong in that."""
@@ -121,6 +122,7 @@ class StepExchange:
         self.executor.drain()
         self.results, self._started = self._started, []
         reductions = self.reductions
+        self._take_over(reductions)
         stands = self.aggregator.finish_step(reductions)
         silent = stands and bool(reductions) and all(r.task.skipped for r in reductions)
         self.phase, self.outcome = Phase.EXCHANGED, Outcome.SILENT if silent else Outcome.STANDS if stands else Outcome.UNDONE
@@ -129,16 +131,23 @@ class StepExchange:
             raise CompressionError(refusal)
         return self.outcome
 
+    def _take_over(self, reductions: Sequence[BucketStep]) -> None:
+        """What a thread has made is used by this one from now on, and its memory waits for both."""
+        wait_for(self._end)
+        self._end = []
+        if self.executor.concurrent:
+            for out in [r.out for r in reductions if r.out is not None and r.out.is_cuda]:
+                out.record_stream(torch.cuda.current_stream(out.device))
+
     # -- the executor's ----------------------------------------------------------------------------------------------------------
 
-    def _start(self, bucket: Bucket, gradients: list[torch.Tensor], events: list[Any]) -> None:
+    def _start(self, bucket: Bucket, gradients: list[torch.Tensor], given: Marks) -> None:
         """Compress a bucket and start to send it. In a thread, then go on with what was started before: where others follow their first
         collective, by one in each, since the order in which collectives start must not be a matter of timing; else with those that have arrived.
 
         So the second pass of a bucket travels while the next one is compressed, and nobody waits for it before that.
         """
-        for event in events:
-            event.synchronize()
+        wait_for(given)
         if not self._started and not self.meeting.begun:
             self.meeting.open()
         if isinstance(self._workers, Workers):
@@ -173,15 +182,5 @@ class StepExchange:
     def _finish_all(self) -> None:
         self.meeting.agree()
         drive([r for r in self._started if r is not None], self._advance)
-        for reduction in self._started:
-            if reduction is not None and reduction.out is not None and reduction.out.is_cuda and self.executor.concurrent:
-                torch.cuda.current_stream(reduction.out.device).synchronize()  # the caller's stream knows nothing of this thread's
-
-
-def _events(tensors: Sequence[torch.Tensor]) -> list[Any]:
-    """Of the streams that may still be writing these tensors."""
-    events = []
-    for device in {t.device for t in tensors if t.is_cuda}:
-        events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
-        events[-1].record(torch.cuda.current_stream(device))
-    return events
+        if self.executor.concurrent:
+            self._end = marks_of(r.out for r in self._started if r is not None and r.out is not None)

@@ -11,6 +11,7 @@ import torch
 from mpi4py import MPI
 
 from hvd_ecsgd.transport.base import Handle
+from hvd_ecsgd.transport.devices import marks_of
 
 from ..errors import HorovodInternalError, MismatchError
 from ..transport import MPITransport
@@ -96,11 +97,7 @@ class Channel:
         """
         pending: Pending[T] = Pending(self._engine, finish)
         submission = Submission(request, pending, tensors, start, time.perf_counter(), kind)
-        for t in tensors:
-            if t.is_cuda:
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record(torch.cuda.current_stream(t.device))
-                submission.events.append(event)
+        submission.given = marks_of(tensors)
         self._intake.add(submission)
         self._engine.nudge()
         return pending

@@ -50,7 +50,12 @@ class Flights:
         except TransportError as error:  # about what all ranks know: all raise it
             submission.pending.fail(HorovodInternalError(str(error)))
             return
-        self._launch([handle], [submission], lambda values: submission.pending.settle(values[0]), submission.request.text)
+
+        def finish(values: list[Any]) -> None:
+            submission.leave()
+            submission.pending.settle(values[0])
+
+        self._launch([handle], [submission], finish, submission.request.text)
 
     def reduce(self, run: Run, submissions: Sequence[Submission | None]) -> None:
         """Start the reductions of `run` together, one all-reduce for each type; no submission: this rank has joined, and sends zeros."""
@@ -84,11 +89,9 @@ class Flights:
                 if len(parts) > 1:
                     for part, t in zip(torch.split(whole, [t.numel() for t in parts]), parts, strict=True):
                         t.copy_(part)
-                if whole.is_cuda:
-                    torch.cuda.current_stream(whole.device).synchronize()
-            for submission in submissions:
-                if submission is not None:
-                    submission.pending.settle(None)
+            for submission in ours:
+                submission.leave()
+                submission.pending.settle(None)
 
         together = f", of {len(run.names)} together" if len(run.names) > 1 else ""
         self._launch(handles, ours, finish, f"allreduce of {sum(w.numel() * w.element_size() for w in wholes)} bytes{together}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hvd_ecsgd.transport.base import Handle
-from hvd_ecsgd.transport.devices import current_device, use_device
+from hvd_ecsgd.transport.devices import Marks, current_device, use_device, wait_for
 
 from .negotiation import Request
 from .pending import Pending
@@ -28,7 +28,7 @@ class Submission:
     since: float
     kind: str
     device: int | None = field(default_factory=current_device)  # of the caller's thread
-    events: list[Any] = field(default_factory=list)  # of CUDA streams that may still be writing the tensors
+    given: Marks = field(default_factory=list)  # in CUDA streams that may still be writing the tensors
 
     @property
     def row(self) -> str:
@@ -43,8 +43,12 @@ class Submission:
     def enter(self) -> None:
         """Be where the caller was: on its device, after what it had started there."""
         use_device(self.device)
-        for event in self.events:
-            event.synchronize()
+        wait_for(self.given)
+
+    def leave(self) -> None:
+        """What was started here is over: the caller's stream knows nothing of this thread's."""
+        for device, _ in self.given:
+            torch.cuda.current_stream(device).synchronize()
 
 
 @dataclass

@@ -15,11 +15,12 @@ from mpi4py import MPI
 
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle, Ready
+from hvd_ecsgd.transport.devices import marks_of, wait_for
 
 from . import memory
-from .lanes import Stages, Task
+from .lanes import Stages, Task, after
 from .link import Link
-from .memory import cuda_aware, memory_of, unit_of
+from .memory import Copy, cuda_aware, memory_of, settle, unit_of
 from .messages import Messages, exchange_parts
 from .reduction import REDUCIBLE, ReduceOp, allreduce_tasks, forced_algorithm, mpi_adds, reduce_scatter_tasks
 
@@ -37,8 +38,8 @@ class MPITransport:
     A transport is to be used by one thread at a time.
 
     Tensors are contiguous, of any dtype (`allreduce_` says which it reduces), on the CPU or a CUDA device. CPU tensors are read and written in
-    place by MPI. CUDA tensors are handed to MPI directly if `cuda_aware()`, else copied through pinned host memory; the call then waits for
-    that copy, and `wait` for the copy back.
+    place by MPI. CUDA tensors are handed to MPI directly if `cuda_aware()`, else copied through pinned host memory, in a stream of their own: nobody
+    waits for the copy but the collective (a broadcast does), and what `wait` gives is being copied back in the current stream.
 
     Raises `TransportError` for a tensor that is not dense and contiguous or cannot be reduced, for sizes that cannot be right, and, from the
     handle, for whatever MPI reports. Except where sizes are exchanged, nothing is compared between ranks: this is the fast path.
@@ -75,7 +76,7 @@ class MPITransport:
         self._check_reducible(t, what)
         if self.size == 1 or flat.numel() == 0:
             return Ready(t)
-        work = self._staged(flat)
+        work, copy = self._staged(flat)
         if self._algorithm == "mpi" and not mpi_adds(work):
             raise TransportError(
                 f"{what}: the MPI library, which MPI_BACKEND_ALLREDUCE=mpi forces, cannot reduce {t.dtype} on {work.device.type}. "
@@ -84,10 +85,12 @@ class MPITransport:
 
         def finish() -> torch.Tensor:
             if work is not flat:
-                flat.copy_(work)
+                flat.copy_(work, non_blocking=True)
             return t
 
-        return self._operations.start(what, lambda tag: self._reduce_stages(tag, work, op), finish)
+        if copy is not None and self._algorithm == "mpi":
+            copy.wait()  # MPI matches collectives of its own by their order
+        return self._operations.start(what, lambda tag: after(copy, lambda: self._reduce_stages(tag, work, op)), finish)
 
     def reduce_scatter(self, t: torch.Tensor, counts: Sequence[int], name: str, op: ReduceOp = "sum") -> Handle[torch.Tensor]:
         """Reduce over ranks; rank r gets the r-th part of `counts[r]` elements, a new 1-D tensor. The bits are those of `allreduce_`.
@@ -101,10 +104,14 @@ class MPITransport:
             raise TransportError(f"{what}: parts of {counts} elements do not fit {self.size} ranks and a tensor of {flat.numel()} elements.")
         if self.size == 1:
             return Ready(flat.clone())
-        parts = torch.split(self._staged(flat), counts)
+        work, copy = self._staged(flat)
+        parts = torch.split(work, counts)
         out = torch.empty_like(parts[self.rank])
         return self._operations.start(
-            what, lambda tag: iter([reduce_scatter_tasks(self._messages, tag, parts, out, op)]), lambda: out.to(t.device), keep=parts
+            what,
+            lambda tag: after(copy, lambda: iter([reduce_scatter_tasks(self._messages, tag, parts, out, op)])),
+            lambda: out.to(t.device, non_blocking=True),
+            keep=parts,
         )
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
@@ -140,10 +147,9 @@ class MPITransport:
             return Ready([t.detach().clone()])
         row = math.prod(t.shape[1:])
 
-        def outgoing(mine: torch.Tensor) -> Sequence[torch.Tensor]:
-            parts = torch.split(self._staged(flat), [s * row for s in splits])
-            mine.copy_(parts[self.rank])
-            return parts
+        def outgoing(mine: torch.Tensor) -> tuple[Sequence[torch.Tensor], Copy | None]:
+            work, copy = self._staged(flat)
+            return torch.split(work, [s * row for s in splits]), copy
 
         return self._exchange(what, t, splits, received, outgoing, lambda out, rows: list(torch.split(out, rows)))
 
@@ -155,7 +161,9 @@ class MPITransport:
             raise TransportError(f"{what}: there are {self.size} ranks; expected a root from 0 to {self.size - 1}.")
         if self.size == 1 or flat.numel() == 0:
             return Ready(t)
-        work = self._staged(flat)
+        work, copy = self._staged(flat)
+        if copy is not None:
+            copy.wait()  # MPI matches collectives of its own by their order
         unit = unit_of(t)
 
         def task() -> Task:
@@ -164,7 +172,7 @@ class MPITransport:
 
         def finish() -> torch.Tensor:
             if work is not flat and root != self.rank:
-                flat.copy_(work)
+                flat.copy_(work, non_blocking=True)
             return t
 
         return self._operations.start(what, lambda tag: iter([[task()]]), finish)
@@ -192,9 +200,11 @@ class MPITransport:
         if self.size == 1:
             return Ready(shaped(t.detach().clone(), [t.shape[0]]))
 
-        def outgoing(mine: torch.Tensor) -> list[torch.Tensor]:
-            mine.copy_(flat)
-            return [mine] * self.size
+        def outgoing(mine: torch.Tensor) -> tuple[Sequence[torch.Tensor], Copy | None]:
+            copy = Copy(flat, mine) if self._stages(flat) else None
+            if copy is None:
+                mine.copy_(flat)
+            return [mine] * self.size, copy
 
         return self._exchange(what, t, [t.shape[0]] * self.size, sizes, outgoing, shaped)
 
@@ -204,21 +214,33 @@ class MPITransport:
         t: torch.Tensor,
         told: Sequence[int],
         sizes: Sequence[int] | None,
-        outgoing: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+        outgoing: Callable[[torch.Tensor], tuple[Sequence[torch.Tensor], Copy | None]],
         shaped: Callable[[torch.Tensor, list[int]], T],
     ) -> Handle[T]:
         """Receive `sizes[r]` rows like those of `t` from rank r, which has been told so, or (None) is told `told[r]`.
 
-        `outgoing`: the flat parts that are sent, by rank, given the place of this rank's own, which it fills. `shaped` makes the result.
+        `outgoing`: the flat parts that are sent, by rank, of which this rank's own may be the place that it is given, and the copy after which they
+        are there. `shaped` makes the result.
         """
         result: list[tuple[torch.Tensor, list[int]]] = []
+        given = marks_of([t])
 
         def exchange(tag: int, rows: list[int]) -> Stages:
+            wait_for(given)  # another thread may have come here
             out = self._incoming(t, sum(rows))
             result.append((out, rows))
             row = math.prod(t.shape[1:])
             incoming = torch.split(out.view(-1), [r * row for r in rows])
-            return self._exchange_stages(tag, outgoing(incoming[self.rank]), incoming)
+            mine = incoming[self.rank]
+            parts, copy = outgoing(mine)
+
+            def stages() -> Stages:
+                if parts[self.rank] is not mine:
+                    mine.copy_(parts[self.rank])
+                settle(mine)
+                return self._exchange_stages(tag, parts, incoming)
+
+            return after(copy, stages)
 
         def agree(tag: int) -> Stages:
             signature = _signature(what, t)
@@ -229,7 +251,7 @@ class MPITransport:
 
         def finish() -> T:
             out, rows = result[0]
-            return shaped(out.to(t.device), rows)
+            return shaped(out.to(t.device, non_blocking=True), rows)
 
         return self._operations.start(what, lambda tag: agree(tag) if sizes is None else exchange(tag, list(sizes)), finish)
 
@@ -275,9 +297,13 @@ class MPITransport:
     def _stages(self, t: torch.Tensor) -> bool:
         return t.device.type != "cpu" and not (self._cuda_aware and t.is_cuda)
 
-    def _staged(self, flat: torch.Tensor) -> torch.Tensor:
-        """`flat`, or a copy of it that MPI can read. The copy is complete on return: MPI knows nothing of streams."""
-        return self._incoming(flat, None).copy_(flat) if self._stages(flat) else flat
+    def _staged(self, flat: torch.Tensor) -> tuple[torch.Tensor, Copy | None]:
+        """`flat`, or memory that MPI can read and the copy after which it holds the same."""
+        if not self._stages(flat):
+            settle(flat)
+            return flat, None
+        work = self._incoming(flat, None)
+        return work, Copy(flat, work)
 
     def _incoming(self, t: torch.Tensor, rows: int | None) -> torch.Tensor:
         """Memory that MPI can write, for a tensor like `t`, with another first dimension if `rows` is given."""

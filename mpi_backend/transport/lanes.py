@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from mpi4py import MPI
 
-__all__ = ["Lanes", "Stages", "Task"]
+from .memory import Copy
 
-Task: TypeAlias = Generator[Sequence[MPI.Request], None, None]
-"""A part of a collective: it starts messages, yields the requests that must be complete before it goes on, and holds what MPI reads or writes."""
+__all__ = ["Lanes", "Stages", "Task", "after"]
+
+Task: TypeAlias = Generator[Sequence[MPI.Request] | Copy, None, None]
+"""A part of a collective: it starts messages, yields the requests, or the copy, that must be complete before it goes on, and holds what MPI reads or
+writes."""
 Stages: TypeAlias = Iterator[Iterable[Task]]
 """A collective: tasks that go on side by side, and when all have come to their ends, those that follow. It is asked for them only then."""
+
+
+def after(copy: Copy | None, stages: Callable[[], Stages]) -> Stages:
+    """Stages that begin when the copy is over, if there is one."""
+    if copy is not None:
+        yield [_awaited(copy)]
+    yield from stages()
+
+
+def _awaited(copy: Copy) -> Task:
+    yield copy
 
 
 class _Lane:
@@ -37,6 +51,7 @@ class Lanes:
         self._ready: deque[_Lane] = deque()  # lanes that wait for nothing
         self._requests: list[MPI.Request] = []
         self._owners: list[_Lane | None] = []  # of the requests; None of those that are complete
+        self._copies: list[tuple[Copy, _Lane]] = []  # that lanes wait for
         self._go_on()
 
     @property
@@ -74,6 +89,9 @@ class Lanes:
             self.open.remove(lane)
             self._go_on()
             return
+        if isinstance(requests, Copy):
+            self._copies.append((requests, lane))
+            return
         if not requests:
             self._ready.append(lane)
         lane.missing = len(requests)
@@ -82,8 +100,12 @@ class Lanes:
 
     def _look(self) -> bool:
         """Whether requests have become complete; lanes without others are ready then. One look at all: each lets MPI look at the network."""
+        over = [(copy, lane) for copy, lane in self._copies if copy.over]
+        for pair in over:
+            self._copies.remove(pair)
+            self._ready.append(pair[1])
         if not self._requests:
-            return False
+            return bool(over)
         complete = MPI.Request.Testsome(self._requests)
         for i in complete or ():
             lane, self._owners[i] = self._owners[i], None
@@ -95,4 +117,4 @@ class Lanes:
             request, owner = self._requests.pop(), self._owners.pop()
             if i < len(self._requests):
                 self._requests[i], self._owners[i] = request, owner
-        return bool(complete)
+        return bool(complete or over)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 import torch
 from mpi4py import MPI
 
 from ..environment import switch
 
-__all__ = ["LARGEST", "UNITS", "cuda_aware", "memory_of", "unit_of"]
+__all__ = ["LARGEST", "UNITS", "Copy", "cuda_aware", "memory_of", "settle", "unit_of"]
 
 LARGEST = 2**30
 """Elements in one message. Open MPI 5 has no calls with counts above a C int, so what is larger travels in pieces."""
@@ -27,10 +28,50 @@ def cuda_aware() -> bool:
         return False
 
 
+class Copy:
+    """A copy out of a GPU's memory that is on its way: `source` must stay as it is until then."""
+
+    def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Start it, in a stream of its own, so that what the caller's stream is given next does not wait for it."""
+        self._source: torch.Tensor | None = source
+        stream = _stream_of(source.device)
+        stream.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(stream)
+
+    @property
+    def over(self) -> bool:
+        """Whether the target holds it. The host does not wait."""
+        if self._source is not None and self._event.query():  # type: ignore[no-untyped-call]
+            self._source = None
+        return self._source is None
+
+    def wait(self) -> None:
+        """Let the host wait."""
+        self._event.synchronize()
+
+
+_streams: dict[torch.device, Any] = {}
+
+
+def _stream_of(device: torch.device) -> Any:
+    """For copies out of this GPU."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _streams[device]
+
+
+def settle(t: torch.Tensor) -> None:
+    """Of memory on a GPU that MPI, which knows nothing of streams, or a thread with another stream is to look at next: wait until it is written."""
+    if t.is_cuda:
+        torch.cuda.current_stream(t.device).synchronize()
+
+
 def memory_of(t: torch.Tensor) -> MPI.buffer:
     """The memory of a contiguous tensor, on any device: MPI gets its address. Does not keep the tensor alive."""
-    if t.is_cuda:
-        torch.cuda.current_stream(t.device).synchronize()  # MPI knows nothing of streams: what writes this memory, or still reads it, must be over
+    settle(t)  # what writes this memory, or still reads it
     return MPI.buffer.fromaddress(t.data_ptr(), t.nbytes)
 
 

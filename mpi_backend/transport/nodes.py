@@ -13,7 +13,7 @@ from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle, Ready
 
 from .collectives import MPITransport, ReduceOp
-from .lanes import Stages, Task
+from .lanes import Stages, Task, after
 from .link import Link
 from .messages import NEAR, Messages, exchange_parts
 from .operation import SLOTS
@@ -84,15 +84,15 @@ class NodeWorkers(MPITransport):
             raise TransportError(f"{what}: means are of floats, and the tensor is {t.dtype}. Convert it first.")
         if n == 1 or flat.numel() == 0:
             return Ready(t)
-        work = self._staged(flat)
+        work, copy = self._staged(flat)
 
         def finish() -> torch.Tensor:
             torch.div(work, n, out=work)
             if work is not flat:
-                flat.copy_(work)
+                flat.copy_(work, non_blocking=True)
             return t
 
-        return self._operations.start(what, lambda tag: iter([allreduce_tasks(self._inside, tag, work, "sum", "")]), finish)
+        return self._operations.start(what, lambda tag: after(copy, lambda: iter([allreduce_tasks(self._inside, tag, work, "sum", "")])), finish)
 
     def _root(self, root: int) -> int:
         return self._first[root]

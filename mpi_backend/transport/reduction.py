@@ -19,7 +19,7 @@ from mpi4py import MPI
 
 from . import memory
 from .lanes import Task
-from .memory import memory_of
+from .memory import memory_of, settle
 from .messages import Messages
 
 __all__ = ["ALGORITHMS", "REDUCIBLE", "ReduceOp", "allreduce_tasks", "forced_algorithm", "mpi_adds", "reduce_scatter_tasks"]
@@ -142,9 +142,11 @@ class _Rows:
             for row in rows[1:]:
                 self._combine(total, row, total)  # which computes in float32
             out.copy_(total)
+            settle(out)
             return
         total, spare = rows[0], self._row(rank, mine.numel())
         for row in rows[1:-1]:
             self._combine(total, row, spare)
             total = spare
         self._combine(total, rows[-1], out)
+        settle(out)

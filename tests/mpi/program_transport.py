@@ -6,10 +6,29 @@ import torch
 
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle, Transport
-from mpi_backend.transport import MPITransport, memory
+from mpi_backend.transport import MPITransport, collectives, memory
 from tests.mpi.verdict import DTYPES, Verdict, sample
 
 verdict = Verdict()
+
+
+class Late(memory.Copy):
+    """A copy as out of a GPU: its target holds garbage until it was waited for, or asked for three times."""
+
+    def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        self._pair, self._asked = (source, target), 0
+        target.view(-1).view(torch.uint8).fill_(77)
+
+    @property
+    def over(self) -> bool:
+        self._asked += 1
+        if self._asked == 3:
+            self.wait()
+        return self._asked >= 3
+
+    def wait(self) -> None:
+        source, target = self._pair
+        target.copy_(source)
 
 
 class Staged(MPITransport):
@@ -125,6 +144,7 @@ def check_errors(t: MPITransport) -> None:
     verdict.equal(t.allreduce_(torch.ones(3), "x").wait(), torch.full((3,), float(n)), "after errors")
 
 
+collectives.Copy = Late  # type: ignore[misc]
 plain, staged = MPITransport(), Staged()
 verdict.expect(isinstance(plain, Transport), "MPITransport is a Transport")
 for transport, label in ((plain, "plain"), (staged, "staged")):
