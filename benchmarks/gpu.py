@@ -22,11 +22,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import kernels as steps
+from hvd_ecsgd import Compression
+from hvd_ecsgd.compressors import RandomBlock
+from hvd_ecsgd.exchange import AllReduce
+from hvd_ecsgd.feedback import MemSGD
 from hvd_ecsgd.kernels import kernels_for
 from hvd_ecsgd.segments import Segments
 
-STEPS = ("random_block", "detached", "one_bit", "top_k", "qsgd 4 bits", "threshold", "natural", "bf16", "power_sgd 4")
-TARGETS = {"random_block": 1.4, "detached": 3.0, "one_bit": 2.2, "top_k": 3.0, "qsgd 4 bits": 3.0}
+SPARSE = "random_block, sparse"
+"""Of which the update is applied where alone it is not zero."""
+steps.METHODS[SPARSE] = lambda: Compression(RandomBlock(64), MemSGD(), AllReduce())
+STEPS = ("random_block", SPARSE, "detached", "one_bit", "top_k", "qsgd 4 bits", "threshold", "natural", "bf16", "power_sgd 4")
+TARGETS = {"random_block": 1.4, SPARSE: 1.1, "detached": 3.0, "one_bit": 2.2, "top_k": 3.0, "qsgd 4 bits": 3.0}
 BUFFERS = 10
 """Of the gradient's size, which a run may need at once."""
 

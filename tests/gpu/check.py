@@ -9,11 +9,15 @@ works. Ends with status 1 when a part failed, 2 when nothing was tried, as there
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,14 +58,22 @@ class Part:
 
 def started(command: Sequence[str], seconds: float) -> str:
     """What the command printed. Raises `Failed` when it does not end, or ends with another status than 0."""
-    try:
-        done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        raise Failed(f"not over after {seconds:.0f} s; {_end(said.decode(errors='replace') if isinstance(said, bytes) else said)}") from None
-    if done.returncode:
-        raise Failed(_end(done.stdout))
-    return done.stdout
+    with tempfile.TemporaryFile("w+", errors="replace") as said:  # no pipe, which processes that it has started could hold open
+        process = subprocess.Popen(command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            over = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            over = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        said.seek(0)
+        text = said.read()
+    if over is None:
+        raise Failed(f"not over after {seconds:.0f} s; {_end(text)}")
+    if over:
+        raise Failed(_end(text))
+    return text
 
 
 def _end(text: str) -> str:
@@ -80,7 +92,7 @@ def tests_that_skip(device: str) -> Part:
         reasons = sorted(set(re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", said, re.MULTILINE)))
         return {**counts, "why skipped": reasons}
 
-    return Part("tests that need a GPU", " ".join([*command[:-1], f"'{chosen}'"]), 100, run)
+    return Part("tests that need a GPU", " ".join([*command[:-1], f"'{chosen}'"]), 60, run)
 
 
 def ranks(name: str, n: int, program: str, device: str, only: Sequence[str], limit: float) -> Part:
@@ -124,15 +136,13 @@ def kernels(device: str, short: bool) -> Part:
             raise Failed(f"kernels that are wrong were not found to be: {control}")
         return {"checks": len(rows), "controls": len(control)}
 
-    return Part("kernels, bit by bit", " ".join(command), 150, run)
+    return Part("kernels, bit by bit", " ".join(command), 120, run)
 
 
 def gpu_bench(device: str, short: bool) -> Part:
     command = [sys.executable, "benchmarks/gpu.py", "--device", device]
 
     def run(seconds: float) -> dict[str, Any]:
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             started([*command, *(["--short"] if short else []), "--seconds", f"{0.6 * seconds:.0f}", "--output", f"{folder}/gpu.json"], seconds)
             found = json.loads((Path(folder) / "gpu.json").read_text())
@@ -146,27 +156,38 @@ def gpu_bench(device: str, short: bool) -> Part:
 def parts_of(device: str, short: bool) -> list[Part]:
     only = SHORT if short else ()
     return [
-        tests_that_skip(device),
         kernels(device, short),
-        ranks("every method, 2 ranks", 2, "program_methods", device, only, 110),
-        ranks("every method, 3 ranks", 3, "program_methods", device, only, 110),
-        ranks("streams, autocast, scaler", 2, "program_training", device, only, 70),
+        ranks("every method, 2 ranks", 2, "program_methods", device, only, 100),
         gpu_bench(device, short),
+        ranks("streams, autocast, scaler", 2, "program_training", device, only, 60),
+        tests_that_skip(device),
+        ranks("every method, 3 ranks", 3, "program_methods", device, only, 100),
     ]
 
 
+_ABOUT = """
+import json, shutil, sysconfig, os, torch
+facts = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None}
+compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+headers = os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+facts |= {"C compiler, for Triton": compiler, "Python.h, for Triton": headers}
+if torch.cuda.is_available():
+    about = torch.cuda.get_device_properties(0)
+    facts |= {"gpu": about.name, "GiB": round(about.total_memory / 2**30, 1), "processors": about.multi_processor_count}
+    from hvd_ecsgd.kernels import cuda
+    facts["Triton"] = cuda.why_not() or "launches kernels"
+print("RESULT", json.dumps(facts))
+"""
+
+
 def machine() -> tuple[dict[str, Any], str]:
-    """Facts for the file, and why there is no GPU ('' where there is one)."""
+    """Facts for the file, and why there is no GPU ('' where there is one). Asked in a process of its own, as a driver may hang."""
     facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
     try:
-        import torch
-    except ImportError:
-        return facts, "torch is not installed"
-    facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
-    if not torch.cuda.is_available():
-        return facts, "no GPU: torch.cuda.is_available() is False"
-    about = torch.cuda.get_device_properties(0)
-    return facts | {"gpu": about.name, "GiB": round(about.total_memory / 2**30, 1), "processors": about.multi_processor_count}, ""
+        facts |= json.loads(re.findall(r"^RESULT (.*)$", started([sys.executable, "-c", _ABOUT], 60), re.MULTILINE)[-1])
+    except Failed as error:
+        return facts, "torch is not installed" if "No module named 'torch'" in str(error) else f"the GPU cannot be asked: {error}"
+    return facts, "" if facts["gpu"] else "no GPU: torch.cuda.is_available() is False"
 
 
 def go_through(parts: Sequence[Part], seconds: float) -> None:
@@ -225,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{part.name:28}{part.result:9}{part.seconds:8.1f}  {_summary(part)}")
     for what, why in NOT_HERE.items():
         print(f"{what:28}{'not run':9}{'':8}  {why}")
-    if steps := parts[-1].figures.get("steps"):
+    if steps := next((part.figures["steps"] for part in parts if "steps" in part.figures), None):
         print(f"\nwhole step: {'T':>18}{'of copy':>10}      (T: one e.add_(g))")
         for name, row in steps.items():
             print(f"{name:24}{row['in T']:6.2f}{row['of copy']:10.1%}")
