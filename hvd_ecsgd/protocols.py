@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
@@ -35,11 +35,12 @@ from .values import (
     slot_of,
     zeros,
 )
+from .verdicts import Verdict
 
 __all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Places", "Result",
            "Reversals", "Role",
-           "Slot", "Slots", "Sparse", "State", "Steps", "StepContext", "Sums", "Takes", "Task", "Traffic", "UnbiasedCompressor", "UsesSums", "Wanted",
-           "decode_sum_", "poison", "settled", "slot_of", "wanted", "zeros"]  # fmt: skip
+           "Slot", "Slots", "Sparse", "State", "Steps", "StepContext", "Sums", "Takes", "Task", "Tells", "Traffic", "UnbiasedCompressor", "UsesSums",
+           "Verdict", "Wanted", "decode_sum_", "poison", "settled", "slot_of", "wanted", "zeros"]  # fmt: skip
 
 Steps = Generator[Handle[Any], Any, torch.Tensor]
 """An exchange in progress: it yields each handle it waits for, is sent the handle's result, and returns the decoded mean."""
@@ -99,8 +100,17 @@ class Compressor(Protocol):
         """`out += alpha · C⁻¹(payload)` in the segments' ranges of the flat `out`. `key` is the one it was extracted with."""
         ...
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
         """False when decoding would give an inf or NaN."""
+        ...
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """A compressor whose payload can be made one that decodes to NaN after it was extracted: nobody waits for a GPU to say whether it must."""
+
+    def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
+        """(a view of a part of `payload`, what to fill it with so that `finite` is False)."""
         ...
 
 
@@ -319,8 +329,8 @@ class Task:
     """What comes back is an update, which nobody looks at but the rule that applies it."""
     present: Sequence[bool] | None = None
     """By rank, who has gradients in this step, as all ranks have agreed; None: all have. Others send nothing of their buffers."""
-    finite: bool = True
-    """Set by the exchange: False where some rank sent an inf or NaN, the same on every rank."""
+    finite: Verdict = True
+    """Set by the exchange: False where some rank sent an inf or NaN, the same on every rank. Where a GPU alone knows, nobody has waited for it."""
     skipped: bool = False
     """Set by the exchange when nothing came back for any segment, on every rank: x and the optimizer's state must stay as they are."""
     silent: bool = False
@@ -336,7 +346,8 @@ class Task:
 
     @property
     def poisoned(self) -> bool:
-        """This rank's gradients hold an inf or NaN: the buffer was left alone, and NaN is sent so that every rank learns of it."""
+        """This rank's gradients hold an inf or NaN: nothing was accumulated, and NaN is sent so that every rank learns of it. Who asks waits for a
+        GPU that alone knows."""
         return not self.accumulated.finite
 
     @property
@@ -366,22 +377,34 @@ class Task:
     def extract_(self, stage: str, segments: Segments | None = None, *, travels_in_place: bool = False) -> torch.Tensor:
         """The worker's payload for `segments` (all by default). `travels_in_place`: the transport will overwrite it, so undoing needs a copy."""
         segments = self.segments if segments is None else segments
-        key = self.ctx.key(self.compressor, stage)
-        if self.poisoned:
+        key, tells = self.ctx.key(self.compressor, stage), isinstance(self.accumulated.finite, torch.Tensor) and isinstance(self.compressor, Tells)
+        if not tells and self.poisoned:
             return poison(self.compressor, segments, key)
         if self.absent:
             return constant(self.compressor, segments, key, 0.0)
         if self.compressor.lossless and not self.reversible and segments.numel == self.buffer.numel():
-            return self.buffer  # a scratch copy of the gradients that nobody reads again: it can travel as it is
-        self.extracted += segments.numel
-        sums = self.accumulated.sums_of(segments)
-        if sums is None:
-            payload = self.compressor.extract_(self.buffer, segments, key)
+            payload = self.buffer  # a scratch copy of the gradients that nobody reads again: it can travel as it is
         else:
-            payload = cast(UsesSums, self.compressor).extract_by_sums_(self.buffer, segments, key, sums)
-        if self.reversible and not self.reversals.was_zero:
-            self.undo_by_adding(self.buffer, self.compressor, payload.clone() if travels_in_place else payload, segments, key, 1.0)
+            self.extracted += segments.numel
+            sums = self.accumulated.sums_of(segments)
+            if sums is None:
+                payload = self.compressor.extract_(self.buffer, segments, key)
+            else:
+                payload = cast(UsesSums, self.compressor).extract_by_sums_(self.buffer, segments, key, sums)
+            if self.reversible and not self.reversals.was_zero:
+                self.undo_by_adding(self.buffer, self.compressor, payload.clone() if travels_in_place else payload, segments, key, 1.0)
+        if tells:
+            self._tell(payload, segments)
         return payload
+
+    def _tell(self, payload: torch.Tensor, segments: Segments) -> None:
+        """Make the payload one that decodes to NaN, where gradients were not finite: the device knows by the time that it gets there."""
+        finite, compressor = self.accumulated.finite, self.compressor
+        assert isinstance(finite, torch.Tensor) and isinstance(compressor, Tells)
+        place, value = compressor.telltale(payload, segments)
+        if self.reversible and not self.reversals.was_zero:
+            self.undo_by(partial(place.copy_, place.clone()))  # before it is added back
+        place.masked_fill_(~finite, value)
 
     def undo_by(self, reversal: Callable[[], object]) -> None:
         """Call this when the step is undone; the last one noted is called first."""

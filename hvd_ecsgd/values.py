@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from .segments import Segments
+from .verdicts import Verdict
 
 __all__ = [
     "Accumulated",
@@ -245,10 +246,11 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Accumulated:
     """What reading the gradients once gives: the flat `buffer` to extract from, and whether all of them were `finite`; if not, nothing was
-    accumulated, and there is no buffer. `sums`: what was wanted of it, where it was seen in the same pass."""
+    accumulated, and there is no buffer. Where a GPU alone knows, there is one, of which what is extracted must not be used.
+    `sums`: what was wanted of it, where it was seen in the same pass."""
 
     buffer: torch.Tensor
-    finite: bool = True
+    finite: Verdict = True
     sums: Sums | None = None
 
     def sums_of(self, segments: Segments) -> Sums | None:

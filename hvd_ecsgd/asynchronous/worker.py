@@ -16,8 +16,9 @@ from ..core.state import MethodState, NamedParameters
 from ..errors import CompressionError, SequenceError, TransportError
 from ..kernels import sums_of
 from ..optimizer.hyper_parameters import HyperParameters
-from ..protocols import Compressor, GroupSettings, StepContext
+from ..protocols import Accumulated, Compressor, GroupSettings, StepContext
 from ..segments import Key
+from ..verdicts import known
 from .messages import Kind, Message
 from .plan import Plan, dense_gradient
 
@@ -114,7 +115,7 @@ class Worker:
             payloads = [self._extract(shard, bucket, one) for bucket, one in zip(shard.buckets, accumulated[server], strict=True)]
             absent = [place for name, place in self._places[server].items() if shard.named[place][1].grad is None]
             messages.append(Message(Kind.PUSH, self.worker, shard.step, self._hyper_parameters.values(), absent, payloads))
-        if not all(one.extracted[0].finite(one.extracted[1], one.bucket.segments) for one in begun if one.extracted is not None):
+        if not known(one.extracted[0].finite(one.extracted[1], one.bucket.segments) for one in begun if one.extracted is not None):
             self._refuse(begun)
             return None
         for one in begun:
@@ -134,7 +135,10 @@ class Worker:
             bucket.remember()
         given = take_(shard, bucket, gradients, factor)
         ctx = bucket.context(group, self.plan.method.seed, shard.step, shard.rank, shard.size)
-        return _Accumulated(bucket, given, ctx, bucket.method.feedback.accumulate_(bucket.part, given, ctx).buffer)
+        accumulated = bucket.method.feedback.accumulate_(bucket.part, given, ctx)
+        if not accumulated.finite:
+            accumulated = Accumulated.nothing(bucket.segments)
+        return _Accumulated(bucket, given, ctx, accumulated.buffer)
 
     def _extract(self, shard: MethodState, bucket: Bucket, one: _Accumulated | None) -> torch.Tensor:
         if one is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..errors import CompressionError
 from ..kernels import all_finite
 from ..protocols import Compressor
 from ..segments import Key, Segment, Segments
+from ..verdicts import Verdict
 
 __all__ = [
     "BytePayload",
@@ -159,8 +161,11 @@ class FloatPayload(Operator):
     def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
         return all_finite(payload)
+
+    def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
+        return payload[:1], math.nan
 
 
 class BytePayload(Operator):

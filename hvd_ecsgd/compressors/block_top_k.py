@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from ..arguments import check_integer, check_ratio
 from ..kernels import all_finite, check_rows, native_for, top_k_rows
 from ..segments import Key, Segments, aligned
+from ..verdicts import Verdict
 from .base import BytePayload, check_payload, kept, rows
 
 __all__ = ["BlockTopK"]
@@ -70,12 +72,15 @@ class BlockTopK(BytePayload):
             for part in rows(view, self.block):
                 n, k = part.shape[0], kept(part.shape[1], self.ratio)
                 chosen = positions[at : at + n * k].view(n, k).long()
-                check_rows(chosen, part.shape[1], s, "top_k")
+                chosen = check_rows(chosen, part.shape[1], s, "top_k")
                 part.scatter_add_(1, chosen, values[at : at + n * k].view(n, k) * alpha)
                 at += n * k
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
         return all_finite(self._parts(payload, segments)[0])
+
+    def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
+        return self._parts(payload, segments)[0][:1], math.nan
 
     def _last(self, segments: Segments) -> np.ndarray:
         """Entries of each segment's last block when it is shorter, else 0."""

@@ -10,6 +10,7 @@ import torch
 from ..arguments import check_choice, check_flag
 from ..kernels import all_finite, kernels_for
 from ..segments import Key, Segments
+from ..verdicts import Verdict
 from .base import Operator, check_payload
 from .identity import Identity
 
@@ -46,8 +47,11 @@ class Cast(Operator):
     def payload_size(self, segments: Segments) -> int:
         return segments.numel
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
         return all_finite(payload)
+
+    def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
+        return payload[:1], math.nan
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = segments.scratch(self.dtype)

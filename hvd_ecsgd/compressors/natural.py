@@ -9,6 +9,7 @@ import torch
 
 from ..kernels import all_finite, draws, kernels_for, negative, pack_bits, unpack_bits
 from ..segments import Key, Segments, aligned
+from ..verdicts import Verdict, verdict
 from .base import BytePayload, check_payload, contraction
 
 __all__ = ["Natural"]
@@ -84,8 +85,11 @@ class Natural(BytePayload):
             first += view.numel()
             at += n_bytes
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
-        return segments.numel == 0 or int(payload[: segments.numel].max()) < _NOT_FINITE
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
+        return segments.numel == 0 or verdict(payload[: segments.numel].max() < _NOT_FINITE)
+
+    def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
+        return payload[: min(1, segments.numel)], _NOT_FINITE
 
 
 def _rounded_32(v: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:

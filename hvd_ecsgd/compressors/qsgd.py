@@ -11,6 +11,7 @@ import torch
 from ..arguments import check_choice, check_integer
 from ..kernels import all_finite, kernels_for, pack_codes, uniform, unpack_codes
 from ..segments import Key, Segments, aligned
+from ..verdicts import Verdict
 from .base import BytePayload, check_payload, contraction, n_rows, rows, warn_once
 
 __all__ = ["QSGD"]
@@ -116,8 +117,11 @@ class QSGD(BytePayload):
                 part.add_(level.mul_(norm / self.levels), alpha=alpha)
                 i += part.shape[0]
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
         return all_finite(self._parts(payload, segments)[0])
+
+    def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
+        return self._parts(payload, segments)[0][:1], math.nan
 
     def _norms(self, part: torch.Tensor) -> torch.Tensor:
         """A column: the norm of each row."""

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from ..arguments import check_ratio
+from ..kernels import cuda_for
 from ..protocols import Places
 from ..segments import Key, Segment, Segments
-from .base import FloatPayload, kept
+from .base import FloatPayload, check_payload, kept
 
 __all__ = ["RandomBlock"]
 
@@ -44,6 +45,9 @@ class RandomBlock(FloatPayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.empty(self.payload_size(segments), dtype=buffer.dtype, device=buffer.device)
+        if cuda := cuda_for(buffer, segments, "random_block"):
+            cuda.take_blocks_(*self._blocks(segments, key), payload)
+            return payload
         at = 0
         for s in segments:
             for low, high in self._ranges(s, key):
@@ -53,6 +57,9 @@ class RandomBlock(FloatPayload):
         return payload
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
+        if cuda := cuda_for(out, segments, "random_block"):
+            check_payload(payload, segments.dtype, self.payload_size(segments), "random_block")
+            return cuda.decode_blocks_(*self._blocks(segments, key), payload, alpha, add)
         if not add:
             segments.zero_(out)
         at = 0
@@ -71,12 +78,20 @@ class RandomBlock(FloatPayload):
         counts = np.array([sum(high - low for low, high in some) for some in ranges], np.int64)
         return Places(counts, torch.cat(of).to(segments.device) if of else torch.empty(0, dtype=torch.int32, device=segments.device))
 
+    def _first(self, s: Segment, key: Key) -> int:
+        """Where the block begins within its segment; no draw is needed where it is everything."""
+        return 0 if kept(s.numel, self.ratio) == s.numel else key.below(s, s.numel, "block")
+
+    def _blocks(self, segments: Segments, key: Key) -> tuple[np.ndarray, np.ndarray]:
+        """(length, first element within the segment) of each segment's block."""
+        return np.array([kept(s.numel, self.ratio) for s in segments], np.int64), np.array([self._first(s, key) for s in segments], np.int64)
+
     def _ranges(self, s: Segment, key: Key) -> list[tuple[int, int]]:
         """The block of this segment as one range of the flat buffer, or two when it wraps around."""
         block = kept(s.numel, self.ratio)
-        if block == s.numel:  # everything: no draw needed, and nothing for an empty piece
-            return [(s.start, s.stop)] if block else []
-        first = s.start + key.below(s, s.numel, "block")
+        if block == 0:
+            return []
+        first = s.start + self._first(s, key)
         if first + block <= s.stop:
             return [(first, first + block)]
         return [(first, s.stop), (s.start, s.start + first + block - s.stop)]

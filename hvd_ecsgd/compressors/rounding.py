@@ -9,6 +9,7 @@ import torch
 
 from ..arguments import check_choice, check_number
 from ..segments import Key, Segments, aligned
+from ..verdicts import Verdict, verdict
 from .base import BytePayload
 
 __all__ = ["Rounding"]
@@ -60,6 +61,10 @@ class Rounding(BytePayload):
             view.add_(part.to(out.dtype).masked_fill_(part == torch.iinfo(dtype).min, math.nan).mul_(self.step), alpha=alpha)
             at += view.numel()
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
         dtype = _TYPES[self.bits]
-        return segments.numel == 0 or int(payload.view(dtype)[: segments.numel].min()) > torch.iinfo(dtype).min
+        return segments.numel == 0 or verdict(payload.view(dtype)[: segments.numel].min() > torch.iinfo(dtype).min)
+
+    def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
+        dtype = _TYPES[self.bits]
+        return payload.view(dtype)[: min(1, segments.numel)], torch.iinfo(dtype).min

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,7 @@ from ..arguments import check_choice, check_integer
 from ..kernels import Kernels, Native, all_finite, kernels_for, negative, pack_bits, signs, unpack_bits
 from ..protocols import Sums, Wanted
 from ..segments import Key, Segments, aligned
+from ..verdicts import Verdict
 from .base import BytePayload, check_payload, n_rows, rows, warn_once
 
 __all__ = ["Sign"]
@@ -101,8 +103,11 @@ class Sign(BytePayload):
                 part.add_(signs(part_bits, scales[i : i + part.shape[0]].unsqueeze(1)), alpha=alpha)
                 i += part.shape[0]
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
         return all_finite(self._scales(payload, segments)[0])
+
+    def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
+        return self._scales(payload, segments)[0][:1], math.nan
 
     def _native(self, buffer: torch.Tensor, segments: Segments) -> Kernels | None:
         """Blocks that share bytes are compiled as long as they fit into a cache."""

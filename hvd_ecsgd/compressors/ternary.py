@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,7 @@ from ..arguments import check_choice
 from ..kernels import Native, all_finite, kernels_for, negative, pack_codes, unpack_codes
 from ..protocols import Sums, Wanted
 from ..segments import Key, Segments, aligned
+from ..verdicts import Verdict
 from .base import BytePayload, check_payload, warn_once
 
 __all__ = ["Ternary"]
@@ -89,8 +91,11 @@ class Ternary(BytePayload):
             view.add_(signs.mul_(scales[i]), alpha=alpha)  # a NaN scale times a zero is NaN
             at += n_bytes
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
         return all_finite(self._scales(payload, segments)[0])
+
+    def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
+        return self._scales(payload, segments)[0][:1], math.nan
 
     def _scales(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, int]:
         """The scales, as a view of the payload, and where the codes begin."""

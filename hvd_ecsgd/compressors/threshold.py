@@ -13,6 +13,7 @@ from ..errors import CompressionError
 from ..kernels import all_finite, check_positions, kernels_for, pack_codes, unpack_codes
 from ..protocols import Places
 from ..segments import Key, Segment, Segments, aligned
+from ..verdicts import Verdict
 from .base import BytePayload, below, check_payload, kept
 
 __all__ = ["Threshold"]
@@ -99,16 +100,16 @@ class Threshold(BytePayload):
         at = 0
         for i, (count, s, view) in enumerate(zip(counts, segments, segments.views(out), strict=True)):
             entries = slice(at, at + count)
-            check_positions(positions[entries], s, "threshold")
+            where = check_positions(positions[entries], s, "threshold")
             values = _decoded(sent[2 * i : 2 * i + 2], codes[entries]) if self.two_bits else sent[entries]
-            view.index_add_(0, positions[entries], values, alpha=alpha)
+            view.index_add_(0, where, values, alpha=alpha)
             at += count
 
     def places(self, payload: torch.Tensor, segments: Segments, key: Key) -> Places:
         _, positions, _, counts = self._parts(payload, segments)
         return Places(np.array(counts, np.int64), positions)
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
         return all_finite(self._parts(payload, segments)[0])
 
     def delta(self, v: torch.Tensor) -> float:

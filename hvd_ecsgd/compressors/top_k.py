@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..errors import CompressionError
 from ..kernels import all_finite, check_positions, kernels_for, top_k_indices
 from ..protocols import Places
 from ..segments import Key, Segments, aligned
+from ..verdicts import Verdict
 from .base import BytePayload, check_payload, kept
 
 __all__ = ["TopK"]
@@ -77,15 +79,17 @@ class TopK(BytePayload):
         at = 0
         for s, view in zip(segments, segments.views(out), strict=True):
             k = self._k(s.numel)
-            check_positions(positions[at : at + k], s, "top_k")
-            view.index_add_(0, positions[at : at + k], values[at : at + k], alpha=alpha)
+            view.index_add_(0, check_positions(positions[at : at + k], s, "top_k"), values[at : at + k], alpha=alpha)
             at += k
 
     def places(self, payload: torch.Tensor, segments: Segments, key: Key) -> Places:
         return Places(self._counts(segments), self._parts(payload, segments)[1])
 
-    def finite(self, payload: torch.Tensor, segments: Segments) -> bool:
+    def finite(self, payload: torch.Tensor, segments: Segments) -> Verdict:
         return all_finite(self._parts(payload, segments)[0])
+
+    def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
+        return self._parts(payload, segments)[0][:1], math.nan
 
     def _counts(self, segments: Segments) -> np.ndarray:
         return np.array([self._k(s.numel) for s in segments], np.int64)

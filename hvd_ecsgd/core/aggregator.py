@@ -14,6 +14,7 @@ from ..errors import CompressionError
 from ..protocols import Accumulated, GroupSettings, Part, Reversals, Role, Task, Traffic, wanted
 from ..segments import Key
 from ..transport.base import Transport
+from ..verdicts import known_at_the_end
 from . import saved_state, switch
 from .agreement import Agreement
 from .bucket import Bucket
@@ -201,11 +202,10 @@ class Aggregator:
         state, refusal = self.state, self.agreement.refusal
         local, n = state.local and not refusal.heard, state.transport.size
         transport = state.transport if transport is None else transport
-        stands = all(r.task.finite for r in reductions) and not refusal.heard
+        stands = known_at_the_end(r.task.finite for r in reductions) and not refusal.heard
         self._in_step = False
         if not stands:
-            for reduction in reductions:
-                self.points.recapture(reduction.bucket, contents=True)  # undoing shifts anew
+            self.points.recapture_all([r.bucket for r in reductions])  # undoing shifts anew
         for reduction in reductions:
             bucket, traffic = reduction.bucket, reduction.task.traffic
             traffic.dense = 2 * (n - 1) * bucket.segments.numel * bucket.parameters[0].dtype.itemsize // n
@@ -319,8 +319,7 @@ class Aggregator:
         """
         self.keep_step()
         self.points.look_at_averages()
-        for reduction in reductions:
-            self.points.recapture(reduction.bucket, contents=True)
+        self.points.recapture_all([r.bucket for r in reductions])
         if Role.POINT in self.state.method.slot_names and not all(r.task.skipped for r in reductions):
             self._average_statistics()
         for reduction in reductions:

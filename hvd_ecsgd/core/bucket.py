@@ -11,6 +11,7 @@ from ..errors import CompressionError
 from ..kernels import column_sums, shift_, sums_of
 from ..protocols import Exchange, GroupSettings, Part, Result, Role, State, StepContext, zeros
 from ..segments import Segment, Segments
+from ..verdicts import Verdict
 from .method import Method
 
 __all__ = ["Bucket", "add_servers_", "part_of", "wire_dtype"]
@@ -165,6 +166,13 @@ class Bucket:
             i = self.written.other_sums(sums_of(self.parameters, self.segments))
         return None if i is None else self.segments.names[i]
 
+    def is_as_written(self) -> Verdict:
+        """Whether shifted parameters hold what we want them to hold; True of others, and False where nothing was shifted yet."""
+        if self.point is None or self.written is None:
+            return self.point is None
+        as_were = self.written.other_version(self.parameters) is None
+        return as_were and self.written.same_sums(sums_of(self.parameters, self.segments))
+
     def remember(self) -> None:
         """Copy the state, but for x, which does not move before a step stands. The memory is kept."""
         assert self.state is not None and self.exchange_state is not None
@@ -227,9 +235,14 @@ class Written:
         """The place of the first whose version is another."""
         return next((i for i, (p, version) in enumerate(zip(parameters, self.versions, strict=True)) if p._version != version), None)
 
+    def same_sums(self, sums: Sequence[torch.Tensor]) -> Verdict:
+        """Whether all are what they were."""
+        were, are = torch.cat(self.sums), torch.cat(list(sums))
+        return torch.equal(were, are) if were.device.type == "cpu" else (were == are).all()
+
     def other_sums(self, sums: Sequence[torch.Tensor]) -> int | None:
         """The place of the first whose sums are not what they were."""
-        if torch.equal(torch.cat(self.sums), torch.cat(list(sums))):
+        if self.same_sums(sums):
             return None
         return next((i for i, (were, are) in enumerate(zip(self.sums, sums, strict=True)) if not torch.equal(were, are)), None)
 

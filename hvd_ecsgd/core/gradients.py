@@ -9,6 +9,7 @@ import torch
 
 from ..kernels import all_finite
 from ..protocols import GroupSettings
+from ..verdicts import known
 from .bucket import Bucket
 from .state import MethodState
 
@@ -22,8 +23,8 @@ def clip_factor(state: MethodState, gradients: Sequence[torch.Tensor]) -> float:
     clip_norm = state.method.clip_norm
     if clip_norm is None or not gradients:
         return 1.0
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64).item() for g in gradients]
-    norm = math.hypot(*norms) / state.settings(state.buckets[0]).loss_scale
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    norm = math.hypot(*torch.stack([n.to(norms[0].device) for n in norms]).tolist()) / state.settings(state.buckets[0]).loss_scale
     return min(1.0, clip_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
 
 
@@ -49,7 +50,7 @@ def _clipped_(gradients: Sequence[torch.Tensor], value: float | None, factor: fl
     """In place: multiplied by `factor`, or clamped to ±`value`. What is not finite stays as it is, since clamping would hide it."""
     if factor != 1.0:
         torch._foreach_mul_(list(gradients), factor)
-    if value is not None and all(all_finite(g) for g in gradients):
+    if value is not None and known(all_finite(g) for g in gradients):
         torch._foreach_clamp_min_(list(gradients), -value)
         torch._foreach_clamp_max_(list(gradients), value)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CompressionError, SequenceError
+from ..verdicts import Verdict, all_of, known
 
 __all__ = ["Guard", "Noted"]
 
@@ -56,6 +57,14 @@ class Noted:
         views = [_view(t) for t in tensors]
         sums = _sums(tensors) if everything else None
         return Noted(named, tensors, [t._version for t in tensors], [_place(t) for t in tensors], views, _sample(views, tensors), sums)
+
+    def unchanged(self) -> Verdict:
+        """Whether nothing was, as far as `changed` without factors tells in the usual case."""
+        looked_at = zip(self.named, self.gradients, self.versions, self.places, strict=True)
+        if any(g._version != version or _place(g) != place or p.grad is not g for (_, p), g, version, place in looked_at):
+            return False
+        sample = _same(_sample(self.views, self.gradients), self.sample)
+        return sample if self.sums is None else all_of([sample, _same(_sums(self.gradients), self.sums)])
 
     def changed(self, factors: Sequence[float] = (1.0,), replaced: bool = True) -> str | None:
         """The name of the first parameter whose gradient was changed, by other than a multiplication by one of `factors`.
@@ -138,6 +147,8 @@ class Guard:
 
     def check_in_flight(self, factors: Sequence[float] = (1.0,), replaced: bool = True) -> None:
         """Raise `CompressionError` that names the parameter when a gradient was changed since it was handed over. Arguments as in `Noted.changed`."""
+        if known(noted.unchanged() for noted in self._noted):
+            return
         for noted in self._noted:
             if (name := noted.changed(factors, replaced)) is None:
                 continue
@@ -157,6 +168,8 @@ class Guard:
 
     def check_exchanged(self, factors: Sequence[float] = (1.0,)) -> None:
         """Likewise of a method that applies the update, before it does so."""
+        if known(noted.unchanged() for noted in self._noted):
+            return
         for noted in self._noted:
             if (name := noted.changed(factors)) is not None:
                 self.forget()
@@ -197,6 +210,13 @@ def _sample(views: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tens
 
 def _spaced(flat: torch.Tensor) -> torch.Tensor:
     return flat if flat.numel() <= _SAMPLE else flat[:: flat.numel() // _SAMPLE][:_SAMPLE]
+
+
+def _same(now: torch.Tensor, noted: torch.Tensor) -> Verdict:
+    """Whether they hold the same; NaN is equal to NaN on a GPU alone."""
+    if now.device.type == "cpu":
+        return torch.equal(now, noted)
+    return ((now == noted) | ((now != now) & (noted != noted))).all()
 
 
 def _is(now: torch.Tensor, noted: torch.Tensor, factor: float) -> bool:

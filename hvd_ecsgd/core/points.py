@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 
 from ..errors import CompressionError
+from ..verdicts import known
 from .bucket import Bucket, add_servers_
 from .copies import Averages
 from .state import MethodState
@@ -56,6 +57,12 @@ class Points:
         """Raise `CompressionError` inside of `at`, when `what` is called."""
         if self.held:
             raise CompressionError(f"{what}: leave `with compression.at(…):` first; on leaving, x would be read from shifted parameters.")
+
+    def recapture_all(self, buckets: Sequence[Bucket]) -> None:
+        """`recapture` of contents, for which a GPU is waited for once in the usual case."""
+        if not known(bucket.is_as_written() for bucket in buckets):
+            for bucket in buckets:
+                self.recapture(bucket, contents=True)
 
     def recapture(self, bucket: Bucket, contents: bool = False) -> None:
         """Read x at the first step. Later, what somebody else wrote to shifted parameters cannot be told from the shift: an error.

@@ -175,7 +175,7 @@ class BucketStep:
 
 def local_step(task: Task) -> Steps:
     """A local step: nothing is sent, and nothing learned from others. An inf or NaN concerns this rank alone."""
-    task.finite, task.skipped, task.silent = not task.poisoned, True, True
+    task.finite, task.skipped, task.silent = task.accumulated.finite, True, True
     yield from ()
     return task.out
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..protocols import Steps, Task, Traffic
 from ..transport.base import Transport
+from ..verdicts import all_of
 from .base import Stateless, nothing
 
 __all__ = ["AllGather"]
@@ -25,5 +26,5 @@ class AllGather(Stateless):
         size = task.compressor.payload_size(task.segments)
         payloads = yield transport.allgather(payload, f"{task.name}.gather", task.sizes(None if size is None else [size] * n))
         sent = [(p, task.ctx.key(task.compressor, "gather", r)) for r, p in enumerate(payloads) if task.present is None or task.present[r]]
-        task.finite = all(task.compressor.finite(p, task.segments) for p, _ in sent)
+        task.finite = all_of(task.compressor.finite(p, task.segments) for p, _ in sent)
         return task.decoded(sent, 1.0 / n)

@@ -68,7 +68,7 @@ class Butterfly(Skipping, Stateless):
         if not meeting:
             to, source = self.partners(transport.rank, n, ctx.step)
             mine = task.compressor.extract_(segments.scratch().copy_(error), segments, ctx.key(task.compressor, "mix"))
-            well = well and task.compressor.finite(mine, segments)
+            well = well and bool(task.compressor.finite(mine, segments))
         told = transport.allreduce_(torch.full((1,), 0.0 if well else math.nan, dtype=torch.float32, device=segments.device), f"{task.name}.well")
         task.traffic += Traffic(payload=4, sent=2 * (n - 1) * 4 // n)
         if not meeting:

@@ -11,6 +11,7 @@ from ..errors import CompressionError
 from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, decode_sum_, poison
 from ..segments import Key, Segments
 from ..transport.base import Handle, Transport
+from ..verdicts import all_of
 from .all_reduce import AllReduce
 from .base import Skipping, nothing
 from .skip import Every, SkipPolicy
@@ -162,7 +163,7 @@ class CompSkip(Skipping):
             answers = yield transport.allgather(answer, f"{task.name}.pull", fixed if len(fixed) == n else None)
         if alarm is not None and any(bool(a) for a in (yield alarm)):
             return _spoiled(task)
-        task.finite = all(server.finite(a, piece) for a, piece in zip(answers, pieces, strict=True) if a.numel())
+        task.finite = all_of(server.finite(a, piece) for a, piece in zip(answers, pieces, strict=True) if a.numel())
         task.skipped = not serves if self.server.predictable else not any(a.numel() for a in answers)
         out = task.result()
         for r, a in enumerate(answers):

@@ -92,8 +92,10 @@ class PowerSGD(Faithful):
         q_views = self._q_table(task.segments).shaped_views(task.state["q"])
         self._draw_missing_(q_views, task)
 
-        # What stands in for a poisoned buffer need only be NaN where it is sent.
-        buffer = torch.full((task.out.numel(),), float("nan"), dtype=task.out.dtype, device=task.out.device) if task.poisoned else task.buffer
+        # What stands in for a poisoned buffer need only be NaN where it is sent, and what a GPU alone knows to be one where it is sent first.
+        finite, buffer = task.accumulated.finite, task.buffer
+        if finite is False:
+            buffer = torch.full((task.out.numel(),), float("nan"), dtype=task.out.dtype, device=task.out.device)
         tables, n = list(task.segments), transport.size
 
         def stacked(members: list[int], shape: tuple[int, int]) -> torch.Tensor:
@@ -116,7 +118,10 @@ class PowerSGD(Faithful):
         else:
             p = [torch.bmm(stacked(members, shape), torch.stack([q_views[i] for i in members])) for shape, members in batches.items()]
         plain = [buffer[s.start : s.stop].clone() for s in whole]
-        mean = (yield transport.allreduce_(flattened([*p, *plain]), f"{task.name}.p")).mul_(1.0 / n)
+        sums = flattened([*p, *plain])
+        if isinstance(finite, torch.Tensor):
+            sums[:1].masked_fill_(~finite, math.nan)
+        mean = (yield transport.allreduce_(sums, f"{task.name}.p")).mul_(1.0 / n)
         if not all_finite(mean):
             return self._spoiled(task)
         *p_means, means = torch.split(mean, [t.numel() for t in p] + [sum(t.numel() for t in plain)])
@@ -176,7 +181,8 @@ class PowerSGD(Faithful):
         q = task.state["q"]
         task.undo_by(partial(q.copy_, q.clone()))
         key = Key(task.ctx.seed, task.ctx.step, None, "q", task.ctx.size)
-        for view, s in zip(q_views, task.segments, strict=True):
-            if view.numel() and not bool(view.any()):
+        filled = torch.stack([view.any() for view in q_views]).tolist() if q_views else []
+        for view, s, there in zip(q_views, task.segments, filled, strict=True):
+            if view.numel() and not there:
                 words = key.words(s, "q").random_raw(view.numel()) >> np.uint64(11)
                 view.copy_(torch.from_numpy(words.astype(np.float64) * 2.0**-52 - 1.0).view(view.shape))

@@ -13,6 +13,7 @@ from ..errors import CompressionError
 from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, decode_sum_, poison
 from ..segments import Segments
 from ..transport.base import Transport
+from ..verdicts import all_of, known
 from .base import Faithful, nothing
 
 __all__ = ["TwoPass", "absorb_", "answer_", "check_server_compressor", "finite"]
@@ -25,8 +26,9 @@ def check_server_compressor(server: object) -> None:
 
 
 def finite(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> bool:
-    """No payload of a worker for this server's pieces decodes to an inf or NaN. One without elements was not sent."""
-    return all(task.compressor.finite(p, mine) for p in received if p.numel())
+    """No payload of a worker for this server's pieces decodes to an inf or NaN: a server must know before it adds them to what it keeps. One without
+    elements was not sent."""
+    return known([all_of(task.compressor.finite(p, mine) for p in received if p.numel())])
 
 
 def mean_of(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> torch.Tensor:
@@ -127,7 +129,7 @@ class TwoPass(Faithful):
         answers = yield transport.allgather(answer, f"{task.name}.pull", _sizes(server, pieces))
 
         served = [(r, a) for r, a in enumerate(answers) if pieces[r].numel]
-        task.finite = all(server.finite(a, pieces[r]) for r, a in served)
+        task.finite = all_of(server.finite(a, pieces[r]) for r, a in served)
         out = task.result()
         for r, a in served:
             decode_sum_(out, server, pieces[r], [(a, ctx.key(server, "pull", r))])

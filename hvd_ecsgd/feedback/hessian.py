@@ -11,6 +11,7 @@ from ..errors import CompressionError
 from ..kernels import all_finite
 from ..protocols import Accumulated, Feedback, Part, Slots, StepContext, Takes
 from ..segments import Key, Segments
+from ..verdicts import known
 from .curvature import Curvature
 from .error_feedback import ErrorFeedback
 from .none import NoFeedback
@@ -58,7 +59,7 @@ class HessianAided(ErrorFeedback):
 
     def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
         """The residual is corrected before it is carried, and gradients are looked at before that."""
-        if not all(all_finite(g) for g in gradients):
+        if not known(all_finite(g) for g in gradients):
             return Accumulated.nothing(part.segments)
         state = part.state
         if not self.curvature.ahead:

@@ -2,7 +2,7 @@
 
 from .accumulate import Addition
 from .move import move_
-from .native import Kernels, Native, all_finite, fingerprint, kernels_for, native_for
+from .native import Kernels, Native, all_finite, cuda_for, fingerprint, kernels_for, native_for
 from .reference import (
     check_positions,
     check_rows,
@@ -20,6 +20,6 @@ from .reference import (
 )
 from .shift import shift_, sums_of
 
-__all__ = ["Addition", "Kernels", "Native", "all_finite", "check_positions", "check_rows", "column_sums", "draws", "fingerprint", "kernels_for",
-           "move_", "native_for", "negative", "pack_bits", "pack_codes", "shift_", "signs", "sums_of", "top_k_indices", "top_k_rows", "uniform",
-           "unpack_bits", "unpack_codes"]  # fmt: skip
+__all__ = ["Addition", "Kernels", "Native", "all_finite", "check_positions", "check_rows", "column_sums", "cuda_for", "draws",
+           "fingerprint", "kernels_for", "move_", "native_for", "negative", "pack_bits", "pack_codes", "shift_", "signs", "sums_of",
+           "top_k_indices", "top_k_rows", "uniform", "unpack_bits", "unpack_codes"]  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 from ..protocols import Accumulated, Sums, Wanted
 from ..segments import Segments
+from ..verdicts import Verdict, known
 from . import native
 
 __all__ = ["Addition"]
@@ -43,9 +44,9 @@ class Addition:
         finite = self._compiled(gradients, parameters, sums)
         if finite is None:
             finite, sums = self.add_(gradients, parameters), None
-        return Accumulated(self.buffer, sums=sums) if finite else Accumulated.nothing(self.segments)
+        return Accumulated.nothing(self.segments) if finite is False else Accumulated(self.buffer, finite, sums)
 
-    def add_(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> bool:
+    def add_(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> Verdict:
         """False when some gradient holds an inf or NaN: then all is as it was, to rounding (in torch, to the bit).
 
         Compiled, it gives what torch gives to the bit, in one pass. What that had added before it came upon an inf or NaN is taken away again; of
@@ -54,7 +55,7 @@ class Addition:
         compiled = self._compiled(gradients, parameters)
         if compiled is not None:
             return compiled
-        if not all(native.all_finite(g) for g in gradients):
+        if not known(native.all_finite(g) for g in gradients):
             return False
         if self.carry not in (0.0, 1.0):
             self.buffer.mul_(self.carry)
@@ -105,7 +106,7 @@ class Addition:
         if self.carry not in (0.0, 1.0):
             self.buffer.div_(self.carry)
 
-    def _compiled(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], sums: Sums | None = None) -> bool | None:
+    def _compiled(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], sums: Sums | None = None) -> Verdict | None:
         """What the compiled kernel says; None where the reference is to run."""
         kernels = native.kernels_for(self.buffer, self.segments, "accumulate")
         of = self.buffer.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,12 +13,13 @@ import torch
 from ..errors import CompressionError
 from ..protocols import Sums
 from ..segments import Segments
+from ..verdicts import Verdict
 from . import cuda, library, reference
 from .cuda import Cuda
 from .library import Library
 
-__all__ = ["Kernels", "Native", "all_finite", "common_type", "fingerprint", "forced", "kernels_for", "native_for", "native_library", "raise_versions",
-           "writable"]  # fmt: skip
+__all__ = ["Kernels", "Native", "all_finite", "common_type", "cuda_for", "fingerprint", "forced", "kernels_for", "native_for", "native_library",
+           "raise_versions", "writable"]  # fmt: skip
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _BUFFERS = (torch.float32, torch.float64)
@@ -249,7 +251,12 @@ def kernels_for(buffer: torch.Tensor | None, segments: Segments, who: str) -> Ke
     return Cuda(buffer, segments, who)
 
 
-def all_finite(t: torch.Tensor) -> bool:
+def cuda_for(buffer: torch.Tensor, segments: Segments, who: str) -> Cuda | None:
+    """The kernels for GPUs, where this is a buffer for them, of what is not compiled for the CPU."""
+    return cast(Cuda, kernels_for(buffer, segments, who)) if buffer.device.type == "cuda" or _interpreted else None
+
+
+def all_finite(t: torch.Tensor) -> Verdict:
     """True when no element of the floating-point `t` is inf or NaN. One pass over `t` without temporaries in the usual case."""
     if _library is None or t.device.type != "cpu" or t.dtype not in _TYPES or not t.is_contiguous():
         return reference.all_finite(t)

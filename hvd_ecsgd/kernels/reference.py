@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CompressionError
 from ..segments import Segment
+from ..verdicts import Verdict, doubt
 
 __all__ = ["all_finite", "check_positions", "check_rows", "column_sums", "column_sums_size", "damaged_positions", "draws", "fingerprint", "negative",
            "pack_bits", "pack_codes",
@@ -23,24 +24,27 @@ def damaged_positions(segment: Segment, numel: int, who: str) -> CompressionErro
     )
 
 
-def check_rows(positions: torch.Tensor, numel: int, segment: Segment, who: str) -> None:
-    """Raise `CompressionError` unless each row of `positions`, from a payload, ascends from 0 and below `numel`."""
+def check_rows(positions: torch.Tensor, numel: int, segment: Segment, who: str) -> torch.Tensor:
+    """`positions`, from a payload. Raises `CompressionError` unless each row ascends from 0 and below `numel`; of a GPU that is a `doubt`, and
+    what is returned is in range."""
     if positions.numel() == 0:
-        return
-    first, last = int(positions[:, 0].min()), int(positions[:, -1].max())
-    if first < 0 or last >= numel or not bool((positions[:, 1:] > positions[:, :-1]).all()):
-        raise damaged_positions(segment, numel, who)
+        return positions
+    wrong = (positions[:, 0].min() < 0) | (positions[:, -1].max() >= numel) | (positions[:, 1:] <= positions[:, :-1]).any()
+    doubt(wrong, lambda: damaged_positions(segment, numel, who))
+    return positions if positions.device.type == "cpu" else positions.clamp(0, numel - 1)
 
 
-def check_positions(positions: torch.Tensor, segment: Segment, who: str) -> None:
-    """Raise `CompressionError` unless `positions`, from a payload, ascend within the segment."""
-    check_rows(positions.view(1, -1), segment.numel, segment, who)
+def check_positions(positions: torch.Tensor, segment: Segment, who: str) -> torch.Tensor:
+    """As `check_rows`, of positions within the segment."""
+    return check_rows(positions.view(1, -1), segment.numel, segment, who).view(-1)
 
 
-def all_finite(t: torch.Tensor) -> bool:
+def all_finite(t: torch.Tensor) -> Verdict:
     """True when no element of the floating-point `t` is inf or NaN. One pass over `t` without temporaries in the usual case."""
     if t.numel() == 0:
         return True
+    if t.device.type != "cpu":  # finite float32 do not overflow a double sum
+        return torch.isfinite(t).all() if t.dtype == torch.float64 else torch.isfinite(t.sum(dtype=torch.float64))
     total = t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
     # A finite sum proves it; an infinite one may be the overflow of finite numbers.
     return bool(torch.isfinite(total)) or bool(torch.isfinite(t).all())
@@ -213,6 +217,8 @@ def top_k_indices(v: torch.Tensor, k: int) -> torch.Tensor:
     """Ascending positions (int64) of the k elements of largest magnitude of the 1-D `v`; ties go to the lowest index, NaN counts as largest."""
     if v.device.type == "cpu" and v.dtype in (torch.float32, torch.float64) and (likely := _top_k_of_likely(v, k)) is not None:
         return likely
+    if v.device.type != "cpu":
+        return top_k_rows(v.view(1, -1), k).view(-1)
     magnitude = v.abs()
     values, indices = torch.topk(magnitude, k, sorted=False)
     smallest = values.min()
@@ -251,8 +257,11 @@ def _top_k_of_likely(v: torch.Tensor, k: int) -> torch.Tensor | None:
 
 
 def top_k_rows(m: torch.Tensor, k: int) -> torch.Tensor:
-    """For each row of the matrix `m` the ascending positions (int64) of its k elements of largest magnitude, ties and NaN as `top_k_indices`."""
+    """For each row of the matrix `m` the ascending positions (int64) of its k elements of largest magnitude, ties and NaN as `top_k_indices`. Nothing
+    is read from a GPU."""
     magnitude = m.abs()
+    if m.device.type != "cpu":
+        return _top_k_rows_of_keys(magnitude, k)
     values, indices = torch.topk(magnitude, k, dim=1, sorted=False)
     smallest = values.min(1, keepdim=True).values
     tied = (~(magnitude < smallest)).sum(1) != k  # also true of rows with a NaN, unless all is taken
@@ -260,3 +269,15 @@ def top_k_rows(m: torch.Tensor, k: int) -> torch.Tensor:
         in_doubt = magnitude[tied].nan_to_num_(nan=float("inf"), posinf=float("inf"))  # a NaN is no larger than an inf
         indices[tied] = torch.sort(in_doubt, dim=1, descending=True, stable=True).indices[:, :k]
     return indices.sort(dim=1).values
+
+
+def _top_k_rows_of_keys(magnitude: torch.Tensor, k: int) -> torch.Tensor:
+    """`top_k_rows` of magnitudes, by keys no two of which are alike in a row; of float64, for which there are none in 64 bits, by sorting."""
+    if magnitude.dtype == torch.float32:
+        first = torch.arange(magnitude.shape[1] - 1, -1, -1, dtype=torch.int64, device=magnitude.device)
+        keys = magnitude.view(torch.int32).clamp(max=0x7F800000).to(torch.int64).mul_(1 << 32).add_(first)  # a NaN is no larger than an inf
+        chosen = torch.topk(keys, k, dim=1, sorted=False).indices
+    else:
+        plain = magnitude.nan_to_num(nan=float("inf"), posinf=float("inf"))
+        chosen = torch.sort(plain, dim=1, descending=True, stable=True).indices[:, :k]
+    return chosen.sort(dim=1).values

@@ -145,7 +145,7 @@ def accumulated(rule: dict[str, Any], dtype: torch.dtype, kind: torch.dtype, spo
     options = {**rule, "momentum": m if rule.get("momentum") else None, "displacement": d if rule.get("displacement") else None}
     with native.forced(None if device is None else Cuda):
         finite = Addition(segments, e, **options).add_(gradients, points)
-    return [torch.tensor([finite]), e.cpu(), m.cpu(), d.cpu()]
+    return [torch.tensor([bool(finite)]), e.cpu(), m.cpu(), d.cpu()]
 
 
 def check_accumulate(device: torch.device, short: bool) -> list[str]:

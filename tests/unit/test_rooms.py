@@ -15,7 +15,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 
-BOTTOM = {"arguments", "segments", "errors", "version", "values", "protocols", "transport"}
+BOTTOM = {"arguments", "segments", "errors", "verdicts", "version", "values", "protocols", "transport"}
 BELOW_CORE = {"exchange", "feedback", "compressors", "kernels", *BOTTOM}
 # file of hvd_ecsgd/core → the others there that it may import, beside all rooms below it
 CORE: dict[str, set[str]] = {
@@ -50,12 +50,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": {"errors"},
     "version": set(),
     "tables": set(),
+    "verdicts": set(),
     "segments": {"errors"},
     "transport": {"segments", "errors", "version"},
-    "values": {"segments", "errors"},
-    "protocols": {"values", "segments", "errors", "version", "transport"},
-    "kernels": {"segments", "errors", "version", "protocols"},
-    "compressors": {"kernels", "protocols", "segments", "arguments", "errors"},
+    "values": {"segments", "verdicts", "errors"},
+    "protocols": {"values", "verdicts", "segments", "errors", "version", "transport"},
+    "kernels": {"segments", "verdicts", "errors", "version", "protocols"},
+    "compressors": {"kernels", "protocols", "verdicts", "segments", "arguments", "errors"},
     "feedback": {"compressors", "kernels", *BOTTOM},
     "exchange": {"compressors", "kernels", *BOTTOM},
     **{f"core.{room}": {*(f"core.{other}" for other in others), *BELOW_CORE} for room, others in CORE.items()},

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hvd_ecsgd.compressors import QSGD, Sign, TopK
 from hvd_ecsgd.kernels import cuda, native
 from hvd_ecsgd.kernels.cuda import Cuda
 from hvd_ecsgd.segments import Key, Segments
+from tests.pretend import on_gpu
 
 REPO = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install 'hvd-ecsgd[triton]'")
@@ -46,6 +48,25 @@ def test_kernels_give_what_the_reference_gives(found: dict[str, Any]) -> None:
 def test_kernels_that_are_wrong_are_found(found: dict[str, Any]) -> None:
     """Control: a tile that is left out, another random stream, a tie that is lost, a factor that is off by its last bit."""
     assert isinstance(found["broken"], dict) and len(found["broken"]) == 4 and all(found["broken"].values()), found["broken"]
+
+
+def test_a_gpu_on_which_nothing_can_be_launched_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles a launcher at its first launch: without a C compiler, say, the reference runs there."""
+
+    class Kernel:
+        def __init__(self, launched: Any) -> None:
+            self.launched = launched
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return self.launched
+
+    def fails(told: torch.Tensor) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    with on_gpu():
+        for launched, why in ((fails, r"Failed to find C compiler.*It needs a C compiler"), (lambda told: None, "wrote nothing")):
+            assert re.search(why, cuda._why_nothing_is_launched(SimpleNamespace(tell=Kernel(launched))))
+        assert cuda._why_nothing_is_launched(SimpleNamespace(tell=Kernel(lambda told: told.fill_(1)))) == ""
 
 
 def test_the_cpu_is_not_theirs_and_where_triton_is_missing_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:

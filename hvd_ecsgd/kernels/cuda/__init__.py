@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -14,6 +15,7 @@ import torch
 
 from ...errors import CompressionError
 from ...segments import Segment, Segments
+from ...verdicts import Verdict, doubt
 from .. import reference
 from . import tables
 from .tables import ROWS, TILE
@@ -22,6 +24,8 @@ __all__ = ["Cuda", "available", "why_not"]
 
 _LEAST = (3, 0)
 """Triton as of torch 2.4: fused multiply-adds, exact division, histograms and interleaving are in its language since then."""
+_FEW = 1024
+"""Programs of a launch that usually does nothing."""
 _DIGITS = {torch.float32: (20, 9, 0), torch.float64: (52, 41, 30, 19, 8, 0)}
 """Where the digits of up to 11 bits begin that a magnitude's key (31 or 63 bits) is searched by."""
 
@@ -37,11 +41,25 @@ def _loaded() -> tuple[ModuleType | None, str]:
         return None, f"Triton is {triton.__version__}, and {_LEAST[0]}.{_LEAST[1]} or newer is needed (torch 2.4 brings it)"
     from . import loops
 
-    return loops, ""
+    why = _why_nothing_is_launched(loops) if torch.cuda.is_available() else ""
+    if why:
+        warnings.warn(f"hvd-ecsgd runs without its kernels for GPUs, and slower: {why}", UserWarning, stacklevel=2)
+    return (None, why) if why else (loops, "")
+
+
+def _why_nothing_is_launched(loops: Any) -> str:
+    """'' where a kernel can be compiled and launched on this thread's GPU: at a first launch Triton compiles a launcher, too, in C."""
+    try:
+        told = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", torch.cuda.current_device()))
+        loops.tell[(1,)](told)
+        return "" if int(told) == 1 else "a kernel that was launched wrote nothing"
+    except Exception as error:
+        reason = " ".join(repr(error).split())[:300]
+        return f"Triton cannot launch a kernel ({reason}). It needs a C compiler (gcc, clang, or CC names one) and the headers of Python."
 
 
 def available() -> bool:
-    """Whether the kernels can be used: Triton is there, and new enough."""
+    """Whether the kernels can be used: Triton is there, new enough, and can launch one. Says once why not, where it cannot."""
     return _loaded()[0] is not None
 
 
@@ -54,8 +72,8 @@ class Cuda:
     """`Native`'s kernels for a buffer (or result) on a GPU, of float32 or float64, and the table that it is cut by. Not there: products of thin
     matrices, and the largest entries of blocks.
 
-    What is computed stays on the device, and nobody waits for it, but: `accumulate_` reads one flag; `threshold`, whose result has a size; decoding
-    at positions that came in a payload, as it checks them.
+    What is computed stays on the device, and nobody waits for it, but for `threshold`, whose result has a size. Whether gradients were finite is a
+    `Verdict`, and positions of a payload that do not ascend are a `doubt`.
     """
 
     def __init__(self, buffer: torch.Tensor | None, segments: Segments, who: str) -> None:
@@ -205,11 +223,11 @@ class Cuda:
         gradients: Sequence[torch.Tensor],
         points: Sequence[torch.Tensor] | None,
         factors: np.ndarray,
-    ) -> bool:
-        """See `Addition`; the tensors by segment are each of one type (`common_type`). False when a gradient is not finite.
+    ) -> Verdict:
+        """See `Addition`; the tensors by segment are each of one type (`common_type`). False, on the device, when a gradient is not finite.
 
-        One pass, and one flag read: a tile of gradients is looked at before it is written. Where one reaches 2¹⁶, or is not finite, its tile waits
-        until all were looked at; then the rest is added, or what was added is taken away again.
+        One pass: a tile of gradients is looked at before it is written. Where one reaches 2¹⁶, or is not finite, its tile waits until all were looked
+        at; then the rest is added, or what was added is taken away again. The device decides, in two further launches, which do nothing otherwise.
         """
         loops, tiles = _loaded()[0], self._tiles()
         if not len(tiles):
@@ -224,16 +242,11 @@ class Cuda:
         e = self._buffer
         m, d = (e if t is None else t for t in (momentum, displacement))  # not read
         by = self._upload(factors)
-        state = (e, m, d, tiles, *places, by, done)
-        self._run("accumulate", len(tiles), *state, flags, **kinds, **has, DOUBTFUL=True)
-        if not int(flags[0]):
-            return True
-        self._run("look", len(tiles), tiles, places[0], done, flags, G=kinds["G"])
-        if not int(flags[1]):
-            self._run("accumulate", len(tiles), *state, flags, **kinds, **has, DOUBTFUL=False)
-            return True
-        self._run("take_back", len(tiles), *state, **kinds, **has, MU=bool(factors[3] != 0))
-        return False
+        state, few = (e, m, d, tiles, *places, by, done, flags), min(len(tiles), _FEW)
+        self._run("accumulate", len(tiles), *state, **kinds, **has)
+        self._run("look", few, tiles, places[0], done, flags, len(tiles), G=kinds["G"])
+        self._run("settle", few, *state, len(tiles), **kinds, **has, MU=bool(factors[3] != 0))
+        return flags[1] == 0
 
     def shift_(self, parameters: Sequence[torch.Tensor], t: torch.Tensor | None = None, factor: float = 0.0) -> list[torch.Tensor]:
         """`parameters` ← the buffer + factor·t, and their `column_sums`; without `t` these alone."""
@@ -251,6 +264,26 @@ class Cuda:
 
     def _pointers(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return self._upload(np.array([t.data_ptr() for t in tensors], np.int64))
+
+    # -- blocks: one of each segment, counts[i] elements from firsts[i] on, going round at its end; one after the other in the payload ---------------
+
+    def _blocks(self, counts: np.ndarray) -> torch.Tensor:
+        def make() -> torch.Tensor:
+            return tables.tiles_of(np.ascontiguousarray(np.stack([np.cumsum(counts) - counts, counts], 1)), TILE, self._device)
+
+        return tables.kept(self._segments, ("blocks", self._device, counts.tobytes()), make)
+
+    def take_blocks_(self, counts: np.ndarray, firsts: np.ndarray, payload: torch.Tensor) -> None:
+        """`payload` ← the entries of the blocks, which become zero."""
+        tiles = self._blocks(counts)
+        self._run("take_blocks", len(tiles), self._buffer, self._ranges, self._upload(firsts), tiles, payload)
+
+    def decode_blocks_(self, counts: np.ndarray, firsts: np.ndarray, payload: torch.Tensor, alpha: float, add: bool) -> None:
+        """The entries of the blocks += alpha·payload; or these, and zeros elsewhere."""
+        tiles = self._blocks(counts)
+        if not add:
+            self._segments.zero_(self._buffer)
+        self._run("add_blocks", len(tiles), self._buffer, self._ranges, self._upload(firsts), tiles, payload, self._number(alpha))
 
     # -- positions: int32 or uint32, ascending within each segment, one segment after the other -----------------------------------------------------
 
@@ -391,8 +424,12 @@ class Cuda:
     def _check(self, entries: tuple[torch.Tensor, ...], n: int) -> None:
         wrong = torch.full((1,), len(self._segments), dtype=torch.int64, device=self._device)
         self._at("check", n, *entries, wrong)
-        if (i := int(wrong)) < len(self._segments):
-            raise reference.damaged_positions(self._segments.table[i], self._segments.table[i].numel, self._who)
+
+        def error() -> CompressionError:
+            segment = self._segments.table[int(wrong)]
+            return reference.damaged_positions(segment, segment.numel, self._who)
+
+        doubt(wrong < len(self._segments), error)
 
     def take_(self, counts: np.ndarray, positions: torch.Tensor, values: torch.Tensor) -> None:
         """`values` ← the entries at `positions`, which become zero."""

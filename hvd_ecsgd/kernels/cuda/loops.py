@@ -14,8 +14,19 @@ _BINS = tl.constexpr(2048)
 
 
 @triton.jit
+def tell(out):
+    """out ← 1: whether kernels can be launched at all."""
+    tl.store(out, 1)
+
+
+@triton.jit
+def _of(tiles, at, column):
+    return tl.load(tiles + at * _COLUMNS + column)
+
+
+@triton.jit
 def _of_tile(tiles, column):
-    return tl.load(tiles + tl.program_id(0).to(tl.int64) * _COLUMNS + column)
+    return _of(tiles, tl.program_id(0).to(tl.int64), column)
 
 
 @triton.jit
@@ -431,49 +442,24 @@ def cast_decode(out, tiles, payload, alpha, BRAIN: tl.constexpr, ADD: tl.constex
 
 
 @triton.jit
-def _at_pointer(table, tiles, TYPE: tl.constexpr):
-    """Where this tile begins in its segment's own tensor."""
-    return tl.load(table + _of_tile(tiles, _SEGMENT)).to(tl.pointer_type(TYPE)) + _of_tile(tiles, _BEGIN)
+def _at_pointer(table, tiles, at, TYPE: tl.constexpr):
+    """Where a tile begins in its segment's own tensor."""
+    return tl.load(table + _of(tiles, at, _SEGMENT)).to(tl.pointer_type(TYPE)) + _of(tiles, at, _BEGIN)
 
 
 @triton.jit
-def look(tiles, gradients, done, flags, G: tl.constexpr, B: tl.constexpr):
-    """flags[1] ← 1 when a gradient is not finite in a tile that is not done."""
-    i = tl.arange(0, B)
-    at = tl.program_id(0)
-    mask = i < _of_tile(tiles, _COUNT) * (1 - tl.load(done + at))
-    g = tl.load(_at_pointer(gradients, tiles, G) + i, mask=mask, other=0.0).to(tl.float32 if G.primitive_bitwidth < 64 else tl.float64)
-    if tl.max((g - g != 0.0).to(tl.int32), 0) > 0:
-        tl.store(flags + 1, 1)
-
-
-@triton.jit
-def accumulate(
-    e, m, d, tiles, gradients, points, factors, done, flags,
-    G: tl.constexpr, X: tl.constexpr, HAS_M: tl.constexpr, HAS_D: tl.constexpr, HAS_X: tl.constexpr,
-    CARRY: tl.constexpr, GRADIENT: tl.constexpr, DOUBTFUL: tl.constexpr, B: tl.constexpr,
+def _sum_up(
+    e, m, d, g, mask, start, points, factors,
+    HAS_M: tl.constexpr, HAS_D: tl.constexpr, HAS_X: tl.constexpr, CARRY: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """What `Addition` says, in tiles that are not done. DOUBTFUL: not where a gradient reaches 2¹⁶ or is not finite, which flags[0] tells."""
-    i = tl.arange(0, B)
-    at = tl.program_id(0)
+    """What `Addition` says, of the gradients g of a tile, where the mask says so."""
     T = e.dtype.element_ty
-    mask = i < _of_tile(tiles, _COUNT)
-    g = tl.load(_at_pointer(gradients, tiles, G) + i, mask=mask, other=0.0).to(T)
-    if DOUBTFUL:
-        large = tl.max(tl.where(tl.abs(g) < 65536.0, 0, 1), 0)
-        if large > 0:
-            tl.store(flags, 1)
-        tl.store(done + at, 1 - large)
-        mask = i < _of_tile(tiles, _COUNT) * (1 - large)
-    else:
-        mask = i < _of_tile(tiles, _COUNT) * (1 - tl.load(done + at))
-    start = _of_tile(tiles, _START) + i
     carry = tl.load(factors).to(T)
     gradient = tl.broadcast_to(tl.load(factors + 1).to(T), g.shape)
     decay = tl.broadcast_to(tl.load(factors + 2).to(T), g.shape)
     of_momentum = tl.broadcast_to(tl.load(factors + 4).to(T), g.shape)
     if HAS_X:
-        x = tl.load(_at_pointer(points, tiles, X) + i, mask=mask, other=0.0).to(T)
+        x = tl.load(points, mask=mask, other=0.0).to(T)
     if CARRY:
         total = tl.load(e + start, mask=mask, other=0.0) * carry
     if HAS_M:
@@ -502,21 +488,16 @@ def accumulate(
 
 
 @triton.jit
-def take_back(
-    e, m, d, tiles, gradients, points, factors, done,
-    G: tl.constexpr, X: tl.constexpr, HAS_M: tl.constexpr, HAS_D: tl.constexpr, HAS_X: tl.constexpr,
-    CARRY: tl.constexpr, GRADIENT: tl.constexpr, MU: tl.constexpr, B: tl.constexpr,
+def _take_back(
+    e, m, d, g, mask, start, points, factors,
+    HAS_M: tl.constexpr, HAS_D: tl.constexpr, HAS_X: tl.constexpr, CARRY: tl.constexpr, GRADIENT: tl.constexpr, MU: tl.constexpr,
 ):  # fmt: skip
-    """Reverses `accumulate` in tiles that are done, to rounding. With μ = 0 nothing of the old m is left; without CARRY nothing of the old e."""
-    i = tl.arange(0, B)
+    """Reverses `_sum_up`, to rounding; g is float64. With μ = 0 nothing of the old m is left; without CARRY nothing of the old e."""
     T = e.dtype.element_ty
-    mask = i < _of_tile(tiles, _COUNT) * tl.load(done + tl.program_id(0))
-    start = _of_tile(tiles, _START) + i
-    g = tl.load(_at_pointer(gradients, tiles, G) + i, mask=mask, other=0.0).to(tl.float64)
-    added = tl.zeros((B,), tl.float64)
-    decayed = tl.zeros((B,), tl.float64)
+    added = tl.zeros(g.shape, tl.float64)
+    decayed = tl.zeros(g.shape, tl.float64)
     if HAS_X:
-        decayed = tl.load(factors + 2) * tl.load(_at_pointer(points, tiles, X) + i, mask=mask, other=0.0).to(tl.float64)
+        decayed = tl.load(factors + 2) * tl.load(points, mask=mask, other=0.0).to(tl.float64)
     if HAS_M:
         momentum = tl.load(m + start, mask=mask, other=0.0).to(tl.float64)
         added = tl.load(factors + 4) * momentum
@@ -525,7 +506,7 @@ def take_back(
         if MU:
             momentum = (momentum - decayed - g) / tl.load(factors + 3)
         else:
-            momentum = tl.zeros((B,), tl.float64)
+            momentum = tl.zeros(g.shape, tl.float64)
         tl.store(m + start, momentum.to(T), mask=mask)
         if GRADIENT:
             added += tl.load(factors + 1) * g + decayed
@@ -536,6 +517,60 @@ def take_back(
 
 
 @triton.jit
+def accumulate(
+    e, m, d, tiles, gradients, points, factors, done, flags,
+    G: tl.constexpr, X: tl.constexpr, HAS_M: tl.constexpr, HAS_D: tl.constexpr, HAS_X: tl.constexpr,
+    CARRY: tl.constexpr, GRADIENT: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """What `Addition` says, but in tiles where a gradient reaches 2¹⁶ or is not finite: these are not done, which flags[0] tells."""
+    at = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, B)
+    count = _of(tiles, at, _COUNT)
+    g = tl.load(_at_pointer(gradients, tiles, at, G) + i, mask=i < count, other=0.0).to(e.dtype.element_ty)
+    large = tl.max(tl.where(tl.abs(g) < 65536.0, 0, 1), 0)
+    if large > 0:
+        tl.store(flags, 1)
+    tl.store(done + at, 1 - large)
+    start = _of(tiles, at, _START) + i
+    _sum_up(e, m, d, g, i < count * (1 - large), start, _at_pointer(points, tiles, at, X) + i, factors, HAS_M, HAS_D, HAS_X, CARRY, GRADIENT)
+
+
+@triton.jit
+def look(tiles, gradients, done, flags, many, G: tl.constexpr, B: tl.constexpr):
+    """flags[1] ← 1 when a gradient is not finite in a tile that is not done. Nothing is looked at unless flags[0] says that there are such."""
+    i = tl.arange(0, B)
+    for at in range(tl.program_id(0).to(tl.int64), many * tl.load(flags), tl.num_programs(0)):
+        mask = i < _of(tiles, at, _COUNT) * (1 - tl.load(done + at))
+        g = tl.load(_at_pointer(gradients, tiles, at, G) + i, mask=mask, other=0.0).to(tl.float32 if G.primitive_bitwidth < 64 else tl.float64)
+        if tl.max((g - g != 0.0).to(tl.int32), 0) > 0:
+            tl.store(flags + 1, 1)
+
+
+@triton.jit
+def settle(
+    e, m, d, tiles, gradients, points, factors, done, flags, many,
+    G: tl.constexpr, X: tl.constexpr, HAS_M: tl.constexpr, HAS_D: tl.constexpr, HAS_X: tl.constexpr,
+    CARRY: tl.constexpr, GRADIENT: tl.constexpr, MU: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """After `look`: what is not done is added where all is finite, else what is done is taken away again. Nothing unless flags[0] says so."""
+    i = tl.arange(0, B)
+    spoilt = tl.load(flags + 1)
+    for at in range(tl.program_id(0).to(tl.int64), many * tl.load(flags), tl.num_programs(0)):
+        is_done = tl.load(done + at)
+        start = _of(tiles, at, _START) + i
+        x = _at_pointer(points, tiles, at, X) + i
+        given = _at_pointer(gradients, tiles, at, G) + i
+        if spoilt == 0:
+            mask = i < _of(tiles, at, _COUNT) * (1 - is_done)
+            g = tl.load(given, mask=mask, other=0.0).to(e.dtype.element_ty)
+            _sum_up(e, m, d, g, mask, start, x, factors, HAS_M, HAS_D, HAS_X, CARRY, GRADIENT)
+        else:
+            back = i < _of(tiles, at, _COUNT) * is_done
+            wide = tl.load(given, mask=back, other=0.0).to(tl.float64)  # of another type than g, so of another name
+            _take_back(e, m, d, wide, back, start, x, factors, HAS_M, HAS_D, HAS_X, CARRY, GRADIENT, MU)
+
+
+@triton.jit
 def shift(parameters, tiles, x, t, factor, B: tl.constexpr):
     """parameters ← x + factor·t"""
     i = tl.arange(0, B)
@@ -543,7 +578,8 @@ def shift(parameters, tiles, x, t, factor, B: tl.constexpr):
     start = _of_tile(tiles, _START) + i
     v = tl.load(t + start, mask=mask, other=0.0)
     by = tl.broadcast_to(tl.load(factor).to(v.dtype), v.shape)
-    tl.store(_at_pointer(parameters, tiles, x.dtype.element_ty) + i, tl.fma(v, by, tl.load(x + start, mask=mask, other=0.0)), mask=mask)
+    at = tl.program_id(0).to(tl.int64)
+    tl.store(_at_pointer(parameters, tiles, at, x.dtype.element_ty) + i, tl.fma(v, by, tl.load(x + start, mask=mask, other=0.0)), mask=mask)
 
 
 # -- positions --------------------------------------------------------------------------------------------------------------------------------------
@@ -631,6 +667,33 @@ def draw_below(ranges, tiles, keys, out, B: tl.constexpr):
     segment = _of_tile(tiles, _SEGMENT)
     drawn = _below(_of_tile(tiles, _BEGIN) + i, tl.load(keys + segment), tl.load(ranges + 2 * segment + 1))
     tl.store(out + _of_tile(tiles, _START) + i, (segment << 32) | drawn, mask=i < _of_tile(tiles, _COUNT))
+
+
+@triton.jit
+def _in_block(ranges, firsts, tiles, i):
+    """Places in the buffer of a tile of blocks, which begin within their segments where `firsts` says, and go round."""
+    segment = _of_tile(tiles, _SEGMENT)
+    n = tl.load(ranges + 2 * segment + 1)
+    j = tl.load(firsts + segment) + _of_tile(tiles, _BEGIN) + i
+    return tl.load(ranges + 2 * segment) + tl.where(j >= n, j - n, j)
+
+
+@triton.jit
+def take_blocks(buffer, ranges, firsts, tiles, payload, B: tl.constexpr):
+    i = tl.arange(0, B)
+    mask = i < _of_tile(tiles, _COUNT)
+    place = buffer + _in_block(ranges, firsts, tiles, i)
+    v = tl.load(place, mask=mask, other=0.0)
+    tl.store(payload + _of_tile(tiles, _START) + i, v, mask=mask)
+    tl.store(place, tl.zeros((B,), v.dtype), mask=mask)
+
+
+@triton.jit
+def add_blocks(out, ranges, firsts, tiles, payload, alpha, B: tl.constexpr):
+    i = tl.arange(0, B)
+    mask = i < _of_tile(tiles, _COUNT)
+    v = tl.load(payload + _of_tile(tiles, _START) + i, mask=mask, other=0.0)
+    _put(out + _in_block(ranges, firsts, tiles, i), v, alpha, mask, True)
 
 
 @triton.jit
