@@ -10,8 +10,8 @@ from .cutoff import CutoffWorker
 from .messages import Kind, Message
 from .plan import Plan, plan_of, shards_of
 from .server import Server
-from .step_sizes import alpha_of, suggested_step_size
+from .step_sizes import alpha_of, delay_limit, suggested_step_size
 from .worker import Worker
 
 __all__ = ["Cutoff", "CutoffWorker", "Kind", "Message", "Plan", "Server", "Worker"]
-__all__ += ["alpha_of", "best_cutoff", "plan_of", "shards_of", "suggested_step_size"]
+__all__ += ["alpha_of", "best_cutoff", "delay_limit", "plan_of", "shards_of", "suggested_step_size"]

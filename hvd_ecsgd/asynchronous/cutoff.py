@@ -31,9 +31,6 @@ __all__ = ["CutoffWorker"]
 
 _BUCKET_BYTES = 2**62
 """One bucket of each kind: there is no backward pass that it could travel beside."""
-_SHORTEST, _LONGEST = 5e-4, 2e-2
-"""Seconds of a round in which this worker has nothing new to say, and the share of its last gradient's time that they are."""
-_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class CutoffWorker:
         self._stand = Stand.COMPUTING
         self._begun, self._seconds, self._told = clock(), 0.0, self._hyper_parameters.values()
         self._offered: dict[int, torch.Tensor] = {}  # by id of the parameter; the other thread's while READY
-        self._applies = True
+        self._applies, self._pause_for = True, 0.0
         self._done: deque[_Step] = deque()
         self._error: BaseException | None = None
         self.applied = 0
@@ -247,8 +244,7 @@ class CutoffWorker:
         with self._changed:
             stand = self._stand
             if stand is not Stand.READY:
-                pause = min(max(_SHARE * (self._clock() - self._begun), _SHORTEST), _LONGEST)
-                self._changed.wait_for(lambda: self._stand is not stand, pause)
+                self._changed.wait_for(lambda: self._stand is not stand, self._pause_for)
 
     def take_part(self) -> bool:
         """A round, and the step that follows if one does. Whether this was the last round of all."""
@@ -259,7 +255,7 @@ class CutoffWorker:
         told = torch.tensor(row.told(), dtype=torch.float64, device="cpu")
         everyones = self.transport.allgather(told, "cutoff.round", [told.numel()] * self.transport.size).wait()
         rows = [Row.of(t.tolist()) for t in everyones]
-        decision = self.attendance.decide(rows)
+        decision, self._pause_for = self.attendance.decide(rows), self.attendance.pause(rows)
         if isinstance(decision, Together):
             self._take_step(decision, rows[decision.chief].numbers)
         elif decision is not None:

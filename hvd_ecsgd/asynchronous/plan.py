@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..arguments import check_integer
+from ..arguments import check_flag, check_integer
 from ..compressors import Identity
 from ..core.bucket import Bucket
 from ..core.method import Method
@@ -32,13 +32,15 @@ _ONE_WAY = (AllReduce, AllGather)
 class Plan:
     """`method`: of gradients on their way to the servers. `down`: what compresses the way back. `workers`: how many there are. `tau_max`: how many
     updates x may take between the moment when a worker was given it and the one when the gradient there is applied, at most. `share`: what the
-    learning rate is multiplied by at each push, 1/workers for a mean and 1 for a sum."""
+    learning rate is multiplied by at each push, 1/workers for a mean and 1 for a sum. `reuse`: a step is taken with the last gradients of all
+    workers, of which one is new, in place of that one alone (Q-IAG)."""
 
     method: Method
     down: Compressor
     workers: int
     tau_max: int
     share: float
+    reuse: bool = False
 
     def record(self, named: NamedParameters, optimizer: torch.optim.Optimizer, worker: int = 0) -> MethodState:
         """The record of a shard, of the same layout on the server and on every worker. Nothing is allocated yet."""
@@ -96,17 +98,31 @@ def check_rule(method: Method, what: str) -> None:
         )
 
 
-def plan_of(method: Method, workers: int, tau_max: int | None = None, server_compressor: Compressor | None = None, mean: bool = True) -> Plan:
+def plan_of(
+    method: Method,
+    workers: int,
+    tau_max: int | None = None,
+    server_compressor: Compressor | None = None,
+    mean: bool = True,
+    reuse: bool = False,
+) -> Plan:
     """`method` as asynchronous training uses it: its compressor and feedback on the way to the servers; on the way back `server_compressor`, or the
     server's compressor of a two-pass method, or none.
 
-    `tau_max`: 4 · workers by default. Raises `CompressionError` for what cannot be done asynchronously: a method that shifts the model, has momentum
-    or applies the update; an exchange that is a collective of its own (skips, low rank, resets); a compressor that diverges with feedback.
+    `tau_max`: 4 · workers by default. `reuse`: as in `Plan`; for methods without feedback, since what is used again and again must be a gradient, and
+    not what was left of others beside it. Raises `CompressionError` for what cannot be done asynchronously: a method that shifts the model, has
+    momentum or applies the update; an exchange that is a collective of its own (skips, low rank, resets); a compressor that diverges with feedback.
     """
     check_integer(workers, "workers", "a number of workers ≥ 1: some rank must be left to train", least=1)
     if tau_max is not None:
         check_integer(tau_max, "tau_max", "a number of updates ≥ 0, or None for 4 times as many as there are workers", least=0)
     check_rule(method, "asynchronous training")
+    check_flag(reuse, "reuse")
+    if reuse and method.stateful:
+        raise CompressionError(
+            f"reuse=True: expected a method without feedback, as the servers use a worker's last gradient again until the next one comes, got "
+            f"{method.feedback}, with which a payload also holds what was left of earlier ones. Use qsgd(), natural(), unbiased(compressor), or none."
+        )
     exchange = method.exchange
     if type(exchange) in _BOTH_WAYS:
         if not exchange.server_feedback:  # type: ignore[attr-defined]
@@ -123,7 +139,7 @@ def plan_of(method: Method, workers: int, tau_max: int | None = None, server_com
     if not down.lossless:
         down.check_feedback()
     one_way = replace(method, exchange=AllGather())
-    return Plan(one_way, down, workers, 4 * workers if tau_max is None else tau_max, 1 / workers if mean else 1.0)
+    return Plan(one_way, down, workers, 4 * workers if tau_max is None else tau_max, 1 / workers if mean else 1.0, reuse)
 
 
 def shards_of(named: NamedParameters, servers: int) -> list[list[tuple[str, torch.nn.Parameter]]]:

@@ -149,7 +149,7 @@ def _load_server(parts: Parts, saved: Sequence[int], own_part: int | None, serve
 
 
 def _settings(plan: Plan) -> dict[str, str]:
-    return {**plan.method.settings(), "server_compressor": repr(plan.down)}
+    return {**plan.method.settings(), "server_compressor": repr(plan.down), **({"reuse": "True"} if plan.reuse else {})}
 
 
 def _check_settings(folder: Path, manifest: Mapping[str, Any], plan: Plan, optimizer: str) -> None:

@@ -21,8 +21,8 @@ __all__ = ["Server"]
 class Server:
     """Holds x of the parameters `named`, which are those of this process's own model, and moves it by `optimizer` as gradients arrive.
 
-    It keeps what every worker holds (`views`: workers × the shard's elements of memory), so what it has not sent to a worker yet is
-    view − x. Every event returns the messages that are to be sent now, in this order.
+    It keeps what every worker holds (`views`: workers × the shard's elements of memory; as much for `last`, where gradients are used again), so
+    what it has not sent to a worker yet is view − x. Every event returns the messages that are to be sent now, in this order.
 
     A gradient is *in flight* from the moment when its worker is given x to the one when it arrives. A worker is given x only if afterwards, for
     every gradient in flight, the updates of x since then and the other gradients in flight are at most τ_max together: whatever order they arrive
@@ -47,6 +47,8 @@ class Server:
         """Workers that will not come again."""
         self.staleness: dict[int, int] = {}
         """By staleness, how many gradients were applied with it."""
+        self.last: dict[int, list[torch.Tensor]] = {}
+        """By worker and bucket: its last gradient, where that is used again."""
         self.pushes = [0] * plan.workers
         self.answers = [0] * plan.workers
         self._hyper_parameters = HyperParameters(optimizer)
@@ -92,7 +94,7 @@ class Server:
         staleness = self.version - self.in_flight.pop(worker)
         self.staleness[staleness] = self.staleness.get(staleness, 0) + 1
         self.pushes[worker] += 1
-        self._step(push, gradients)
+        self._step(push, self._with_last(worker, gradients) if self.plan.reuse else gradients)
         self.version += 1
         return self._admit()
 
@@ -113,6 +115,7 @@ class Server:
         """A worker will not come again, or is lost: what it holds is forgotten. One that comes in its place later begins with x and no residual."""
         self.done.add(worker)
         self.views.pop(worker, None)
+        self.last.pop(worker, None)
         return self.on_leave(worker)
 
     @property
@@ -186,6 +189,20 @@ class Server:
             gradients.append(out)
         return gradients
 
+    def _with_last(self, worker: int, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """By bucket the sum of this gradient and of the last ones of the other workers, in their order. One that brings nothing of a bucket moves
+        nothing there."""
+        last = self.last.setdefault(worker, [bucket.segments.zeros() for bucket in self.state.buckets])
+        total: list[torch.Tensor | None] = []
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                last[i].copy_(gradient)
+                gradient.zero_()
+                for other in sorted(self.last):
+                    gradient.add_(self.last[other][i])
+            total.append(gradient)
+        return total
+
     def _step(self, push: Message, gradients: list[torch.Tensor | None]) -> None:
         """A step of the optimizer with the worker's hyper-parameters. A parameter without a gradient on the worker, of whose residual nothing came
         either, has none here: it stays as it is, as the optimizer's state does."""
@@ -212,9 +229,12 @@ class Server:
     # -- saving ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on after a checkpoint, beside x and the optimizer's own state: plain numbers. Taken when all workers hold x exactly, or none
-        anything, so what they hold need not be saved."""
-        return {"version": self.version, "pushes": list(self.pushes), "answers": list(self.answers)}
+        """What goes on after a checkpoint, beside x and the optimizer's own state: plain numbers, and gradients that are used again. Taken when all
+        workers hold x exactly, or none anything, so what they hold need not be saved."""
+        counters: dict[str, Any] = {"version": self.version, "pushes": list(self.pushes), "answers": list(self.answers)}
+        if self.plan.reuse:
+            counters["last"] = {str(w): [t.clone() for t in last] for w, last in self.last.items()}
+        return counters
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; counters of other workers than there were begin anew. Workers begin by pulling."""
@@ -222,6 +242,7 @@ class Server:
         same = len(saved["pushes"]) == self.plan.workers
         self.pushes = list(saved["pushes"]) if same else [0] * self.plan.workers
         self.answers = list(saved["answers"]) if same else [0] * self.plan.workers
+        self.last = {int(w): [t.clone() for t in last] for w, last in saved.get("last", {}).items()} if same else {}
         self.views.clear()
         self.in_flight.clear()
         self.waiting.clear()

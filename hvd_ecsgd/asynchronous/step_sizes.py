@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from ..arguments import check_integer, check_number
 from ..compressors.base import check_unbiased
 from ..protocols import UnbiasedCompressor
 
-__all__ = ["alpha_of", "suggested_step_size"]
+__all__ = ["alpha_of", "delay_limit", "suggested_step_size"]
 
 
 def alpha_of(compressor: UnbiasedCompressor, d: int) -> float:
@@ -26,3 +28,13 @@ def suggested_step_size(alpha: float, tau: int, L: float) -> float:
     check_integer(tau, "tau", "a number of updates ≥ 0", least=0)
     check_number(L, "L", "a finite number > 0", lambda value: value > 0)
     return 1.0 / (L * (alpha / 2 + tau))
+
+
+def delay_limit(tau: int, L: float, *, varying: bool = False) -> float:
+    """The largest stable η on quadratics with uncompressed gradients (α = 1) that are `tau` updates old: 2 sin(π/(2(2τ+1)))/L.
+
+    `varying`: of any age from 0 to `tau`, by turns, (3/2 + 1/(2(τ+1)))/((τ+1)·L). Raises `CompressionError` for τ < 0 and L ≤ 0.
+    """
+    check_integer(tau, "tau", "a number of updates ≥ 0", least=0)
+    check_number(L, "L", "a finite number > 0", lambda value: value > 0)
+    return (1.5 + 0.5 / (tau + 1)) / ((tau + 1) * L) if varying else 2 * math.sin(math.pi / (2 * (2 * tau + 1))) / L

@@ -14,7 +14,15 @@ from .simulation import Size
 
 __all__ = ["PAPERS", "reproduce"]
 
-PAPERS = {"doublesqueeze": "doublesqueeze", "def": "detached", "compskip": "compskip", "hessian": "hessian", "topk": "topk", "async": "asynchronous"}
+PAPERS = {
+    "doublesqueeze": "doublesqueeze",
+    "def": "detached",
+    "compskip": "compskip",
+    "hessian": "hessian",
+    "topk": "topk",
+    "async": "asynchronous",
+    "stale": "stale",
+}
 """Command → module."""
 
 

@@ -50,6 +50,7 @@ def AsyncDistributedOptimizer(
     op: Any = Average,
     tau_max: int | None = None,
     server_compressor: Compressor | None = None,
+    reuse: bool = False,
 ) -> Any:
     """Train without waiting for other workers: `step()` pushes this worker's gradient to the serving ranks, and takes what x has become.
 
@@ -63,7 +64,9 @@ def AsyncDistributedOptimizer(
     uncompressed. Servers keep what each worker holds. `op`: with Average each push is a step of the optimizer with 1/workers of the worker's learning
     rate, so pushes of all workers are one step of synchronous training; with Sum one with the whole. Hyper-parameters are read at every step, on
     the worker. `tau_max`: updates that x may take while a worker computes, at most, on each server; a worker that is ahead waits. By default 4 times
-    as many as there are workers; less than workers − 1 cannot be, as all begin at once.
+    as many as there are workers; less than workers − 1 cannot be, as all begin at once. `reuse`: a push is a step with the last gradients of all
+    workers, of which it brings one (Q-IAG: quantised incremental aggregated gradients), so a worker that is silent counts with its last one; for
+    methods without feedback, and once more as much memory on servers. `hvd_ecsgd.asynchronous.suggested_step_size` says how large a rate may be.
 
     A gradient with an inf or NaN is not pushed, and warned of; the worker goes on. What it offers beside the optimizer's own: `consistent()`,
     `finish()`, `save()`, `load()`, `refused`, `bytes_sent`, `bytes_received`. A worker that has no more batches calls `finish()`, or ends.
@@ -87,7 +90,7 @@ def AsyncDistributedOptimizer(
     problem: Exception | None = None
     made: tuple[Plan, list[list[tuple[str, torch.nn.Parameter]]]] | None = None
     try:
-        made = _prepared(optimizer, named_parameters, compression, op, tau_max, server_compressor, context.job)
+        made = _prepared(optimizer, named_parameters, compression, op, tau_max, server_compressor, reuse, context.job)
     except (CompressionError, ValueError, TypeError) as error:
         problem = error
     try:
@@ -135,6 +138,7 @@ def _prepared(
     op: Any,
     tau_max: int | None,
     server_compressor: Any,
+    reuse: bool,
     job: Any,
 ) -> tuple[Plan, list[list[tuple[str, torch.nn.Parameter]]]]:
     """The plan, and by server the trained parameters. Raises for whatever is wrong."""
@@ -144,7 +148,7 @@ def _prepared(
         raise CompressionError(f"AsyncDistributedOptimizer(): op must be Average or Sum, got {op!r:.100}.")
     bound, trained, _ = matched(optimizer, named_parameters, compression)
     trained = [(name, p) for name, p in trained if p.requires_grad]
-    plan = plan_of(bound.method, job.workers, tau_max, server_compressor, mean=op == Average)
+    plan = plan_of(bound.method, job.workers, tau_max, server_compressor, mean=op == Average, reuse=reuse)
     if plan.tau_max < job.workers - 1:
         raise CompressionError(
             f"tau_max must be at least workers − 1 = {job.workers - 1}, as all workers begin at once, so the last gradient of the first ones is as "
@@ -160,6 +164,7 @@ def _told(plan: Plan, shards: Any, optimizer: torch.optim.Optimizer) -> dict[str
         "the server's compressor": repr(plan.down),
         "tau_max": plan.tau_max,
         "op": plan.share,
+        "reuse": plan.reuse,
         "the optimizer": type(optimizer).__name__,
         "the parameters": [told_of_parameters(shard) for shard in shards],
         "the hyper-parameters' names": [sorted(group) for group in optimizer.param_groups],

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_ecsgd import Compression, CompressionError, SequenceError, TransportError
-from hvd_ecsgd.asynchronous import Kind, Message, Plan, Server, Worker, alpha_of, plan_of, shards_of, suggested_step_size
+from hvd_ecsgd.asynchronous import Kind, Message, Plan, Server, Worker, alpha_of, delay_limit, plan_of, shards_of, suggested_step_size
 from hvd_ecsgd.asynchronous.simulated import Event, SimulatedJob
 from hvd_ecsgd.compressors import QSGD, Cast, GlobalRandomBlock, Identity, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from hvd_ecsgd.feedback import NoFeedback
 from hvd_ecsgd.protocols import Compressor
+from hvd_ecsgd.reproduce.stale import mean_square_limit
 
 WAYS: list[tuple[Compressor, Compressor]] = [
     (Sign(), Sign()),
@@ -180,6 +181,39 @@ def test_what_is_lost_without_feedback_is_seen() -> None:
     start = {name: p.detach().clone() for name, p in job.models[0].named_parameters()}
     gradients = run(job, seeded(0), 40, lambda job: None)
     assert lost(job, start, gradients.put_in, 0.1) > 0.1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_silent_workers_last_gradient_is_used_again(workers: int, servers: int) -> None:
+    """Q-IAG: at every push x ← x − η/n·Σ_j (the last that came of j), whatever the order; a worker that is done counts no more. Written out here."""
+    method = Compression.qsgd(7, 16, dense_below=0, dense_1d=False).method
+    job = SimulatedJob(plan_of(method, workers, None, Identity(), reuse=True), sgd(lr=0.1), servers)
+    last: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in range(servers)]
+    choose, gradients, pushes = seeded(workers), Gradients(), 0
+    x = [{name: p.detach().clone() for name, p in server.state.named} for server in job.servers]
+    for event_number in range(150):
+        event = choose(job.possible())
+        w, s = event.worker, event.server
+        push = job.up[w, s][0] if event.what == "up" else None
+        if push is not None and push.kind is Kind.PUSH:
+            pushes += 1
+            came = {}
+            for bucket, gradient in zip(job.servers[s].state.buckets, job.servers[s]._decoded(push), strict=True):
+                assert gradient is not None
+                came |= dict(zip(bucket.segments.names, bucket.segments.shaped_views(gradient.clone()), strict=True))
+            last[s][w] = came
+            x[s] = {name: value - 0.1 / workers * sum(own[name] for own in last[s].values()) for name, value in x[s].items()}
+        job.happen(event, gradients)
+        for server, expected in zip(job.servers, x, strict=True):
+            assert all(torch.allclose(p.detach(), expected[name], atol=1e-12) for name, p in server.state.named), f"event {event_number}"
+    assert pushes > 15 * servers
+    saved = job.servers[0].state_dict()
+    job.servers[0].on_done(0)
+    assert 0 not in job.servers[0].last
+    job.servers[0].load_state_dict(saved)
+    assert sorted(job.servers[0].last) == sorted(last[0])
+    assert all(torch.equal(a, b) for a, b in zip(job.servers[0].last[0], saved["last"]["0"], strict=True))
 
 
 def test_one_worker_uncompressed_is_the_optimizer_itself() -> None:
@@ -488,6 +522,8 @@ WRONG: list[tuple[Callable[[], object], str]] = [
     (lambda: plan_of(Compression.comp_skip().method, 2), "asynchronous training: expected"),
     (lambda: plan_of(Compression.top_k().method, 2, None, RandomK(4, unbiased=True)), "with error feedback that diverges"),
     (lambda: plan_of(Compression(RandomK(4, unbiased=True)).method, 2), "with error feedback that diverges"),
+    (lambda: plan_of(Compression.top_k().method, 2, reuse=True), "expected a method without feedback"),
+    (lambda: plan_of(Compression.qsgd().method, 2, reuse=1), "reuse must be True or False"),  # type: ignore[arg-type]
     (lambda: plan_of(Compression.top_k().method, 2, None, "sign"), "server_compressor: expected an instance"),  # type: ignore[arg-type]
     (lambda: Server(plan(Sign(), Sign(), 2), list(net().named_parameters()), torch.optim.LBFGS(net().parameters())), "evaluates its closure"),
     (lambda: Worker(plan(Sign(), Sign(), 2), [list(net().named_parameters())], torch.optim.SparseAdam(net().parameters()), 0), "Use Adam"),
@@ -557,6 +593,23 @@ def test_the_suggested_step_is_stable(tau: int) -> None:
         assert moment_radius(0.999 * step, alpha, tau) < 1
         assert moment_radius((1.001 if tau == 0 else 3.0) * step, alpha, tau) > 1
         assert suggested_step_size(alpha, tau, 4.0) == step / 4
+
+
+def test_the_mean_square_limit_is_the_moment_matrix() -> None:
+    """What `hvd-ecsgd reproduce stale` compares the rule with, by another way; and the limits that are known in closed form."""
+    for alpha, tau in ((2.0, 0), (4.0, 1), (16.0, 3)):
+        limit = mean_square_limit(alpha, tau)
+        assert moment_radius(0.99 * limit, alpha, tau) < 1 < moment_radius(1.01 * limit, alpha, tau)
+    assert mean_square_limit(16.0, 0) == pytest.approx(2 / 16, rel=1e-3)
+    measured = {0: 2.0, 1: 1.0, 3: 0.4450, 7: 0.2091, 15: 0.1013}
+    for tau, limit in measured.items():
+        assert delay_limit(tau, 1.0) == pytest.approx(limit, abs=5e-5) and delay_limit(tau, 2.0) == delay_limit(tau, 1.0) / 2
+        assert suggested_step_size(1.0, tau, 1.0) <= min(delay_limit(tau, 1.0), delay_limit(tau, 1.0, varying=True))
+        assert moment_radius(0.999 * limit, 1.0, tau) < 1 < moment_radius(1.001 * limit, 1.0, tau)
+    assert delay_limit(3, 1.0, varying=True) < 0.4226, "unstable there with the pattern 0, 1, 2, 3, 3, 3"
+    for tau, smooth in ((-1, 1.0), (1, 0.0)):
+        with pytest.raises(CompressionError):
+            delay_limit(tau, smooth)
 
 
 def test_alpha_is_the_compressors() -> None:

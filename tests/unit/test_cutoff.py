@@ -329,6 +329,16 @@ def test_who_is_nearly_there_is_waited_for_and_nobody_for_ever() -> None:
     assert attendance.decide(rows(R, R)) is not None and attendance.missed == [0, 0]
 
 
+def test_rounds_are_few_while_nobody_is_expected() -> None:
+    """Half of the time until the first is expected; often once somebody waits; and never seldomer than 50 times a second."""
+    attendance = Attendance(Cutoff(), 2)
+    assert attendance.pause(rows(B, B)) == 5e-4, "nothing is known yet"
+    attendance.decide(rows((R, 0.04), (R, 0.2)))
+    assert attendance.pause(rows((B, 0.01), (B, 0.0))) == pytest.approx(0.015)
+    assert attendance.pause(rows((R, 0.04), (B, 0.04))) == pytest.approx(0.04 / 50)
+    assert attendance.pause(rows(F, (B, 0.0))) == 2e-2
+
+
 def test_who_meets_or_is_done_is_not_waited_for() -> None:
     attendance = Attendance(Cutoff(least=3, slack=0.0), 4)
     assert attendance.decide(rows(M, M, B, F)) is None and attendance.waited_for == [2]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hvd_ecsgd.cli import main
-from hvd_ecsgd.reproduce import PAPERS, asynchronous, compskip, detached, doublesqueeze, hessian, topk
+from hvd_ecsgd.reproduce import PAPERS, asynchronous, compskip, detached, doublesqueeze, hessian, stale, topk
 from hvd_ecsgd.reproduce.report import Claim, Report, Spread, Table, need
 from hvd_ecsgd.reproduce.simulation import Size, run_all
 
@@ -82,13 +82,20 @@ def text(with_feedback: float = 3.1, violation: float = 1e-6, z: float = 3.1) ->
     return made | {"dense": {"bits": spread(3.0)}, "top-k, no feedback": {"bits": spread(4.0)}}
 
 
-def arrivals(accuracy: float = 0.95, stalest: float = 7.0, eight: float = 10.0, slow: float = 12.0) -> Any:
+def arrivals(accuracy: float = 0.95, stalest: float = 7.0, eight: float = 10.0, slow: float = 12.0, cut: float = 12.0) -> Any:
     rows = {f"{m}, τ_max {tau}": {"accuracy": spread(0.95), "stalest": spread(7.0)} for m in asynchronous.METHODS for tau in asynchronous.TAUS}
     rows["1 bit, τ_max 16"]["accuracy"] = spread(accuracy)
     rows |= {f"{m}, τ_max 7": {**rows[f"{m}, τ_max 7"], "stalest": Spread((stalest,))} for m in asynchronous.METHODS}
     time = {f"{m}, {n}": {"time": spread(t)} for m in asynchronous.METHODS[:2] for n, t in (("1 worker", 75.0), ("8 workers", eight))}
     time |= {"1 bit, 8 workers, one 5x slower": {"time": spread(slow)}, "synchronous, 8 workers, one 5x slower": {"time": spread(50.0)}}
+    time["cutoff, 8 workers, one 5x slower"] = {"time": spread(cut)}
     return {"grid": rows, "time": time}
+
+
+def delays(share: float = 0.8, at_zero: float = 1.0, suggested: float = -5.0, beyond: float = 3.0, again: float = 0.01) -> Any:
+    rows = {f"{c}, τ = {tau}": share if tau else at_zero for c in stale.COMPRESSORS for tau in stale.TAUS}
+    runs = {row: {"suggested": spread(suggested), "beyond": spread(beyond)} for row in rows}
+    return {"limits": rows, "runs": runs, "reuse": {"none": spread(0.8), "none, used again": spread(again)}}
 
 
 Verdicts = tuple[Callable[..., list[Claim]], Callable[..., Any], tuple[dict[str, float], ...]]
@@ -97,7 +104,8 @@ LOGIC: dict[str, Verdicts] = {
     "def": (detached.claims, clean_and_noisy, ({"none": 0.61}, {"def_": 0.62}, {"def_": 0.66}, {"noisy": 0.6})),
     "compskip": (compskip.claims, skips, ({"accuracy": 0.9}, {"sent": 0.95}, {"eighth": 0.15})),
     "hessian": (hessian.claims, quadratics, ({"global_": 0.01}, {"ec": 0.6}, {"rotated": 0.2})),
-    "async": (asynchronous.claims, arrivals, ({"accuracy": 0.93}, {"stalest": 8.0}, {"eight": 20.0}, {"slow": 30.0})),
+    "async": (asynchronous.claims, arrivals, ({"accuracy": 0.93}, {"stalest": 8.0}, {"eight": 20.0}, {"slow": 30.0}, {"cut": 30.0})),
+    "stale": (stale.claims, delays, ({"share": 1.2}, {"at_zero": 0.9}, {"suggested": -1.0}, {"beyond": -1.0}, {"again": 0.3})),
     "topk": (topk.claims, text, ({"with_feedback": 3.5}, {"violation": 0.1}, {"z": 3.4})),
 }
 
