@@ -19,7 +19,7 @@ from ..core.gradients import clip_factor, take_
 from ..core.method import Method
 from ..core.state import MethodState, NamedParameters
 from ..core.step import BucketStep, drive
-from ..errors import CompressionError, SequenceError
+from ..errors import CompressionError, SequenceError, TransportError
 from ..optimizer.hyper_parameters import HyperParameters
 from ..optimizer.own_class import OwnClass
 from ..protocols import Accumulated, GroupSettings, Reversals, Task
@@ -106,6 +106,11 @@ class CutoffWorker:
         """Its hyper-parameters count: of the same param groups as the one that was given at first."""
         self.optimizer, self._hyper_parameters = optimizer, HyperParameters(optimizer)
 
+    @property
+    def hyper_parameters(self) -> list[str]:
+        """Names of those that are told: as many on every rank."""
+        return self._hyper_parameters.names
+
     def _own(self, bucket: Bucket) -> GroupSettings:
         return GroupSettings.of(self.optimizer.param_groups[bucket.group], where=f"param group {bucket.group} of {type(self.optimizer).__name__}")
 
@@ -181,7 +186,7 @@ class CutoffWorker:
 
     def _raise(self) -> None:
         if self._error is not None:
-            raise SequenceError(f"a straggler cutoff: the exchange has failed: {self._error!r}") from self._error
+            raise TransportError(f"a straggler cutoff: the exchange has failed: {self._error!r}") from self._error
 
     def _apply_until(self, reached: Callable[[], bool]) -> None:
         """Apply what has come, and comes, until `reached` and nothing is left."""
@@ -291,7 +296,7 @@ class CutoffWorker:
         with self._changed:
             if self._applies:
                 self._done.append(_Step(means if stands else None, numbers, ours))
-            if ours:
+            if ours and self._stand is Stand.READY:  # else the script has left meanwhile
                 self._offered, self._stand, self._begun = {}, Stand.COMPUTING, self._clock()
             self._changed.notify_all()
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hvd_ecsgd.asynchronous.plan import check_rule
+from hvd_ecsgd.core.method import Method
 from hvd_ecsgd.core.talk import everyone, listed
 from hvd_ecsgd.errors import CompressionError
 from hvd_ecsgd.optimizer.own_class import copy_attributes
@@ -15,7 +17,7 @@ from hvd_ecsgd.optimizer.own_class import copy_attributes
 if TYPE_CHECKING:
     from ..transport import MPITransport
 
-__all__ = ["raise_together", "share_x", "told_of_parameters", "wrapped"]
+__all__ = ["check_compression", "raise_together", "share_x", "told_of_parameters", "wrapped"]
 
 
 def raise_together(transport: MPITransport, problem: Exception | None, what: str) -> None:
@@ -25,6 +27,13 @@ def raise_together(transport: MPITransport, problem: Exception | None, what: str
         raise problem
     if wrong := [r for r, text in enumerate(said) if text]:
         raise CompressionError(f"{what} has failed on {listed(wrong)}: {said[wrong[0]]}")
+
+
+def check_compression(compression: object, what: str) -> None:
+    """Raise `CompressionError` for a method that workers at different paces cannot use. Before it is bound: what is bound looks at later steps."""
+    method = getattr(compression, "method", None)
+    if isinstance(method, Method):
+        check_rule(method, what)
 
 
 def share_x(transport: MPITransport, parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -22,7 +22,7 @@ from hvd_ecsgd.transport.devices import current_device, use_device
 
 from .. import runtime
 from ..engine.negotiation import StallCheck
-from .begin import raise_together, share_x, told_of_parameters, wrapped
+from .begin import check_compression, raise_together, share_x, told_of_parameters, wrapped
 
 # This imports mpi4py.MPI, which initialises MPI: only init() may do that.
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def CutoffDistributedOptimizer(
         if not (cutoff is None or isinstance(cutoff, Cutoff)):
             raise CompressionError(f"{_WHAT}: cutoff must be a Cutoff of hvd_ecsgd.asynchronous, or None for Cutoff(), got {cutoff!r:.100}.")
         cutoff = Cutoff() if cutoff is None else cutoff
+        check_compression(compression, "a straggler cutoff")
         bound, trained, _ = matched(optimizer, named_parameters, compression)
         trained = [(name, p) for name, p in trained if p.requires_grad]
         apply = _Applies(OwnClass(type(optimizer)))
@@ -123,7 +124,7 @@ def _told(worker: CutoffWorker, cutoff: Cutoff) -> dict[str, Any]:
         "the cutoff": repr(cutoff),
         "the optimizer": type(worker.optimizer).__name__,
         "the parameters": told_of_parameters(worker.state.named),
-        "the hyper-parameters' names": [sorted(group) for group in worker.optimizer.param_groups],
+        "the hyper-parameters that are numbers": worker.hyper_parameters,
     }
 
 
@@ -172,10 +173,8 @@ class _Participant:
     @contextlib.contextmanager
     def consistent(self) -> Iterator[None]:
         self.worker.meet()
-        try:
-            yield
-        finally:
-            self.worker.meet()
+        yield
+        self.worker.meet()
 
 
 def _participant(optimizer: Any) -> _Participant:

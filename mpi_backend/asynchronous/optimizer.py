@@ -22,7 +22,7 @@ from hvd_ecsgd.protocols import Compressor
 
 from .. import runtime
 from ..collectives import Average, Sum
-from .begin import raise_together, share_x, told_of_parameters, wrapped
+from .begin import check_compression, raise_together, share_x, told_of_parameters, wrapped
 
 # These import mpi4py.MPI, which initialises MPI: only init() may do that.
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def _prepared(
         raise CompressionError(f"AsyncDistributedOptimizer(): expected a torch.optim optimizer, got {optimizer!r:.100}.")
     if op not in (Average, Sum):
         raise CompressionError(f"AsyncDistributedOptimizer(): op must be Average or Sum, got {op!r:.100}.")
+    check_compression(compression, "asynchronous training")
     bound, trained, _ = matched(optimizer, named_parameters, compression)
     trained = [(name, p) for name, p in trained if p.requires_grad]
     plan = plan_of(bound.method, job.workers, tau_max, server_compressor, mean=op == Average, reuse=reuse)

@@ -219,3 +219,31 @@ def test_without_root_it_says_so() -> None:
         command = ["bash", "-s", "up", "2", "1gbit"]
     done = subprocess.run(command, input=NETLAB.read_text(), capture_output=True, text=True, timeout=20)
     assert done.returncode != 0 and "need root" in done.stderr, done.stderr
+
+
+def test_a_slow_worker_on_real_ranks(tmp_path: Path) -> None:
+    """One training of `benchmarks/stragglers.py`, the cutoff's; and verdicts that follow its numbers, with controls."""
+    pytest.importorskip("sklearn")
+    output = mpirun(4, "benchmarks/stragglers.py", "--short", "--mode", "cutoff", timeout=120)
+    (line,) = [line for line in output.splitlines() if "result " in line]
+    found = json.loads(line.split("result ", 1)[1])
+    assert found["steps"] >= 20 and len(found["turns"]) == 4 and found["loss_at"][0][2] == pytest.approx(2.3, abs=0.1)
+    sys.path.insert(0, str(REPO / "benchmarks"))
+    try:
+        import stragglers
+    finally:
+        sys.path.pop(0)
+
+    def verdicts(cut: float = 0.033, loss: float = 0.2, until: float = 5.0, served: float = 6.0, alike: float = 0.031) -> list[bool]:
+        made = {row: {"step": 0.03, "loss": 0.2, "until": 5.0} for row in (stragglers.row_of(*pair) for pair in stragglers.ROWS)}
+        made["synchronous, one 5x slower"] |= {"step": 0.15, "until": 25.0}
+        made["cutoff, one 5x slower"] |= {"step": cut, "loss": loss, "until": until}
+        made["cutoff, all alike"]["step"] = alike
+        made["asynchronous, one 5x slower"]["until"] = served
+        spreads = {row: {name: stragglers.Spread((v - 0.001, v + 0.001)) for name, v in f.items()} for row, f in made.items()}
+        return [claim.agrees for claim in stragglers.claims(spreads)]
+
+    assert all(verdicts())
+    for i, change in enumerate(({"cut": 0.04}, {"loss": 0.21}, {"until": 20.0}, {"served": 20.0}, {"alike": 0.035})):
+        assert [n for n, agrees in enumerate(verdicts(**change)) if not agrees] == [i], change
+    assert stragglers.seconds_until([(1.0, 1, 2.0), (2.0, 2, 0.5)], 0.6) == 2.0

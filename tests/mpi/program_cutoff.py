@@ -68,6 +68,17 @@ def make(model: torch.nn.Module, compression: object = None, optimizer: torch.op
     return hvd.CutoffDistributedOptimizer(sgd, model.named_parameters(), chosen, **options)
 
 
+for how, text in (("MPI_BACKEND_THREAD", "there are none"), ("MPI_BACKEND_SERVERS", "which is for AsyncDistributedOptimizer")):
+    if (how == "MPI_BACKEND_SERVERS" and size == 1) or len(sys.argv) > 2:
+        continue
+    hvd.shutdown()
+    os.environ[how] = "0" if how == "MPI_BACKEND_THREAD" else "1"
+    hvd.init()
+    refused(ValueError, text, lambda: make(model_of()))
+    hvd.shutdown()
+    del os.environ[how]
+    hvd.init()
+
 model = model_of(rank)  # rank 0's counts
 refused(CompressionError, "neither shift the model", lambda: make(model, Compression.detached()))
 refused(CompressionError, "something that all workers do together", lambda: make(model, Compression.power_sgd()))

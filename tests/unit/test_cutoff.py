@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, SequenceError
+from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, SequenceError, TransportError
 from hvd_ecsgd.asynchronous.attendance import Attendance, Cutoff, Met, Over, Row, Stand, Together, best_cutoff
 from hvd_ecsgd.asynchronous.cutoff import CutoffWorker
 from hvd_ecsgd.compressors import Sign, TopK
@@ -104,7 +104,7 @@ RATES = [0.1, 0.1, 0.05, 0.05, 0.01, 0.01, 0.2, 0.2, 0.2]
 
 
 @pytest.mark.parametrize("n", [3, 5])
-@pytest.mark.parametrize("method", ["top_k", "double_squeeze", "central", "none"])
+@pytest.mark.parametrize("method", ["top_k", "random_block", "double_squeeze", "central", "none"])
 def test_nothing_is_lost_at_any_step(method: str, n: int) -> None:
     """y = x − η_{t−1}(E + mean e) obeys y⁺ = y − η_t Σ g_i / n, over those that are there, at every step, as η changes; every g is put in once."""
 
@@ -414,5 +414,5 @@ def test_what_a_script_must_not_do() -> None:
     with pytest.raises(SequenceError, match=r"consistent\(\) after finish\(\)"):
         worker.meet()
     worker._error = ValueError("the network")
-    with pytest.raises(SequenceError, match="the exchange has failed: ValueError"):
+    with pytest.raises(TransportError, match="the exchange has failed: ValueError"):
         worker._say(Stand.READY)
