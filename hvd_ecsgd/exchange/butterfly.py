@@ -14,6 +14,7 @@ from ..compressors import Identity
 from ..protocols import Compressor, Feedback, Steps, Task, Traffic
 from ..segments import Segments
 from ..transport.base import Transport, direct
+from ..verdicts import all_of, known, verdict
 from .base import Skipping, Stateless, check_pair
 from .error_reset import reset_
 
@@ -64,12 +65,13 @@ class Butterfly(Skipping, Stateless):
         meeting = n == 1 or (ctx.step + 1) % self.period == 0
 
         mine = theirs = torch.empty(0, dtype=task.compressor.payload_dtype(segments.dtype), device=segments.device)
-        well = not task.poisoned
+        well = task.accumulated.finite
         if not meeting:
             to, source = self.partners(transport.rank, n, ctx.step)
             mine = task.compressor.extract_(segments.scratch().copy_(error), segments, ctx.key(task.compressor, "mix"))
-            well = well and bool(task.compressor.finite(mine, segments))
-        told = transport.allreduce_(torch.full((1,), 0.0 if well else math.nan, dtype=torch.float32, device=segments.device), f"{task.name}.well")
+            well = all_of((well, task.compressor.finite(mine, segments)))
+        flag = torch.zeros(1, dtype=torch.float32, device=segments.device).masked_fill_(~torch.as_tensor(well, device=segments.device), math.nan)
+        told = transport.allreduce_(flag, f"{task.name}.well")
         task.traffic += Traffic(payload=4, sent=2 * (n - 1) * 4 // n)
         if not meeting:
             splits = [mine.numel() if r == to else 0 for r in range(n)]
@@ -77,8 +79,7 @@ class Butterfly(Skipping, Stateless):
             expected = None if size is None else [size if r == source else 0 for r in range(n)]
             task.traffic += Traffic(payload=mine.nbytes, sent=mine.nbytes)
             theirs = (yield transport.alltoall(mine, splits, f"{task.name}.mix", expected))[source]
-        task.finite = bool(torch.isfinite((yield told)).item())
-
+        task.finite = known((verdict(torch.isfinite((yield told))),))
         if not task.finite:
             return task.result().fill_(math.nan)
         if not task.into.is_zero:

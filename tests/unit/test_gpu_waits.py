@@ -27,6 +27,7 @@ MORE: dict[str, tuple[str, ...]] = {
     "CompSkip": (READ, "comp_skip.py", POISONED),  # likewise; and whether to send is said in bytes
     "SkipAllReduce": (POISONED,),
     "ErrorReset": (READ, "error_reset.py"),  # likewise of a worker's own
+    "Butterfly": (READ,),  # likewise of its partner's
     "PowerSGD": ("power_sgd.py",),  # there must be something to factorise
     "HessianAided": (READ, "curvature.py"),  # a product must not be taken of what is not finite
     "CompressedAllReduce": (POISONED,),
