@@ -18,17 +18,16 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from .compression import AnyCompression, bind
-from .core.aggregator import Aggregator
-from .core.agreement import in_common_order
 from .core.attached import check_plain_sgd, groups_of
+from .core.bound import BoundCompression
 from .core.gradients import clip_factor, scale_of, take_
 from .core.guard import Guard
-from .core.state import MethodState
 from .core.step_hooks import claim
-from .errors import CompressionError, DisagreementError, SequenceError
+from .errors import CompressionError, SequenceError
 from .optimizer.background import Background
 from .optimizer.distributed import BUCKET_BYTES
-from .optimizer.step import Outcome, Phase, StepExchange
+from .optimizer.step import Phase
+from .optimizer.torch_hook import TorchHook, mean_of
 from .transport.torch_dist import TorchTransport
 
 __all__ = ["DDPHook", "hook", "register"]
@@ -69,7 +68,7 @@ def _after_backward(work: Callable[[], object]) -> None:
     engine.queue_callback(partial(engine.queue_callback, work))
 
 
-class DDPHook:
+class DDPHook(TorchHook):
     """Feeds the gradients of `model` to the exchange, bucket by bucket while the backward pass goes on, and gives DDP the means. Collective.
 
     State is kept by parameter name, so it does not matter that DDP forms its buckets anew after the first step. After `backward()` the mean over
@@ -94,62 +93,25 @@ class DDPHook:
             )
         ignored = getattr(model, "parameters_to_ignore", ())
         trained = [(n, p) for n, p in model.module.named_parameters() if p.requires_grad and n not in ignored]
-        self.compression = bind(compression, trained if ignored else model.module)
-        self._check_all_bound(trained)
-        self._check_cpu(trained)
-        transport = TorchTransport.lent(model.process_group)
-        state = MethodState(
-            self.compression.method,
-            in_common_order(self.compression.named, transport),
-            rank=transport.rank,
-            size=transport.size,
-            settings=lambda bucket: self.compression.attached.settings(self.compression.method, bucket),
-            transport=transport,
-        )
-        aggregator = Aggregator(
-            state,
-            also={"optimizer": "DistributedDataParallel's hook"},
-            statistics=self.compression.statistics,
-            averages=self.compression.averages,
-        )
-        self.compression.adopt(aggregator, self)
+        bound = bind(compression, trained if ignored else model.module)
+        _check_all_bound(bound, trained)
+        _check_cpu(trained)
         background = Background("DDP's hook")
         weakref.finalize(self, background.close)
-        self._step = StepExchange(aggregator, transport, background, None, bytes)
-        transport.lend_to(self)
+        super().__init__(
+            bound,
+            TorchTransport.lent(model.process_group),
+            background,
+            lambda bucket: bound.attached.settings(bound.method, bucket),
+            "DistributedDataParallel's hook",
+        )
         self._gradients: dict[int, torch.Tensor] = {}
         """Of the step that accumulates, by parameter."""
         self._waiting: list[_Waiting] = []
-        self._undone = False
-        """The step whose gradients are in place was undone."""
-        self._refused: CompressionError | None = None
-        """Raised when the optimizer steps: DDP does not go on after an error in its backward pass."""
         self._guard = Guard(self.compression.method.feedback)
         claim(self)
 
-    def _check_all_bound(self, trained: list[tuple[str, torch.nn.Parameter]]) -> None:
-        ids = {id(p) for _, p in trained}
-        for name, p in trained:
-            if id(p) not in self.compression.ids:
-                raise CompressionError(f"register(): parameter '{name}' is trained by the model and not bound; bind the model that DDP wraps.")
-        for name, p in self.compression.named:
-            if id(p) not in ids:
-                raise CompressionError(f"register(): parameter '{name}' is bound and not trained by the model; bind the model that DDP wraps.")
-
-    def _check_cpu(self, trained: list[tuple[str, torch.nn.Parameter]]) -> None:
-        for name, p in trained:
-            if p.device.type != "cpu":
-                raise CompressionError(
-                    f"register(): parameter '{name}' is on {p.device}; the hook exchanges over gloo, for models on the CPU. On GPUs use "
-                    "`import mpi_backend as hvd`, or Horovod."
-                )
-
     # -- Driver ------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """Hyper-parameters are those of the optimizer that is attached."""
-        return None
 
     @property
     def named(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -163,35 +125,14 @@ class DDPHook:
     def _applies(self) -> bool:
         return self.compression.method.feedback.takes.update
 
-    @property
-    def exchanging(self) -> bool:
-        """Always: see `Claimant`."""
-        return True
-
-    @property
-    def begun(self) -> bool:
-        """A backward pass was broken off."""
-        return self._step.begun or bool(self._waiting)
+    def _waits(self) -> bool:
+        return bool(self._waiting)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """See `Driver`."""
         if self._applies:
             check_plain_sgd(self.compression.method, type(optimizer).step, type(optimizer).__name__)
         self._step.aggregator.check_groups(groups_of(optimizer))
-
-    def catch_up(self) -> None:
-        """Gradients are accumulated where DDP hands them over."""
-
-    def meet(self, what: str) -> None:
-        """See `Driver`."""
-        self._step.meeting.before(what)
-
-    def discard(self) -> None:
-        """See `Driver`."""
-        if self._step.aggregator.step_is_open:
-            self._step.meeting.before("discard")
-        self._step.discard()
-        self._let_go()
 
     # -- DDP's backward pass -----------------------------------------------------------------------------------------------------
 
@@ -242,14 +183,7 @@ class DDPHook:
     def _finish(self) -> None:
         waiting, self._waiting = self._waiting, []
         gradients, self._gradients = self._gradients, {}
-        self._step.drain()
-        try:
-            outcome = self._step.complete()
-        except CompressionError as error:
-            if isinstance(error, DisagreementError):
-                raise
-            outcome, self._refused = Outcome.UNDONE, error
-        self._undone = outcome is Outcome.UNDONE
+        self._complete()
         if self._undone:
             for one in waiting:
                 one.buffer.fill_(float("nan"))
@@ -263,10 +197,10 @@ class DDPHook:
     def _write_means(self, gradients: dict[int, torch.Tensor]) -> None:
         for bucket, reduction in zip(self._step.aggregator.state.buckets, self._step.results, strict=True):
             views = [gradients[id(p)] for p in bucket.parameters]
-            if reduction is None or reduction.out is None or reduction.task.skipped:  # learning rate 0, or nothing came
+            if (mean := mean_of(reduction)) is None:
                 torch._foreach_zero_(views)
             else:
-                torch._foreach_copy_(views, bucket.segments.shaped_views(reduction.out))
+                torch._foreach_copy_(views, bucket.segments.shaped_views(mean))
         self._step.aggregator.gradients_are_gone()
 
     # -- the optimizer's step ----------------------------------------------------------------------------------------------------
@@ -290,12 +224,6 @@ class DDPHook:
                         parameter.grad = None
         self._step.forget()
 
-    def _raise_refusal(self) -> None:
-        refused, self._refused = self._refused, None
-        if refused is not None:
-            self._let_go()
-            raise refused
-
     def _let_go(self) -> None:
         self._guard.forget()
         for _, parameter in self.named:
@@ -310,3 +238,22 @@ class DDPHook:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `BoundCompression.load_state_dict`."""
         self.compression.load_state_dict(state)
+
+
+def _check_all_bound(compression: BoundCompression, trained: list[tuple[str, torch.nn.Parameter]]) -> None:
+    ids = {id(p) for _, p in trained}
+    for name, p in trained:
+        if id(p) not in compression.ids:
+            raise CompressionError(f"register(): parameter '{name}' is trained by the model and not bound; bind the model that DDP wraps.")
+    for name, p in compression.named:
+        if id(p) not in ids:
+            raise CompressionError(f"register(): parameter '{name}' is bound and not trained by the model; bind the model that DDP wraps.")
+
+
+def _check_cpu(trained: list[tuple[str, torch.nn.Parameter]]) -> None:
+    for name, p in trained:
+        if p.device.type != "cpu":
+            raise CompressionError(
+                f"register(): parameter '{name}' is on {p.device}; the hook exchanges over gloo, for models on the CPU. On GPUs use "
+                "`import mpi_backend as hvd`, or Horovod."
+            )

@@ -27,17 +27,15 @@ except ImportError:
     ) from None
 
 from .compression import AnyCompression, bind
-from .core.aggregator import Aggregator
-from .core.agreement import in_common_order
 from .core.attached import Attached, groups_of
 from .core.bucket import Bucket
 from .core.gradients import take_
-from .core.state import MethodState
 from .core.step_hooks import claim
-from .errors import CompressionError, DisagreementError, SequenceError
+from .errors import CompressionError, SequenceError
 from .optimizer.distributed import BUCKET_BYTES
 from .optimizer.executor import Inline
-from .optimizer.step import Outcome, Phase, StepExchange
+from .optimizer.step import Phase
+from .optimizer.torch_hook import TorchHook, mean_of
 from .protocols import GroupSettings
 from .transport.torch_dist import TorchTransport
 
@@ -84,7 +82,7 @@ class _Shard:
         self.written = held._local_tensor, held._local_tensor._version
 
 
-class FSDPHook:
+class FSDPHook(TorchHook):
     """Feeds the shards' gradients to the exchange, as the backward pass of `model` reduces them, and puts the means over replicas there. Collective.
 
     After `backward()` the mean over all processes is in `p.grad`. A step in which an inf or NaN comes to some process is undone on those with the
@@ -98,41 +96,21 @@ class FSDPHook:
     def __init__(self, model: FSDPModule, compression: AnyCompression, replicate: DeviceMesh) -> None:
         self._shards = _shards_of(model)
         _check_replicate(self._shards[0], replicate)
-        self.compression = bind(compression, [(s.name, s.part) for s in self._shards])
-        if self.compression.method.feedback.takes.update:
+        bound = bind(compression, [(s.name, s.part) for s in self._shards])
+        if bound.method.feedback.takes.update:
             raise CompressionError(
-                f"register(): {self.compression.method.feedback} applies the update itself, and FSDP2's optimizer steps on shards of DTensors; use a "
+                f"register(): {bound.method.feedback} applies the update itself, and FSDP2's optimizer steps on shards of DTensors; use a "
                 "method in units of gradients (top_k, random_block, one_bit, double_squeeze, power_sgd, …; `hvd-ecsgd methods` names units)."
             )
-        if self.compression.method.clips:
+        if bound.method.clips:
             raise CompressionError(
                 "register(): clip_norm and clip_value clip a worker's whole gradient, of which a process holds a shard; use clip_grad_norm_."
             )
         self._of = {id(s.part): s for s in self._shards}
         self._optimizer: torch.optim.Optimizer | None = None
-        transport = TorchTransport.lent(replicate.get_group())
-        state = MethodState(
-            self.compression.method,
-            in_common_order(self.compression.named, transport),
-            rank=transport.rank,
-            size=transport.size,
-            settings=self._settings,
-            transport=transport,
-        )
-        aggregator = Aggregator(
-            state,
-            also={"optimizer": "FSDP2's hook"},
-            statistics=self.compression.statistics,
-            averages=self.compression.averages,
-        )
-        self.compression.adopt(aggregator, self)
-        self._step = StepExchange(aggregator, transport, Inline(), None, bytes)
-        transport.lend_to(self)
+        super().__init__(bound, TorchTransport.lent(replicate.get_group()), Inline(), self._settings, "FSDP2's hook")
         self._came: dict[int, torch.Tensor] = {}
         """Gradients of the step that accumulates, by part."""
-        self._undone = False
-        self._refused: CompressionError | None = None
-        """Raised when the optimizer steps."""
         for shard in self._shards:
             shard.whole.register_post_accumulate_grad_hook(partial(self._take, shard))  # type: ignore[no-untyped-call]
         claim(self)
@@ -154,15 +132,8 @@ class FSDPHook:
         """Of the DTensors."""
         return frozenset(id(s.whole) for s in self._shards)
 
-    @property
-    def exchanging(self) -> bool:
-        """Always: see `Claimant`."""
-        return True
-
-    @property
-    def begun(self) -> bool:
-        """A backward pass was broken off."""
-        return self._step.begun or bool(self._came)
+    def _waits(self) -> bool:
+        return bool(self._came)
 
     def attach(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
         """Read learning rates live from `optimizer`, which holds the DTensors; `scaler` scales the loss.
@@ -190,20 +161,6 @@ class FSDPHook:
             if any(p is whole for p in group["params"]):
                 return attached.settings_of(self.compression.method, self._optimizer, g)
         raise CompressionError(f"parameter '{bucket.segments.names[0]}' is in no param group of the attached optimizer; attach another.")
-
-    def catch_up(self) -> None:
-        """Gradients are accumulated where FSDP2 hands them over."""
-
-    def meet(self, what: str) -> None:
-        """See `Driver`."""
-        self._step.meeting.before(what)
-
-    def discard(self) -> None:
-        """See `Driver`."""
-        if self._step.aggregator.step_is_open:
-            self._step.meeting.before("discard")
-        self._step.discard()
-        self._let_go()
 
     # -- FSDP2's backward pass ---------------------------------------------------------------------------------------------------
 
@@ -233,22 +190,15 @@ class FSDPHook:
             self._came.setdefault(id(shard.part), torch.zeros_like(shard.part))
         self._submit_ready()
         came, self._came = self._came, {}
-        self._step.drain()
-        try:
-            outcome = self._step.complete()
-        except CompressionError as error:
-            if isinstance(error, DisagreementError):
-                raise
-            outcome, self._refused = Outcome.UNDONE, error
-        self._undone = outcome is Outcome.UNDONE
+        self._complete()
         if self._undone:
             for shard in self._shards:
                 shard.write(came[id(shard.part)].fill_(float("nan")))
             return
         for bucket, reduction in zip(self._step.aggregator.state.buckets, self._step.results, strict=True):
             shards = [self._of[id(p)] for p in bucket.parameters]
-            nothing = reduction is None or reduction.out is None or reduction.task.skipped  # learning rate 0, or nothing came
-            means = [torch.zeros_like(s.part) for s in shards] if nothing else bucket.segments.shaped_views(reduction.out)  # type: ignore[union-attr, arg-type]
+            came_of_it = mean_of(reduction)
+            means = [torch.zeros_like(s.part) for s in shards] if came_of_it is None else bucket.segments.shaped_views(came_of_it)
             for shard, mean in zip(shards, means, strict=True):
                 if shard.whole.grad is not None or bool(mean.any()):
                     shard.write(mean)
@@ -268,12 +218,6 @@ class FSDPHook:
                 for part in reduction.bucket.parameters:
                     self._of[id(part)].whole.grad = None
         self._step.forget()
-
-    def _raise_refusal(self) -> None:
-        refused, self._refused = self._refused, None
-        if refused is not None:
-            self._let_go()
-            raise refused
 
     def _let_go(self) -> None:
         for shard in self._shards:
