@@ -1,31 +1,38 @@
 """What a whole step of each method costs in one process: native kernels beside the reference, in units of T, the time of one `e.add_(g)`.
 
     python benchmarks/kernels.py [--numel 25000000] [--threads 1] [--repeat 9] [--device cpu] [--only top_k,one_bit]
-        [--distribution normal] [--output NAME] [--short]
+        [--distribution normal] [--output NAME] [--short] [--passes]
 
 A step is accumulate, extract, send to oneself and decode, through `GradientExchange`, as a training loop of one's own calls it. Native and reference
 steps, and T, take turns, so that what else the machine does meets all of them alike; given are the median, and in JSON the quartiles and the least.
 GB/s is the gradient's bytes by time, beside those of a copy. `of copy`: the three accesses of e += g, which every step makes at least, by the step's
 time, as a share of the bandwidth that a copy was measured to have. `--device cuda`: on a GPU, with Triton's kernels as native; times are
-of its events. `--output NAME` writes NAME.json, and NAME.png where matplotlib is installed.
+of its events. `--passes`: in place of times of whole steps, the passes over memory that one step makes (CPU): of each kernel and each operation of
+torch how often, the streams (reads and writes of gradient size; T has three) and its time in T, in the thread's own seconds, which other work
+disturbs less. What is read again while a cache holds it counts once. `--output NAME` writes NAME.json, and NAME.png where matplotlib is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hvd_ecsgd import Compression, GradientExchange
 from hvd_ecsgd.compressors import Natural, Ternary
 from hvd_ecsgd.kernels import cuda, native
+from hvd_ecsgd.kernels.library import FILE, Library
 
 METHODS: dict[str, Callable[[], Any]] = {
     "random_block": lambda: Compression.random_block(64),
@@ -81,6 +88,99 @@ def timed(f: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+STREAMS: dict[str, Callable[[tuple[Any, ...]], float]] = {
+    "accumulate": lambda a: 3 + 2 * bool(a[4]) + 2 * bool(a[5]) + bool(a[9]) - (ctypes.c_double.from_address(a[10]).value == 0),
+    "sign_extract": lambda a: 2 if a[7] else 3,
+    "sign_decode": lambda a: 2 if a[7] else 1,
+    "ternary_extract": lambda a: 2 if a[6] else 3,
+    "ternary_decode": lambda a: 2 if a[6] else 1,
+    "cast_extract": lambda a: 2,
+    "cast_decode": lambda a: 2 if a[7] else 1,
+    "natural_extract": lambda a: 2,
+    "natural_decode": lambda a: 2 if a[6] else 1,
+    "qsgd_extract": lambda a: 2,
+    "qsgd_decode": lambda a: 2 if a[9] else 1,
+    "positions_decode": lambda a: 0 if a[8] else 1,
+    "top_k": lambda a: 1,
+    "threshold_positions": lambda a: 1,
+    "block_top_k_extract": lambda a: 1,
+    "block_top_k_decode": lambda a: 0 if a[9] else 1,
+    "shift": lambda a: 3 if a[4] else 1,
+    "low_rank_p": lambda a: 1,
+    "low_rank_q": lambda a: 1,
+    "low_rank_decode": lambda a: 3 if a[8] else 1,
+}
+"""Of a kernel that is called with these arguments, over its table: what it reads and writes of the buffers' size. Payloads come beside."""
+
+
+class Passes(TorchDispatchMode):
+    """Passes over memory of one step over `numel` elements, by name: [calls, streams, seconds of this thread]."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.seen = numel, defaultdict[str, list[float]](lambda: [0, 0.0, 0.0])
+        passes = self
+
+        class Watched(Library):
+            def call(self, name: str, *arguments: Any) -> int:
+                start = time.thread_time()
+                result = super().call(name, *arguments)
+                seconds, streams = time.thread_time() - start, STREAMS.get(name)
+                passes.add(name, streams(arguments) * _elements(arguments[2:4]) if streams else 0.0, seconds)
+                return result
+
+        self.library = Watched(FILE)
+
+    def add(self, name: str, elements: float, seconds: float) -> None:
+        row = self.seen[name]
+        row[0], row[1], row[2] = row[0] + 1, row[1] + elements / self.numel, row[2] + seconds
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.thread_time()
+        result = operation(*args, **(kwargs or {}))
+        seconds, views = time.thread_time() - start, operation.is_view
+        if not views:
+            given = {t.data_ptr(): t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)}
+            written = 1 if operation._schema.is_mutable and "zero_" not in str(operation) and "copy_" not in str(operation) else 0
+            elements = sum(t.nbytes for t in given.values()) / 4 + written * max((t.nbytes for t in given.values()), default=0) / 4
+            if elements >= self.numel / 1000:
+                self.add(str(operation).removeprefix("aten."), elements, seconds)
+        return result
+
+
+def _elements(table: tuple[int, int]) -> int:
+    """Of a table of segments, as kernels take it."""
+    address, n = table
+    return sum((ctypes.c_int64 * (2 * n)).from_address(address)[1::2]) if n else 0
+
+
+def passes(name: str, numel: int, repeat: int) -> None:
+    """Print those of a method's steps; the medians of times."""
+    side = max(2, int((numel / LAYERS) ** 0.5))
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(side, side, generator=generator) for _ in range(LAYERS)]
+    flat, other = (torch.zeros(side * side * LAYERS) for _ in range(2))
+    found: list[Passes] = []
+    step, ones = Stepper(METHODS[name](), gradients, None), []
+    for i in range(repeat + 3):
+        start = time.thread_time()
+        flat.add_(other)
+        ones.append(time.thread_time() - start)
+        watched = Passes(flat.numel())
+        step.kernels = watched.library
+        with watched:
+            step()
+        if i >= 3:  # what guards a step looks at more in the first ones
+            found.append(watched)
+    one = statistics.median(ones)
+    rows = {key: (*found[-1].seen[key][:2], statistics.median(f.seen[key][2] for f in found) / one) for key in found[-1].seen}
+    streams, total = (sum(row[i] for row in rows.values()) for i in (1, 2))
+    print(f"{name}: {streams:.1f} streams, which are {streams / 3:.2f} T; {total:.2f} T in them", flush=True)
+    for key, (calls, n, t) in sorted(rows.items(), key=lambda pair: -pair[1][2]):
+        if t >= 0.02 or n >= 0.05:
+            print(f"    {key:28}{calls:5.0f} calls{n:8.2f} streams{t:8.2f} T", flush=True)
+
+
 def compiled(device: torch.device) -> Any:
     """The kernels for the device; None where there are none."""
     if device.type == "cuda":
@@ -98,7 +198,7 @@ class Stepper:
     """One method over the model; a call is one step."""
 
     def __init__(self, method: Any, gradients: list[torch.Tensor], kernels: Any) -> None:
-        self._gradients, self._kernels = {f"layer{i}.weight": g for i, g in enumerate(gradients)}, kernels
+        self._gradients, self.kernels = {f"layer{i}.weight": g for i, g in enumerate(gradients)}, kernels
         parameters = [(name, torch.nn.Parameter(torch.zeros_like(g))) for name, g in self._gradients.items()]
         options = {"lr": 0.01} if method.method.feedback.takes.learning_rate else {}
         self.exchange = GradientExchange(parameters, method, **options)
@@ -106,7 +206,7 @@ class Stepper:
 
     def __call__(self) -> None:
         self.means = {}
-        with native.forced(self._kernels):
+        with native.forced(self.kernels):
             self.means = self.exchange.reduce(self._gradients)
 
     def error(self) -> float | None:
@@ -176,6 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--only", default="", help=f"some of {', '.join(METHODS)}, with commas between")
     parser.add_argument("--output", type=Path, help="where to write NAME.json and NAME.png")
+    parser.add_argument("--passes", action="store_true", help="what a step reads and writes, pass by pass, with the compiled kernels")
     parser.add_argument("--short", action="store_true", help="a small model and two steps: whether it runs, not how fast")
     given = parser.parse_args(arguments)
     if given.short:
@@ -185,6 +286,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--only: {unknown[0]!r} is none of {', '.join(METHODS)}")
     torch.set_num_threads(given.threads)
     device = torch.device(given.device)
+    if given.passes:
+        if device.type != "cpu" or compiled(device) is None:
+            parser.error("--passes counts those of the compiled kernels on the CPU")
+        for name in chosen:
+            passes(name, given.numel, given.repeat)
+        return
     library = compiled(device)
     variant = "Triton" if library is cuda.Cuda else library.variant if library else None
     where = "" if device.type == "cpu" else f" on {given.device}"

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import kernels, restarts
 from hvd_ecsgd.core.bucket import Bucket
+from hvd_ecsgd.kernels.native import native_library
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,16 @@ def test_the_benchmark_of_kernels_runs(tmp_path: Path, capsys: pytest.CaptureFix
     assert errors["fp16"] < 1e-3
     assert errors["qsgd"] < 0.1 < errors["top_k"] < 1.1
     assert errors["detached"] is None
+
+
+@pytest.mark.skipif(native_library() is None, reason="passes are those of the compiled kernels")
+def test_passes_over_memory_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """A step that accumulates, that packs and subtracts in one pass, and that decodes over what was there: 3, 2 and 1 streams."""
+    kernels.main(["--short", "--passes", "--only", "one_bit"])
+    whole, *parts = capsys.readouterr().out.splitlines()
+    assert whole.startswith("one_bit: 6.")
+    streams = {line.split()[0]: float(line.split("calls")[1].split()[0]) for line in parts}
+    assert {name: n for name, n in streams.items() if n > 0.5} == {"accumulate": 3.0, "sign_extract": 2.0, "sign_decode": 1.0}
 
 
 def test_a_method_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
