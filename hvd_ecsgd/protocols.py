@@ -40,7 +40,7 @@ from .verdicts import Verdict
 __all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Places", "Result",
            "Reversals", "Role",
            "Slot", "Slots", "Sparse", "State", "Steps", "StepContext", "Sums", "Takes", "Task", "Tells", "Traffic", "UnbiasedCompressor", "UsesSums",
-           "Verdict", "Wanted", "decode_sum_", "poison", "settled", "slot_of", "wanted", "zeros"]  # fmt: skip
+           "Verdict", "Wanted", "add_sum_", "decode_sum_", "poison", "settled", "slot_of", "wanted", "zeros"]  # fmt: skip
 
 Steps = Generator[Handle[Any], Any, torch.Tensor]
 """An exchange in progress: it yields each handle it waits for, is sent the handle's result, and returns the decoded mean."""
@@ -166,6 +166,17 @@ def decode_sum_(
             compressor.add_(out, first[0], segments, first[1], alpha)
     for payload, key in rest:
         compressor.add_(out, payload, segments, key, alpha)
+
+
+def add_sum_(out: torch.Tensor, compressor: Compressor, segments: Segments, payloads: Sequence[tuple[torch.Tensor, Key]], alpha: float = 1.0) -> None:
+    """`out += alpha · Σ C⁻¹(payload)`, the sum made first, in the order given; `out` holds the segments and nothing else."""
+    if len(payloads) == 1 and alpha == 1.0:  # the sum is that payload, which is added with the same rounding
+        (payload, key), *_ = payloads
+        compressor.add_(out, payload, segments, key)
+        return
+    total = segments.scratch()
+    decode_sum_(total, compressor, segments, payloads, alpha)
+    out.add_(total)
 
 
 @runtime_checkable
@@ -392,7 +403,8 @@ class Task:
             else:
                 payload = cast(UsesSums, self.compressor).extract_by_sums_(self.buffer, segments, key, sums)
             if self.reversible and not self.reversals.was_zero:
-                self.undo_by_adding(self.buffer, self.compressor, payload.clone() if travels_in_place else payload, segments, key, 1.0)
+                kept = segments.scratch(payload.dtype, payload.numel()).copy_(payload) if travels_in_place else payload
+                self.undo_by_adding(self.buffer, self.compressor, kept, segments, key, 1.0)
         if tells:
             self._tell(payload, segments)
         return payload

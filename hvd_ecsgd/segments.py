@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 __all__ = ["Key", "Segment", "Segments", "PAYLOAD_ALIGNMENT", "aligned"]
+
+T = TypeVar("T")
+
+_KINDS = 4
+"""Types and sizes of scratch memory that a table keeps, at most: the gradients', payloads', and a copy of either."""
 
 PAYLOAD_ALIGNMENT = 8
 """Byte payloads are padded to a multiple of this, so that the payloads of several ranks, one after the other, can be viewed as any dtype."""
@@ -146,16 +152,33 @@ class Segments:
         """A zero compact buffer."""
         return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
 
-    def scratch(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """An uninitialised compact buffer, of `dtype` or the segments'. Its memory is taken again when nobody refers to it, or to a view of it, any
-        more: what is made in every step costs no allocation then, nor the page faults of a large one."""
-        dtype = self.dtype if dtype is None else dtype
-        kept: list[tuple[torch.Tensor, StorageWeakRef]] = self.__dict__.setdefault("_scratch", [])
-        i = next((i for i, (buffer, lent) in enumerate(kept) if buffer.dtype == dtype and lent.expired()), None)  # type: ignore[no-untyped-call]
-        buffer = torch.empty(self.numel, dtype=dtype, device=self.device) if i is None else kept.pop(i)[0]
+    def scratch(self, dtype: torch.dtype | None = None, numel: int | None = None) -> torch.Tensor:
+        """An uninitialised compact buffer, of `dtype` or the segments', and of `numel` or the segments' elements. Its memory is taken again when
+        nobody refers to it, or to a view of it, any more: what is made in every step costs no allocation then, nor the page faults of a large one."""
+        kind = (self.dtype if dtype is None else dtype, self.numel if numel is None else numel)
+        kinds: dict[object, list[tuple[torch.Tensor, StorageWeakRef]]] = self.__dict__.setdefault("_scratch", {})
+        if kind not in kinds and len(kinds) == _KINDS:
+            del kinds[next(iter(kinds))]
+        kept = kinds.setdefault(kind, [])
+        i = next((i for i, (_, lent) in enumerate(kept) if lent.expired()), None)  # type: ignore[no-untyped-call]
+        buffer = torch.empty(kind[1], dtype=kind[0], device=self.device) if i is None else kept.pop(i)[0]
         alias = from_dlpack(to_dlpack(buffer))  # a storage over the same memory, that lives as long as what is handed out
         kept[:] = [*kept[-1:], (buffer, StorageWeakRef(alias.untyped_storage()))]  # type: ignore[no-untyped-call]
         return alias
+
+    def payload(self, n_bytes: int) -> torch.Tensor:
+        """Zeros to write a payload of bytes into, in such memory; on a GPU from torch, which knows what other streams still read."""
+        if self.device.type != "cpu":
+            return torch.zeros(n_bytes, dtype=torch.uint8, device=self.device)
+        return self.scratch(torch.uint8, n_bytes).zero_()
+
+    def once(self, kind: str, of: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns: made once, and remembered as long as nothing of this `kind` is asked for that is `of` something else."""
+        made: dict[str, tuple[Hashable, T]] = self.__dict__.setdefault("_once", {})
+        found = made.get(kind)
+        if found is None or found[0] != of:
+            found = made[kind] = (of, make())
+        return found[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class BlockTopK(BytePayload):
         return full * kept(self.block, self.ratio) + kept(rest, self.ratio)
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        payload = segments.payload(self.payload_size(segments))
         if native := native_for(buffer, segments, "top_k"):
             native.block_top_k_extract_(payload, self.block, kept(self.block, self.ratio), self._last(segments))
             return payload

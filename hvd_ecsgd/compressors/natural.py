@@ -53,7 +53,7 @@ class Natural(BytePayload):
         return aligned(segments.numel + sum(-(-s.numel // 8) for s in segments))
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        payload = segments.payload(self.payload_size(segments))
         if native := kernels_for(buffer, segments, "natural"):
             native.natural_extract_(payload, [key.bits(s, "powers") for s in segments])
             return payload

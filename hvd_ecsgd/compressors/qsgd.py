@@ -74,7 +74,7 @@ class QSGD(BytePayload):
         return aligned(self._n_norms(segments) * segments.dtype.itemsize + sum(self._n_bytes(s.numel) for s in segments))
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        payload = segments.payload(self.payload_size(segments))
         if native := kernels_for(buffer, segments, "qsgd"):
             keys = [key.bits(s, "levels") for s in segments]
             native.qsgd_extract_(payload, keys, self.levels, self.bucket, self.bits, self.norm == "max")

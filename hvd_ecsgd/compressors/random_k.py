@@ -9,7 +9,7 @@ import torch
 
 from ..arguments import check_flag, check_ratio
 from ..errors import CompressionError
-from ..kernels import kernels_for
+from ..kernels import Kernels, kernels_for
 from ..protocols import Places
 from ..segments import Key, Segment, Segments
 from .base import FloatPayload, check_payload, distinct_below, kept
@@ -69,8 +69,7 @@ class RandomK(FloatPayload):
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = torch.empty(self.payload_size(segments), dtype=buffer.dtype, device=buffer.device)
         if not self.unbiased and (native := kernels_for(buffer, segments, "random_k")):
-            counts = self._counts(segments)
-            native.take_(counts, native.random_k(self._keys(segments, key), counts), payload)
+            native.take_(*self._drawn(native, segments, key), payload)
             return payload
         at = 0
         for s, view in zip(segments, segments.views(buffer), strict=True):
@@ -88,8 +87,7 @@ class RandomK(FloatPayload):
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, segments.dtype, self.payload_size(segments), "random_k")
         if native := kernels_for(out, segments, "random_k"):
-            counts = self._counts(segments)
-            return native.decode_at_(counts, native.random_k(self._keys(segments, key), counts), payload, alpha, add)
+            return native.decode_at_(*self._drawn(native, segments, key), payload, alpha, add)
         if not add:
             segments.zero_(out)
         at = 0
@@ -100,9 +98,18 @@ class RandomK(FloatPayload):
 
     def places(self, payload: torch.Tensor, segments: Segments, key: Key) -> Places:
         if native := kernels_for(None, segments, "random_k"):
-            return Places(self._counts(segments), native.random_k(self._keys(segments, key), self._counts(segments)))
+            return Places(*self._drawn(native, segments, key))
         positions = [self._positions(s, key, segments.device) for s in segments]
         return Places(self._counts(segments), torch.cat(positions).to(torch.int32))
+
+    def _drawn(self, native: Kernels, segments: Segments, key: Key) -> tuple[np.ndarray, torch.Tensor]:
+        """(counts, positions) of all segments: what is extracted, and where it is decoded in the same step, are one draw."""
+
+        def drawn() -> tuple[np.ndarray, torch.Tensor]:
+            counts = self._counts(segments)
+            return counts, native.random_k(self._keys(segments, key), counts)
+
+        return segments.once("random_k", (self, key), drawn)
 
     def _positions(self, s: Segment, key: Key, device: torch.device) -> torch.Tensor:
         _check_size(s)

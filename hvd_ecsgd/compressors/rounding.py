@@ -37,7 +37,7 @@ class Rounding(BytePayload):
         return aligned(segments.numel * self.bits // 8)
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        payload = segments.payload(self.payload_size(segments))
         dtype, at = _TYPES[self.bits], 0
         words = payload.view(dtype)
         # 24 bits are what a float32 holds exactly: 2³¹ − 1 itself would be rounded out of range.

@@ -50,7 +50,7 @@ class Sign(BytePayload):
         return aligned(self._n_scales(segments) * segments.dtype.itemsize + sum(-(-s.numel // 8) for s in segments))
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        payload = segments.payload(self.payload_size(segments))
         if native := self._native(buffer, segments):
             native.sign_extract_(payload, self.scale == "l2", self.block)
             return payload
@@ -80,7 +80,7 @@ class Sign(BytePayload):
         native = self._native(buffer, segments)
         if not isinstance(native, Native):
             return self.extract_(buffer, segments, key)
-        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        payload = segments.payload(self.payload_size(segments))
         native.sign_extract_(payload, self.scale == "l2", self.block, sums)
         return payload
 

@@ -46,7 +46,7 @@ class Ternary(BytePayload):
         return aligned(len(segments) * segments.dtype.itemsize + sum(-(-s.numel // 4) for s in segments))
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        payload = segments.payload(self.payload_size(segments))
         if native := kernels_for(buffer, segments, "ternary"):
             native.ternary_extract_(payload, self.scale == "l2")
             return payload
@@ -72,7 +72,7 @@ class Ternary(BytePayload):
         native = kernels_for(buffer, segments, "ternary")
         if not isinstance(native, Native):
             return self.extract_(buffer, segments, key)
-        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        payload = segments.payload(self.payload_size(segments))
         native.ternary_extract_(payload, self.scale == "l2", sums)
         return payload
 

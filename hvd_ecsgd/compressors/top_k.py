@@ -45,7 +45,7 @@ class TopK(BytePayload):
         return aligned(sum(self._k(s.numel) for s in segments) * (segments.dtype.itemsize + 4))
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        payload = torch.zeros(self.payload_size(segments), dtype=torch.uint8, device=buffer.device)
+        payload = segments.payload(self.payload_size(segments))
         values, positions = self._parts(payload, segments)
         for s in segments:
             if s.numel >= _MAX_SEGMENT:

@@ -10,8 +10,8 @@ import torch
 
 from ..arguments import check_flag
 from ..errors import CompressionError
-from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, decode_sum_, poison
-from ..segments import Segments
+from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, add_sum_, decode_sum_, poison
+from ..segments import Key, Segments
 from ..transport.base import Transport
 from ..verdicts import all_of, known
 from .base import Faithful, nothing
@@ -31,11 +31,15 @@ def finite(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> bool
     return known([all_of(task.compressor.finite(p, mine) for p in received if p.numel())])
 
 
+def _sent(task: Task, received: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Key]]:
+    """Workers' payloads by rank, with their keys. One without elements was not sent."""
+    return [(p, task.ctx.key(task.compressor, "push", r)) for r, p in enumerate(received) if p.numel()]
+
+
 def mean_of(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> torch.Tensor:
     """(1/n) Σ C⁻¹(payloads), by rank; n counts workers that sent nothing too."""
     total = mine.scratch()
-    sent = [(p, task.ctx.key(task.compressor, "push", r)) for r, p in enumerate(received) if p.numel()]
-    decode_sum_(total, task.compressor, mine, sent, 1.0 / task.ctx.size)
+    decode_sum_(total, task.compressor, mine, _sent(task, received), 1.0 / task.ctx.size)
     return total
 
 
@@ -45,10 +49,10 @@ def absorb_(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> Non
     if task.ctx.carry != 1.0:
         residual.mul_(task.ctx.carry)
         task.undo_by(partial(residual.div_, task.ctx.carry))
-    residual.add_(mean_of(task, received, mine))
-    for r, p in enumerate(received):
-        if p.numel():
-            task.undo_by_adding(residual, task.compressor, p, mine, task.ctx.key(task.compressor, "push", r), -1.0 / task.ctx.size)
+    sent = _sent(task, received)
+    add_sum_(residual, task.compressor, mine, sent, 1.0 / task.ctx.size)
+    for payload, key in sent:
+        task.undo_by_adding(residual, task.compressor, payload, mine, key, -1.0 / task.ctx.size)
 
 
 def answer_(task: Task, server: Compressor, mine: Segments) -> torch.Tensor:

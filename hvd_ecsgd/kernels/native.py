@@ -161,8 +161,10 @@ class Native:
     # -- positions: int32 or uint32, ascending within each segment, one segment after the other ------------------------------------------
 
     def top_k(self, counts: Counts, positions: torch.Tensor) -> None:
-        """`positions` ← those of each segment's counts[i] largest magnitudes."""
-        self._call("top_k", *self._buffer, _address(counts), positions.data_ptr())
+        """`positions` ← those of each segment's counts[i] largest magnitudes. What these reached is remembered with the table: in the next step it
+        says where to look, and nothing else."""
+        hints = self._segments.once("top_k", counts.tobytes(), lambda: np.zeros(len(counts), np.uint64))
+        self._call("top_k", *self._buffer, _address(counts), positions.data_ptr(), _address(hints))
 
     def random_k(self, keys: Sequence[int], counts: Counts) -> torch.Tensor:
         """counts[i] positions (int32) of each segment, by Philox words from each of `keys`."""

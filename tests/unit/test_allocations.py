@@ -65,7 +65,6 @@ def allocated(case: Case) -> list[str]:
 
 
 ALLOCATE = {
-    "fp16-feedback": "a sum overwrites the payload, of which undoing the step needs a copy",
     "bf16": "payloads for several servers are made one by one and joined",
     "hessian_aided": "curvature is estimated in torch's own passes",
     "butterfly": "all meet in some steps only",
@@ -79,10 +78,12 @@ def test_nothing_of_gradient_size(case: Case) -> None:
     assert allocated(case) == []
 
 
-@pytest.mark.parametrize("name", ["none", "fp16", "double_squeeze", "local_momentum-dense"])
+@pytest.mark.parametrize("name", ["none", "fp16", "fp16-feedback", "double_squeeze", "local_momentum-dense"])
 def test_what_is_made_in_every_step_is_used_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: it is made anew."""
-    monkeypatch.setattr(Segments, "scratch", lambda self, dtype=None: torch.empty(self.numel, dtype=dtype or self.dtype, device=self.device))
+    monkeypatch.setattr(
+        Segments, "scratch", lambda self, dtype=None, n=None: torch.empty(n or self.numel, dtype=dtype or self.dtype, device=self.device)
+    )
     assert allocated(by_name(name))
 
 
@@ -96,6 +97,16 @@ def test_scratch_memory_that_somebody_refers_to_is_left_alone() -> None:
     del view
     assert segments.scratch().data_ptr() == address
     assert segments.scratch(torch.float16).dtype == torch.float16 and second.eq(2.0).all()
+
+
+def test_payloads_of_ever_other_sizes_keep_no_memory() -> None:
+    """What compresses more from step to step leaves a few sizes behind, and no more; of one size the same memory comes again (control)."""
+    segments = Segments.of([("w", torch.zeros(4, 4))])
+    addresses = {segments.payload(24).data_ptr() for _ in range(5)}
+    assert len(addresses) == 1
+    for n_bytes in range(8, 8 * 50, 8):
+        assert segments.payload(n_bytes).eq(0).all()
+    assert len(segments._scratch) <= 4  # type: ignore[attr-defined]
 
 
 def test_copies_of_segments_keep_no_memory_of_theirs() -> None:

@@ -112,18 +112,30 @@ int64_t block_top_k_decode(void* out_, const Segment* table, int64_t n, const ui
     });
     for (size_t t = 0; t < tiles.size(); ++t)
         if (wrong[t]) return -1 - tiles[t].segment;
-    parallel_for(tiles.size(), useful(threads, add ? before[n] : elements(table, n)), [&](int64_t t) ISA {
-        std::vector<T> zeros(add ? 0 : block, T(0));
+    const auto add_values = [&](T* p, int64_t at, int64_t k) ISA {
+        for (int64_t i = at; i < at + k; ++i) {
+            T value;
+            std::memcpy(&value, payload + i * sizeof(T), sizeof(T));
+            p[place_of(i)] += value * into.alpha;
+        }
+    };
+    if (add) {
+        parallel_for(tiles.size(), useful(threads, before[n]), [&](int64_t t) ISA {
+            each_block(t, [&](int64_t begin, int64_t, int64_t at, int64_t k) ISA { add_values(out + table[tiles[t].segment].start + begin, at, k); });
+        });
+        return DONE;
+    }
+    parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
+        const int64_t at_once = std::max<int64_t>(1, 4096 / block) * block;  // some blocks, which are copied together
+        std::vector<T> made(at_once, T(0));
+        const Tile& tile = tiles[t];
+        T* p = out + table[tile.segment].start;
         each_block(t, [&](int64_t begin, int64_t width, int64_t at, int64_t k) ISA {
-            T *there = out + table[tiles[t].segment].start + begin, *p = add ? there : zeros.data();
-            for (int64_t i = at; i < at + k; ++i) {
-                T value;
-                std::memcpy(&value, payload + i * sizeof(T), sizeof(T));
-                p[place_of(i)] += value * into.alpha;
-            }
-            if (add) return;
-            into.copy(there, p, width);
-            for (int64_t i = at; i < at + k; ++i) p[place_of(i)] = 0;
+            const int64_t first = tile.begin + (begin - tile.begin) / at_once * at_once, end = begin + width;
+            add_values(made.data() + (begin - first), at, k);
+            if (end != tile.end && end - first < at_once) return;
+            into.copy(p + first, made.data(), end - first);
+            std::fill(made.begin(), made.end(), T(0));
         });
     });
     return DONE;

@@ -203,13 +203,49 @@ struct Into {
             replace_each(p, n, [&](auto v, int64_t i) ISA { return fused(value(i), factor, v); });
             return;
         }
+        const auto made_at = [&](int64_t i) ISA { return fused(value(i), factor, typename L::V{}); };
+        if (VARIANT_LEVEL > 0 && streams && n >= 4 * L::N) {
+            put_past_the_caches(p, n, made_at);
+            return;
+        }
         constexpr int64_t CHUNK = 2048;
         alignas(WIDTH) T made[CHUNK];
         for (int64_t begin = 0; begin < n; begin += CHUNK) {
             const int64_t count = std::min(CHUNK, n - begin);
-            for (int64_t i = 0; i < count; i += L::N) L::store(made + i, fused(value(begin + i), factor, typename L::V{}));
+            for (int64_t i = 0; i < count; i += L::N) L::store(made + i, made_at(begin + i));
             copy(p + begin, made, count);
         }
+    }
+
+    // p ← the vectors that value(0), value(N), … give, in vectors that memory is divided in: of two neighbours each, where p begins elsewhere.
+    template <class F>
+    INLINE void put_past_the_caches(T* p, int64_t n, F value) const {
+        const int64_t past = reinterpret_cast<uintptr_t>(p) % WIDTH / sizeof(T), head = past ? L::N - past : 0;
+        auto before = value(0);
+        T ends[2 * L::N];
+        L::store(ends, before);
+        std::copy(ends, ends + head, p);
+        int64_t i = L::N;
+        if (head == 0) {
+            stream(p, before);
+            for (; i + L::N <= n; i += L::N) stream(p + i, value(i));
+            if (i < n) L::store(ends, value(i));
+            std::copy(ends, ends + (n - i), p + i);
+        } else {
+            typename L::M lanes;
+            for (int j = 0; j < L::N; ++j) lanes[j] = static_cast<typename L::I>(head + j);
+            for (; i + head <= n; i += L::N) {
+                const auto next = value(i);
+                stream(p + (i - L::N + head), __builtin_shuffle(before, next, lanes));
+                before = next;
+            }
+            L::store(ends, before);
+            if (i < n) L::store(ends + L::N, value(i));
+            std::copy(ends + head, ends + (n - i + L::N), p + (i - L::N + head));
+        }
+#if defined(__x86_64__)
+        _mm_sfence();
+#endif
     }
 };
 

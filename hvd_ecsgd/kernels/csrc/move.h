@@ -12,7 +12,9 @@ int64_t positions_move(void* update_, const Segment* table, int64_t n, const int
     parallel_for(tiles.size(), useful(threads, offsets[n]), [&](int64_t t) ISA {
         const Tile& tile = tiles[t];
         T *from = update + table[tile.segment].start, *to = static_cast<T*>(targets[tile.segment]);
-        for (int64_t i = offsets[tile.segment] + tile.begin; i < offsets[tile.segment] + tile.end; ++i) {
+        const int64_t end = offsets[tile.segment] + tile.end;
+        for (int64_t i = offsets[tile.segment] + tile.begin; i < end; ++i) {
+            if (i + AHEAD < end) __builtin_prefetch(to + positions[i + AHEAD], 1), __builtin_prefetch(from + positions[i + AHEAD], 1);
             to[positions[i]] -= from[positions[i]];
             from[positions[i]] = 0;
         }

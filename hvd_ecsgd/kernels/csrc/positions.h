@@ -14,6 +14,9 @@ inline int64_t check_positions(const Segment* table, int64_t n, const int64_t* c
     return DONE;
 }
 
+// So many chosen entries are on their way from memory at once.
+constexpr int64_t AHEAD = 32;
+
 // values ← the chosen entries, which become 0.
 template <class T>
 int64_t positions_take(void* buffer_, const Segment* table, int64_t n, const int64_t* counts, const uint32_t* positions, void* values_, int threads) {
@@ -27,7 +30,9 @@ int64_t positions_take(void* buffer_, const Segment* table, int64_t n, const int
     parallel_for(tiles.size(), useful(threads, offsets[n]), [&](int64_t t) ISA {
         const Tile& tile = tiles[t];
         T* p = buffer + table[tile.segment].start;
-        for (int64_t i = offsets[tile.segment] + tile.begin; i < offsets[tile.segment] + tile.end; ++i) {
+        const int64_t end = offsets[tile.segment] + tile.end;
+        for (int64_t i = offsets[tile.segment] + tile.begin; i < end; ++i) {
+            if (i + AHEAD < end) __builtin_prefetch(p + positions[i + AHEAD], 1);
             std::memcpy(values + i * sizeof(T), p + positions[i], sizeof(T));
             p[positions[i]] = 0;
         }

@@ -82,6 +82,7 @@ int64_t qsgd_decode(void* out_, const Segment* table, int64_t n, const uint8_t* 
         const Tile& tile = tiles[t];
         const int64_t numel = tile.end - tile.begin;
         uint8_t codes[4096 + 64] = {};
+        alignas(WIDTH) T made[4096 + 64];
         const uint8_t* packed = payload + rows[n] * sizeof(T) + bytes[tile.segment] + tile.begin * bits / 8;
         if (bits == 8) {
             std::memcpy(codes, packed, numel);
@@ -99,13 +100,14 @@ int64_t qsgd_decode(void* out_, const Segment* table, int64_t n, const uint8_t* 
             std::memcpy(&norm, payload + (rows[tile.segment] + row) * sizeof(T), sizeof(T));
             const auto step = L::all(norm / levels);
             const uint8_t* code = codes + (begin - tile.begin);
-            into.put(out + table[tile.segment].start + begin, stop - begin, [&](int64_t i) ISA {
+            for (int64_t i = 0; i < stop - begin; i += L::N) {  // what is behind the bucket is written again
                 typename Codes<T>::Code c;
                 std::memcpy(&c, code + i, sizeof c);
-                return (of_codes(c) - most) * step;
-            });
+                L::store(made + (begin - tile.begin) + i, (of_codes(c) - most) * step);
+            }
             begin = stop;
         }
+        into.put(out + table[tile.segment].start + tile.begin, numel, [&](int64_t i) ISA { return L::load(made + i); });
     });
     return DONE;
 }

@@ -14,12 +14,20 @@ struct Words {
 
 template <class T>
 INLINE static void add_rows(const T* p, int64_t rows, int64_t* sums) {
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < COLUMNS; ++c) {
-            int64_t word;
-            std::memcpy(&word, p + r * Words<T>::ROW + c * Words<T>::PER, 8);
-            sums[c] = static_cast<int64_t>(static_cast<uint64_t>(sums[c]) + static_cast<uint64_t>(word));
+    typedef uint64_t V __attribute__((vector_size(WIDTH)));
+    constexpr int64_t AT_ONCE = WIDTH / 8;
+    const auto add = [&](auto total, int64_t c) ISA {
+        std::memcpy(&total, sums + c, sizeof total);
+        for (int64_t r = 0; r < rows; ++r) {
+            decltype(total) words;
+            std::memcpy(&words, p + r * Words<T>::ROW + c * Words<T>::PER, sizeof words);
+            total += words;
         }
+        std::memcpy(sums + c, &total, sizeof total);
+    };
+    int64_t c = 0;
+    for (; c + AT_ONCE <= COLUMNS; c += AT_ONCE) add(V{}, c);
+    for (; c < COLUMNS; ++c) add(uint64_t{0}, c);
 }
 
 template <class T>
