@@ -1,11 +1,11 @@
-"""Write the tables of presets into docs/choosing.md, docs/methods.md and docs/algorithms.md, from `hvd_ecsgd.presets`: python docs/presets.py"""
+"""Write the tables of presets into docs/choosing.md, methods.md, guarantees.md and algorithms.md, from `hvd_ecsgd.presets`: python docs/presets.py"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hvd_ecsgd.presets import PRESETS, RULES, Preset, needs_attach
+from hvd_ecsgd.presets import KEPT, LEFT, PRESETS, PROVED, RULES, Preset, needs_attach
 
 REPO = Path(__file__).resolve().parents[1]
 START, END = "<!-- presets: written by docs/presets.py -->\n", "<!-- end of presets -->"
@@ -20,6 +20,23 @@ def in_full(presets: Sequence[Preset]) -> str:
     head = ("preset", "what is sent, per worker", "exchange", "residual in units of", "stock Horovod", "source")
     attached = {p: "yes, attached" if needs_attach(p.method) else "yes" for p in presets}
     return table(head, [(f"`{p.call}`", p.detail, *exchange_and_unit(p), attached[p] + p.horovod_note, p.paper) for p in presets])
+
+
+def guarantees(presets: Sequence[Preset]) -> str:
+    """A row for each preset, and one for those of which the same is kept and proved."""
+    rows, groups = [], dict[tuple[str, ...], list[Preset]]()
+    for p in presets:
+        left = "what is not of a low rank" if p.name == "power_sgd" else LEFT[p.compressor]
+        rows.append((f"`{p.call}`", left, exchange_and_unit(p)[1], p.paper))
+        what = tuple(said.get(p.name, said[p.rule]) for said in (KEPT, PROVED))
+        groups.setdefault(what, []).append(p)
+    names = {what: ", ".join(dict.fromkeys(f"`{p.name}`" for p in group)) for what, group in groups.items()}
+    sections = {what: ", ".join(dict.fromkeys(p.section for p in group)) for what, group in groups.items()}
+    return (
+        table(("preset", "left by C", "residual in units of", "paper"), rows)
+        + "\n"
+        + table(("presets", "kept", "proved", "§"), [(names[what], *what, sections[what]) for what in groups])
+    )
 
 
 def by_rule(presets: Sequence[Preset]) -> str:
@@ -48,7 +65,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in (head, ["---"] * len(head), *rows)).replace(" --- ", "---")
 
 
-TABLES: dict[str, Callable[[Sequence[Preset]], str]] = {"docs/choosing.md": in_short, "docs/methods.md": in_full, "docs/algorithms.md": by_rule}
+TABLES: dict[str, Callable[[Sequence[Preset]], str]] = {
+    "docs/choosing.md": in_short,
+    "docs/methods.md": in_full,
+    "docs/guarantees.md": guarantees,
+    "docs/algorithms.md": by_rule,
+}
 
 
 def updated(file: str, presets: Sequence[Preset] = PRESETS) -> str:

@@ -1,4 +1,4 @@
-"""What the documentation says of each preset: the one source of the tables in docs/choosing.md, docs/methods.md and docs/algorithms.md.
+"""What the documentation says of each preset: the one source of the tables in docs/choosing.md, methods.md, guarantees.md and algorithms.md.
 
 `python docs/presets.py` writes them. What the code knows itself (rule, unit, whether it must be attached) is asked of the preset.
 """
@@ -12,7 +12,7 @@ from .compression import Compression
 from .core.method import Method
 from .feedback import NoFeedback
 
-__all__ = ["PRESETS", "RULES", "Preset", "needs_attach"]
+__all__ = ["KEPT", "LEFT", "PRESETS", "PROVED", "RULES", "Preset", "needs_attach"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Preset:
         return type(self.method.feedback).__name__
 
     @property
+    def compressor(self) -> str:
+        return type(self.method.compressor).__name__
+
+    @property
     def unit(self) -> str:
         """What the residual measures."""
         return "–" if isinstance(self.method.feedback, NoFeedback) else self.method.feedback.unit
@@ -69,6 +73,57 @@ RULES = {
     "NoFeedback": ("the optimizer's, after", "x"),
 }
 """Feedback rule → whose momentum and weight decay, and when; where gradients are taken."""
+
+LEFT = {
+    "Identity": "nothing",
+    "Cast": "rounding, δ ≥ 1 − 2⁻²² (fp16), 1 − 2⁻¹⁶ (bf16)",
+    "RandomBlock": "δ = k/d",
+    "GlobalRandomBlock": "δ = K/B of the model",
+    "RandomK": "δ = k/d; unbiased: ω = d/k − 1",
+    "TopK": "δ ≥ k/d",
+    "BlockTopK": "δ ≥ the smallest block's k/length",
+    "Threshold": "δ ≥ 0, by the entries; about TopK's",
+    "Sign": "δ = ‖v‖₁²/(d‖v‖₂²) ≥ 1/d",
+    "Ternary": "δ = ‖v‖₁²/(nnz‖v‖₂²) ≥ 1/nnz",
+    "QSGD": "ω = min(b/s², √b/s), b the bucket's length, s = levels",
+    "Natural": "ω = 1/8",
+}
+"""Compressor → what C(v) leaves of v: a contraction δ, or the variance ω of one that is unbiased."""
+
+KEPT = {
+    "ErrorFeedback": "x − η·(mean e_i + E) moves as SGD on the mean gradient",
+    "LocalMomentum": "x − mean e_i moves as momentum SGD on the workers' gradients",
+    "CSER": "the mean of the workers' models moves as momentum SGD on their gradients",
+    "PEF": "with constant η and μ, x less what waits moves as momentum SGD on the mean gradient",
+    "DistEFSGD": "x − η·(mean e_i + E) moves as momentum SGD on the mean gradient",
+    "HessianAided": "on quadratics whose H is given, x − η·mean e_i moves as gradient descent",
+    "MemSGD": "x − mean e_i moves as SGD on the mean gradient",
+    "NoFeedback": "the mean that arrives is right in expectation, if C is unbiased; what is not sent is lost",
+    "none": "all",
+    "fp16": "the mean, to 16 bits",
+    "bf16": "the mean, to 16 bits",
+}
+"""Feedback rule, or preset where that is another matter → what is the same as without compression, whatever C does; the tests hold it to rounding."""
+
+PROVED = {
+    "ErrorFeedback": "SGD's rate: δ enters by a term of order (1 − δ)/(δ²T) only (Karimireddy et al. 2019, one worker)",
+    "double_squeeze": "SGD's rate, 1/√(nT): both compressions enter by terms of order 1/T^⅔ and less",
+    "power_sgd": "nothing for the warm start; it runs under error feedback",
+    "threshold": "nothing; it was found by trying",
+    "LocalMomentum": "SGD's rate",
+    "CSER": "SGD's rate, 1/√(nT), with errors that the resets bound",
+    "butterfly": "nothing here: compression and meetings are a reconstruction",
+    "PEF": "nothing: a baseline",
+    "DistEFSGD": "SGD's rate, 1/√(nT)",
+    "comp_skip": "nothing here: a reconstruction; sending with probability q makes δ′ = qδ",
+    "HessianAided": "on quadratics errors do not add up",
+    "MemSGD": "SGD's rate for strongly convex f (Stich et al. 2018)",
+    "NoFeedback": "SGD's rate, with a variance of at most (1 + ω) times",
+    "none": "it is SGD",
+    "fp16": "nothing",
+    "bf16": "nothing",
+}
+"""The same → what its paper proves, for smooth f; T steps, n workers."""
 
 _SERVER = ", on worker and server"
 
