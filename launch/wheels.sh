@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the sdist and the wheel, check both, and install them into empty environments: with every Python and torch there is, with and without a
-# compiler. Run there what one process can test, and print the table of installations of docs/install.md.
+# compiler. Run there what one process can test, and print a table; docs/install.md has what was found.
 #
 #   launch/wheels.sh [arguments of pytest]        needs: a C++ compiler, a network, and 7 GB of disk for each torch (CPU builds: 1 GB)
 #
