@@ -12,7 +12,8 @@ import hashlib
 
 import torch
 import torch.distributed as dist
-from digits import METHODS, accuracy, load_digits, make_model, positive
+from common import METHODS, positive
+from digits import accuracy, load_digits, make_model
 from torch.nn.parallel import DistributedDataParallel
 
 from hvd_ecsgd import ddp  # (+)

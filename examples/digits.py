@@ -12,33 +12,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
+from common import BACKENDS, METHODS, positive, start
 
-from hvd_ecsgd import Compression, load_checkpoint, save_checkpoint, telemetry  # (+)
-
-BACKENDS = {"mpi": "mpi_backend", "horovod": "horovod.torch", "torch": "hvd_ecsgd.torch_backend"}
-METHODS: dict[str, Callable[[float], Any]] = {
-    "auto": lambda ratio: Compression.auto(),
-    "none": lambda ratio: Compression.none(),
-    "fp16": lambda ratio: Compression.fp16(error_feedback=True),
-    "random_block_no_feedback": lambda ratio: Compression.random_block(ratio, error_feedback=False),
-    "random_block": lambda ratio: Compression.random_block(ratio),
-    "top_k": lambda ratio: Compression.top_k(ratio),
-    "one_bit": lambda ratio: Compression.one_bit(),
-    "double_squeeze": lambda ratio: Compression.double_squeeze(),
-    "local_momentum": lambda ratio: Compression.local_momentum(ratio),
-    "detached": lambda ratio: Compression.detached(ratio),
-}
+from hvd_ecsgd import load_checkpoint, save_checkpoint, telemetry  # (+)
 
 
 @dataclass
@@ -160,13 +145,6 @@ def train(
     return Result(curve[-1], seconds, traffic.sent / 1e6, traffic.ratio if traffic.sent else math.nan, curve, digest)
 
 
-def positive(text: str) -> int:
-    """For argparse: a whole number, at least 1."""
-    if (n := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {n}")
-    return n
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--backend", choices=sorted(BACKENDS), default="mpi", help="mpi: mpi_backend, needs no Horovod; torch: under torchrun")
@@ -179,11 +157,7 @@ def main() -> None:
         "--log", type=Path, help="a file, such as run.jsonl: write what compression does in each step, for hvd-ecsgd report and watch"
     )
     args = parser.parse_args()
-    hvd = importlib.import_module(BACKENDS[args.backend])
-    hvd.init()
-    torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(hvd.local_rank())
+    hvd = start(args.backend)
     result = train(hvd, args.method, load_digits(), ratio=args.ratio, epochs=args.epochs, lr=args.lr, checkpoint=args.checkpoint, log=args.log)
     if hvd.rank() == 0:
         print(

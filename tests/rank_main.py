@@ -50,7 +50,7 @@ class NoCompiler(types.ModuleType):
 
 def compiles(text: str) -> bool:
     """Whether this program needs torch's compiler."""
-    return "torch.compile" in text
+    return "torch.compile" in text or "transformers" in text
 
 
 def imports_torch(text: str) -> bool:

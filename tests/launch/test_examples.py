@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import horovodrun, mpirun, require_horovod
+from tests.ranks import REPO, horovodrun, mpirun, require_horovod, run_job
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -58,3 +60,47 @@ def test_asynchronous_workers_learn_at_their_own_pace() -> None:
     assert found, printed
     accuracy, ratio, slow, _ = map(float, found.groups())
     assert accuracy > 0.8 and ratio > 20 and slow > 180 * 0.005, printed
+
+
+SEVERAL = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+for line in sys.argv[2:]:
+    sys.argv = line.split()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_examples_end_in_a_table_and_a_plot(tmp_path: Path) -> None:
+    """Several in one job: a language model, sparse logistic regression, and a loop in NumPy."""
+    runs = {
+        "bytes_lm": "--method none top_k --steps 10 --batch 1",
+        "logistic_regression": "--steps 120",
+        "numpy_loop": "--epochs 3 --ratio 50",
+    }
+    commands = [f"{EXAMPLES / name}.py {arguments} --out {tmp_path}" for name, arguments in runs.items()]
+    printed = mpirun(2, SEVERAL, str(EXAMPLES), *commands, timeout=280)
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in runs}
+    for name in runs:
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and f"Plot: {tmp_path / name}.png" in printed, name
+
+    dense, top_k = found["bytes_lm"]["none"], found["bytes_lm"]["top_k"]
+    assert dense["losses"][-1] < dense["losses"][0] - 0.5 and top_k["weights_hash"] != dense["weights_hash"]
+    assert top_k["ratio"] > 20 and dense["ratio"] == pytest.approx(1) and top_k["megabytes"][-1] < dense["megabytes"][-1] / 20
+    distance = {method: result["distances"][-1] for method, result in found["logistic_regression"].items()}
+    assert distance["I − ηH"] < distance["error feedback"] / 3 < distance["rounded, no feedback"] / 9, distance
+    assert min(found["numpy_loop"]["none"][-1], found["numpy_loop"]["top_k"][-1]) > 0.85, found["numpy_loop"]
+
+
+@pytest.mark.parametrize(("script", "needs", "method"), [("hf_trainer", "transformers", "top_k"), ("lightning_ddp", "lightning", "detached")])
+def test_frameworks_train_through_ddps_hook(script: str, needs: str, method: str, tmp_path: Path) -> None:
+    """Not among what launch/test.sh installs: 300 MB, and many seconds of imports."""
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed: pip install '.[frameworks]'")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    arguments = ("--method", "none", method, "--steps", "10", "--batch", "1", "--out", str(tmp_path))
+    printed = run_job(torchrun, REPO / "examples" / f"{script}.py", arguments, timeout=240)
+    losses = json.loads((tmp_path / f"{script}.json").read_text())
+    assert losses["none"][-1] < losses["none"][0] and losses[method] != losses["none"], losses
+    ratio = float(re.search(rf"{method} .* (\S+)x ", printed)[1])  # type: ignore[index]
+    assert ratio > 10 and (tmp_path / f"{script}.png").stat().st_size > 10_000
