@@ -1,6 +1,7 @@
 """What `hvd-ecsgd advise` predicts for a step, beside what a step takes, in one run.
 
     benchmarks/netlab.sh with 4 1gbit python benchmarks/predictions.py --json predictions.json --plot predictions.svg
+    benchmarks/netlab.sh with 4 100mbit --delay 25 python benchmarks/predictions.py --methods fp16 "power_sgd(2)" "top_k(100)"
 
 The model is ten square linear layers, and steps are those of mpi_backend's optimizer. Nothing is fitted to what is predicted: the network is
 measured by collectives of its own sizes, and kernels without it.
@@ -62,7 +63,8 @@ def main() -> None:
             print(f"{row}  predicted {1e3 * predicted[name]:9.2f} ms, × {ratios[name]:.2f}  ({parts})")
         near = sum(0.8 <= r <= 1.25 for r in ratios.values())
         print(f"{near} of {len(ratios)} within 25 %; the median quotient is {statistics.median(ratios.values()):.2f}")
-        write(options, "Predicted and measured steps", {"measured": list(rows.values())}, plot, size=size, predicted=predicted, compute=alone.median)
+        about = {"size": size, "predicted": predicted, "compute": alone.median, "latency": network.latency, "rate used": network.rate}
+        write(options, "Predicted and measured steps", {"measured": list(rows.values())}, plot, **about)
 
 
 if __name__ == "__main__":

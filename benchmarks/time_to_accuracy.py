@@ -5,16 +5,20 @@
 How many steps a method needs does not depend on the network, since all workers wait for each other, and how long its steps take does not depend
 on how far it has come. So training runs once for each method and seed, on four simulated workers; and on four emulated hosts (netlab.sh) steps
 are timed at each pressure ρ = time of a dense ring all-reduce ÷ time to compute a step, all methods taking turns. Time to accuracy is the
-product. The target is the dense run's last loss and one per cent; a method that does not come there in as many steps as the dense run took in
-all is said to miss it. `auto` takes its trial, and then the steps that are left of the method that it chose.
+product. The target is the dense run's last loss and one per cent. Each method has the learning rate of four (RATES) with which it ends best on
+another seed, and if it misses the target on that one, twice as many steps; what does not come there then, with every seed, is said to miss it.
+`fp16` has the dense run's rate, and so has `auto`, which takes its trial, and then the steps that are left of the method that it chose.
 
-Between these hosts: `netlab.sh with 4 RATE python benchmarks/time_to_accuracy.py --steps-at PROBLEM --json FILE` times steps.
+What was measured is kept in the files of `--curves` and `--steps`, so the work can be done in pieces: curves on a machine that does other things,
+too, steps on one that does nothing else. Between hosts that are there: `netlab.sh with 4 RATE python benchmarks/time_to_accuracy.py --steps-at
+PROBLEM --json FILE` times steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -23,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +39,17 @@ from hvd_ecsgd.transport import Transport, run_simulated
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
+import bytes_lm  # noqa: E402
 import digits  # noqa: E402
 
-WORKERS, EVERY, LR = 4, 10, 0.05
+WORKERS, EVERY = 4, 10
 PRESSURES = (0.3, 3.0, 30.0, 300.0)
+RATES = (0.05, 0.1, 0.2, 0.4)
+"""Learning rates. Each method takes the one with which its last loss is least on a seed that counts no further."""
+TUNING = 100
+"""That seed."""
+LONGER = 2
+"""So many times as many steps has a method that the dense run's number is not enough for."""
 METHODS: dict[str, Callable[[], Any]] = {
     "none": lambda: Compression.none(),
     "fp16": lambda: Compression.fp16(error_feedback=True),
@@ -48,7 +59,10 @@ METHODS: dict[str, Callable[[], Any]] = {
     "power_sgd(2)": lambda: Compression.power_sgd(2),
 }
 AUTO = "auto()"
-
+NAMED = {"none": "none", "fp16": "fp16", "power_sgd": "power_sgd(2)"}
+"""What it chooses among, as those are named here."""
+TUNED_AS = {"fp16": "none"}
+"""Whose learning rate a method takes, where that is not its own."""
 
 TARGETS: dict[str, Callable[[float], float]] = {"loss": lambda dense: 1.01 * dense, "errors": lambda dense: dense + 0.01}
 """What must be reached, given the dense run's last value: its loss and one per cent; its share of errors and one point."""
@@ -82,21 +96,38 @@ def digits_problem() -> Problem:
     return Problem(digits.make_model, loss, held_out, 20 * each)
 
 
-PROBLEMS: Mapping[str, Callable[[], Problem]] = {"digits": digits_problem}
+def bytes_problem() -> Problem:
+    text, length, batch = bytes_lm.load_text(), 64, 4
+    tested = bytes_lm.windows(text.held_out, bytes_lm.spread(text.held_out, 64, length), length)
+
+    def loss(model: torch.nn.Module, rank: int, step: int, seed: int) -> torch.Tensor:
+        drawn = bytes_lm.draw(text.train, WORKERS * batch, length, torch.Generator().manual_seed(10_000 * seed + step))
+        return bytes_lm.loss_of(model, bytes_lm.windows(text.train, drawn[rank * batch : (rank + 1) * batch], length))
+
+    def held_out(model: torch.nn.Module) -> dict[str, float]:
+        with torch.no_grad():
+            return {"loss": float(bytes_lm.loss_of(model, tested))}
+
+    return Problem(lambda: bytes_lm.Transformer(length=length), loss, held_out, 240)
+
+
+PROBLEMS: Mapping[str, Callable[[], Problem]] = {"digits": digits_problem, "bytes": bytes_problem}
 
 
 Curve = list[dict[str, float]]
 
 
-def curve(problem: Problem, method: str, seed: int, steps: int) -> Curve:
-    """What counts after every `EVERY` steps, at x."""
+def curve(problem: Problem, method: str, rate: float, seed: int, steps: int) -> Curve:
+    """What counts after every `EVERY` steps, at x; until the loss is three times what it was in the beginning, where training has failed."""
 
     def worker(transport: Transport) -> Curve:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = problem.make_model()
-        taken = []
-        sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
+        taken: Curve = []
+        with torch.no_grad():
+            first = float(problem.loss(model, 0, 0, seed))
+        sgd = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
         optimizer: Any = DistributedOptimizer(sgd, model.named_parameters(), METHODS[method](), transport=transport)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
         for step in range(steps):
@@ -106,26 +137,78 @@ def curve(problem: Problem, method: str, seed: int, steps: int) -> Curve:
             schedule.step()
             if (step + 1) % EVERY == 0:
                 with optimizer.compression.at("averaged"):
-                    taken.append(problem.held_out(model) if transport.rank == 0 else {})
+                    now = problem.held_out(model) if transport.rank == 0 else {"loss": 0.0}
+                told = torch.tensor([now["loss"]], dtype=torch.float64)
+                if not float(transport.allgather(told, f"loss.{step}", [1] * transport.size).wait()[0]) < 3 * first:
+                    break
+                taken.append(now)
         return taken
 
     with torch.random.fork_rng(devices=[]):
         return run_simulated(WORKERS, worker)[0]
 
 
-def all_curves(name: str, problem: Problem, seeds: int, steps: int, file: Path | None) -> dict[str, list[Curve]]:
-    """By method and seed; kept in `file`."""
-    kept: dict[str, Curve] = json.loads(file.read_text()) if file is not None and file.exists() else {}
-    curves: dict[str, list[Curve]] = {}
-    for method in METHODS:
-        for seed in range(seeds):
-            key = f"{name}, {method}, seed {seed}, {steps} steps"
-            if key not in kept:
-                kept[key] = curve(problem, method, seed, steps)
-                if file is not None:
-                    file.write_text(json.dumps(kept))
-            curves.setdefault(method, []).append(kept[key])
-    return curves
+@dataclass(frozen=True)
+class Kept:
+    """What was measured before, by name, in a file. Several processes may add to it at a time, each names of its own."""
+
+    file: Path | None
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        found = self._read()
+        if key not in found:
+            made = make()
+            found = self._read() | {key: made}  # others have added to it meanwhile
+            if self.file is None:
+                return made
+            new = self.file.with_suffix(f".{os.getpid()}")
+            new.write_text(json.dumps(found))
+            new.replace(self.file)
+        return found[key]
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text()) if self.file is not None and self.file.exists() else {}
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Of a problem: curves by method, learning rate and seed."""
+
+    name: str
+    problem: Problem
+    steps: int
+    rates: Sequence[float]
+    kept: Kept
+
+    def curve(self, method: str, rate: float, seed: int, times: int = 1) -> Curve:
+        """In `times` as many steps as the dense run takes; the learning rate falls likewise."""
+        steps = times * self.steps
+        key = f"{self.name}, {method}, rate {rate:g}, seed {seed}, {steps} steps"
+        found: Curve = self.kept.get(key, lambda: curve(self.problem, method, rate, seed, steps))
+        return found
+
+    def rate(self, method: str) -> float:
+        """With which the last loss is least, on a seed of its own."""
+        if len(self.rates) == 1:
+            return self.rates[0]
+
+        return min(self.rates, key=lambda rate: self._last(method, rate))
+
+    def _last(self, method: str, rate: float) -> float:
+        """Loss on that seed, in as many steps as the dense run takes."""
+        taken = self.curve(TUNED_AS.get(method, method), rate, TUNING)
+        return taken[-1]["loss"] if len(taken) == self.steps // EVERY else math.inf
+
+    def times(self, method: str, rate: float) -> int:
+        """Once as many steps as the dense run where that is enough on the seed for tuning, else `LONGER` times as many."""
+        if len(self.rates) == 1:
+            return 1
+        return 1 if self._last(method, rate) <= TARGETS["loss"](self._last("none", self.rate("none"))) else LONGER
+
+    def curves(self, methods: Sequence[str], seeds: int, rate: float | None = None) -> dict[str, list[Curve]]:
+        """By method and seed, at each method's own learning rate or at `rate`."""
+        rates = {m: self.rate(m) if rate is None else rate for m in methods}
+        return {m: [self.curve(m, rates[m], seed, self.times(m, rates[m])) for seed in range(seeds)] for m in methods}
 
 
 def steps_to(what: str, curves: Mapping[str, list[Curve]]) -> dict[str, list[int | None]]:
@@ -144,7 +227,7 @@ def mean_steps(reached: Mapping[str, list[int | None]]) -> dict[str, int | None]
     return {m: None if None in steps else round(statistics.mean(s for s in steps if s is not None)) for m, steps in reached.items()}
 
 
-def time_steps(name: str, rounds: int, steps: int) -> dict[str, Any]:
+def time_steps(name: str, rounds: int, steps: int, warm_up: int) -> dict[str, Any]:
     """Seconds of a step of each method, the slowest rank's, on the ranks of this job; what `auto` chose."""
     import mpi_backend as hvd
 
@@ -159,7 +242,7 @@ def time_steps(name: str, rounds: int, steps: int) -> dict[str, Any]:
     def run(method: str, warm_up: int) -> list[float]:
         torch.manual_seed(0)
         model = problem.make_model()
-        optimizer: Any = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=RATES[0], momentum=0.9, weight_decay=1e-4)
         if method != "compute alone":
             compression = Compression.auto() if method == AUTO else METHODS[method]()
             optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
@@ -178,12 +261,11 @@ def time_steps(name: str, rounds: int, steps: int) -> dict[str, Any]:
 
     for _ in range(rounds):
         for method, times in seconds.items():
-            times += run(method, 4)
+            times += run(method, warm_up)
     after = run(AUTO, 17)
     decision = chosen[0].decisions[0]
-    named = {"none": "none", "fp16": "fp16", "power_sgd": "power_sgd(2)"}
     auto = {
-        "chose": named[decision.chosen],
+        "chose": NAMED[decision.chosen],
         "log": str(decision),
         "trial": decision.step / 3 * sum(decision.seconds.values()),
         "steps": decision.step,
@@ -191,25 +273,56 @@ def time_steps(name: str, rounds: int, steps: int) -> dict[str, Any]:
     return {"seconds": seconds, "auto": {**auto, "median": statistics.median(after)}}
 
 
-def on_hosts(name: str, rate: int, rounds: int, steps: int) -> dict[str, Any]:
+def on_hosts(name: str, rate: int, rounds: int, steps: int, warm_up: int) -> dict[str, Any]:
     """`time_steps` on emulated hosts, with links of `rate` bits per second."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "steps.json"
         command = [str(HERE / "netlab.sh"), "with", str(WORKERS), f"{max(1, rate // 1000)}kbit", sys.executable, str(Path(__file__).resolve())]
-        command += ["--steps-at", name, "--rounds", str(rounds), "--timed", str(steps), "--json", str(file)]
+        command += ["--steps-at", name, "--rounds", str(rounds), "--timed", str(steps), "--warm-up", str(warm_up), "--json", str(file)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}, timeout=1200)
         result: dict[str, Any] = json.loads(file.read_text())
         return result
 
 
-def seconds_to_accuracy(needed: Mapping[str, int | None], timed: Mapping[str, Any]) -> dict[str, float | None]:
-    """By method; None where it misses the target."""
+def seconds_to_accuracy(needed: Mapping[str, int | None], chosen: Mapping[str, int | None], timed: Mapping[str, Any]) -> dict[str, float | None]:
+    """By method; None where it misses the target. `chosen`: steps of what `auto` chooses among, with the dense run's learning rate."""
     step = {method: statistics.median(times) for method, times in timed["seconds"].items()}
     result = {method: None if steps is None else steps * step[method] for method, steps in needed.items()}
     auto = timed["auto"]
-    steps = needed[auto["chose"]]
+    steps = chosen[auto["chose"]]
     result[AUTO] = None if steps is None else auto["trial"] + max(0, steps - auto["steps"]) * step[auto["chose"]]
     return result
+
+
+def of_problem(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All that there is to know of it."""
+    problem, timed = PROBLEMS[name](), Kept(options.steps)
+    steps, rates = (2 * EVERY, RATES[:1]) if options.short else (problem.steps, RATES)
+    trainings = Trainings(name, problem, steps, rates, Kept(options.curves))
+    curves = trainings.curves(list(METHODS), options.seeds)
+    chosen_among = trainings.curves(list(NAMED.values()), options.seeds, trainings.rate("none"))
+    reached = {what: steps_to(what, curves) for what in TARGETS if what in curves["none"][0][0]}
+    by_auto = {what: steps_to(what, chosen_among) for what in reached}
+    n_bytes = sum(p.nbytes for p in problem.make_model().parameters())
+    alone = timed.get(f"{name}, compute alone", lambda: on_hosts(name, 10**10, 1, options.timed, options.warm_up))
+    compute = statistics.median(alone["seconds"]["compute alone"])
+    cells = {}
+    for pressure in options.pressures:
+        rate = int(2 * (WORKERS - 1) / WORKERS * 8 * n_bytes / (pressure * compute))
+        kept = timed.get(f"{name}, ρ = {pressure:g}", lambda rate=rate: on_hosts(name, rate, options.rounds, options.timed, options.warm_up))
+        seconds = {what: seconds_to_accuracy(mean_steps(reached[what]), mean_steps(by_auto[what]), kept) for what in reached}
+        cells[str(pressure)] = {"rate": rate, "steps": kept, "seconds": seconds}
+    return {
+        "bytes": n_bytes,
+        "compute": compute,
+        "steps": steps,
+        "rates": {method: trainings.rate(method) for method in METHODS},
+        "times": {method: trainings.times(method, trainings.rate(method)) for method in METHODS},
+        "reached": reached,
+        "by auto": by_auto,
+        "curves": curves,
+        "pressures": cells,
+    }
 
 
 def main() -> None:
@@ -218,41 +331,29 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="file that a plot is written to (.svg, .png)")
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--curves", type=Path, help="file that losses are kept in, by step: what is there is not trained again")
+    parser.add_argument("--steps", type=Path, help="file that times of steps are kept in, likewise")
+    parser.add_argument("--pressures", nargs="+", type=float, default=PRESSURES, help="ρ")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2, help="of timing steps")
     parser.add_argument("--timed", type=int, default=4, help="steps that are timed, for each method in each round")
+    parser.add_argument("--warm-up", type=int, default=4, help="steps before those")
     parser.add_argument("--short", action="store_true", help="little of everything, to see that it runs")
     parser.add_argument("--steps-at", choices=list(PROBLEMS), help="time steps on the ranks of this job")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if options.steps_at:
-        result = time_steps(options.steps_at, options.rounds, options.timed)
+        result = time_steps(options.steps_at, options.rounds, options.timed, options.warm_up)
         if int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == 0:
             options.json.write_text(json.dumps(result))
         return
-    pressures, seeds, rounds, timed = ((3.0,), 1, 1, 1) if options.short else (PRESSURES, options.seeds, options.rounds, options.timed)
+    if options.short:
+        options.pressures, options.seeds, options.rounds, options.timed = (3.0,), 1, 1, 1
     report: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     for name in options.problems:
-        problem = PROBLEMS[name]()
-        steps = 2 * EVERY if options.short else problem.steps
-        curves = all_curves(name, problem, seeds, steps, options.curves)
-        reached = {what: steps_to(what, curves) for what in curves["none"][0][0]}
-        needed = {what: mean_steps(steps) for what, steps in reached.items()}
-        n_bytes = sum(p.nbytes for p in problem.make_model().parameters())
-        compute = statistics.median(on_hosts(name, 10**10, 1, timed)["seconds"]["compute alone"])
-        cells = {}
-        for pressure in pressures:
-            rate = int(2 * (WORKERS - 1) / WORKERS * 8 * n_bytes / (pressure * compute))
-            found = on_hosts(name, rate, rounds, timed)
-            cells[str(pressure)] = {
-                "rate": rate,
-                "steps": found,
-                "seconds": {what: seconds_to_accuracy(steps, found) for what, steps in needed.items()},
-            }
-        report[name] = {"bytes": n_bytes, "compute": compute, "steps": steps, "reached": reached, "curves": curves, "pressures": cells}
-        for what, steps_of in needed.items():
-            print(table(name, what, report[name], steps_of), flush=True)
+        report[name] = of_problem(name, options)
+        for what, steps_of in report[name]["reached"].items():
+            print(table(name, what, report[name], mean_steps(steps_of)), flush=True)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:

@@ -15,6 +15,7 @@ from .core.bound import BoundCompression, Named
 from .core.method import Method
 from .core.tuner import DENSE, Tuner
 from .errors import CompressionError
+from .evidence import STEPS
 from .exchange import (
     AllGather,
     AllReduce,
@@ -303,20 +304,22 @@ class Compression:
         """The fastest of several methods on this network, for this model; dense where compression saves less than a tenth of a step's time.
 
         Each is tried in `trial` steps of the training (the first is not counted), and all ranks go on with the same: after 15 steps with the default
-        `candidates`, by name: "none", "fp16" and "power_sgd", which reach dense training's loss (benchmarks/README.md). Name your own, among
-        them "none", all with error feedback in gradient units; residuals are carried from one to the next. All is tried again after `every` steps,
+        `candidates`, by name: "none", "fp16" and "power_sgd", which reach dense training's loss. PowerSGD may take more steps to it
+        (`hvd_ecsgd.evidence`), and is chosen where it is first nevertheless; it may want a smaller learning rate. Name your own, among them
+        "none", all with error feedback in gradient units; residuals are carried from one to the next. All is tried again after `every` steps,
         after loading, and when steps become slower or faster by half. `options` are those of the default candidates. The figures:
         `compression.tuner.decisions`, and the logger `hvd_ecsgd` (INFO, rank 0). Raises `CompressionError` for candidates that do not fit together.
         """
         if candidates is not None and options:
             raise CompressionError(f"auto(): {sorted(options)[0]} belongs to the default candidates; give it to those named.")
-        if candidates is None:
-            candidates = {
-                DENSE: Compression(Identity(), ErrorFeedback(), **options),
-                "fp16": Compression.fp16(error_feedback=True, **options),
-                "power_sgd": Compression.power_sgd(**options),
-            }
-        return AutoCompression(candidates, trial, every)
+        if candidates is not None:
+            return AutoCompression(candidates, trial, every, {})
+        candidates = {
+            DENSE: Compression(Identity(), ErrorFeedback(), **options),
+            "fp16": Compression.fp16(error_feedback=True, **options),
+            "power_sgd": Compression.power_sgd(2, **options),
+        }
+        return AutoCompression(candidates, trial, every, {DENSE: STEPS["none"], "fp16": STEPS["fp16"], "power_sgd": STEPS["power_sgd(2)"]})
 
     @staticmethod
     def power_sgd(
@@ -346,11 +349,11 @@ def _feedback(wanted: bool) -> Feedback:
 class AutoCompression(Compression):
     """`Compression.auto(…)`: begins dense."""
 
-    def __init__(self, candidates: Mapping[str, Compression], trial: int, every: int | None) -> None:
+    def __init__(self, candidates: Mapping[str, Compression], trial: int, every: int | None, steps: Mapping[str, float]) -> None:
         for name, candidate in candidates.items():
             if not isinstance(getattr(candidate, "method", None), Method) or isinstance(candidate, BoundCompression):
                 raise CompressionError(f"auto(): candidate '{name}' must be Compression.<preset>(…), not bound, got {candidate!r:.100}.")
-        self._options = (candidates, trial, every)
+        self._options = (candidates, trial, every, steps)
         self.tuner()  # which looks at them
         self.method = candidates[DENSE].method
 

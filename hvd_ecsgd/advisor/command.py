@@ -171,16 +171,20 @@ def _print(network: Network, parameters: int, compute: float, costs: dict[str, C
         cost = costs[name]
         numbers = [1e3 * seconds[name], seconds[name] / seconds["none"], 1e3 * cost.kernels, 1e3 * network.total(cost.sent)]
         shown = [f"{numbers[0]:.0f}", f"{numbers[1]:.2f}", *(f"{x:.1f}" for x in numbers[2:])]
-        remark = "<- recommended" if name == choice else "" if CANDIDATES[name].trusted else "accuracy: try it"
+        steps = CANDIDATES[name].steps
+        known = "accuracy: try it" if steps is None else "" if steps == 1 else f"{steps:g} times as many steps"
+        remark = f"<- recommended{known and f', with {known}'}" if name == choice else known
         rows.append((name, *shown, f"{sum(s.bytes for s in cost.sent) / 1e6:.2f}", f"{cost.memory / 1e6:.0f}", remark))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:-1], widths[1:-1], strict=True)), row[-1]]).rstrip())
     print()
     if choice == "none":
-        print("Do not compress: no method that is known to keep the accuracy makes a step a tenth faster here.")
+        print("Do not compress: no method that is known to keep the accuracy comes there a tenth sooner here.")
     else:
-        print(f"Compression.{choice}: a step takes {seconds[choice] / seconds['none']:.2f} of an uncompressed one.")
+        steps = CANDIDATES[choice].steps
+        more = "" if steps == 1 else f", and {steps:g} times as many steps come to the same accuracy; it may need a smaller learning rate"
+        print(f"Compression.{choice}: a step takes {seconds[choice] / seconds['none']:.2f} of an uncompressed one{more}.")
 
 
 def _plot(file: Path, network: Network, predicted: Callable[[Network], dict[str, float]], parameters: int, compute: float) -> None:
@@ -193,7 +197,7 @@ def _plot(file: Path, network: Network, predicted: Callable[[Network], dict[str,
     curves = [predicted(network.at_rate(rate)) for rate in rates]
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for name in curves[0]:
-        axes.plot(rates, [curve[name] for curve in curves], label=name, linestyle="-" if CANDIDATES[name].trusted else ":")
+        axes.plot(rates, [curve[name] for curve in curves], label=name, linestyle=":" if CANDIDATES[name].steps is None else "-")
     axes.axvline(network.rate, color="gray", linewidth=1)
     axes.annotate(" this network", (network.rate, axes.get_ylim()[1]), va="top", color="gray")
     axes.axhline(compute, color="black", linewidth=0.5)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..compression import Compression
+from ..evidence import STEPS, fastest
 from ..gradient_exchange import GradientExchange
 from ..optimizer.distributed import BUCKET_BYTES
 from ..transport.base import Transport
@@ -20,31 +21,29 @@ from .network import Network, meet, slowest
 
 __all__ = ["CANDIDATES", "Candidate", "Cost", "cost_of", "recommended", "step_seconds"]
 
-WORTH = 0.9
-"""Compression is recommended where a step takes less than so much of an uncompressed one."""
-
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method that is weighed. `trusted`: it reaches the accuracy of dense training in docs/reproduce.md's comparisons and in the quickstart; others
-    are shown and not recommended."""
+    """A method that is weighed. `steps`: that it takes to the accuracy of dense training, as multiples (`hvd_ecsgd.evidence`); None where it is not
+    known to come there, and it is shown and not recommended."""
 
     make: Callable[[], Any]
-    trusted: bool = False
+    steps: float | None = None
 
 
-CANDIDATES: Mapping[str, Candidate] = {
-    "none": Candidate(lambda: Compression.none, trusted=True),
-    "fp16": Candidate(lambda: Compression.fp16, trusted=True),
-    "random_block(64)": Candidate(lambda: Compression.random_block(64)),
-    "detached(64)": Candidate(lambda: Compression.detached(64), trusted=True),
-    "double_squeeze()": Candidate(lambda: Compression.double_squeeze(), trusted=True),
-    "random_k(100)": Candidate(lambda: Compression.random_k(100)),
-    "top_k(100)": Candidate(lambda: Compression.top_k(100)),
-    "one_bit()": Candidate(lambda: Compression.one_bit()),
-    "power_sgd(1)": Candidate(lambda: Compression.power_sgd(1)),
-    "qsgd()": Candidate(lambda: Compression.qsgd()),
+_MADE: Mapping[str, Callable[[], Any]] = {
+    "none": lambda: Compression.none,
+    "fp16": lambda: Compression.fp16,
+    "random_block(64)": lambda: Compression.random_block(64),
+    "detached(64)": lambda: Compression.detached(64),
+    "double_squeeze()": lambda: Compression.double_squeeze(),
+    "random_k(100)": lambda: Compression.random_k(100),
+    "top_k(100)": lambda: Compression.top_k(100),
+    "one_bit()": lambda: Compression.one_bit(),
+    "power_sgd(2)": lambda: Compression.power_sgd(2),
+    "qsgd()": lambda: Compression.qsgd(),
 }
+CANDIDATES: Mapping[str, Candidate] = {name: Candidate(make, STEPS.get(name)) for name, make in _MADE.items()}
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,5 @@ def step_seconds(compute: float, cost: Cost, network: Network, gradient_bytes: i
 
 
 def recommended(seconds: Mapping[str, float]) -> str:
-    """The fastest of the trusted methods; `none` where that saves too little to be worth it."""
-    best = min((name for name in seconds if name in CANDIDATES and CANDIDATES[name].trusted), key=lambda name: seconds[name])
-    return best if seconds[best] < WORTH * seconds["none"] else "none"
+    """What comes to the accuracy of dense training first, by what a step takes; `none` where that saves too little to be worth it."""
+    return fastest(seconds, STEPS, "none")

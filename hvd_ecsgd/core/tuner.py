@@ -17,6 +17,7 @@ import torch
 
 from ..arguments import check_integer
 from ..errors import CompressionError
+from ..evidence import fastest
 from ..transport.base import Transport
 from .method import Method
 
@@ -24,8 +25,6 @@ __all__ = ["DENSE", "Candidate", "Decision", "Tuner"]
 
 DENSE = "none"
 """The candidate that sends everything."""
-WORTH = 0.9
-"""Compression is chosen where a step takes less than so much of a dense one."""
 WINDOW = 100
 """Steps over which a median is taken that is compared with the one before."""
 DRIFT = 1.5
@@ -102,13 +101,15 @@ class StepTimes:
 
 class Tuner:
     """Tries `candidates` for `trial` steps each, of which the first is not counted, and goes on with the fastest; with the dense one where no other
-    takes less than nine tenths of its time.
+    takes less than nine tenths of its time. `steps`: of a candidate that needs more steps than dense training, how many times as many.
 
     All is tried again after `every` steps, if that is given, and when the median of a hundred steps has changed by half from one hundred to the
     next.
     """
 
-    def __init__(self, candidates: Mapping[str, Candidate], trial: int = 5, every: int | None = None) -> None:
+    def __init__(
+        self, candidates: Mapping[str, Candidate], trial: int = 5, every: int | None = None, steps: Mapping[str, float] | None = None
+    ) -> None:
         if DENSE not in candidates or len(candidates) < 2:
             raise CompressionError(f"auto(): expected candidates for '{DENSE}' and at least one other name, got {sorted(candidates)}.")
         dense = candidates[DENSE].method
@@ -124,6 +125,7 @@ class Tuner:
             if every <= trial * len(candidates):
                 raise CompressionError(f"auto(): every={every}: expected more steps than a trial of all takes, {trial * len(candidates)}, or None.")
         self.candidates, self.trial, self.every = dict(candidates), trial, every
+        self.steps = {name: 1.0 for name in candidates} | dict(steps or {})
         self.decisions: list[Decision] = []
         self.times = StepTimes()
         self.begin("training began")
@@ -176,8 +178,7 @@ class Tuner:
             next_ = self._waiting.pop(0)
         else:
             seconds = {name: self._tried[name] for name in self.candidates}
-            best = min(seconds, key=lambda name: seconds[name])
-            next_ = best if seconds[best] < WORTH * seconds[DENSE] else DENSE
+            next_ = fastest(seconds, self.steps, DENSE)
             self.decisions.append(Decision(self.times.step, next_, seconds, self._why))
             if tuned.transport.rank == 0:
                 _log.info("Compression.auto %s.", self.decisions[-1])

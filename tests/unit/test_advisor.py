@@ -7,8 +7,9 @@ import argparse
 import pytest
 import torch
 
-from hvd_ecsgd import CompressionError
+from hvd_ecsgd import Compression, CompressionError
 from hvd_ecsgd.advisor import CANDIDATES, Cost, Network, advise, connect, cost_of, measure, recommended, step_seconds
+from hvd_ecsgd.evidence import STEPS
 from hvd_ecsgd.transport import Transport, run_simulated
 from hvd_ecsgd.transport.echo import EchoTransport, Sent
 from tests.problems import mlp
@@ -40,9 +41,17 @@ def test_a_step_is_no_shorter_than_its_parts_and_no_longer_than_all_of_them() ->
 
 
 def test_compression_must_be_worth_it_and_known_to_keep_the_accuracy() -> None:
-    assert recommended({"none": 1.0, "fp16": 0.95, "detached(64)": 0.91}) == "none"
-    assert recommended({"none": 1.0, "fp16": 0.7, "detached(64)": 0.6, "top_k(100)": 0.1}) == "detached(64)"
-    assert {name for name, candidate in CANDIDATES.items() if candidate.trusted} == {"none", "fp16", "detached(64)", "double_squeeze()"}
+    assert recommended({"none": 1.0, "fp16": 0.95, "power_sgd(2)": 0.95}) == "none"
+    assert recommended({"none": 1.0, "fp16": 0.7, "power_sgd(2)": 0.6, "one_bit()": 0.1}) == "fp16", "more steps, each of them shorter"
+    assert recommended({"none": 1.0, "fp16": 0.7, "power_sgd(2)": 0.3, "one_bit()": 0.1}) == "power_sgd(2)"
+
+
+def test_advisor_and_auto_decide_by_the_same_evidence() -> None:
+    """That of hvd_ecsgd/evidence.py."""
+    assert {name: c.steps for name, c in CANDIDATES.items() if c.steps is not None} == dict(STEPS)
+    tuner = Compression.auto().tuner()
+    assert tuner.steps == {name: STEPS[named] for name, named in {"none": "none", "fp16": "fp16", "power_sgd": "power_sgd(2)"}.items()}
+    assert tuner.candidates["power_sgd"].method.exchange == CANDIDATES["power_sgd(2)"].make().method.exchange
 
 
 def test_what_methods_send_is_what_they_send_on_a_network() -> None:

@@ -105,12 +105,12 @@ def test_the_readme_fits_a_terminal() -> None:
 
 # The example of docs/choosing.md: seconds of kernels, and what a worker sends, as shares of the model's bytes.
 MODEL = 100_000_000
-KERNELS = {"none": 0.0, "fp16": 0.03, "detached(64)": 0.03, "double_squeeze()": 0.2}
+KERNELS = {"none": 0.0, "fp16": 0.03, "power_sgd(2)": 0.1, "detached(64)": 0.03}
 SENT: Mapping[str, list[tuple[str, float]]] = {
     "none": [("allreduce", 1.0)],
     "fp16": [("allreduce", 0.5)],
+    "power_sgd(2)": [("allreduce", 1 / 800), ("allreduce", 1 / 800)],
     "detached(64)": [("allreduce", 1 / 64)],
-    "double_squeeze()": [("alltoall", 1 / 32), ("allgather", 1 / 128)],
 }
 RATES = (("100 Mbit/s", 1e8), ("1 Gbit/s", 1e9), ("5 Gbit/s", 5e9), ("10 Gbit/s", 1e10), ("25 Gbit/s", 2.5e10), ("100 Gbit/s", 1e11))
 
