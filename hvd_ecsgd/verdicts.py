@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
@@ -12,7 +14,7 @@ __all__ = ["Verdict", "all_of", "doubt", "known", "known_at_the_end", "verdict"]
 Verdict: TypeAlias = bool | torch.Tensor
 """True when all is well; where a device alone knows, a 0-dim bool tensor there, which takes a wait to look at."""
 
-_doubts: list[tuple[torch.Tensor, Callable[[], Exception]]] = []
+_doubts: deque[tuple[torch.Tensor, Callable[[], Exception]]] = deque()
 """That nobody has looked at: whether something is wrong, and what to raise then."""
 _MOST = 4096
 
@@ -48,7 +50,11 @@ def known(verdicts: Iterable[Verdict]) -> bool:
 
 def known_at_the_end(verdicts: Iterable[Verdict]) -> bool:
     """Likewise of a step, of which everything was started; raises what is doubted and is wrong."""
-    return _read(list(verdicts), [_doubts.pop(0) for _ in range(len(_doubts))])
+    doubts = []
+    with contextlib.suppress(IndexError):  # other threads add, and take, too
+        while True:
+            doubts.append(_doubts.popleft())
+    return _read(list(verdicts), doubts)
 
 
 def _read(verdicts: list[Verdict], doubts: list[tuple[torch.Tensor, Callable[[], Exception]]]) -> bool:

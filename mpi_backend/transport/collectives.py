@@ -90,6 +90,7 @@ class MPITransport:
 
         if copy is not None and self._algorithm == "mpi":
             copy.wait()  # MPI matches collectives of its own by their order
+            copy = None
         return self._operations.start(what, lambda tag: after(copy, lambda: self._reduce_stages(tag, work, op)), finish)
 
     def reduce_scatter(self, t: torch.Tensor, counts: Sequence[int], name: str, op: ReduceOp = "sum") -> Handle[torch.Tensor]:

@@ -184,7 +184,7 @@ def machine() -> tuple[dict[str, Any], str]:
     """Facts for the file, and why there is no GPU ('' where there is one). Asked in a process of its own, as a driver may hang."""
     facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
     try:
-        facts |= json.loads(re.findall(r"^RESULT (.*)$", started([sys.executable, "-c", _ABOUT], 60), re.MULTILINE)[-1])
+        facts |= json.loads(re.findall(r"^RESULT (.*)$", started([sys.executable, "-c", _ABOUT], 120), re.MULTILINE)[-1])
     except Failed as error:
         return facts, "torch is not installed" if "No module named 'torch'" in str(error) else f"the GPU cannot be asked: {error}"
     return facts, "" if facts["gpu"] else "no GPU: torch.cuda.is_available() is False"

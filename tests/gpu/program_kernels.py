@@ -227,7 +227,7 @@ CHECKS: dict[str, Callable[[torch.device, bool], list[str]]] = {
     "long": check_long,
 }
 
-LEFT_OUT = [str(c) for c in (TopK(100), TopK(1), TopK(k=5), RandomK(5000), RandomBlock(3), RandomBlock(1), Threshold(100), Threshold(1),
+LEFT_OUT = [str(c) for c in (TopK(100), TopK(1), TopK(k=5), RandomK(5000), RandomBlock(1), Threshold(100), Threshold(1),
             Threshold(20, 0.9), Sign("l1", 8), Sign("l2", 5000), Ternary("l1"), QSGD(7), QSGD(1, 16), QSGD(norm="max"))]  # fmt: skip
 """With --short."""
 
