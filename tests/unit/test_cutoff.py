@@ -132,6 +132,9 @@ def test_nothing_is_lost_at_any_step(method: str, n: int) -> None:
         waits = sum(e for _, e, _, _ in now) / n + sum(server for _, _, server, _ in now)
         y = y - lr * sum(g for *_, g in now) / n
         assert torch.allclose(now[0][0] - lr * waits, y, atol=1e-12), f"step {t}"
+        for r in LATE[t]:
+            e, waited = now[r][1], by_rank[r][t - 1][1]
+            assert torch.allclose(e, RATES[t - 1] / lr * waited, atol=1e-12), f"step {t}: who is late sends nothing, and its residual waits"
         before = waits
     assert method == "none" or float(before.abs().max()) > 1e-3
 
