@@ -170,7 +170,7 @@ def claims(figures: Figures) -> list[Claim]:
 
 def run(size: Size) -> Report:
     """The grid staleness × α against the step-size rule, and Q-IAG against plain asynchronous steps."""
-    taus, steps, pushes = TAUS[:2] if size.smoke else TAUS, size.pick(50, 600, 20000), size.pick(30, 2000, 20000)
+    taus, steps, pushes = TAUS[:2] if size.smoke else TAUS, size.pick(50, 1500, 20000), size.pick(30, 2000, 20000)
     cells = [(c, tau) for c in COMPRESSORS for tau in taus]
     limits = {}
     for c, tau in cells:
