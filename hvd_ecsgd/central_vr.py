@@ -14,6 +14,7 @@ from .errors import CompressionError
 from .gradient_exchange import GradientExchange
 from .kernels import all_finite
 from .transport import Transport
+from .verdicts import known
 
 __all__ = ["CentralVR"]
 
@@ -77,7 +78,7 @@ class CentralVR(torch.optim.Optimizer):
         """Move this worker's parameters by their gradients, which are those of its batch `batch`. Nothing is sent."""
         check_integer(batch, "batch", f"the number of a batch, an integer from 0 to {self.batches - 1}", least=0, most=self.batches - 1)
         parameters = [(p, p.grad, group["lr"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not all(all_finite(g) for _, g, _ in parameters):
+        if not known([all_finite(g) for _, g, _ in parameters]):
             if not self._warned:
                 warnings.warn(
                     f"CentralVR: the gradient of batch {batch} holds an inf or NaN; such batches are left out.", RuntimeWarning, stacklevel=2

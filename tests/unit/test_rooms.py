@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ddp": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "fsdp": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "gradient_exchange": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
-    "central_vr": {"gradient_exchange", "compression", "kernels", "transport", "errors", "arguments"},
+    "central_vr": {"gradient_exchange", "compression", "kernels", "transport", "verdicts", "errors", "arguments"},
     "advisor": {"gradient_exchange", "optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "doctor": {"compression", *IN_CORE, *BELOW_CORE},
     "checkpoint": {*IN_CORE, *BELOW_CORE},
