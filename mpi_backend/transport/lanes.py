@@ -45,8 +45,9 @@ class Lanes:
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
-        self.open: set[_Lane] = set()
-        """Those that have not come to their ends."""
+        self.ended = False
+        """Whether the last stage has come to its end. Between two stages no lane is open, which who looks then must not take for the end."""
+        self._open: set[_Lane] = set()  # those that have not come to their ends
         self._unbegun: deque[_Lane] = deque()  # of these, those that have no room yet
         self._ready: deque[_Lane] = deque()  # lanes that wait for nothing
         self._requests: list[MPI.Request] = []
@@ -57,7 +58,7 @@ class Lanes:
     @property
     def active(self) -> int:
         """Lanes that have begun."""
-        return len(self.open) - len(self._unbegun)
+        return len(self._open) - len(self._unbegun)
 
     def advance(self, room: int) -> bool:
         """Go on as far as possible without waiting, in at most so many lanes at once. Whether anything was done. Raises what a task raises."""
@@ -70,9 +71,12 @@ class Lanes:
 
     def _go_on(self) -> None:
         """Take the next stage in which there is anything to do, if no lane is open."""
-        while not self.open and (tasks := next(self._stages, None)) is not None:
+        while not self._open:
+            if (tasks := next(self._stages, None)) is None:
+                self.ended = True
+                return
             lanes = [_Lane(task) for task in tasks]
-            self.open.update(lanes)
+            self._open.update(lanes)
             (self._ready if len(lanes) == 1 else self._unbegun).extend(lanes)  # what is small waits for nobody
 
     def _begin(self, room: int) -> bool:
@@ -86,7 +90,7 @@ class Lanes:
         try:
             requests = next(lane.task)
         except StopIteration:
-            self.open.remove(lane)
+            self._open.remove(lane)
             self._go_on()
             return
         if isinstance(requests, Copy):

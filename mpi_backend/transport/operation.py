@@ -64,7 +64,7 @@ class Operation(Generic[T]):
     @property
     def travels(self) -> bool:
         """Whether there is anything left to be done before `finish`."""
-        return self._error is None and bool(self.lanes.open)
+        return self._error is None and not self.lanes.ended
 
     def advance(self, room: int) -> bool:
         """Go on as far as possible without waiting, in at most so many lanes at once. Whether anything was done."""

@@ -7,6 +7,7 @@ import torch
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.base import Handle, Transport
 from mpi_backend.transport import MPITransport, collectives, memory
+from mpi_backend.transport.lanes import Lanes, Stages, Task
 from tests.mpi.verdict import DTYPES, Verdict, sample
 
 verdict = Verdict()
@@ -37,6 +38,25 @@ class Staged(MPITransport):
 
     def _stages(self, t: torch.Tensor) -> bool:
         return True
+
+
+def check_between_stages() -> None:
+    """A thread that looks while the next stage is made, and no task is open, must not find that all is over: it would take what is not there yet."""
+    seen: list[bool] = []
+
+    def task() -> Task:
+        yield []
+
+    def stages() -> Stages:
+        for _ in range(3):
+            yield [task()]
+            seen.append(lanes.ended)
+
+    lanes = Lanes(stages())
+    while lanes.advance(4):
+        pass
+    verdict.equal(torch.tensor(seen), torch.tensor([False] * 3), "a collective between two stages is not over")
+    verdict.expect(lanes.ended, "after the last one it is")
 
 
 def finished(handle: Handle[torch.Tensor]) -> torch.Tensor:
@@ -179,6 +199,7 @@ for rows in ([17] * n, [1 + 40 * (r == 0) for r in range(n)], [3, 0, 50][:n], [1
         verdict.equal(out, mine[r], f"cut allgather {rows}, in flight with others")
 memory.LARGEST = 2**30
 
+check_between_stages()
 plain.allgather(torch.ones(plain.rank), "left for close")
 for transport in (plain, staged, *forced.values()):
     transport.close()
