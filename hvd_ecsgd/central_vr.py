@@ -63,12 +63,12 @@ class CentralVR(torch.optim.Optimizer):
         for _, p in named:
             table = torch.zeros((batches, *p.shape), dtype=p.dtype, device=p.device)
             seen = torch.zeros(batches, dtype=p.dtype, device=p.device)
-            self._kept[p] = {"x": p.detach().clone(), "mean": torch.zeros_like(p), "table": table, "seen": seen}
+            self._kept[p] = {"start": p.detach().clone(), "mean": torch.zeros_like(p), "table": table, "seen": seen}
             self.state[p] = dict(self._kept[p])
         self._names = {p: name for name, p in named}
         # Two things of each parameter's shape travel; the exchange is told of them as of parameters.
         travels = [
-            (name + suffix, torch.nn.Parameter(self._kept[p][slot])) for suffix, slot in (("", "x"), (".gradient", "mean")) for name, p in named
+            (name + suffix, torch.nn.Parameter(self._kept[p][slot])) for suffix, slot in (("", "start"), (".gradient", "mean")) for name, p in named
         ]
         self._exchange = GradientExchange(travels, compression, transport)
         self.compression = self._exchange.compression
@@ -103,16 +103,16 @@ class CentralVR(torch.optim.Optimizer):
         gone: dict[str, torch.Tensor] = {}
         for p, name in self._names.items():
             kept = self.state[p]
-            gone[name] = kept["x"] - p
+            gone[name] = kept["start"] - p
             gone[f"{name}.gradient"] = kept["table"].sum(0).div_(kept["seen"].sum().clamp_(min=1.0)).sub_(kept["mean"])
         means = self._exchange.reduce(gone)
         for p, name in self._names.items():
             kept = self.state[p]
             if name in means:
-                kept["x"].sub_(means[name])
+                kept["start"].sub_(means[name])
             if f"{name}.gradient" in means:
                 kept["mean"].add_(means[f"{name}.gradient"])
-            p.copy_(kept["x"])
+            p.copy_(kept["start"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned after an exchange, on a worker with as many batches."""

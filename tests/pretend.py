@@ -197,8 +197,8 @@ class PretendGPU(TorchDispatchMode):
         return _carried_out(func, args, kwargs or {})
 
 
-_WRITES = {"accumulate": (0,), "cast_extract": (2,), "take": (4,), "sample": (4,), "draw_below": (3,), "count_above": (3, 4), "write_above": (6,),
-           "histogram": (3,), "select": (1, 2)}  # fmt: skip
+_WRITES = {"accumulate": (0,), "cast_extract": (2,), "take": (4,), "take_blocks": (4,), "sample": (4,), "draw_below": (3,), "count_above": (3, 4),
+           "write_above": (6,), "histogram": (3,), "select": (1, 2)}  # fmt: skip
 """Which arguments a kernel writes that hold anything before."""
 
 
