@@ -1,9 +1,11 @@
-"""One rank alone calls a function that all call together. Arguments: what the other does meanwhile, and a folder; `step` stands for several checks,
-one after the other, whose errors the script catches."""
+"""One rank alone calls a function that all call together. Arguments: what the other does meanwhile, and a folder. Each stands for several checks,
+whose errors the script catches: one after the other, but for `end`, as a script has one."""
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -106,13 +108,19 @@ if what == "step":
     tell("all", lambda: step(*training))
 else:
     hvd_ecsgd.horovod.opening.SILENCE = 0.5
-    training = make("w", top_k())
-    step(*training)
-    if rank == 0:
-        tell(what, lambda: save(*training))
-    elif what == "allreduce":
-        tell(what, lambda: hvd.allreduce(torch.ones(2), name="loss"))
+    functions = {"save": (top_k, save), "load": (random_block, load), "switch": (random_block, switch), "virtual": (detached, virtual)}
+    trainings = {name: make(name, compression()) for name, (compression, _) in functions.items()}
+    for training in trainings.values():
+        step(*training)
+    alone = {name: lambda call=call, name=name: call(*trainings[name]) for name, (_, call) in functions.items()}
+    if what == "allreduce":
+        for name, call in alone.items():
+            if rank == 0:
+                tell(f"{what}, {name}", call)
+            hvd.allreduce(torch.ones(2), name=f"loss.{name}")  # where the other rank is meanwhile
+    elif rank == 0:
+        threads = [threading.Thread(target=tell, args=(f"{what}, {name}", call)) for name, call in alone.items()]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
     else:
-        import time
-
         time.sleep(1.0)

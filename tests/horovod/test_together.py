@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.ranks import horovodrun
 
 STEP = "Meanwhile a training step began on {}."
@@ -17,6 +19,7 @@ CASES = {
     "first virtual": "at('virtual') was called on rank 0 only; call it on every rank. load_checkpoint was called on rank 1 only; call it on every",
     "both": "save_checkpoint was called on rank 0 only; call it on every rank. load_checkpoint was called on rank 1 only; call it on every rank.",
 }
+FUNCTIONS = {"save": "save_checkpoint", "load": "load_checkpoint", "switch": "switch", "virtual": "at('virtual')"}
 PROGRAM = "tests/horovod/program_together.py"
 
 
@@ -30,14 +33,14 @@ def test_ranks_that_begin_different_things_are_told_so(tmp_path: Path) -> None:
         assert f"all: rank {rank}: nothing was raised" in output
 
 
-def test_a_rank_that_waits_alone_says_what_for(tmp_path: Path) -> None:
-    """While the other is in a collective of Horovod's: a warning, and an error after the limit."""
-    limit = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "2"}
-    output = horovodrun(2, PROGRAM, "allreduce", str(tmp_path), timeout=60, env=limit)
-    assert "rank 0 has waited 0.5 s for other ranks to call save_checkpoint, too." in output
-    assert "allreduce: rank 0: TransportError: save_checkpoint was called on rank 0, and for 2 s" in output
-
-
-def test_a_rank_that_waits_for_one_that_has_ended_says_what_for(tmp_path: Path) -> None:
-    output = horovodrun(2, PROGRAM, "end", str(tmp_path), timeout=60)
-    assert "end: rank 0: HorovodInternalError: save_checkpoint (call it on every rank): " in output
+@pytest.mark.parametrize("what", ["allreduce", "end"])
+def test_a_rank_that_waits_alone_says_what_for(what: str, tmp_path: Path) -> None:
+    """While the other is in a collective of Horovod's: a warning, and an error after the limit. When it ends: what Horovod raises, with the name."""
+    limit = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "1"} if what == "allreduce" else {}
+    output = horovodrun(2, PROGRAM, what, str(tmp_path), timeout=60, env=limit)
+    for name, function in FUNCTIONS.items():
+        assert f"rank 0 has waited 0.5 s for other ranks to call {function}, too." in output
+        if what == "allreduce":
+            assert f"allreduce, {name}: rank 0: TransportError: {function} was called on rank 0, and for 1 s" in output
+        else:
+            assert f"end, {name}: rank 0: HorovodInternalError: {function} (call it on every rank): " in output
