@@ -10,7 +10,7 @@ import torch
 from hvd_ecsgd import DistributedOptimizer
 from hvd_ecsgd.transport import Transport, run_simulated
 
-__all__ = ["batch", "flat", "mlp", "same_bits", "simulate", "slot", "train", "weights"]
+__all__ = ["batch", "flat", "held", "mlp", "same_bits", "simulate", "slot", "train", "weights"]
 
 INPUTS, HIDDEN, CLASSES, SAMPLES = 20, 64, 5, 16
 
@@ -62,6 +62,12 @@ def slot(compression: Any, name: str) -> torch.Tensor:
     """One slot of the state of all parameters in one vector; zeros where a parameter has none."""
     saved = compression.state_dict()["parameters"]
     return flat(saved[n][name] if name in saved.get(n, {}) else torch.zeros_like(p) for n, p in compression.named)
+
+
+def held(compression: Any) -> list[torch.Tensor]:
+    """Copies of all that a method keeps on this rank (residuals, momentum, servers' residuals, …), also in the middle of a step."""
+    states = [state for bucket in compression.aggregator.state.buckets for state in (bucket.state, bucket.exchange_state)]
+    return [t.clone() for state in states for t in (state or {}).values() if t is not None]
 
 
 def simulate(

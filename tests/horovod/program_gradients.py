@@ -10,9 +10,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hvd_ecsgd import Compression, CompressionError, SequenceError
-from tests.cases import ALL
+from tests.cases import ALL, by_name
 from tests.horovod.programs import hvd, run_checks, same_on_all, stock
-from tests.problems import batch, mlp, slot, weights
+from tests.problems import batch, held, mlp, slot, weights
 
 
 def made(compression: Compression, prefix: str, **options: Any) -> tuple[Any, Any, Any]:
@@ -109,15 +109,35 @@ def discarded() -> None:
         backward(model, 3)
         optimizer.synchronize()
         told("between a backward pass", bound.state_dict)
-        kept = [b.residual.clone() for b in bound.aggregator.state.buckets]
+        kept = held(bound)
         told("discard()", optimizer.synchronize)  # nothing is exchanged a second time
-        assert all(torch.equal(b.residual, r) for b, r in zip(bound.aggregator.state.buckets, kept, strict=True)), "nor kept"
+        assert all(map(torch.equal, kept, held(bound))), "nor kept"
         bound.discard()
         assert torch.equal(weights(model, bound), before)
         torch.testing.assert_close(slot(bound, "residual"), residual, rtol=1e-5, atol=1e-6)
         backward(model, 4)
         optimizer.step()
         assert not torch.equal(weights(model, bound), before) and same_on_all(weights(model, bound), f"discard.{name}")
+
+
+def exchanged_once() -> None:
+    """A second `synchronize()` is an error, and leaves all that the method keeps, and the mean, as the first has left them."""
+    for name in ("random_block", "top_k", "local_momentum", "double_squeeze"):
+        reached = []
+        for again in (False, True):
+            model, optimizer, bound = made(by_name(name).make(), f"once.{name}.{again}", momentum=by_name(name).momentum)
+            for t in range(3):
+                optimizer.zero_grad()
+                backward(model, t)
+                optimizer.synchronize()
+                kept = held(bound)
+                if again:
+                    told("skip_synchronize", optimizer.synchronize)
+                    assert kept and all(map(torch.equal, kept, held(bound))), (name, t)
+                with optimizer.skip_synchronize():
+                    optimizer.step()
+            reached.append(torch.cat([weights(model, bound), *(h.flatten().float() for h in held(bound))]))
+        assert torch.equal(*reached), name
 
 
 def never_applied() -> None:
@@ -230,6 +250,7 @@ if __name__ == "__main__":
                 clipping_inside,
                 set_after_the_backward_pass,
                 discarded,
+                exchanged_once,
                 never_applied,
                 step_hooks,
                 in_any_order,

@@ -36,7 +36,7 @@ def test_mistakes_are_told_to_every_rank() -> None:
 
 
 def test_what_scripts_do_to_gradients() -> None:
-    assert len(passed(horovodrun, 2, "program_gradients.py")) == 8
+    assert len(passed(horovodrun, 2, "program_gradients.py")) == 9
 
 
 def test_a_failing_check_ends_the_job_at_once() -> None:

@@ -14,7 +14,7 @@ from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
 from hvd_ecsgd.errors import SequenceError
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, bound_method, by_name, ids
-from tests.problems import batch, mlp, weights
+from tests.problems import batch, held, mlp, weights
 from tests.unit.test_undo import everything
 
 
@@ -311,12 +311,16 @@ def test_gradients_are_exchanged_once(name: str, calls: str) -> None:
         backward(model, t)
         optimizer.step()
     optimizer.zero_grad()
+    earlier = held(optimizer.compression)
     backward(model, 2)
     if calls == "synchronize":
         optimizer.synchronize()
+        kept = held(optimizer.compression)
         with pytest.warns(UserWarning, match="not exchanged again"):
             optimizer.synchronize()
         assert optimizer.compression.aggregator.state.step == 3
+        assert kept and all(map(torch.equal, kept, held(optimizer.compression)))
+        assert len(earlier) == len(kept) and not all(map(torch.equal, earlier, kept)), "the control: the first has changed it"
         return
     first, second = calls.split()
     getattr(optimizer, first)()
