@@ -29,11 +29,6 @@ __all__ = ["BoundCompression", "Driver", "HorovodProtocol", "Named"]
 
 Named = torch.nn.Module | Iterable[tuple[str, torch.nn.Parameter]]
 
-_NO_COPY = (
-    "a bound compression cannot be {}: it belongs to the parameters of one model. Keep its state_dict(), bind the method anew to the other model "
-    "(Compression.….bind(model)), and load_state_dict() there; what is not bound can be copied and pickled."
-)
-
 
 class Unbound(Protocol):
     """`Compression.<preset>(…)`."""
@@ -123,14 +118,12 @@ class BoundCompression:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.method}, {len(self.named)} parameters>"
 
-    def __copy__(self) -> NoReturn:
-        raise CompressionError(_NO_COPY.format("copied"))
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise CompressionError(_NO_COPY.format("copied"))
-
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise CompressionError(_NO_COPY.format("pickled"))
+        """`copy` and `deepcopy` come here, too."""
+        raise CompressionError(
+            "a bound compression cannot be copied or pickled: it belongs to the parameters of one model. Keep its state_dict(), bind the method anew "
+            "to the other model (Compression.….bind(model)), and load_state_dict() there; what is not bound can be copied and pickled."
+        )
 
     @property
     def method(self) -> Method:

@@ -132,7 +132,7 @@ class _Distributed(torch.optim.Optimizer):
             return above(name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
+    def __deepcopy__(self, memo: Any) -> NoReturn:  # the optimizer's own class may have one, and one of the next
         raise CompressionError(_NO_COPY.format("copied"))
 
     def __copy__(self) -> NoReturn:

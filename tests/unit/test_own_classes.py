@@ -428,6 +428,16 @@ def test_schedulers_warn_when_they_would_without_us(first: bool, inside: bool, s
 # -- copies ----------------------------------------------------------------------------------------------------------------------
 
 
+class Copied(torch.optim.SGD):
+    """With ways of its own to be copied."""
+
+    def __copy__(self) -> str:
+        return "copied"
+
+    def __deepcopy__(self, memo: Any) -> str:
+        return "copied"
+
+
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("what", ["optimizer", "compression"])
 def test_copies_are_refused(what: str, used: bool) -> None:
@@ -435,7 +445,7 @@ def test_copies_are_refused(what: str, used: bool) -> None:
     model = mlp()
     compression = Compression.top_k().bind(model)
     if used or what == "optimizer":
-        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression)
+        optimizer = DistributedOptimizer(Copied(model.parameters(), lr=0.1), model.named_parameters(), compression)
     if used:
         model(batch(0, 0)[0]).sum().backward()
         optimizer.step()
