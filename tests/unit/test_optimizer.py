@@ -157,6 +157,21 @@ def test_frozen_tied_and_unused_parameters(case: Case) -> None:
         assert not torch.equal(results[0][name], start[name])
 
 
+def test_what_no_rank_uses_is_decayed_and_what_is_frozen_is_not() -> None:
+    """As docs/reliability.md has it: who used a parameter is not sent. In one process without us (the control) it rests."""
+    start = dict(Branching().named_parameters())
+    for decay in (0.1, 0.0):
+        for ends in run_branching(lambda: Compression.random_block(4), lambda rank, step: False, steps=3, weight_decay=decay):
+            for name in ("sometimes", "never"):
+                torch.testing.assert_close(ends[name], start[name].detach() * (1 - 0.1 * decay) ** 3)
+            assert torch.equal(ends["frozen"], start["frozen"])
+    model = Branching()
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    model(torch.ones(8, 40), False).square().mean().backward()
+    sgd.step()
+    assert torch.equal(model.never, start["never"])
+
+
 def test_a_rank_without_a_gradient_counts_as_zero() -> None:
     """The mean divides by all workers: with `none`, one rank's use of a parameter is a third of its gradient."""
     used_by_one = run_branching(lambda: Compression.none, lambda rank, step: rank == 0, steps=1)[0]["sometimes"]
