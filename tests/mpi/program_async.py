@@ -4,7 +4,9 @@ says what is done beside training: `wrong` use, `resume`, `resize`; or `fail`: r
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import pickle
 import signal
 import sys
 import time
@@ -109,6 +111,13 @@ with serving_ends():
     )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # as scripts do; the weights are those already
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.5)
+    for again, said in ((copy.copy, "Use save()"), (copy.deepcopy, "cannot be copied"), (pickle.dumps, "Use save()")):
+        try:
+            again(optimizer)
+        except CompressionError as error:
+            assert said in str(error), error
+        else:
+            raise AssertionError(f"{again.__name__} of an asynchronous optimizer")
     inputs, labels = batch(0)
     if also == "fail":
         train(model, optimizer, range(5))

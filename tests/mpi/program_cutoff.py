@@ -3,7 +3,9 @@ argument is a folder that all share; with a second, a rank, that one is killed, 
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import sys
 import time
@@ -92,6 +94,9 @@ if size > 1:
 # All agree in every turn, so the times decide nothing: with a cap of 0 nobody is late.
 optimizer = make(model, cutoff=Cutoff(cap=0))
 assert equal_everywhere(model), "all begin with rank 0's weights"
+refused(CompressionError, "cannot be copied", lambda: copy.deepcopy(optimizer))
+for again in (copy.copy, pickle.dumps):
+    refused(CompressionError, "Save its state_dict()", lambda again=again: again(optimizer))
 if len(sys.argv) > 2:
     while optimizer.steps < 10**6:
         turn(model, optimizer)
