@@ -172,7 +172,8 @@ def draw(runs: Sequence[Run], file: Path) -> None:
         ) from error
     figure, grid = pyplot.subplots(2, 2, figsize=(12, 7.5))
     _bytes_axes(grid[0, 0], runs)
-    _norm_axes(grid[0, 1], runs, "relative_error", "relative compression error ‖u − C(u)‖ ÷ ‖u‖", ylim=(0, None))
+    _norm_axes(grid[0, 1], runs, "relative_error", "relative compression error ‖u − C(u)‖ ÷ ‖u‖")
+    grid[0, 1].set_ylim(0, 1.05 * max((max(line.get_ydata()) for line in grid[0, 1].lines), default=1.0) or 1.0)
     _norm_axes(grid[1, 0], runs, "residual_to_gradient", "residual ÷ gradient: steps' gradients that wait", yscale="log")
     _time_axes(grid[1, 1], runs)
     for axes in grid.flat:

@@ -27,11 +27,11 @@ _CURVES = {
 _COLUMNS = ("steps", "undone", "MB sent", "MB received", "ratio", "error", "residual", "skips", "stale", "step ms")
 
 
-def _curve(values: Sequence[float], width: int) -> str:
-    """The values, averaged to `width` bars between the least and the largest of them."""
+def _curve(values: Sequence[float], width: int, quantile: float = 1.0) -> str:
+    """The values, averaged to `width` bars between the least of them and their `quantile`, above which all are as high."""
     parts = min(width, len(values))
     means = [sum(cut) / len(cut) for i in range(parts) if (cut := values[i * len(values) // parts : (i + 1) * len(values) // parts])]
-    low, high = min(means), max(means)
+    low, high = min(means), sorted(means)[int(quantile * (len(means) - 1))]
     if high - low <= 1e-9 * abs(high):
         return _BARS[3] * len(means)
     return "".join(_BARS[min(7, int(8 * (m - low) / (high - low)))] for m in means)
@@ -54,7 +54,8 @@ def screen(run: Run, width: int = 100, height: int = 40) -> str:
         values = [factor * r[field] / (r["steps"] if field.endswith(("bytes", "seconds")) else 1) for r in recent if field in r]
         if values and all(math.isfinite(v) for v in values):
             spread = f"{min(values):.3g} … {max(values):.3g}"
-            lines.append(f"{label:<20}{values[-1]:>9.3g}  {_curve(values, room):<{room}}  {spread}"[:width])
+            curve = _curve(values, room, 0.95 if field.endswith("seconds") else 1.0)  # the first step must not hide the others
+            lines.append(f"{label:<20}{values[-1]:>9.3g}  {curve:<{room}}  {spread}"[:width])
     lines.append("")
     rows = summary([run], _COLUMNS).text().splitlines()[2:]
     lines += [row[:width] for row in rows[: max(2, height - len(lines) - 6)]]

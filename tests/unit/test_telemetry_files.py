@@ -23,7 +23,7 @@ from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
 from hvd_ecsgd.cli import main
 from hvd_ecsgd.telemetry import FIELDS, JsonLines, Logger, Progress, TensorBoard
 from hvd_ecsgd.telemetry import watch as watching
-from hvd_ecsgd.telemetry.report import summary
+from hvd_ecsgd.telemetry.report import draw, summary
 from hvd_ecsgd.telemetry.runs import Run
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.problems import mlp, train
@@ -265,6 +265,31 @@ def test_watch_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert "rank 0 of 2" in text and "Sign" in text and "step 7, stands" in text and max(map(len, text.splitlines())) <= 90
     for curve in ("sent, kB", "relative error", "residual ÷ gradient", "step, ms", "kernels, ms", "waiting, ms"):
         assert re.search(rf"^{curve} +[\d.]+ +[▁▂▃▄▅▆▇█]+ ", text, re.M), curve
+
+
+def test_the_curve_of_errors_is_not_at_the_edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of 0.97 to 0.99, over an axis that begins at 0: there is room above them."""
+    run(tmp_path / "run.jsonl")
+    read, drawn = Run.read(tmp_path / "run.jsonl"), []
+    for record in read.records:
+        record["relative_error"] = 0.97 + 0.004 * record["step"]
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
+    draw([read], tmp_path / "run.png")
+    bottom, top = drawn[1].get_ylim()
+    assert "relative compression error" in drawn[1].get_title() and bottom == 0 and top >= 1.03 * 0.99
+
+
+def test_a_slow_first_step_does_not_flatten_the_curves_of_times(tmp_path: Path) -> None:
+    """Steps of 1 to 8 ms after one of a second; the spread tells of it. Of what is no time all is shown."""
+    run(tmp_path / "run.jsonl", range(41))
+    read = Run.read(tmp_path / "run.jsonl")
+    for record in read.records:
+        record["step_seconds"] = 1e-3 * (1 + record["step"] % 8) if record["step"] else 1.0
+        record["residual_to_gradient"] = 1.0 if record["step"] else 100.0
+    text = watching.screen(read, 120)
+    times, residuals = (re.search(rf"^{curve}.*", text, re.M).group() for curve in ("step, ms", "residual ÷ gradient"))  # type: ignore[union-attr]
+    assert set("▁▂▃▄▅▆▇█") <= set(times) and "1 … 1e+03" in times
+    assert set(residuals) & set("▁▂▃▄▅▆▇█") == set("▁█")
 
 
 def test_watch_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
