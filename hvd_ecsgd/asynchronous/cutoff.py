@@ -16,6 +16,7 @@ import torch
 from ..core import saved_state
 from ..core.bucket import Bucket
 from ..core.gradients import clip_factor, take_
+from ..core.meter import Meter, check_unmeasured
 from ..core.method import Method
 from ..core.state import MethodState, NamedParameters
 from ..core.step import BucketStep, drive
@@ -99,12 +100,22 @@ class CutoffWorker:
         self._error: BaseException | None = None
         self.applied = 0
         """Steps of all workers together that the script's thread has applied, or has been told that they were undone."""
+        self.meter: Meter | None = None
+        self._step_or_meter = threading.RLock()
+        """Who measures changes between two steps."""
         self.over = False
         """All workers are done, and no round follows."""
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
         """Its hyper-parameters count: of the same param groups as the one that was given at first."""
         self.optimizer, self._hyper_parameters = optimizer, HyperParameters(optimizer)
+
+    def measure_by(self, meter: Meter | None) -> None:
+        """As a bound compression does; records are made by the other thread."""
+        with self._step_or_meter:
+            if meter is not None:
+                check_unmeasured(self.meter)
+            self.meter = meter
 
     @property
     def hyper_parameters(self) -> list[str]:
@@ -262,7 +273,8 @@ class CutoffWorker:
         rows = [Row.of(t.tolist()) for t in everyones]
         decision, self._pause_for = self.attendance.decide(rows), self.attendance.pause(rows)
         if isinstance(decision, Together):
-            self._take_step(decision, rows[decision.chief].numbers)
+            with self._step_or_meter:
+                self._take_step(decision, rows[decision.chief].numbers)
         elif decision is not None:
             with self._changed:
                 self.over = isinstance(decision, Over)
@@ -283,6 +295,7 @@ class CutoffWorker:
             views = [None] * len(bucket.parameters) if step is None or not stands else step.hand_out()
             means += zip(bucket.parameters, views, strict=True)
         for reduction in reductions:
+            reduction.task.traffic.dense = reduction.bucket.bytes_without_compression(state.size)
             state.traffic += reduction.task.traffic
             if stands:
                 reduction.commit()
@@ -291,6 +304,9 @@ class CutoffWorker:
         state.step += 1
         if not stands:
             state.undone += 1
+        if self.meter is not None:
+            self.meter.exchanged(state, reductions, "stands" if stands else "undone")
+            self.meter.end(state)
         if any(mean is not None and mean.is_cuda for _, mean in means):
             torch.cuda.synchronize()
         with self._changed:
@@ -308,6 +324,7 @@ class CutoffWorker:
             return None
         bucket.allocate(transport.rank, transport.size)
         assert bucket.state is not None and bucket.exchange_state is not None
+        gauge = None if self.meter is None else self.meter.begin(state, bucket)
         ctx = bucket.context(settings, state.method.seed, state.step, transport.rank, transport.size)
         if bucket.method.exact:
             bucket.remember()
@@ -315,6 +332,8 @@ class CutoffWorker:
         residual = bucket.residual
         if gradients:
             accumulated = bucket.method.feedback.accumulate_(bucket.part, gradients, ctx)
+            if gauge is not None:
+                gauge.accumulated(gradients, accumulated.buffer, bucket, settings)
         else:
             if residual is not None and ctx.carry != 1.0:
                 residual.mul_(ctx.carry)  # which the rule's `undo_` takes back
@@ -333,7 +352,7 @@ class CutoffWorker:
             present=present,
             silent=not gradients,
         )
-        return BucketStep(bucket, task, exchange.run(task, transport), gradients, settings)
+        return BucketStep(bucket, task, exchange.run(task, transport), gradients, settings, gauge=gauge)
 
     # -- saving ------------------------------------------------------------------------------------------------------------------
 

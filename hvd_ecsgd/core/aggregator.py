@@ -208,7 +208,7 @@ class Aggregator:
             self.points.recapture_all([r.bucket for r in reductions])  # undoing shifts anew
         for reduction in reductions:
             bucket, traffic = reduction.bucket, reduction.task.traffic
-            traffic.dense = 2 * (n - 1) * bucket.segments.numel * bucket.parameters[0].dtype.itemsize // n
+            traffic.dense = bucket.bytes_without_compression(n)
             state.traffic += traffic
             if not stands:
                 reduction.undo_(gradients_gone)

@@ -16,7 +16,7 @@ from ..transport.base import Transport
 from .aggregator import Aggregator
 from .attached import Attached
 from .copies import Averages, ShiftWarning
-from .meter import Meter, metrics
+from .meter import Meter, check_unmeasured, metrics
 from .method import Method
 from .points import Point, check_point
 from .saved_state import check_head
@@ -353,8 +353,8 @@ class BoundCompression:
 
     def measure_by(self, meter: Meter | None) -> None:
         """`meter` looks at the steps, from the next one on; None: nobody does any more. Raises `CompressionError` where another one does."""
-        if meter is not None and self._aggregator.meter is not None:
-            raise CompressionError("this compression is measured already: close the Logger that does, or give one Logger several sinks.")
+        if meter is not None:
+            check_unmeasured(self._aggregator.meter)
         self._aggregator.meter = meter
 
     @property

@@ -125,6 +125,10 @@ class Bucket:
         before = unit if self.unit is None or self.method.feedback.unit == "update" else self.unit
         return StepContext(seed, step, rank, size, settings, unit, before)
 
+    def bytes_without_compression(self, size: int) -> int:
+        """That each of `size` workers sends in a ring all-reduce of the gradients."""
+        return 2 * (size - 1) * self.segments.numel * self.parameters[0].dtype.itemsize // size
+
     @property
     def part(self) -> Part:
         """As the feedback rule sees it. State must have been allocated."""

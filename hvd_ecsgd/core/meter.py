@@ -6,16 +6,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..errors import CompressionError
 from ..protocols import GroupSettings, Task, Traffic
 from ..transport.base import Handle
 from .bucket import Bucket
 from .state import MethodState
 
-__all__ = ["Gauge", "Meter", "metrics"]
+__all__ = ["Gauge", "Measured", "Meter", "check_unmeasured", "metrics"]
 
 _RETRIES = 3
 """Further steps in which norms are taken where this worker stayed silent, so that a rhythm of sending is not always missed."""
@@ -315,7 +316,7 @@ class Meter:
             spans += gauge.spans
             if outcome != "undone":
                 sums.add_norms(gauge.norms)
-                if not bucket.dense:
+                if not bucket.dense or task.present is not None:  # who is late sends nothing of either kind
                     silent.setdefault(group, []).append((bucket.name, task.silent))
         draft.wire += _union(spans)
         self._silence.count(silent)
@@ -347,6 +348,20 @@ class Meter:
             record["step_seconds"] = now - self._told_at
         self.last, self._told_at, self._draft, self._silence.stale = record, now, _Draft(), {}
         self._emit(state, record)
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """What a `Meter` can look at: a bound compression, or an optimizer whose workers keep different paces."""
+
+    def measure_by(self, meter: Meter | None) -> None:
+        """`meter` looks at the steps, from the next one on; None: nobody does any more. Raises `CompressionError` where another one does."""
+
+
+def check_unmeasured(meter: Meter | None) -> None:
+    """Raise `CompressionError` where one looks already."""
+    if meter is not None:
+        raise CompressionError("this compression is measured already: close the Logger that does, or give one Logger several sinks.")
 
 
 def metrics(state: MethodState, loaded: Mapping[str, Any] | None, meter: Meter | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..arguments import check_integer
 from ..core.bound import BoundCompression
-from ..core.meter import Meter
+from ..core.meter import Measured, Meter
 from ..core.method import Method
 from ..core.state import MethodState
 from ..errors import CompressionError
@@ -34,28 +34,30 @@ class Logger:
     rank, into a file of its own. Nothing is sent, and results are the same to the bit.
 
     What is worth a warning is warned of once (`RuntimeWarning`) and goes to the sinks, too. A sink that fails in mid-training is warned of and left
-    out from then on. Works on every driver, and may be made before or after the optimizer. `close()`, or the end of a `with`, ends it.
+    out from then on. Works on every driver, and may be made before or after the optimizer; a CutoffDistributedOptimizer is given in place of a
+    compression. `close()`, or the end of a `with`, ends it.
     Raises `CompressionError` where the compression is not bound or is measured already, and for sinks as each says.
     """
 
     def __init__(
         self,
-        compression: BoundCompression,
+        compression: Measured,
         *sinks: Any,
         every: int = 1,
         norms_every: int = 50,
         ranks: Literal["first", "all"] = "first",
     ) -> None:
-        if not isinstance(compression, BoundCompression):
+        if not isinstance(compression, Measured) or isinstance(compression, type):
             raise CompressionError(
-                f"Logger: expected a bound compression, Compression.….bind(model) or what optimizer.compression is, got {compression!r:.100}."
+                "Logger: expected a bound compression, Compression.….bind(model) or what optimizer.compression is, or a "
+                f"CutoffDistributedOptimizer, got {compression!r:.100}."
             )
         check_integer(every, "every", "a number of steps, at least 1", least=1)
         check_integer(norms_every, "norms_every", "a number of steps, or 0 for never", least=0)
         if ranks not in ("first", "all"):
             raise CompressionError(f"Logger: ranks must be 'first' or 'all', got {ranks!r}.")
         self._sinks = [sink_of(sink) for sink in sinks]
-        self._compression: BoundCompression | None = compression
+        self._compression: Measured | None = compression
         self._settings = {"every": every, "norms_every": norms_every}
         self._method: Method | None = None
         self._health = Health()
@@ -63,7 +65,7 @@ class Logger:
             self._write,
             every=every,
             norms_every=norms_every,
-            group_of=compression.attached.group_of,
+            group_of=compression.attached.group_of if isinstance(compression, BoundCompression) else lambda bucket: bucket.group,
             wanted=(lambda rank: True) if ranks == "all" else (lambda rank: rank == 0),
         )
         compression.measure_by(self._meter)
@@ -109,8 +111,8 @@ class Logger:
     def close(self) -> None:
         """Measure no more, and close the sinks. Nothing when that is done already."""
         if self._compression is not None:
+            self._compression.measure_by(None)  # before, as another thread may take steps
             self._meter.flush()
-            self._compression.measure_by(None)
             self._compression = None
             for sink in self._sinks:
                 sink.close()

@@ -14,6 +14,7 @@ import torch
 
 from hvd_ecsgd.asynchronous import Cutoff, CutoffWorker
 from hvd_ecsgd.compression import AnyCompression, Compression
+from hvd_ecsgd.core.meter import Meter, metrics
 from hvd_ecsgd.core.talk import listed, packed_text, raise_on_other_texts
 from hvd_ecsgd.errors import CompressionError, DisagreementError
 from hvd_ecsgd.optimizer.distributed import matched
@@ -247,6 +248,16 @@ class _Partial(torch.optim.Optimizer):
     def bytes_sent(self) -> int:
         """Bytes of payloads that have left this worker."""
         return _participant(self).worker.state.traffic.sent
+
+    def metrics(self) -> dict[str, Any]:
+        """As `metrics()` of a bound compression: plain numbers, of all steps of this object and, while `telemetry.Logger(optimizer, …)` looks, of the
+        last one. A step without this worker counts in `skips` and `staleness_steps` of its param groups."""
+        worker = _participant(self).worker
+        return metrics(worker.state, None, worker.meter)
+
+    def measure_by(self, meter: Meter | None) -> None:
+        """What `telemetry.Logger(optimizer, …)` calls. Raises `CompressionError` where another one measures."""
+        _participant(self).worker.measure_by(meter)
 
     def residuals(self) -> dict[str, Any]:
         """What this worker, also as a server of pieces, has not sent yet, and counters: a part of a checkpoint, of which each rank saves its own.

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 import mpi_backend as hvd
-from hvd_ecsgd import Compression, CompressionError, DisagreementError, SequenceError
+from hvd_ecsgd import Compression, CompressionError, DisagreementError, SequenceError, telemetry
 from hvd_ecsgd.asynchronous import Cutoff
 from hvd_ecsgd.compressors import Sign, TopK
+from hvd_ecsgd.telemetry.runs import Run
 
 folder = Path(sys.argv[1])
 hvd.init()
@@ -113,6 +114,7 @@ refused(SequenceError, "after finish()", optimizer.step)
 # The last rank is late now and then; evaluation and a checkpoint in between, and an inf.
 model = model_of()
 optimizer = make(model, cutoff=Cutoff(least=max(1, size - 1), cap=8))
+logger = telemetry.Logger(optimizer, folder / "run.jsonl", norms_every=5, ranks="all")
 while optimizer.steps < 40:
     for group in optimizer.param_groups:
         group["lr"] = 0.2 if optimizer.steps < 20 else 0.1
@@ -137,6 +139,12 @@ with warnings.catch_warnings(record=True) as caught:
         assert optimizer.undone == 1 and equal_everywhere(model), optimizer.undone
 assert any("undone on all ranks" in str(w.message) for w in caught)
 optimizer.finish()
+logger.close()
+run = Run.read(folder / (f"run.rank{rank}.jsonl" if rank else "run.jsonl"))
+assert list(run.steps) == list(range(optimizer.steps)) and run.records[-1]["undone_steps"] == optimizer.metrics()["undone_steps"] == 1
+assert sum(r["sent_bytes"] for r in run.records) == optimizer.bytes_sent, "what is logged is what is counted"
+skips = run.series("skips", 0)[1] or [0]
+assert skips[-1] >= optimizer.late - 1, ("all but the step that was undone", skips[-1], optimizer.late)
 x = torch.randn(256, 8, generator=torch.Generator().manual_seed(1))
 accuracy = float((model(x).argmax(1) == (x @ teacher).argmax(1)).float().mean())
 assert accuracy > 0.6, accuracy

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, GradientExchange
+from hvd_ecsgd.asynchronous import CutoffWorker
 from hvd_ecsgd.compressors import QSGD, RandomBlock, Sign, TopK
 from hvd_ecsgd.core import meter, step
 from hvd_ecsgd.exchange import AllGather, CompSkip, Every
@@ -23,6 +24,7 @@ from hvd_ecsgd.telemetry.health import Health
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import ALL, Case, by_name, ids
 from tests.problems import batch, mlp, train, weights
+from tests.unit.test_cutoff import METHODS, Ranks
 from tests.unit.test_horovod_slot import OneSlot
 
 STEPS = 7
@@ -296,6 +298,44 @@ def test_only_the_first_rank_is_measured_unless_asked() -> None:
         return len(kept.steps), "last" in optimizer.compression.metrics()
 
     assert run_simulated(2, worker) == [(2, True), (0, False)]
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a payload held an inf")
+@pytest.mark.parametrize("name", ["none", "double_squeeze, some dense"])
+def test_steps_without_a_late_worker_are_told(name: str) -> None:
+    """Of a straggler cutoff: in which steps this worker was late, what was sent, and x is the same bits as when nobody looks."""
+    late = [[], [1], [1], [], [0, 1], [0], [], [1], []]
+
+    def script(transport: Transport, measured: bool) -> tuple[torch.Tensor, Kept, CutoffWorker]:
+        ranks, kept = Ranks(transport, METHODS[name](), late), Kept()
+        logger = Logger(ranks.worker, *[kept] * measured, norms_every=1, ranks="all") if measured else None
+        for t in range(len(late)):
+            ranks.offer(t, lambda model, t=t: model[0].bias.grad.fill_(math.inf) if t == 6 else None)  # type: ignore[misc]
+            ranks.worker.take_part()
+        with warnings.catch_warnings(record=True):
+            x = ranks.x().clone()
+        if logger is not None:
+            with pytest.raises(CompressionError, match="measured already"):
+                Logger(ranks.worker)
+            logger.close()
+        return x, kept, ranks.worker
+
+    measured, plain = (run_simulated(3, lambda transport, how=how: script(transport, how)) for how in (True, False))
+    for rank, ((x, kept, worker), (same, _, _)) in enumerate(zip(measured, plain, strict=True)):
+        assert torch.equal(x, same) and worker.meter is None
+        assert [r["outcome"] for r in kept.steps] == ["undone" if t == 6 else "stands" for t in range(len(late))]
+        row, skips, expected = 0, 0, []
+        for t, absent in enumerate(late):
+            if t != 6:
+                row, skips = (row + 1, skips + 1) if rank in absent else (0, skips)
+            expected.append((row if t != 6 else None, skips) if skips else (None, None))
+            assert ("gradient_norm" in kept.steps[t]) is (rank not in absent and t != 6)
+        told = [(r["groups"][0].get("staleness_steps"), r["groups"][0].get("skips")) for r in kept.steps]
+        assert [t for i, t in enumerate(told) if i != 6] == [e for i, e in enumerate(expected) if i != 6]
+        assert worker.state.traffic.dense > 0 and kept.steps[-1]["undone_steps"] == 1
+        for field in ("sent", "dense", "payload"):
+            assert sum(r[f"{field}_bytes"] for r in kept.steps) == getattr(worker.state.traffic, field)
+        assert ("relative_error" in kept.steps[3]) is (name != "none")
 
 
 # -- metrics() ---------------------------------------------------------------------------------------------------------------------
