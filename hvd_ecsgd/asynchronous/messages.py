@@ -48,7 +48,8 @@ class Kind(IntEnum):
 @dataclass
 class Message:
     """`worker`: who sends it, or is answered. `number`: how many of the kind there were before, between these two. `numbers`: the worker's
-    hyper-parameters, with PUSH. `absent`: places of the parameters that had no gradient, with PUSH. `payloads`: flat tensors."""
+    hyper-parameters, with PUSH; with the answer after one, the staleness with which its gradient was applied. `absent`: places of the parameters
+    that had no gradient, with PUSH. `payloads`: flat tensors."""
 
     kind: Kind
     worker: int

@@ -47,6 +47,8 @@ class Server:
         """Workers that will not come again."""
         self.staleness: dict[int, int] = {}
         """By staleness, how many gradients were applied with it."""
+        self.applied: dict[int, int] = {}
+        """By worker that has not been answered since its gradient was applied: the staleness that this had."""
         self.last: dict[int, list[torch.Tensor]] = {}
         """By worker and bucket: its last gradient, where that is used again."""
         self.pushes = [0] * plan.workers
@@ -92,6 +94,7 @@ class Server:
             )
         gradients = self._decoded(push)
         staleness = self.version - self.in_flight.pop(worker)
+        self.applied[worker] = staleness
         self.staleness[staleness] = self.staleness.get(staleness, 0) + 1
         self.pushes[worker] += 1
         self._step(push, self._with_last(worker, gradients) if self.plan.reuse else gradients)
@@ -116,6 +119,7 @@ class Server:
         self.done.add(worker)
         self.views.pop(worker, None)
         self.last.pop(worker, None)
+        self.applied.pop(worker, None)
         return self.on_leave(worker)
 
     @property
@@ -156,14 +160,17 @@ class Server:
             self.plan.move_(view, bucket, payload, number, worker)
             payloads.append(payload)
         self.answers[worker] += 1
-        return Message(Kind.MOVE, worker, number, payloads=payloads)
+        return Message(Kind.MOVE, worker, number, self._applied(worker), payloads=payloads)
 
     @torch.no_grad()
     def _exact(self, worker: int) -> Message:
         self.views[worker] = [[p.detach().clone() for p in bucket.parameters] for bucket in self.state.buckets]
         number, self.answers[worker] = self.answers[worker], self.answers[worker] + 1
         payloads = [p.reshape(-1) for view in self.views[worker] for p in view]
-        return Message(Kind.EXACT, worker, number, payloads=[p.clone() for p in payloads])
+        return Message(Kind.EXACT, worker, number, self._applied(worker), payloads=[p.clone() for p in payloads])
+
+    def _applied(self, worker: int) -> list[float]:
+        return [float(self.applied.pop(worker))] if worker in self.applied else []
 
     # -- gradients come ----------------------------------------------------------------------------------------------------------
 
@@ -245,4 +252,5 @@ class Server:
         self.last = {int(w): [t.clone() for t in last] for w, last in saved.get("last", {}).items()} if same else {}
         self.views.clear()
         self.in_flight.clear()
+        self.applied.clear()
         self.waiting.clear()

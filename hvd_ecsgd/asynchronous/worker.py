@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,11 +14,12 @@ import torch
 from ..core import saved_state
 from ..core.bucket import Bucket
 from ..core.gradients import clip_factor, take_
+from ..core.meter import Gauge, Meter, check_unmeasured
 from ..core.state import MethodState, NamedParameters
 from ..errors import CompressionError, SequenceError, TransportError
 from ..kernels import sums_of
 from ..optimizer.hyper_parameters import HyperParameters
-from ..protocols import Accumulated, Compressor, GroupSettings, StepContext
+from ..protocols import Accumulated, Compressor, GroupSettings, StepContext, Traffic
 from ..segments import Key
 from ..verdicts import known
 from .messages import Kind, Message
@@ -33,6 +36,7 @@ class _Accumulated:
     gradients: list[torch.Tensor]
     ctx: StepContext
     buffer: torch.Tensor
+    gauge: Gauge | None = None
     extracted: tuple[Compressor, torch.Tensor, Key] | None = None
 
     def undo_(self) -> None:
@@ -49,6 +53,24 @@ class _Accumulated:
         bucket.method.feedback.undo_(bucket.part, self.gradients, self.ctx)
 
 
+@dataclass
+class _Sent:
+    """What a meter is told of a bucket's payload."""
+
+    traffic: Traffic
+    silent: bool = False
+    present: Sequence[bool] | None = None
+
+
+@dataclass
+class _Pushed:
+    """A bucket's payload that is on its way, while somebody measures."""
+
+    bucket: Bucket
+    gauge: Gauge | None
+    task: _Sent
+
+
 class Worker:
     """Worker number `worker`. `shards`: by server, the parameters that it serves; `optimizer` says what the hyper-parameters are, and takes no step.
 
@@ -61,20 +83,40 @@ class Worker:
         self.shards: list[MethodState] = [plan.record(named, optimizer, worker) for named in shards]
         for shard in self.shards:
             shard.settings = self._settings
+        self.whole = plan.record([pair for named in shards for pair in named], optimizer, worker)
+        """The record of all shards: traffic, and how many gradients there were, refused ones included; residuals are the shards'."""
+        self.meter: Meter | None = None
+        self._pushed: tuple[str, list[_Pushed]] | None = None
+        """Of the gradient whose answers have not all come: what became of it ("stands", "undone"), and what was pushed."""
+        self._asked_at = 0.0
         self._places = [{name: i for i, (name, _) in enumerate(named)} for named in shards]
         self._hyper_parameters = HyperParameters(optimizer)
         self.answers = [0] * len(shards)
         """By server, how many have come."""
         self.refused = 0
         """Gradients that were not pushed, as they held an inf or NaN."""
-        self.sent = self.received = 0
-        """Bytes of payloads to the servers, and from them."""
+        self.received = 0
+        """Bytes of payloads from the servers."""
         self._versions: list[int] = []
         self._sums: list[torch.Tensor] = []
 
     def _settings(self, bucket: Bucket) -> GroupSettings:
         group = self.optimizer.param_groups[bucket.group]
         return GroupSettings.of(group, where=f"param group {bucket.group} of {type(self.optimizer).__name__}")
+
+    @property
+    def sent(self) -> int:
+        """Bytes of payloads to the servers."""
+        return self.whole.traffic.sent
+
+    def measure_by(self, meter: Meter | None) -> None:
+        """As a bound compression does; a record is of a gradient and the answers to it."""
+        if meter is not None:
+            check_unmeasured(self.meter)
+        self.meter = meter
+
+    def _count(self) -> None:
+        self.whole.step, self.whole.undone = self.shards[0].step + self.refused, self.refused
 
     def _buckets(self) -> list[Bucket]:
         return [bucket for shard in self.shards for bucket in shard.buckets]
@@ -122,14 +164,27 @@ class Worker:
             one.bucket.unit = one.ctx.unit
         for shard in self.shards:
             shard.step += 1
-        self.sent += sum(message.nbytes for message in messages)
+        self._pushed = "stands", [self._push_of(one) for one in begun]
+        for pushed in self._pushed[1]:
+            self.whole.traffic += pushed.task.traffic
+        self._count()
+        self._asked_at = time.perf_counter()
         return messages
+
+    def _push_of(self, one: _Accumulated) -> _Pushed:
+        assert one.extracted is not None
+        compressor, payload, _ = one.extracted
+        if one.gauge is not None:
+            one.gauge.sent(one.bucket, one.buffer, approximated=not compressor.lossless)
+        dense = one.bucket.bytes_without_compression(self.plan.workers)
+        return _Pushed(one.bucket, one.gauge, _Sent(Traffic(payload.nbytes, payload.nbytes, dense)))
 
     def _accumulate(self, shard: MethodState, bucket: Bucket, gradients: list[torch.Tensor], factor: float) -> _Accumulated | None:
         """None when the learning rate is 0: nothing is sent, and the residual stays as it is. Without a buffer where a gradient is not finite."""
         group = shard.settings(bucket)
         if group.lr == 0:
             return None
+        gauge = None if self.meter is None else self.meter.begin(self.whole, bucket)
         bucket.allocate(shard.rank, shard.size)
         if bucket.method.exact:
             bucket.remember()
@@ -138,20 +193,29 @@ class Worker:
         accumulated = bucket.method.feedback.accumulate_(bucket.part, given, ctx)
         if not accumulated.finite:
             accumulated = Accumulated.nothing(bucket.segments)
-        return _Accumulated(bucket, given, ctx, accumulated.buffer)
+        if gauge is not None:
+            gauge.accumulated(given, accumulated.buffer, bucket, group)
+            gauge.paused(None)
+        return _Accumulated(bucket, given, ctx, accumulated.buffer, gauge)
 
     def _extract(self, shard: MethodState, bucket: Bucket, one: _Accumulated | None) -> torch.Tensor:
         if one is None:
             return bucket.segments.compact.empty()[:0]
+        if one.gauge is not None:
+            one.gauge.goes_on()
         compressor = self.plan.up(bucket, shard.step)
         key = self.plan.key(compressor, "push", shard.step, self.worker)
         one.extracted = compressor, compressor.extract_(one.buffer, bucket.segments, key), key
+        if one.gauge is not None:
+            one.gauge.paused(None)
         return one.extracted[1]
 
     def _refuse(self, begun: Sequence[_Accumulated]) -> None:
         for one in begun:
             one.undo_()
         self.refused += 1
+        self._pushed, self._asked_at = ("undone", []), time.perf_counter()
+        self._count()
         warnings.warn(
             f"a gradient of worker {self.worker} held an inf or NaN: it was not pushed, and its residual is as it was ({self.refused} so far).",
             RuntimeWarning,
@@ -170,6 +234,7 @@ class Worker:
                 f"asynchronous training: worker {self.worker} expected answer {self.answers[server]} of server {server}, and got "
                 f"{answer.kind.name} {answer.number} for worker {answer.worker}."
             )
+        came = time.perf_counter()
         targets = shard.buckets if answer.kind is Kind.MOVE else [p for bucket in shard.buckets for p in bucket.parameters]
         if len(answer.payloads) != len(targets):
             raise TransportError(f"asynchronous training: {len(answer.payloads)} payloads came of server {server}, and {len(targets)} were expected.")
@@ -186,11 +251,33 @@ class Worker:
                     )
             for p, x in exact:
                 p.copy_(x.view(p.shape))
+        self._measure(server, answer, came)
         self.answers[server] += 1
         self.received += answer.nbytes
         # A broadcast of the same weights by the script writes to them, too; it comes at the beginning, where a look at them costs little.
         self._sums = self._sums_now() if answer.kind is Kind.EXACT else []
         self._versions = self._versions_now()
+
+    def _measure(self, server: int, answer: Message, came: float) -> None:
+        """Tell who measures of an answer, in which x has moved since it `came`, and with the last one that the step is over."""
+        if self._pushed is None or self.meter is None:
+            self._pushed = None
+            return
+        decoded = time.perf_counter()
+        outcome, pushed = self._pushed
+        gauges = {id(p.bucket): p.gauge for p in pushed}
+        payloads = iter(answer.payloads)
+        for bucket in self.shards[server].buckets:
+            nbytes = sum(p.nbytes for p in islice(payloads, 1 if answer.kind is Kind.MOVE else len(bucket.parameters)))
+            if (gauge := gauges.get(id(bucket))) is not None:
+                gauge.answered(nbytes, nbytes / max(1, answer.nbytes), self._asked_at, came, decoded)
+        if answer.numbers:
+            self.meter.applied(int(answer.numbers[0]))
+        self._asked_at = decoded
+        if server + 1 == len(self.shards):
+            self._pushed = None
+            self.meter.exchanged(self.whole, pushed, outcome)
+            self.meter.end(self.whole)
 
     def _versions_now(self) -> list[int]:
         return [p._version for bucket in self._buckets() for p in bucket.parameters]
@@ -226,6 +313,7 @@ class Worker:
         for shard in self.shards:
             shard.step = 0
         self.answers = [0] * len(self.shards)
+        self._count()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned on the same worker of as many. Raises `CompressionError` where it does not fit, with nothing
@@ -236,3 +324,4 @@ class Worker:
         for take in take_over:
             take()
         self.answers, self.refused = list(saved["answers"]), saved["refused"]
+        self._count()

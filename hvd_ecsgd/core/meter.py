@@ -96,6 +96,17 @@ class Gauge:
         if pending is not None:
             self._sent_at, self.seen = now, self.seen and not getattr(pending, "waits_elsewhere", False)
 
+    def goes_on(self) -> None:
+        """After a pause in which others were at work, and nothing was waited for."""
+        self._since = time.perf_counter()
+
+    def answered(self, nbytes: int, share: float, since: float, came: float, decoded: float) -> None:
+        """A server's answer, waited for `since` then, `came` and is `decoded`; so many bytes of it, that `share`, are of this bucket."""
+        self.spans.append((since, came))
+        self.wait_seconds += share * (came - since)
+        self.kernel_seconds += share * (decoded - came)
+        self.received += nbytes
+
     def resumed(self, value: Any, since: float) -> None:
         """What was waited for, `since` then, is `value`: a sum, or everybody's tensor by rank."""
         self._since = time.perf_counter()
@@ -109,17 +120,22 @@ class Gauge:
 
     def finished(self, bucket: Bucket, task: Task) -> None:
         """The mean is there, and the buffer holds what is left of what was to be sent."""
+        extracted = task.extracted > 0 and not task.compressor.lossless
+        approximated = extracted or (bucket.method.exchange.approximates and task.reversible)
+        self.sent(bucket, task.buffer, approximated=approximated and not task.silent)
+
+    def sent(self, bucket: Bucket, buffer: torch.Tensor, approximated: bool) -> None:
+        """`buffer` holds what is left of what was to be sent. `approximated`: something was sent in its place."""
         if self.norms is None or self.norms.buffer is None or bucket.method.lossless:
             return
         begin, residual, server = time.perf_counter(), bucket.residual, bucket.server_residual
-        left = _square(task.buffer)
-        extracted = task.extracted > 0 and not task.compressor.lossless
-        if not task.silent and (extracted or (bucket.method.exchange.approximates and task.reversible)):
+        left = _square(buffer)
+        if approximated:
             self.norms.left = left
         else:
             self.norms.buffer = None
         if residual is not None:
-            self.norms.residual = left if residual is task.buffer else _square(residual)
+            self.norms.residual = left if residual is buffer else _square(residual)
         if server is not None and server.numel():
             self.norms.server = _square(server)
         self._sampled(begin)
@@ -130,6 +146,19 @@ class Gauge:
         self._since += seconds
 
 
+class _Sent(Protocol):
+    """Of a task what is looked at here."""
+
+    @property
+    def traffic(self) -> Traffic: ...
+
+    @property
+    def silent(self) -> bool: ...
+
+    @property
+    def present(self) -> Sequence[bool] | None: ...
+
+
 class _Exchanged(Protocol):
     """A bucket's step, as far as it is looked at here."""
 
@@ -137,7 +166,7 @@ class _Exchanged(Protocol):
     def bucket(self) -> Bucket: ...
 
     @property
-    def task(self) -> Task: ...
+    def task(self) -> _Sent: ...
 
     @property
     def gauge(self) -> Gauge | None: ...
@@ -171,7 +200,7 @@ def _bytes(traffic: Traffic) -> dict[str, Any]:
     found: dict[str, Any] = {"payload_bytes": traffic.payload, "sent_bytes": traffic.sent, "dense_bytes": traffic.dense}
     if traffic.skipped:
         found["skipped_bytes"] = traffic.skipped
-    if traffic.sent:
+    if traffic.sent and traffic.dense:
         found["ratio"] = traffic.dense / traffic.sent
     return found
 
@@ -238,6 +267,8 @@ class _Draft:
         self.wire = 0.0
         self.wait: float | None = 0.0
         """None when somebody else waited too."""
+        self.staleness: int | None = None
+        """The most updates that x took while one of the gradients was computed; None where it takes none."""
         self.own_seconds = 0.0
         """That looking and telling took."""
 
@@ -256,7 +287,8 @@ class _Draft:
         total.traffic += self.together
         total.received += self.together.sent
         waited = {} if self.wait is None else {"wait_seconds": self.wait}
-        return {**total.plain(), "wire_seconds": self.wire, **waited, "telemetry_seconds": self.own_seconds, "groups": groups}
+        stale = {} if self.staleness is None else {"staleness_updates": self.staleness}
+        return {**total.plain(), **stale, "wire_seconds": self.wire, **waited, "telemetry_seconds": self.own_seconds, "groups": groups}
 
 
 class Meter:
@@ -322,6 +354,10 @@ class Meter:
         self._silence.count(silent)
         if samples and outcome != "undone":
             self._rhythm.taken(state.step - 1, bool(silent) and all(nothing for buckets in silent.values() for _, nothing in buckets))
+
+    def applied(self, staleness: int) -> None:
+        """The gradient of the step that is to be `exchanged` was applied at an x that had taken so many updates since it was computed."""
+        self._draft.staleness = max(self._draft.staleness or 0, staleness)
 
     def together(self, traffic: Traffic) -> None:
         """What belongs to no bucket was averaged over all ranks."""

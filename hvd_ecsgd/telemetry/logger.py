@@ -34,8 +34,8 @@ class Logger:
     rank, into a file of its own. Nothing is sent, and results are the same to the bit.
 
     What is worth a warning is warned of once (`RuntimeWarning`) and goes to the sinks, too. A sink that fails in mid-training is warned of and left
-    out from then on. Works on every driver, and may be made before or after the optimizer; a CutoffDistributedOptimizer is given in place of a
-    compression. `close()`, or the end of a `with`, ends it.
+    out from then on. Works on every driver, and may be made before or after the optimizer; an AsyncDistributedOptimizer or a
+    CutoffDistributedOptimizer is given in place of a compression. `close()`, or the end of a `with`, ends it.
     Raises `CompressionError` where the compression is not bound or is measured already, and for sinks as each says.
     """
 
@@ -49,8 +49,8 @@ class Logger:
     ) -> None:
         if not isinstance(compression, Measured) or isinstance(compression, type):
             raise CompressionError(
-                "Logger: expected a bound compression, Compression.….bind(model) or what optimizer.compression is, or a "
-                f"CutoffDistributedOptimizer, got {compression!r:.100}."
+                "Logger: expected a bound compression, Compression.….bind(model) or what optimizer.compression is, or an "
+                f"AsyncDistributedOptimizer or a CutoffDistributedOptimizer, got {compression!r:.100}."
             )
         check_integer(every, "every", "a number of steps, at least 1", least=1)
         check_integer(norms_every, "norms_every", "a number of steps, or 0 for never", least=0)

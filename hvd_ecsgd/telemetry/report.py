@@ -47,6 +47,12 @@ def _most(run: Run, field: str, group: int | None) -> float | None:
     return max(values) if values else None
 
 
+def _stalest(run: Run, group: int | None) -> float | None:
+    """In steps of a worker that is silent or late; of asynchronous training, whose records have it as a whole, in updates."""
+    updates = run.series("staleness_updates", group)[1]
+    return max(updates) if updates else _most(run, "staleness_steps", group)
+
+
 def _scaled(value: float | None, factor: float = 1.0, form: str = ".3g") -> str:
     return "–" if value is None else f"{factor * value:{form}}"
 
@@ -61,7 +67,7 @@ COLUMNS: dict[str, Column] = {
     "error": lambda run, g: _scaled(_median(run, "relative_error", g), form=".3f"),
     "residual": lambda run, g: _scaled(_last(run, "residual_to_gradient", g)),
     "skips": lambda run, g: _scaled(_most(run, "skips", g), form=".0f"),
-    "stale": lambda run, g: _scaled(_most(run, "staleness_steps", g), form=".0f"),
+    "stale": lambda run, g: _scaled(_stalest(run, g), form=".0f"),
     "step ms": lambda run, g: "" if g is not None else _scaled(_per_step(run, "step_seconds", g), 1e3),
     "kernels ms": lambda run, g: _scaled(_per_step(run, "kernel_seconds", g), 1e3),
     "wire ms": lambda run, g: "" if g is not None else _scaled(_per_step(run, "wire_seconds", g), 1e3),
@@ -79,9 +85,8 @@ def _share(run: Run) -> str:
 
 def summary(runs: Sequence[Run], columns: Sequence[str] = tuple(COLUMNS)) -> Table:
     """A row for each run, and for each param group where it has several; `columns` of `COLUMNS`. Without `skips` and `stale` where no worker was
-    silent."""
-    silent = any(COLUMNS["skips"](run, None) != "–" for run in runs)
-    columns = [column for column in columns if silent or column not in ("skips", "stale")]
+    silent or behind."""
+    columns = [c for c in columns if c not in ("skips", "stale") or any(COLUMNS[c](run, None) != "–" for run in runs)]
     table = Table(
         "error: relative, median; residual: what waits, in steps' gradients, at the end; times: medians, of one step",
         ["run", *columns],

@@ -14,6 +14,7 @@ import torch
 
 from hvd_ecsgd.asynchronous import Kind, Message, Plan, Server, Worker, plan_of, shards_of
 from hvd_ecsgd.compression import AnyCompression, Compression
+from hvd_ecsgd.core.meter import Meter, metrics
 from hvd_ecsgd.core.talk import packed_text, raise_on_other_texts
 from hvd_ecsgd.errors import CheckpointError, CompressionError, SequenceError
 from hvd_ecsgd.optimizer.distributed import matched
@@ -378,6 +379,15 @@ class _Asynchronous(torch.optim.Optimizer):
         """Take over what `save` saved; also with other numbers of workers and servers, whose residuals begin with zeros. Collective over the workers.
         Raises `CheckpointError` on all ranks for what is missing, damaged or does not fit."""
         return _participant(self).load(directory, model)
+
+    def metrics(self) -> dict[str, Any]:
+        """As `metrics()` of a bound compression: plain numbers, of all gradients of this object and, while `telemetry.Logger(optimizer, …)` looks, of
+        the last one. `steps` counts this worker's gradients, `undone_steps` those that were refused."""
+        return metrics(self._worker.whole, None, self._worker.meter)
+
+    def measure_by(self, meter: Meter | None) -> None:
+        """What `telemetry.Logger(optimizer, …)` calls. Raises `CompressionError` where another one measures."""
+        self._worker.measure_by(meter)
 
     @property
     def refused(self) -> int:

@@ -18,8 +18,9 @@ import torch
 from mpi4py import MPI
 
 import mpi_backend as hvd
-from hvd_ecsgd import CheckpointError, Compression, CompressionError, DisagreementError, SequenceError
+from hvd_ecsgd import CheckpointError, Compression, CompressionError, DisagreementError, SequenceError, telemetry
 from hvd_ecsgd.compressors import Identity, RandomK, Sign, TopK
+from hvd_ecsgd.telemetry.runs import Run
 
 servers, folder, also = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
@@ -119,6 +120,7 @@ with serving_ends():
         else:
             raise AssertionError(f"{again.__name__} of an asynchronous optimizer")
     inputs, labels = batch(0)
+    logger = telemetry.Logger(optimizer, folder / "run.jsonl", norms_every=5, ranks="all")
     if also == "fail":
         train(model, optimizer, range(5))
         if rank == 0 and (victim := int(sys.argv[4])) != 0:  # the others go on, and wait
@@ -152,6 +154,11 @@ with serving_ends():
     assert accuracy > 0.6, accuracy
     dense = 4 * sum(p.numel() for p in model.parameters()) * (3 * (10 + 5 * rank) + 10)
     assert 0 < optimizer.bytes_sent < dense / 2, (optimizer.bytes_sent, dense)
+    logger.close()
+    run = Run.read(folder / (f"run.rank{rank}.jsonl" if rank else "run.jsonl"))
+    assert list(run.steps) == list(range(optimizer.metrics()["steps"])) and run.records[-1]["undone_steps"] == 1
+    assert sum(r["sent_bytes"] for r in run.records) == optimizer.bytes_sent and run.series("relative_error", 0)[0]
+    assert 0 <= max(run.series("staleness_updates")[1]) <= 3 * workers and min(run.series("received_bytes")[1][:30]) > 0
     with contextlib.suppress(SequenceError):
         optimizer.step()
         raise AssertionError("step() after finish()")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, GradientExchange
-from hvd_ecsgd.asynchronous import CutoffWorker
+from hvd_ecsgd.asynchronous import CutoffWorker, plan_of
+from hvd_ecsgd.asynchronous.simulated import SimulatedJob
 from hvd_ecsgd.compressors import QSGD, RandomBlock, Sign, TopK
 from hvd_ecsgd.core import meter, step
 from hvd_ecsgd.exchange import AllGather, CompSkip, Every
@@ -24,6 +26,7 @@ from hvd_ecsgd.telemetry.health import Health
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import ALL, Case, by_name, ids
 from tests.problems import batch, mlp, train, weights
+from tests.unit.test_asynchronous import Gradients, seeded, sgd
 from tests.unit.test_cutoff import METHODS, Ranks
 from tests.unit.test_horovod_slot import OneSlot
 
@@ -167,7 +170,7 @@ ABSENT = {
 def test_what_a_method_does_not_have_is_absent(name: str) -> None:
     kept = trained(by_name(name), True)[0][1]
     seen = {field for r in kept.steps for part in (r, *r["groups"]) for field in part}
-    assert {f.name for f in FIELDS} - seen == ABSENT[name]
+    assert {f.name for f in FIELDS} - seen == ABSENT[name] | {"staleness_updates"}
     undone = kept.steps[STEPS - 2]
     assert undone["outcome"] == "undone" and undone["undone_steps"] == 1 and "gradient_norm" not in undone
 
@@ -336,6 +339,52 @@ def test_steps_without_a_late_worker_are_told(name: str) -> None:
         for field in ("sent", "dense", "payload"):
             assert sum(r[f"{field}_bytes"] for r in kept.steps) == getattr(worker.state.traffic, field)
         assert ("relative_error" in kept.steps[3]) is (name != "none")
+
+
+@pytest.mark.filterwarnings("ignore:a gradient of worker")
+@pytest.mark.parametrize("servers", [1, 2])
+def test_asynchronous_workers_are_measured(servers: int) -> None:
+    """Each of three in any order: a record for each gradient, with the staleness that the servers applied it with; x is as when nobody looks."""
+
+    def trained(measured: bool) -> tuple[SimulatedJob, list[Kept], list[Logger]]:
+        job, kept = SimulatedJob(plan_of(Compression.double_squeeze(TopK(4), TopK(3), **ALL).method, 3), sgd(), servers), [Kept() for _ in range(3)]
+        loggers = [Logger(worker, k, norms_every=1, ranks="all") for worker, k in zip(job.workers, kept) if measured]
+
+        def gradients(worker: int, model: torch.nn.Module, draw: Gradients = Gradients()) -> None:  # noqa: B008
+            draw(worker, model)
+            if worker == 1 and job.workers[1].whole.step == 3:
+                next(model.parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
+
+        choose = seeded(1)
+        for _ in range(120):
+            job.happen(choose(job.possible()), gradients)
+        return job, kept, loggers
+
+    (job, kept, loggers), (plain, _, _) = trained(True), trained(False)
+    assert all(torch.equal(a, b) for m, n in zip(job.models, plain.models) for a, b in zip(m.state_dict().values(), n.state_dict().values()))
+    with pytest.raises(CompressionError, match="measured already"):
+        Logger(job.workers[0])
+    stale: Counter[int] = Counter()
+    for w, (worker, k) in enumerate(zip(job.workers, kept)):
+        steps = k.steps
+        assert [r["step"] for r in steps] == list(range(len(steps))) and len(steps) in (worker.whole.step, worker.whole.step - 1)
+        assert [r["outcome"] for r in steps] == ["undone" if (w, i) == (1, 3) else "stands" for i in range(len(steps))]
+        assert steps[-1]["undone_steps"] == worker.refused == (w == 1)
+        whole = len(steps) == worker.whole.step
+        assert not whole or sum(r["sent_bytes"] for r in steps) == worker.sent == worker.whole.traffic.sent
+        assert sum(r["received_bytes"] for r in steps) <= worker.received
+        for r in steps:
+            if r["outcome"] == "undone":
+                assert r["sent_bytes"] == 0 and "gradient_norm" not in r and "staleness_updates" not in r
+            else:
+                assert 0 < r["relative_error"] < 1 and r["residual_norm"] > 0 and r["ratio"] > 1 and r["received_bytes"] > 0
+                assert r["kernel_seconds"] > 0 and r["wire_seconds"] >= r["wait_seconds"] * 0.999 > 0
+                stale[r["staleness_updates"]] += 1
+        loggers[w].close()
+        assert worker.meter is None
+    assert max(stale) == max(s for server in job.servers for s in server.staleness) > 0
+    if servers == 1:  # but for gradients whose answers have not come
+        assert sum((Counter(job.servers[0].staleness) - stale).values()) <= 3 and not stale - Counter(job.servers[0].staleness)
 
 
 # -- metrics() ---------------------------------------------------------------------------------------------------------------------

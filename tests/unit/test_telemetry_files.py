@@ -231,6 +231,11 @@ def test_skips_have_columns_where_there_are_some(tmp_path: Path) -> None:
     table = summary([read])
     row = dict(zip(table.columns, table.rows[0]))
     assert (row["skips"], row["stale"]) == ("3", "1")
+    other = Run.read(tmp_path / "run.jsonl")
+    for record in other.records:
+        record["staleness_updates"] = record["step"]
+    table = summary([other])
+    assert "skips" not in table.columns and dict(zip(table.columns, table.rows[0]))["stale"] == "5"
 
 
 def test_report_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
