@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
@@ -107,11 +108,12 @@ if what == "step":
     save(*training)
     tell("all", lambda: step(*training))
 else:
-    hvd_ecsgd.horovod.opening.SILENCE = 0.5
+    hvd_ecsgd.horovod.opening.SILENCE = 0.1
     functions = {"save": (top_k, save), "load": (random_block, load), "switch": (random_block, switch), "virtual": (detached, virtual)}
     trainings = {name: make(name, compression()) for name, (compression, _) in functions.items()}
     for training in trainings.values():
         step(*training)
+    all_wait = Path(folder) / "all wait"
     alone = {name: lambda call=call, name=name: call(*trainings[name]) for name, (_, call) in functions.items()}
     if what == "allreduce":
         for name, call in alone.items():
@@ -119,8 +121,18 @@ else:
                 tell(f"{what}, {name}", call)
             hvd.allreduce(torch.ones(2), name=f"loss.{name}")  # where the other rank is meanwhile
     elif rank == 0:
+        shown, show = [], warnings.showwarning
+
+        def showing(message: Any, *others: Any) -> None:
+            show(message, *others)
+            shown.append(str(message))
+            if sum("has waited" in text for text in shown) == len(alone):
+                all_wait.touch()
+
+        warnings.showwarning = showing
         threads = [threading.Thread(target=tell, args=(f"{what}, {name}", call)) for name, call in alone.items()]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
     else:
-        time.sleep(1.0)
+        while not all_wait.exists():
+            time.sleep(0.01)
