@@ -22,7 +22,7 @@ import tempfile
 import textwrap
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -40,6 +40,7 @@ REPO = Path(__file__).resolve().parents[1]
 TAIL = 8000  # characters of output in a failure's message
 GRACE = 5.0  # seconds between asking a job to end and killing it, and for the last processes of an ended job to vanish
 KILLED = 30.0  # seconds that killed processes may take to vanish: giving back much memory takes time on a busy machine
+AT_FIRST = dict(os.environ)
 MARK = "HVD_ECSGD_JOB"  # in the environment of every process of a job, its value names the job
 
 
@@ -85,10 +86,10 @@ def _missing(reason: str) -> None:
     pytest.skip(reason)
 
 
-def rank_environment(env: dict[str, str] | None = None) -> dict[str, str]:
+def rank_environment(env: dict[str, str] | None = None, of: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment a job gets: this one, with what launch/common.sh exports where it is not set, and `env` on top."""
     # Where there are more ranks than cores, and other jobs, who waits lets them work.
-    result = environment_of_ranks({"OMPI_MCA_mpi_yield_when_idle": "1", **os.environ})
+    result = environment_of_ranks({"OMPI_MCA_mpi_yield_when_idle": "1", **of})
     result["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), result.get("PYTHONPATH", "")]))
     result["PYTHONUNBUFFERED"] = "1"
     return result | (env or {})
@@ -164,7 +165,7 @@ class Prepared:
 
 def prepare(n: int) -> Prepared:
     """n such processes. They end with this one, as then their standard input does."""
-    variables = rank_environment()
+    variables = rank_environment(of=AT_FIRST)  # not that of a test which changes it for itself, and happens to start the first rank
     folder = tempfile.mkdtemp(prefix="prepared-", dir=variables["TMPDIR"])  # only this user may ask
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     prepared = Prepared(os.path.join(folder, "socket"), [])

@@ -85,7 +85,7 @@ def test_examples_end_in_a_table_and_a_plot(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and f"Plot: {tmp_path / name}.png" in printed, name
 
     dense, top_k = found["bytes_lm"]["none"], found["bytes_lm"]["top_k"]
-    assert dense["losses"][-1] < dense["losses"][0] - 0.5 and top_k["weights_hash"] != dense["weights_hash"]
+    assert dense["losses"][-1] < dense["losses"][0] - 0.1 and top_k["weights_hash"] != dense["weights_hash"]
     assert top_k["ratio"] > 20 and dense["ratio"] == pytest.approx(1) and top_k["megabytes"][-1] < dense["megabytes"][-1] / 20
     distance = {method: result["distances"][-1] for method, result in found["logistic_regression"].items()}
     assert distance["I − ηH"] < distance["error feedback"] / 3 < distance["rounded, no feedback"] / 9, distance

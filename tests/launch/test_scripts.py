@@ -240,10 +240,10 @@ def test_the_test_script_runs_every_part_after_a_failure_and_says_which_failed(p
     assert calls(tmp_path, "ruff check .") == calls(tmp_path, "mypy --strict hvd_ecsgd mpi_backend") == 1
     pytest_ = "python -m pytest --durations=25 --durations-min=1"
     assert calls(tmp_path, f"shellcheck {' '.join(str(s.relative_to(REPO)) for s in SCRIPTS)}") == 1
-    assert calls(tmp_path, f"{pytest_} tests/unit tests/property tests/convergence -n auto --maxprocesses 8 --full -k this and that") == 1
+    assert calls(tmp_path, f"{pytest_} tests/convergence tests/unit tests/property -n auto --maxprocesses 8 --full -k this and that") == 1
     waiting = "tests/launch tests/mpi/test_failure.py tests/mpi/test_cut_link.py"
     assert calls(tmp_path, f"{pytest_} {waiting} --full -k this and that") == 1
-    ignored = " ".join(f"--ignore={place}" for place in f"tests/unit tests/property tests/convergence {waiting}".split())
+    ignored = " ".join(f"--ignore={place}" for place in f"tests/convergence tests/unit tests/property {waiting}".split())
     assert calls(tmp_path, f"{pytest_} tests {ignored} --full -k this and that") == 1
     assert all((REPO / place).exists() for place in waiting.split())
     results = {" ".join(line.split()[:-2]): line.split()[-2] for line in done.stdout.split("part  ")[-1].splitlines()[1:]}
@@ -261,7 +261,7 @@ def test_the_test_script_runs_every_part_after_a_failure_and_says_which_failed(p
     }
 
 
-@pytest.mark.parametrize("place", ["tests/unit", "tests/launch"])
+@pytest.mark.parametrize("place", ["tests/convergence", "tests/launch"])
 def test_the_test_script_shows_what_a_part_said_that_ran_beside_another(pretended: dict[str, str], tmp_path: Path, place: str) -> None:
     """Also of one that fails, and only once; the others pass."""
     (tmp_path / "refuse").write_text(f"durations-min=1 {place}")
@@ -269,7 +269,7 @@ def test_the_test_script_shows_what_a_part_said_that_ran_beside_another(pretende
     done = run(["launch/test.sh"], pretended)
     assert done.returncode == 1 and done.stdout.count("what failed, and why") == 1, done.stdout
     results = {line.split("  ")[0]: line.split()[-2] for line in done.stdout.split("part  ")[-1].splitlines()[1:]}
-    failed = {"tests/unit": "pytest, one process", "tests/launch": "pytest, mostly waiting"}[place]
+    failed = {"tests/convergence": "pytest, one process", "tests/launch": "pytest, mostly waiting"}[place]
     assert [name for name, result in results.items() if result == "FAILED" and name.startswith("pytest")] == [failed]
 
 

@@ -183,7 +183,17 @@ def test_metadata(copy: Path) -> None:
     assert f'__version__ = "{found.version}"' in (REPO / "hvd_ecsgd/version.py").read_text()
     assert found.metadata.get_payload() == (REPO / "README.md").read_text(encoding="utf-8")
     assert [(e.group, e.name, e.value) for e in found.entry_points] == [("console_scripts", "hvd-ecsgd", "hvd_ecsgd.cli:main")]
-    assert set(found.metadata.get_all("Provides-Extra")) == {"horovod", "mpi", "checkpoint", "telemetry", "triton", "examples", "docs", "dev"}
+    assert set(found.metadata.get_all("Provides-Extra")) == {
+        "horovod",
+        "mpi",
+        "checkpoint",
+        "telemetry",
+        "triton",
+        "examples",
+        "frameworks",
+        "docs",
+        "dev",
+    }
     requirements = found.requires or []
     assert [r for r in requirements if "extra" not in r] == ["torch>=2.2", "numpy"]
     assert not [r for r in requirements if "hvd-ecsgd" in r], "an extra that names another one would bring in the MPI that MPI=system leaves out"
