@@ -42,7 +42,8 @@ _WHOLE = frozenset(
 )
 """Variables, by how their names begin and by name, that may have another value than here: launchers set them, or nothing reads them while torch is
 imported. (mpirun adds its libraries to LD_LIBRARY_PATH; mpi4py finds them without. torch's compiler sets TORCHINDUCTOR_CACHE_DIR in a process that
-imports it, such as the tests'.) Where any other differs, a rank imports torch itself: the interpreter, OpenMP and torch read variables of many names."""
+imports it, such as the tests'.) Where any other differs, a rank imports torch itself: the interpreter, OpenMP and torch read variables of many
+names."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
