@@ -37,12 +37,11 @@ _LAUNCHERS = (
     "TORCH_NCCL_",
 )
 _OURS = ("MPI_BACKEND_", "HVD_ECSGD_")
-_WHOLE = frozenset(
-    {"RANK", "WORLD_SIZE", "LD_LIBRARY_PATH", "PWD", "OLDPWD", "SHLVL", "_", "PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR"}
-)
+_LIBRARIES = ("TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+_WHOLE = frozenset({"RANK", "WORLD_SIZE", "LD_LIBRARY_PATH", "PWD", "OLDPWD", "SHLVL", "_", "PYTEST_CURRENT_TEST", "PYTEST_VERSION", *_LIBRARIES})
 """Variables, by how their names begin and by name, that may have another value than here: launchers set them, or nothing reads them while torch is
-imported. (mpirun adds its libraries to LD_LIBRARY_PATH; mpi4py finds them without. torch's compiler sets TORCHINDUCTOR_CACHE_DIR in a process that
-imports it, such as the tests'.) Where any other differs, a rank imports torch itself: the interpreter, OpenMP and torch read variables of many
+imported. (mpirun adds its libraries to LD_LIBRARY_PATH; mpi4py finds them without. torch's compiler and scikit-learn set some in a process that
+imports them, such as the tests'.) Where any other differs, a rank imports torch itself: the interpreter, OpenMP and torch read variables of many
 names."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
