@@ -16,6 +16,8 @@ set -euo pipefail
 
 NETLAB=${NETLAB:-netlab}
 SELF=$(readlink -f "$0")
+# shellcheck source=../launch/memory.sh
+. "$(dirname "$SELF")/../launch/memory.sh"
 NETWORK=10.78.0
 
 fail() {
@@ -203,9 +205,10 @@ run_and() { # what follows, whatever comes; command…
     export NETLAB NETLAB_RATE NETLAB_DELAY GLOO_SOCKET_IFNAME=cable MASTER_ADDR=$NETWORK.1
     export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # gloo finds no names for addresses here, and says so
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    keep_freed_memory # as the launch scripts do
     launcher=(mpirun -n "$((n * ranks))" -H "$hosts" --map-by slot --bind-to none --prtemca plm_ssh_agent "$SELF agent" --prtemca prte_if_include "$NETWORK.0/24")
     launcher+=(--mca pml ob1 --mca btl "self,sm,tcp" --mca btl_tcp_if_include "$NETWORK.0/24")
-    for name in PATH PYTHONPATH OMP_NUM_THREADS TORCH_CPP_LOG_LEVEL GLOO_SOCKET_IFNAME MASTER_ADDR NETLAB_RATE NETLAB_DELAY; do
+    for name in PATH PYTHONPATH OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ TORCH_CPP_LOG_LEVEL GLOO_SOCKET_IFNAME MASTER_ADDR NETLAB_RATE NETLAB_DELAY; do
         [ -z "${!name+set}" ] || launcher+=(-x "$name")
     done
     (on_host 0 "${launcher[@]}" "$@") &

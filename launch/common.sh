@@ -9,6 +9,8 @@
 #   HVD_ECSGD_CACHE  where built Horovod wheels are kept         (default: ${XDG_CACHE_HOME:-~/.cache}/hvd_ecsgd)
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=memory.sh
+. "$REPO/launch/memory.sh"
 VENV=${VENV:-$REPO/.venv}
 case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
 PYTHON=${PYTHON:-python3}
@@ -370,7 +372,7 @@ print(", ".join(found))')"
 # Names of variables that ranks on other machines need: launchers start them with a bare environment.
 exported() {
     local name
-    for name in PATH LD_LIBRARY_PATH PYTHONPATH PYTHONUNBUFFERED VIRTUAL_ENV OMP_NUM_THREADS ${EXPORT//,/ }; do
+    for name in PATH LD_LIBRARY_PATH PYTHONPATH PYTHONUNBUFFERED VIRTUAL_ENV OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ ${EXPORT//,/ }; do
         if [ -n "${!name+set}" ]; then printf '%s\n' "$name"; fi
     done
     compgen -e | grep -E '^(MPI_BACKEND|HVD_ECSGD|HOROVOD|NCCL|GLOO)_' || true

@@ -22,7 +22,7 @@
 #   -h, --help                               this text
 #
 # Also: MPI_FLAVOUR as in launch/mpirun.sh, VENV and MPI as in launch/common.sh. Horovod gives all ranks the whole environment.
-# Ranks read nothing from standard input.
+# Ranks read nothing from standard input, and keep memory that they free (launch/memory.sh).
 # With Open MPI 5 and the controller mpi, launch/shim is put before PATH: Horovod 0.28.1 writes Open MPI's options with one dash, which 5 rejects.
 set -euo pipefail
 # shellcheck source=common.sh
@@ -86,6 +86,7 @@ say_versions
 say_rank_map
 choose_interface
 choose_threads
+keep_freed_memory
 if [ -n "$HOSTS" ]; then command+=(-H "$HOSTS"); fi
 if [ -n "$INTERFACE" ]; then
     export MPI_BACKEND_INTERFACE=$INTERFACE

@@ -24,6 +24,7 @@
 #
 # Also: MPI_FLAVOUR=openmpi4|openmpi5|mpich, whose options mpirun takes (what it says of itself); VENV and MPI as in launch/common.sh.
 # OMPI_MCA_btl is ^ofi unless set, or btl in a file of Open MPI: looking for libfabric takes a second in MPI_Init (launch/common.sh).
+# MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ let ranks keep memory that they free, unless one of them is set (launch/memory.sh).
 # Ranks read nothing from standard input.
 # PATH, LD_LIBRARY_PATH, PYTHONPATH and variables named MPI_BACKEND_*, HVD_ECSGD_*, HOROVOD_*, NCCL_* and GLOO_* reach all ranks.
 set -euo pipefail
@@ -91,6 +92,7 @@ say_versions
 say_rank_map
 choose_interface
 choose_threads
+keep_freed_memory
 if [ -n "$INTERFACE" ]; then export MPI_BACKEND_INTERFACE=$INTERFACE; fi
 if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then REMOTE=1; fi
 

@@ -18,7 +18,7 @@
 #       --dry-run             DRY_RUN=1      print the command on standard output and do not run it (0)
 #   -h, --help                               this text
 #
-# Also: VENV as in launch/common.sh. Ranks read nothing from standard input.
+# Also: VENV as in launch/common.sh. Ranks read nothing from standard input, and keep memory that they free (launch/memory.sh).
 # A script that is started again goes on from its last checkpoint if it keeps one, as `examples/digits.py --backend torch --checkpoint folder` does: with
 # as many ranks to the bit, with fewer or more by the rules of docs/reliability.md, "Another number of workers".
 set -euo pipefail
@@ -80,6 +80,7 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then   # a task is all ranks of a machine
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK > RANKS ? SLURM_CPUS_PER_TASK / RANKS : 1))}
 fi
 choose_threads
+keep_freed_memory
 
 command=(python -m torch.distributed.run --nproc-per-node "$RANKS" --max-restarts "$MAX_RESTARTS")
 if [ -n "$ENDPOINT" ]; then command+=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$ENDPOINT" --rdzv-id "$ID")

@@ -30,7 +30,8 @@ MACHINE = "host-a"  # what the pretended uname says
 def machine(tmp_path: Path) -> dict[str, str]:
     """The environment of a pretended machine: host-a, 8 cores, a route to host-b through ib0, mpirun and horovodrun that print their arguments."""
     bin_ = tmp_path / "bin"
-    told = 'echo "threads $OMP_NUM_THREADS, interface ${MPI_BACKEND_INTERFACE:-none}"; echo "btls ${OMPI_MCA_btl-not chosen}"'
+    told = 'echo "threads $OMP_NUM_THREADS, interface ${MPI_BACKEND_INTERFACE:-none}"; echo "btls ${OMPI_MCA_btl-not chosen}"; '
+    told += 'echo "memory ${MALLOC_MMAP_THRESHOLD_-not chosen} ${MALLOC_TRIM_THRESHOLD_-not chosen}"'
     show = f'printf "%s\\n" "$@"; {told}; exit "${{STATUS:-0}}"\n'
     stub(bin_ / "mpirun", f'if [ "${{1:-}}" = --version ]; then cat {tmp_path}/version; exit; fi\n{show}')
     stub(bin_ / "horovodrun", f"{show}")
@@ -133,6 +134,20 @@ def test_open_mpi_does_not_look_for_libfabric_unless_somebody_has_chosen(machine
     own.write_text("pml = ob1\n btl=self,sm,tcp\n")
     assert btls() == "not chosen"
     assert btls(OMPI_MCA_mca_base_param_files=str(tmp_path / "none")) == "^ofi"
+
+
+def test_ranks_keep_memory_that_they_free_unless_somebody_has_chosen(machine: dict[str, str], tmp_path: Path) -> None:
+    """Setting one of the two alone would let glibc map and unmap each large tensor, so both are set or none."""
+
+    def memory(says: str, **env: str) -> str:
+        stub(tmp_path / "bin" / "getconf", says)
+        lines = run(["launch/mpirun.sh", "train"], {**machine, **env}).stdout.splitlines()
+        return next(line.removeprefix("memory ") for line in lines if line.startswith("memory "))
+
+    new, old = 'echo "glibc 2.41"', 'echo "glibc 2.35"'
+    assert memory(new) == "1073741824 1099511627776" and memory(old) == "33554432 1099511627776"
+    assert memory("exit 1") == memory("echo musl 1.2") == "not chosen not chosen"
+    assert memory(new, MALLOC_TRIM_THRESHOLD_="5") == "not chosen 5" and memory(new, MALLOC_MMAP_THRESHOLD_="7") == "7 not chosen"
 
 
 def test_in_a_slurm_job_mpirun_takes_its_tasks_and_nodes(machine: dict[str, str]) -> None:

@@ -16,10 +16,11 @@ import psutil
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-COMMANDS = [s for s in sorted((REPO / "launch").glob("*.sh")) if s.name != "common.sh"]
+SHELL = sorted((REPO / "launch").glob("*.sh"))
+COMMANDS = [s for s in SHELL if s.name not in ("common.sh", "memory.sh")]
 BATCH = sorted((REPO / "launch" / "slurm").glob("*.sbatch"))
 OTHERS = [REPO / name for name in ("launch/shim/mpirun", "benchmarks/netlab.sh", ".ci/run")]
-SCRIPTS = [REPO / "launch" / "common.sh", *COMMANDS, *BATCH, *OTHERS]
+SCRIPTS = [*SHELL, *BATCH, *OTHERS]
 TOOLS = """
     bash sh env cat dirname id grep sed awk mktemp cksum sha256sum cut head tail rm cp mv mkdir ls df printf true false uname nproc chmod sleep
 """
