@@ -8,6 +8,8 @@
 #
 # --delay: milliseconds that a packet takes from one host to another, so a ping takes twice as long. Each host's link is then a small program
 # (delay_line.cpp, which needs a C++ compiler and /dev/net/tun): kernels without netem can do it too.
+# Hosts control congestion by reno, which all kernels have, unless the variable NETLAB_CONGESTION names another one that the machine allows: with
+# bbr collectives take a few per cent more, as it paces what each connection sends.
 # Everything lives in namespaces called NETLAB-host-0 …, NETLAB-switch (variable NETLAB, default netlab), so nothing is added to the machine's own
 # network. In COMMAND, gloo finds its network too (GLOO_SOCKET_IFNAME, MASTER_ADDR), and NETLAB_RATE is the rate in bits per second,
 # NETLAB_DELAY the delay in milliseconds.
@@ -122,6 +124,8 @@ up() {
         ip -n "$NETLAB-switch" link set "port$i" master switch
         ip -n "$NETLAB-host-$i" addr add "$NETWORK.$((i + 1))/24" dev cable
         ip -n "$NETLAB-host-$i" link set lo up
+        ip netns exec "$NETLAB-host-$i" sh -c 'echo "$1" >/proc/sys/net/ipv4/tcp_congestion_control' - "${NETLAB_CONGESTION:-reno}" 2>/dev/null ||
+            fail "the congestion control '${NETLAB_CONGESTION:-reno}' is not to be had; allowed are: $(cat /proc/sys/net/ipv4/tcp_allowed_congestion_control)."
         shape "$NETLAB-host-$i" cable "$bits"
         shape "$NETLAB-switch" "port$i" "$bits"
         ip -n "$NETLAB-switch" link set "port$i" up

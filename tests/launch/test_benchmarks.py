@@ -210,6 +210,20 @@ def test_wrong_use_is_named(lab: str, arguments: tuple[str, ...], message: str) 
     assert done.returncode != 0 and message in done.stdout, done.stdout
 
 
+def test_the_hosts_control_congestion_alike_whatever_the_machine_does(lab: str) -> None:
+    allowed = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().split()
+    if "reno" not in allowed:
+        pytest.skip("this machine does not allow reno")
+    assert netlab(lab, "up", "1", "1gbit").returncode == 0
+    inside = ["ip", "netns", "exec", f"{lab}-host-0", "cat", "/proc/sys/net/ipv4/tcp_congestion_control"]
+    said = subprocess.run(inside, capture_output=True, text=True, timeout=60)
+    assert said.stdout.strip() == "reno"
+    assert netlab(lab, "down").returncode == 0
+    command = [str(NETLAB), "up", "1", "1gbit"]
+    done = subprocess.run(command, env=rank_environment({"NETLAB": lab, "NETLAB_CONGESTION": "none"}), capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "the congestion control 'none' is not to be had; allowed are: " in done.stderr and not left(lab), done.stderr
+
+
 def test_without_root_it_says_so() -> None:
     if os.geteuid() == 0:
         command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "bash", "-s", "up", "2", "1gbit"]
