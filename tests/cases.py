@@ -30,7 +30,7 @@ from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, CompSkip, Every,
 from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, MemSGD, Product
 
 __all__ = ["CASES", "COMPRESSORS", "COVERING", "SWITCHES", "Case", "CompressorCase"]
-__all__ += ["bound_method", "by_name", "compressor_cases", "covering", "ids", "traits"]
+__all__ += ["bound_method", "by_name", "compressor_cases", "covering", "ids", "rows_that_cover", "traits"]
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,15 @@ def covering(cases: Iterable[Case]) -> tuple[Case, ...]:
     return tuple(kept)
 
 
+def rows_that_cover(cases: Iterable[Case] | None = None) -> list[Any]:
+    """For `pytest.mark.parametrize`: those of the given rows (all by default) that cover them, and the others with --full only."""
+    import pytest  # ranks import this module, and have no use for it
+
+    rows = tuple(CASES if cases is None else cases)
+    kept = covering(rows)
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.full) for case in rows]
+
+
 def ids(case: Any) -> str:
     """For `pytest.mark.parametrize(..., ids=ids)`."""
     return str(case)
@@ -327,4 +336,5 @@ def compressor_cases(cases: Iterable[Case]) -> tuple[CompressorCase, ...]:
 COMPRESSORS = compressor_cases(CASES)
 
 COVERING = covering(CASES)
-"""What slow tests on real ranks take; --full takes all. In one process, and on two ranks of MPI, every method runs always."""
+"""What slow tests take, on real ranks, and in one process of what the core does (`rows_that_cover`); --full takes all. State, purity, conservation,
+and training in one process and on two ranks of MPI take every row always."""

@@ -23,7 +23,7 @@ OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability-table", action="store_true", help="write the table of docs/reliability.md anew from what the tests find")
     parser.addoption("--roads-table", action="store_true", help="write the tables of docs/roads.md anew from what the tests find")
-    parser.addoption("--full", action="store_true", help="also run the tests that take minutes (marked `full`)")
+    parser.addoption("--full", action="store_true", help="also run the tests marked `full`: they take minutes, or others stand for them")
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
@@ -42,7 +42,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--full"):
-        skip = pytest.mark.skip(reason="takes minutes: run with --full")
+        skip = pytest.mark.skip(reason="runs with --full")
         for item in items:
             if "full" in item.keywords:
                 item.add_marker(skip)

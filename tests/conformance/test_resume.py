@@ -69,7 +69,7 @@ def loaded(everything: bool, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_resumed_in_new_processes_every_method_goes_on_bit_for_bit(backend: str, names: list[str], loaded: Callable[[str], Results]) -> None:
-    """4 steps, save, new processes, load, 3 steps: weights, optimizer and state of 7 steps, on 2 ranks and on 3 (of Horovod: without fusion)."""
+    """4 steps, save, new processes, load, 2 steps: weights, optimizer and state of 6 steps, on 2 ranks and on 3 (of Horovod: without fusion)."""
     for n in OTHER:
         assert list(loaded(backend)[n, n]) == names
         assert [name for name, ranks in loaded(backend)[n, n].items() if not all(r["bit-exact"] for r in ranks)] == []

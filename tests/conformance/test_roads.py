@@ -1,7 +1,7 @@
-"""Whether 30 steps end in the same bits on every road: simulated, by mpi_backend, by Horovod, by torch_backend and by DDP's hook, on 2 and 3 ranks.
+"""Whether steps end in the same bits on every road: simulated, by mpi_backend, by Horovod, by torch_backend and by DDP's hook, on 2 and 3 ranks.
 
-All methods with --full, or when the table is written; else one of every kind of exchange, on 3 ranks. That two ranks are the
-simulation is tested always, of shorter runs: tests/mpi/test_methods.py, tests/horovod/test_horovod.py, tests/torch/test_ddp.py.
+30 steps of all methods with --full, or when the table is written; else 8 of one method of every kind of exchange, on 3 ranks. That two ranks
+are the simulation is tested always, too: tests/mpi/test_methods.py, tests/horovod/test_horovod.py, tests/torch/test_ddp.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from tests import roads
 from tests.cases import CASES, Case, bound_method
 from tests.ranks import REPO, mpirun, require_horovod
-from tests.roads import COVERING, END, ROADS, SIZES, START, letters, letters_of, render, rows, simulated
+from tests.roads import COVERING, END, HORIZON, ROADS, SHORT, SIZES, START, letters, letters_of, render, rows, simulated
 
 PROGRAM = "tests/conformance/program_roads.py"
 IN_ORDER = {"HOROVOD_FUSION_THRESHOLD": "0"}
@@ -33,26 +33,31 @@ def cases(everything: bool) -> tuple[Case, ...]:
 
 
 @pytest.fixture(scope="session")
-def found(everything: bool, cases: tuple[Case, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str]]:
+def steps(everything: bool) -> int:
+    return HORIZON if everything else SHORT
+
+
+@pytest.fixture(scope="session")
+def found(everything: bool, steps: int, cases: tuple[Case, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str]]:
     """method → number of ranks → letters, one for each road. One start for each number of ranks."""
     require_horovod()
     results: dict[str, dict[int, str]] = {case.name: {} for case in cases}
     for n in SIZES if everything else [3]:
         folder = tmp_path_factory.mktemp(f"roads-{n}")
-        said = mpirun(n, PROGRAM, str(folder), *(c.name for c in cases), timeout=500, env=IN_ORDER)
+        said = mpirun(n, PROGRAM, str(folder), str(steps), *(c.name for c in cases), timeout=500, env=IN_ORDER)
         assert all(f"rank {r} of {n}: done" in said for r in range(n))
         first, *others = (json.loads((folder / f"rank{r}.json").read_text()) for r in range(n))
         assert all(other == first for other in others), "ranks hold different bits"
         for case in cases:
-            results[case.name][n] = letters([simulated(case, n).weights, *(first[road][case.name] for road in ROADS[1:])])
+            results[case.name][n] = letters([simulated(case, n, steps).weights, *(first[road][case.name] for road in ROADS[1:])])
     return results
 
 
-def test_on_three_ranks_only_the_networks_sums_differ(cases: tuple[Case, ...], found: dict[str, dict[int, str]]) -> None:
+def test_on_three_ranks_only_the_networks_sums_differ(cases: tuple[Case, ...], steps: int, found: dict[str, dict[int, str]]) -> None:
     """What no all-reduce added is the same on every road. The control is a dense mean, whose three terms each network adds in an order of its own."""
-    alone = [case for case in cases if not simulated(case, 3).summed]
+    alone = [case for case in cases if not simulated(case, 3, steps).summed]
     assert alone and {c.name: set(found[c.name][3]) for c in alone} == {c.name: {"a"} for c in alone}
-    assert simulated(CASES[0], 3).summed and len(set(found["none"][3])) > 1
+    assert simulated(CASES[0], 3, steps).summed and len(set(found["none"][3])) > 1
     assert all(found[case.name][3][3] == found[case.name][3][4] for case in cases), "torch_backend and DDP's hook are the same network"
 
 

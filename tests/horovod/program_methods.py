@@ -12,7 +12,8 @@ from tests.cases import CASES, Case, bound_method, by_name
 from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
 from tests.problems import mlp, simulate, weights
 
-STEPS = 12
+STEPS = 8
+"""Of periods of 3 and 5 steps one and the beginning of another, and all of the schedules."""
 
 
 def tolerance(case: Case) -> float:
@@ -49,6 +50,8 @@ def check(case: Case) -> None:
     train_stock(model, optimizer, range(STEPS))
     w = weights(model, compression if feedback.takes.update else None)
     assert same_on_all(w, case.name), "ranks hold different bits"
+    if CASES.index(case) % hvd.size() != hvd.rank():
+        return  # all hold the same bits: ranks take turns in simulating
     difference = (w - expected(case, case.name)).abs().max().item()
     assert difference <= tolerance(case), f"{difference} from the simulation, allowed {tolerance(case)}"
 

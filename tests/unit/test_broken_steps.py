@@ -22,7 +22,7 @@ from hvd_ecsgd import Compression, CompressionError, DisagreementError, Distribu
 from hvd_ecsgd.errors import SequenceError
 from hvd_ecsgd.optimizer.backward import BackwardPass, BackwardPasses
 from hvd_ecsgd.transport import Transport, run_simulated
-from tests.cases import ALL, CASES, Case, by_name, ids
+from tests.cases import ALL, Case, by_name, ids, rows_that_cover
 from tests.problems import batch, mlp, same_bits, train, weights
 
 
@@ -319,7 +319,7 @@ def test_a_parameter_frozen_on_some_ranks_only_is_named(overlap: bool) -> None:
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
 @pytest.mark.parametrize(("dtype", "gradients"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("case", rows_that_cover(), ids=ids)
 def test_gradients_of_another_type_than_their_parameter(case: Case, dtype: torch.dtype, gradients: torch.dtype) -> None:
     """`p.grad` has the type that was asked for, also when a rate of zero, an overflow or another worker makes it."""
     model = mlp(dtype)

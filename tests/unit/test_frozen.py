@@ -10,7 +10,7 @@ import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.transport import Transport, run_simulated
-from tests.cases import ALL, CASES, Case, bound_method, by_name, ids
+from tests.cases import ALL, Case, bound_method, by_name, ids, rows_that_cover
 from tests.problems import mlp, same_bits, train
 from tests.unit.test_state import Setup, equal
 
@@ -27,7 +27,7 @@ def kept(setup: Setup) -> dict[str, torch.Tensor]:
     return {slot: t.double() for slot, t in found.items() if slot in ("residual", "server_residual", "momentum", "parameter")}
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("case", rows_that_cover(), ids=ids)
 def test_what_is_kept_for_a_frozen_parameter_waits(case: Case) -> None:
     """While η changes, and after a step that is undone. The control: it is another when the parameter is not frozen."""
 

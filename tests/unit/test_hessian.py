@@ -38,7 +38,7 @@ def matrices(problem: Quadratics, which: str) -> Callable[[int], Feedback]:
     }[which]
 
 
-# row → |x − x*|, |z − x*| for n=1, n=5 with one H, n=5 with different H; None: exact, below 1e-12
+# row → |x − x*|, |z − x*| for n=1, n=5 with one H, n=5 with different H; None: exact, and so below 1e-9 by the last step
 TABLE: dict[str, tuple[tuple[float, float | None], ...]] = {
     "0": ((0.74, 0.74), (0.18, 0.18), (0.040, 0.040)),
     "I": ((0.053, 0.038), (0.030, 0.024), (0.036, 0.026)),
@@ -56,17 +56,17 @@ def columns(row: str) -> list[tuple[str, int, bool, tuple[float, float | None]]]
 
 @pytest.mark.parametrize(("row", "n", "same", "expected"), [c for row in TABLE for c in columns(row)])
 def test_the_table(row: str, n: int, same: bool, expected: tuple[float, float | None]) -> None:
-    """Exact entries below 1e-12, the others within a factor of three; the rows are each other's controls."""
+    """Exact entries as near as plain descent comes in so many steps, the others within a factor of three; the rows are each other's controls."""
     problem = Quadratics(n, same=same)
-    x, z = descend(problem, matrices(problem, row), 2500)
+    x, z = descend(problem, matrices(problem, row), 1400)
     assert expected[0] / 3 < x < expected[0] * 3
     if expected[1] is None:
-        assert z < 1e-12
+        assert z < 1e-9
     else:
         assert expected[1] / 3 < z < expected[1] * 3
 
 
-@pytest.mark.parametrize("k", [10, 20])
+@pytest.mark.parametrize("k", [20, pytest.param(10, marks=pytest.mark.full)])
 def test_plain_feedback_is_exact_too_where_errors_are_relative(k: int) -> None:
     """Top-k of 40, exact gradients, one worker: x and z reach the optimum, to 1e-13. Not with two (the control), nor with rounding (the table)."""
 

@@ -134,7 +134,7 @@ def descended(compression: Compression, s: float, steps: int) -> float:
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.3])
-@pytest.mark.parametrize("ratio", [16, 64])
+@pytest.mark.parametrize("ratio", [16, pytest.param(64, marks=pytest.mark.full)])
 def test_runs_converge_below_the_limit_and_diverge_far_above_it(ratio: int, lambda_: float) -> None:
     """At 0.9 and 6 times the mean-square limit, each the other's control. Steps of the latter size are no trouble to plain descent, nor to λ = 1."""
     limit = LIMITS[ratio, lambda_]
