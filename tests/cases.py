@@ -29,7 +29,7 @@ from hvd_ecsgd.compressors import (
 from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, CompSkip, Every, NormBased, PowerSGD, SkipAllReduce, TwoPass
 from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, MemSGD, Product
 
-__all__ = ["CASES", "COMPRESSORS", "COVERING", "SWITCHES", "Case", "CompressorCase"]
+__all__ = ["CASES", "COMPRESSORS", "COVERING", "KINDS", "SWITCHES", "Case", "CompressorCase"]
 __all__ += ["bound_method", "by_name", "compressor_cases", "covering", "ids", "rows_that_cover", "traits"]
 
 
@@ -338,3 +338,7 @@ COMPRESSORS = compressor_cases(CASES)
 COVERING = covering(CASES)
 """What slow tests take, on real ranks, and in one process of what the core does (`rows_that_cover`); --full takes all. State, purity, conservation,
 and training in one process and on two ranks of MPI take every row always."""
+
+_FIRST_OF_KIND = {(type(bound_method(c).exchange), c.exact): c for c in reversed(COVERING)}
+KINDS = tuple(c for c in COVERING if c in _FIRST_OF_KIND.values())
+"""Of every kind of exchange, and of payloads in half precision, the first of these: what the slowest tests take."""

@@ -12,11 +12,11 @@ import torch
 
 from hvd_ecsgd import DistributedOptimizer
 from hvd_ecsgd.transport import Transport, run_simulated
-from tests.cases import CASES, Case, bound_method
+from tests.cases import CASES, Case
 from tests.problems import mlp, train, weights
 from tests.reliability import rows
 
-__all__ = ["COVERING", "HORIZON", "HVD", "ROADS", "SHORT", "digest", "letters", "letters_of", "named", "options", "rate", "render", "rows"]
+__all__ = ["HORIZON", "HVD", "ROADS", "SHORT", "digest", "letters", "letters_of", "named", "options", "rate", "render", "rows"]
 __all__ += ["simulated", "why"]
 
 START, END = "<!-- table of the roads: made by the tests -->", "<!-- end of the table of the roads -->"
@@ -27,9 +27,6 @@ HVD = {"mpi_backend": "mpi_backend", "Horovod": "horovod.torch", "torch_backend"
 """Roads with Horovod's API, and where it is."""
 HOOK = "DDP's hook"
 ROADS = ("simulation", *HVD, HOOK)
-EVERY_KIND = {(type(bound_method(c).exchange), c.exact): c for c in reversed(CASES)}
-COVERING = tuple(c for c in CASES if c in EVERY_KIND.values())
-"""What runs without --full, on three ranks: of every kind of exchange, and of payloads in half precision, the first method of the table."""
 
 
 def options(case: Case) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests import roads
-from tests.cases import CASES, Case, bound_method
+from tests.cases import CASES, KINDS, Case, bound_method
 from tests.ranks import REPO, mpirun, require_horovod
-from tests.roads import COVERING, END, HORIZON, ROADS, SHORT, SIZES, START, letters, letters_of, render, rows, simulated
+from tests.roads import END, HORIZON, ROADS, SHORT, SIZES, START, letters, letters_of, render, rows, simulated
 
 PROGRAM = "tests/conformance/program_roads.py"
 IN_ORDER = {"HOROVOD_FUSION_THRESHOLD": "0"}
@@ -29,7 +29,7 @@ def everything(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def cases(everything: bool) -> tuple[Case, ...]:
-    return CASES if everything else COVERING
+    return CASES if everything else KINDS
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def test_on_three_ranks_only_the_networks_sums_differ(cases: tuple[Case, ...], s
 
 def test_what_runs_always_stands_for_every_kind_of_exchange() -> None:
     kinds = {(type(bound_method(c).exchange), c.exact) for c in CASES}
-    assert {(type(bound_method(c).exchange), c.exact) for c in COVERING} == kinds and len(COVERING) == len(kinds)
+    assert {(type(bound_method(c).exchange), c.exact) for c in KINDS} == kinds and len(KINDS) == len(kinds)
 
 
 def test_the_table_of_the_documentation_is_what_the_tests_find(found: dict[str, dict[int, str]], pytestconfig: pytest.Config) -> None:
