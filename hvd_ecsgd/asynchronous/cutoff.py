@@ -7,8 +7,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,29 +17,19 @@ from ..core.gradients import clip_factor, take_
 from ..core.meter import Meter, check_unmeasured
 from ..core.method import Method
 from ..core.state import MethodState, NamedParameters
-from ..core.step import BucketStep, drive
 from ..errors import CompressionError, SequenceError, TransportError
 from ..optimizer.hyper_parameters import HyperParameters
 from ..optimizer.own_class import OwnClass
-from ..protocols import Accumulated, GroupSettings, Reversals, Task
+from ..protocols import GroupSettings
 from ..transport import Transport
 from .attendance import Attendance, Cutoff, Met, Over, Row, Stand, Together
+from .partial import Applicable, PartialSteps
 from .plan import check_rule, dense_gradient
 
 __all__ = ["CutoffWorker"]
 
 _BUCKET_BYTES = 2**62
 """One bucket of each kind: there is no backward pass that it could travel beside."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What came of a step, to be applied by the script's thread: by parameter the mean, None where nothing was sent; `means` None of one that was
-    undone. `ours`: with this worker's gradient. `numbers`: the step's hyper-parameters."""
-
-    means: list[tuple[torch.nn.Parameter, torch.Tensor | None]] | None
-    numbers: Sequence[float]
-    ours: bool
 
 
 class CutoffWorker:
@@ -83,12 +71,7 @@ class CutoffWorker:
             settings=self._own,
         )
         self.use(optimizer)
-        groups = [
-            {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ]
-        step_groups: Any = SimpleNamespace(param_groups=groups, defaults=optimizer.defaults)
-        self._step_groups, self._step_numbers = step_groups, HyperParameters(step_groups)
+        self._steps = PartialSteps(self.state, optimizer, transport)
         self.steps = 0
         """That this worker's script has taken part in; those of all workers together are `state.step`."""
         self._changed = threading.Condition()
@@ -96,11 +79,10 @@ class CutoffWorker:
         self._begun, self._seconds, self._told = clock(), 0.0, self._hyper_parameters.values()
         self._offered: dict[int, torch.Tensor] = {}  # by id of the parameter; the other thread's while READY
         self._applies, self._pause_for = True, 0.0
-        self._done: deque[_Step] = deque()
+        self._done: deque[Applicable] = deque()
         self._error: BaseException | None = None
         self.applied = 0
         """Steps of all workers together that the script's thread has applied, or has been told that they were undone."""
-        self.meter: Meter | None = None
         self._step_or_meter = threading.RLock()
         """Who measures changes between two steps."""
         self.over = False
@@ -115,7 +97,12 @@ class CutoffWorker:
         with self._step_or_meter:
             if meter is not None:
                 check_unmeasured(self.meter)
-            self.meter = meter
+            self._steps.meter = meter
+
+    @property
+    def meter(self) -> Meter | None:
+        """Who looks at the steps."""
+        return self._steps.meter
 
     @property
     def hyper_parameters(self) -> list[str]:
@@ -214,7 +201,7 @@ class CutoffWorker:
         """Apply what has come."""
         self._apply_until(lambda: True)
 
-    def apply(self, done: _Step) -> None:
+    def apply(self, done: Applicable) -> None:
         """Take the optimizer's step with a mean, and with the hyper-parameters that the step was taken with; the script's own are as before."""
         for _, p in self.state.named:
             p.grad = None
@@ -282,77 +269,14 @@ class CutoffWorker:
                 self._changed.notify_all()
         return self.over
 
-    @torch.no_grad()
     def _take_step(self, together: Together, numbers: Sequence[float]) -> None:
-        state, ours = self.state, together.present[self.transport.rank]
-        self._step_numbers.adopt(numbers)
-        steps = [self._begin(bucket, together.present) for bucket in state.buckets]
-        reductions = [step for step in steps if step is not None]
-        drive(reductions)
-        stands = all(r.task.finite for r in reductions)
-        means: list[tuple[torch.nn.Parameter, torch.Tensor | None]] = []
-        for bucket, step in zip(state.buckets, steps, strict=True):
-            views = [None] * len(bucket.parameters) if step is None or not stands else step.hand_out()
-            means += zip(bucket.parameters, views, strict=True)
-        for reduction in reductions:
-            reduction.task.traffic.dense = reduction.bucket.bytes_without_compression(state.size)
-            state.traffic += reduction.task.traffic
-            if stands:
-                reduction.commit()
-            else:
-                reduction.undo_(gradients_gone=not ours)
-        state.step += 1
-        if not stands:
-            state.undone += 1
-        if self.meter is not None:
-            self.meter.exchanged(state, reductions, "stands" if stands else "undone")
-            self.meter.end(state)
-        if any(mean is not None and mean.is_cuda for _, mean in means):
-            torch.cuda.synchronize()
+        done, ours = self._steps.take(together, numbers, self._offered), together.present[self.transport.rank]
         with self._changed:
             if self._applies:
-                self._done.append(_Step(means if stands else None, numbers, ours))
+                self._done.append(done)
             if ours and self._stand is Stand.READY:  # else the script has left meanwhile
                 self._offered, self._stand, self._begun = {}, Stand.COMPUTING, self._clock()
             self._changed.notify_all()
-
-    def _begin(self, bucket: Bucket, present: Sequence[bool]) -> BucketStep | None:
-        """None when the learning rate is 0, and the method keeps state: nothing is sent, and what is kept stays as it is."""
-        state, transport = self.state, self.transport
-        settings = GroupSettings.of(self._step_groups.param_groups[bucket.group])
-        if settings.lr == 0 and state.method.stateful:
-            return None
-        bucket.allocate(transport.rank, transport.size)
-        assert bucket.state is not None and bucket.exchange_state is not None
-        gauge = None if self.meter is None else self.meter.begin(state, bucket)
-        ctx = bucket.context(settings, state.method.seed, state.step, transport.rank, transport.size)
-        if bucket.method.exact:
-            bucket.remember()
-        gradients = [self._offered[id(p)] for p in bucket.parameters] if present[transport.rank] else []
-        residual = bucket.residual
-        if gradients:
-            accumulated = bucket.method.feedback.accumulate_(bucket.part, gradients, ctx)
-            if gauge is not None:
-                gauge.accumulated(gradients, accumulated.buffer, bucket, settings)
-        else:
-            if residual is not None and ctx.carry != 1.0:
-                residual.mul_(ctx.carry)  # which the rule's `undo_` takes back
-            accumulated = Accumulated(bucket.segments.scratch() if residual is None else residual)
-        compressor, exchange = bucket.method.at(state.step)
-        task = Task(
-            name=bucket.name,
-            segments=bucket.segments,
-            compressor=compressor,
-            state=bucket.exchange_state,
-            ctx=ctx,
-            accumulated=accumulated,
-            into=bucket.results.take(),
-            reversals=Reversals(residual, was_zero=compressor.lossless and bucket.residual_is_zero),
-            step_size=settings.lr,
-            present=present,
-            silent=not gradients,
-        )
-        return BucketStep(bucket, task, exchange.run(task, transport), gradients, settings, gauge=gauge)
 
     # -- saving ------------------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
-"""What the optimizers of this folder do when they are made, on all ranks together, and how a script's own is wrapped."""
+"""What the optimizers of this folder do when they are made, on all ranks together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,13 +11,12 @@ from hvd_ecsgd.asynchronous.plan import check_rule
 from hvd_ecsgd.core.method import Method
 from hvd_ecsgd.core.talk import everyone, listed
 from hvd_ecsgd.errors import CompressionError
-from hvd_ecsgd.optimizer.own_class import copy_attributes
 
 # This imports mpi4py.MPI, which initialises MPI: only init() may do that.
 if TYPE_CHECKING:
     from ..transport import MPITransport
 
-__all__ = ["check_compression", "raise_together", "share_x", "told_of_parameters", "wrapped"]
+__all__ = ["check_compression", "raise_together", "share_x", "told_of_parameters"]
 
 
 def raise_together(transport: MPITransport, problem: Exception | None, what: str) -> None:
@@ -47,13 +46,3 @@ def share_x(transport: MPITransport, parameters: Iterable[torch.nn.Parameter]) -
 def told_of_parameters(named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, list[int], str]]:
     """What must be equal of them on all ranks."""
     return [(name, list(p.shape), str(p.dtype)) for name, p in named]
-
-
-def wrapped(optimizer: torch.optim.Optimizer, mixin: type, attribute: str, participant: object) -> Any:
-    """An instance of the optimizer's own class behind `mixin`, which finds the `participant` under the one attribute that is added."""
-    own = type(optimizer)
-    cls: Any = type(own.__name__, (mixin, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
-    made = object.__new__(cls)
-    copy_attributes(optimizer, made)
-    made.__dict__[attribute] = participant
-    return made

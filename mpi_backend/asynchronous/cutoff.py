@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,8 @@ from hvd_ecsgd.transport.devices import current_device, use_device
 
 from .. import runtime
 from ..engine.negotiation import StallCheck
-from .begin import check_compression, raise_together, share_x, told_of_parameters, wrapped
+from .begin import check_compression, raise_together, share_x, told_of_parameters
+from .wrapping import Participating, participant_of, wrapped
 
 # This imports mpi4py.MPI, which initialises MPI: only init() may do that.
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CutoffDistributedOptimizer", "close", "leave"]
 
-_PARTICIPANT = "_mpi_backend_cutoff"
-"""The one attribute that a wrapped optimizer carries beside its own."""
 _WHAT = "CutoffDistributedOptimizer()"
 
 
@@ -84,7 +83,8 @@ def CutoffDistributedOptimizer(
         check_compression(compression, "a straggler cutoff")
         bound, trained, _ = matched(optimizer, named_parameters, compression)
         trained = [(name, p) for name, p in trained if p.requires_grad]
-        apply = _Applies(OwnClass(type(optimizer)))
+        own = OwnClass(type(optimizer))
+        apply = _Applies(own)
         worker = CutoffWorker(bound.method, trained, optimizer, transport, cutoff, apply)
     except (CompressionError, ValueError, TypeError) as error:
         problem = error
@@ -95,8 +95,8 @@ def CutoffDistributedOptimizer(
         link.close()
         raise
     share_x(transport, (p for _, p in trained))
-    participant = _Participant(worker, link)
-    made = wrapped(optimizer, _Partial, _PARTICIPANT, participant)
+    participant = _Participant(worker, link, own)
+    made = wrapped(optimizer, _Partial, participant)
     apply.to = weakref.ref(made)
     worker.use(made)
     _here.append(participant)
@@ -144,8 +144,10 @@ class _Applies:
 class _Participant:
     """A worker, and the thread that answers for it."""
 
-    def __init__(self, worker: CutoffWorker, link: Link) -> None:
-        self.worker, self._link = worker, link
+    what, with_whom, instead = "CutoffDistributedOptimizer", "the workers of one job", "Save its state_dict()."
+
+    def __init__(self, worker: CutoffWorker, link: Link, own: OwnClass) -> None:
+        self.worker, self._link, self.own = worker, link, own
         self._device, self._threads = current_device(), torch.get_num_threads()
         self._stall = StallCheck.from_environment().warn
         self.thread = threading.Thread(target=self._serve, name="mpi_backend cutoff", daemon=True)
@@ -171,57 +173,46 @@ class _Participant:
         else:
             self._link.abandon()
 
+    def step(self) -> None:
+        self.worker.step()
+
     @contextlib.contextmanager
     def consistent(self) -> Iterator[None]:
         self.worker.meet()
         yield
         self.worker.meet()
 
+    def finish(self) -> None:
+        self.worker.finish()
+
+    def measure_by(self, meter: Meter | None) -> None:
+        self.worker.measure_by(meter)
+
 
 def _participant(optimizer: Any) -> _Participant:
-    participant: _Participant = optimizer.__dict__[_PARTICIPANT]
+    participant: _Participant = participant_of(optimizer)
     return participant
 
 
-def _exchange(optimizer: Any, *args: Any, **kwargs: Any) -> None:
-    _participant(optimizer).worker.step()
-
-
-_hooked_exchange: Callable[..., None] = torch.optim.Optimizer.profile_hook_step(_exchange)
-"""The same within step hooks and the profiler's range, as torch has them around every optimizer's `step`."""
-
-
-class _Partial(torch.optim.Optimizer):
+class _Partial(Participating):
     """Mixin in front of the optimizer's own class: what a script calls, and nothing else."""
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise CompressionError("a CutoffDistributedOptimizer cannot be copied: it belongs to the workers of one job.")
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise CompressionError("a CutoffDistributedOptimizer cannot be pickled: it belongs to the workers of one job. Save its state_dict().")
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Hand this worker's gradient over, and apply all steps up to the one that takes it. `p.grad` is its mean afterwards, None of one that was
         undone. A closure is evaluated once, before."""
-        closure = OwnClass(type(self).__mro__[2]).closure(args, kwargs)
-        value = None
-        if closure is not None:
-            with torch.enable_grad():
-                value = closure()
-        _hooked_exchange(self)
-        return value
+        return super().step(*args, **kwargs)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch would put step hooks around this one too
 
     def consistent(self) -> AbstractContextManager[None]:
         """`with optimizer.consistent():` — inside x is the same on all workers, and no step is taken: for evaluation and checkpoints. Collective over
         the workers that are not done; those that come first apply the others' steps, and at the end they wait."""
-        return _participant(self).consistent()
+        return super().consistent()
 
     def finish(self) -> None:
         """This worker has no more batches: apply the others' steps until all say so. x is the same on all then. `step()` is a `SequenceError`
         afterwards. A worker that ends, or calls `shutdown()`, is done too, and its x stays where it was."""
-        _participant(self).worker.finish()
+        super().finish()
 
     @property
     def steps(self) -> int:
@@ -254,10 +245,6 @@ class _Partial(torch.optim.Optimizer):
         last one. A step without this worker counts in `skips` and `staleness_steps` of its param groups."""
         worker = _participant(self).worker
         return metrics(worker.state, None, worker.meter)
-
-    def measure_by(self, meter: Meter | None) -> None:
-        """What `telemetry.Logger(optimizer, …)` calls. Raises `CompressionError` where another one measures."""
-        _participant(self).worker.measure_by(meter)
 
     def residuals(self) -> dict[str, Any]:
         """What this worker, also as a server of pieces, has not sent yet, and counters: a part of a checkpoint, of which each rank saves its own.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,8 @@ from hvd_ecsgd.protocols import Compressor
 
 from .. import runtime
 from ..collectives import Average, Sum
-from .begin import check_compression, raise_together, share_x, told_of_parameters, wrapped
+from .begin import check_compression, raise_together, share_x, told_of_parameters
+from .wrapping import Participating, participant_of, wrapped
 
 # These import mpi4py.MPI, which initialises MPI: only init() may do that.
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from .post import Post
 
 __all__ = ["AsyncDistributedOptimizer", "close", "is_serving", "leave"]
-
-_PARTICIPANT = "_mpi_backend_participant"
-"""The one attribute that a wrapped optimizer carries beside its own."""
 
 
 def is_serving() -> bool:
@@ -111,7 +109,7 @@ def AsyncDistributedOptimizer(
     if context.job.serves:
         participant.serve()
         sys.exit(0)
-    asynchronous = wrapped(optimizer, _Asynchronous, _PARTICIPANT, participant)
+    asynchronous = wrapped(optimizer, _Asynchronous, participant)
     participant.begin(asynchronous)
     return asynchronous
 
@@ -176,6 +174,8 @@ def _told(plan: Plan, shards: Any, optimizer: torch.optim.Optimizer) -> dict[str
 class _Participant:
     """A worker or a server of this process, and how it talks to the others."""
 
+    what, with_whom, instead = "AsyncDistributedOptimizer", "the workers and servers of one job", "Use save()."
+
     def __init__(
         self,
         plan: Plan,
@@ -188,6 +188,7 @@ class _Participant:
     ) -> None:
         self.plan, self.shards, self.optimizer = plan, shards, optimizer
         self.job, self.post, self.link, self.transport = job, post, link, transport
+        self.own = OwnClass(type(optimizer))
         self.worker: Worker | None = None
         self.inside = False
         """x is held for an evaluation."""
@@ -268,6 +269,10 @@ class _Participant:
         self.pull(Kind.FETCH)
         self.say_done()
 
+    def measure_by(self, meter: Meter | None) -> None:
+        assert self.worker is not None
+        self.worker.measure_by(meter)
+
     def say_done(self) -> None:
         """To the servers, once. They forget this worker."""
         if self.worker is not None and not self.done:
@@ -324,49 +329,29 @@ def _path(folder: Path) -> torch.Tensor:
 
 
 def _participant(optimizer: Any) -> _Participant:
-    participant: _Participant = optimizer.__dict__[_PARTICIPANT]
+    participant: _Participant = participant_of(optimizer)
     return participant
 
 
-def _exchange(optimizer: Any, *args: Any, **kwargs: Any) -> None:
-    _participant(optimizer).step()
-
-
-_hooked_exchange: Callable[..., None] = torch.optim.Optimizer.profile_hook_step(_exchange)
-"""The same within step hooks and the profiler's range, as torch has them around every optimizer's `step`."""
-
-
-class _Asynchronous(torch.optim.Optimizer):
+class _Asynchronous(Participating):
     """Mixin in front of the optimizer's own class: what a script calls, and nothing else."""
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise CompressionError("an AsyncDistributedOptimizer cannot be copied: it belongs to the workers and servers of one job.")
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise CompressionError("an AsyncDistributedOptimizer cannot be pickled: it belongs to the workers and servers of one job. Use save().")
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Push this worker's gradient, and take what x has become; wait where this worker is so far ahead that others' gradients would become too
         stale. A closure is evaluated once, before."""
-        closure = OwnClass(type(self).__mro__[2]).closure(args, kwargs)
-        value = None
-        if closure is not None:
-            with torch.enable_grad():
-                value = closure()
-        _hooked_exchange(self)
-        return value
+        return super().step(*args, **kwargs)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch would put step hooks around this one too
 
     def consistent(self) -> AbstractContextManager[None]:
         """`with optimizer.consistent():` — inside x is the same on all workers, exactly the servers', with every gradient that was pushed before: for
         evaluation. Collective over the workers; those that come first wait, at the end too. Raises `SequenceError` inside of itself."""
-        return _participant(self).consistent()
+        return super().consistent()
 
     def finish(self) -> None:
         """This worker has no more batches: wait for the others to say so, and take x, which is the same on all then. Collective over the workers.
         `step()` is a `SequenceError` afterwards. Without it a worker is done when it ends, or calls `shutdown()`."""
-        _participant(self).finish()
+        super().finish()
 
     def save(self, directory: str | os.PathLike[str], model: torch.nn.Module, *, extras: Any = None, overwrite: bool = False) -> None:
         """Save a checkpoint: the model, the optimizer's state on the servers, residuals, and each worker's `extras`; as
@@ -384,10 +369,6 @@ class _Asynchronous(torch.optim.Optimizer):
         """As `metrics()` of a bound compression: plain numbers, of all gradients of this object and, while `telemetry.Logger(optimizer, …)` looks, of
         the last one. `steps` counts this worker's gradients, `undone_steps` those that were refused."""
         return metrics(self._worker.whole, None, self._worker.meter)
-
-    def measure_by(self, meter: Meter | None) -> None:
-        """What `telemetry.Logger(optimizer, …)` calls. Raises `CompressionError` where another one measures."""
-        self._worker.measure_by(meter)
 
     @property
     def refused(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, SequenceError, TransportError
 from hvd_ecsgd.asynchronous.attendance import Attendance, Cutoff, Met, Over, Row, Stand, Together, best_cutoff
 from hvd_ecsgd.asynchronous.cutoff import CutoffWorker
+from hvd_ecsgd.asynchronous.partial import PartialSteps
 from hvd_ecsgd.compressors import Sign, TopK
 from hvd_ecsgd.transport import Transport, run_simulated
 
@@ -143,13 +144,13 @@ def test_what_is_lost_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The controls: a late worker's residual that is forgotten, or kept in the units of another learning rate; each breaks what is tested above."""
     for break_it in ("forget", "unit"):
 
-        def dropped(self: CutoffWorker, bucket: Any, present: Any, own: Any = CutoffWorker._begin, how: str = break_it) -> Any:
+        def dropped(self: PartialSteps, bucket: Any, present: Any, offered: Any, own: Any = PartialSteps._begin, how: str = break_it) -> Any:
             if not present[self.transport.rank] and bucket.residual is not None:
-                bucket.residual.mul_(0.0 if how == "forget" else self._step_groups.param_groups[0]["lr"] / (bucket.unit or 1.0))
-            return own(self, bucket, present)
+                bucket.residual.mul_(0.0 if how == "forget" else self._groups[0]["lr"] / (bucket.unit or 1.0))
+            return own(self, bucket, present, offered)
 
         with monkeypatch.context() as patch:
-            patch.setattr(CutoffWorker, "_begin", dropped)
+            patch.setattr(PartialSteps, "_begin", dropped)
             with pytest.raises(AssertionError, match="step"):
                 test_nothing_is_lost_at_any_step("top_k", 3)
 
