@@ -51,7 +51,8 @@ ROUNDING = [Natural(), Cast(), Cast(torch.bfloat16), Cast(saturate=True), QSGD(n
 SCALED = [Sign(), Sign("l2"), Sign("l1", 8), Sign("l1", 5), Sign("l2", 100), Sign("l1", 40000), Ternary(), Ternary("l1")]
 NORMED = [QSGD(), QSGD(7), QSGD(1, 16)]
 LONG = [
-    TopK(50), TopK(3), BlockTopK(100), RandomK(64), RandomK(1.3), Threshold(100), Natural(), Cast(), QSGD(), Sign(), Sign("l1", 1000), Ternary(),
+    TopK(50), TopK(3), BlockTopK(100), RandomK(64), RandomK(1.3), Threshold(100), Natural(), Cast(), QSGD(), QSGD(7, 40_000), QSGD(9, 40_001, "max"),
+    Sign(), Sign("l1", 1000), Ternary(),
 ]  # fmt: skip
 SIZES = [0, 1, 70, 5000, 0, 333]
 KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
@@ -194,6 +195,44 @@ def test_long_segments_and_threads_change_nothing(compressor: Any) -> None:
                 assert n > 1 or not expected.differences(), kind
             torch.set_num_threads(1)
         assert all(same(a, b) for other in bits[1:] for a, b in zip(bits[0], other, strict=True)), kind
+
+
+@compiled
+def test_one_large_segment_is_the_work_of_several_threads() -> None:
+    """Whatever works on it asks the OpenMP runtime for two threads. Control: of one thread it is asked for nothing."""
+    assert library is not None
+    asked: list[int] = []
+    task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def fork(function: int, given: int, n: int, _: int) -> None:
+        asked.append(n)
+        task(function)(given)
+
+    numel = 300_000
+    segments, v = table([numel], torch.float32), values("gaussian", numel, torch.float32)
+    work: dict[str, Callable[[], object]] = {}
+    for c in (QSGD(), QSGD(7), QSGD(7, 40_000), Natural(), Ternary(), TopK(50), BlockTopK(100), Threshold(50), Sign(), Cast()):
+        payload = c.extract_(v.clone(), segments, KEY)
+        work[f"{c}: extract"] = lambda c=c: c.extract_(v.clone(), segments, KEY)
+        work[f"{c}: decode"] = lambda c=c, payload=payload: c.assign_(torch.empty(numel), payload, segments, KEY)
+    low_rank, rows, p, q = native.Native(library, v, segments, "test"), np.array([600], np.int64), torch.ones(600), torch.ones(500)
+    work["P"] = lambda: low_rank.low_rank_p(rows, 1, q)
+    work["Q"] = lambda: low_rank.low_rank_q(rows, 1, p)
+    work["PQ"] = lambda: low_rank.low_rank_decode_(rows, 1, p, q, None, torch.empty(numel))
+    use_openmp = library._library.hvd_ecsgd_use_openmp
+    use_openmp(ctypes.cast(fork, ctypes.c_void_p).value)
+    try:
+        for threads, expected in ((2, {2}), (1, set())):
+            torch.set_num_threads(threads)
+            low_rank._threads = threads
+            for what, run in work.items():
+                asked.clear()
+                with native.forced(library):
+                    run()
+                assert set(asked) == expected, (what, threads)
+    finally:
+        use_openmp(kernels.library._fork_of_torch())
 
 
 class Doubled(Sign):

@@ -1,61 +1,88 @@
 // BlockTopK: the k entries of largest magnitude of each block, ties to the lowest index, NaN as infinity; values first, then positions within the block.
 
-// The k-th largest of n integers, which keep their order.
-template <class U>
-inline U kth_of_few(const U* keys, int64_t n, int64_t k) {
-    U largest[16] = {};
-    if (k > 16) {
-        std::vector<U> copy(keys, keys + n);
-        return kth_largest(copy.data(), n, k);
+// The k-th largest of N integers that are not negative: the least of those that fewer than k are larger than. All are compared with all.
+template <class T, int N>
+INLINE static typename Bits<T>::U kth_of_few(const typename Bits<T>::U* keys, int64_t k) {
+    using L = Lanes<T>;
+    using I = typename L::I;
+    constexpr int VECTORS = N / L::N;
+    typename L::M v[VECTORS], larger[VECTORS] = {};
+    std::memcpy(v, keys, sizeof v);
+    for (int i = 0; i < N; ++i) {
+        const auto other = L::all_bits(static_cast<I>(keys[i]));
+#pragma GCC unroll 32
+        for (int j = 0; j < VECTORS; ++j) larger[j] -= other > v[j];
     }
-    for (int64_t i = 0; i < n; ++i) {
-        if (i >= k && keys[i] <= largest[k - 1]) continue;
-        int64_t at = std::min(i, k - 1);
-        for (; at > 0 && largest[at - 1] < keys[i]; --at) largest[at] = largest[at - 1];
-        largest[at] = keys[i];
+    const auto limit = L::all_bits(static_cast<I>(k)), none = L::all_bits(std::numeric_limits<I>::max());
+    auto least = none;
+#pragma GCC unroll 32
+    for (int j = 0; j < VECTORS; ++j) {
+        const auto among = larger[j] < limit;
+        const auto candidate = (v[j] & among) | (none & ~among), smaller = candidate < least;
+        least = (candidate & smaller) | (least & ~smaller);
     }
-    return largest[k - 1];
+    I result = least[0];
+    for (int j = 1; j < L::N; ++j) result = std::min<I>(result, least[j]);
+    return static_cast<typename Bits<T>::U>(result);
 }
 
-// A key that at least k of n elements reach, and few more: the k-th largest of the largest of 64 groups. 0 where that tells nothing.
-template <class T>
+// A key that at least k of n elements reach, and few more: the k-th largest of the largest of some groups. 0 where that tells nothing.
+template <class T, int GROUPS>
 INLINE static typename Bits<T>::U reached_by(const T* p, int64_t n, int64_t k) {
     using L = Lanes<T>;
-    if (k > 16 || n < 256) return 0;
-    constexpr int VECTORS = 64 / L::N;
+    constexpr int VECTORS = GROUPS / L::N;
     typename L::M largest[VECTORS] = {};
-    for (int64_t i = 0; i + 64 <= n; i += 64)
+    for (int64_t i = 0; i + GROUPS <= n; i += GROUPS)
 #pragma GCC unroll 32
         for (int j = 0; j < VECTORS; ++j) {
             const auto bits = L::magnitude_bits(L::load(p + i + j * L::N));
             const auto larger = bits > largest[j];
             largest[j] = (bits & larger) | (largest[j] & ~larger);
         }
-    typename Bits<T>::U keys[64];
+    typename Bits<T>::U keys[GROUPS];
     std::memcpy(keys, largest, sizeof keys);
-    return std::min(kth_of_few(keys, 64, k), Bits<T>::INFINITE);
+    return std::min(kth_of_few<T, GROUPS>(keys, k), Bits<T>::INFINITE);
+}
+template <class T>
+INLINE static typename Bits<T>::U reached_by(const T* p, int64_t n, int64_t k) {
+    if (n < 256 || k > 16) return 0;
+    return k > 8 ? reached_by<T, 64>(p, n, k) : reached_by<T, 16>(p, n, k);
 }
 
-// One block: writes k positions, ascending, and gives and clears their values. `keys` and `places` have room for the block.
+// One block: writes k positions, ascending, and gives and clears their values. `keys`, `sorted` and `places` have room for the block and 128 more.
 template <class T>
-INLINE static void take_largest(T* p, int64_t n, int64_t k, uint8_t* values, uint8_t* positions, typename Bits<T>::U* keys, uint16_t* places) {
-    int64_t found = 0;
-    each_64(p, n, AtLeast<T>(reached_by(p, n, k)), [&](int64_t i, uint64_t bits, int) ISA {
-        for (; bits; bits &= bits - 1) {
-            const int64_t at = i + __builtin_ctzll(bits);
-            keys[found] = key_of(p[at]);
-            places[found++] = static_cast<uint16_t>(at);
-        }
-    });
-    const auto smallest = kth_of_few(keys, found, k);
-    int64_t equal = k - std::count_if(keys, keys + found, [&](auto key) { return key > smallest; });
-    for (int64_t i = 0, taken = 0; taken < k; ++i) {
-        if (keys[i] < smallest || (keys[i] == smallest && equal-- <= 0)) continue;
-        T& value = p[places[i]];
+INLINE static void take_largest(T* p, int64_t n, int64_t k, uint8_t* values, uint8_t* positions, typename Bits<T>::U* keys, typename Bits<T>::U* sorted,
+                                uint32_t* places) {
+    using U = typename Bits<T>::U;
+    constexpr int FEW = 16;
+    const U least = reached_by(p, n, k);
+    const AtLeast<T> test(least);
+    int64_t found = 0, i = 0;
+    for (; i + 64 <= n; i += 64) found += append_64(p + i, test, static_cast<uint32_t>(i), keys + found, places + found);
+    for (; i < n; ++i) {
+        keys[found] = key_of(p[i]);
+        places[found] = static_cast<uint32_t>(i);
+        found += keys[found] >= least;
+    }
+    U smallest;
+    if (found <= FEW) {
+        std::fill(keys + found, keys + FEW, U{0});
+        smallest = kth_of_few<T, FEW>(keys, k);
+    } else {
+        std::copy(keys, keys + found, sorted);
+        smallest = kth_largest(sorted, found, k);
+    }
+    int64_t equal = k;
+    for (int64_t j = 0; j < found; ++j) equal -= keys[j] > smallest;
+    for (int64_t j = 0, taken = 0; taken < k; ++j) {
+        const bool tie = keys[j] == smallest && equal > 0, chosen = tie || keys[j] > smallest;
+        equal -= tie;
+        T& value = p[places[j]];
         std::memcpy(values + taken * sizeof(T), &value, sizeof(T));
-        std::memcpy(positions + taken * 2, places + i, 2);
-        value = 0;
-        ++taken;
+        const auto place = static_cast<uint16_t>(places[j]);
+        std::memcpy(positions + taken * 2, &place, 2);
+        value = chosen ? T(0) : value;
+        taken += chosen;
     }
 }
 
@@ -70,12 +97,12 @@ int64_t block_top_k_extract(void* buffer_, const Segment* table, int64_t n, uint
     const auto tiles = tiles_of(table, n, block * std::max<int64_t>(1, TILE / block));
     parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
         const Tile& tile = tiles[t];
-        std::vector<typename Bits<T>::U> keys(block);
-        std::vector<uint16_t> places(block);
+        std::vector<typename Bits<T>::U> keys(block + 128), sorted(block);
+        std::vector<uint32_t> places(block + 128);
         for (int64_t begin = tile.begin; begin < tile.end; begin += block) {
             const int64_t width = std::min(block, tile.end - begin), at = before[tile.segment] + begin / block * k_full;
             take_largest(buffer + table[tile.segment].start + begin, width, width == block ? k_full : k_last[tile.segment], payload + at * sizeof(T),
-                         positions + at * 2, keys.data(), places.data());
+                         positions + at * 2, keys.data(), sorted.data(), places.data());
         }
     });
     return DONE;

@@ -127,8 +127,9 @@ template <class U>
 inline U kth_largest(U* keys, int64_t n, int64_t k) {
     constexpr int64_t BUCKETS = 2048;
     while (n > 4096) {  // a histogram leaves the few keys of one bucket
-        const auto [low, high] = std::minmax_element(keys, keys + n);
-        const U least = *low, range = *high - least;
+        U least = keys[0], most = keys[0];
+        for (int64_t i = 0; i < n; ++i) least = std::min(least, keys[i]), most = std::max(most, keys[i]);
+        const U range = most - least;
         int shift = 0;
         while ((range >> shift) >= BUCKETS) ++shift;
         int64_t counts[BUCKETS] = {};

@@ -105,8 +105,16 @@ INLINE static Codes<double>::Whole widened(Codes<double>::Code c) {
 }
 INLINE static Lanes<float>::V of_codes(Codes<float>::Code c) { return of_whole(widened(c)); }
 INLINE static Lanes<double>::V of_codes(Codes<double>::Code c) { return of_whole(widened(c)); }
-INLINE static Codes<float>::Code to_codes(Lanes<float>::V v) { return __builtin_convertvector(to_whole(v), Codes<float>::Code); }
-INLINE static Codes<double>::Code to_codes(Lanes<double>::V v) { return __builtin_convertvector(to_whole(v), Codes<double>::Code); }
+
+// codes ← the first `room` of a vector's whole numbers, or all of them.
+INLINE static void store_codes(Codes<float>::Whole code, uint8_t* codes, int64_t room) {
+    const auto bytes = __builtin_convertvector(code, Codes<float>::Code);
+    std::memcpy(codes, &bytes, std::min<int64_t>(room, Lanes<float>::N));
+}
+INLINE static void store_codes(Codes<double>::Whole code, uint8_t* codes, int64_t room) {
+    const auto bytes = __builtin_convertvector(code, Codes<double>::Code);
+    std::memcpy(codes, &bytes, std::min<int64_t>(room, Lanes<double>::N));
+}
 
 // The 4 bytes at `at`; beyond the `available` ones there are zeros.
 INLINE static uint32_t word_at(const uint8_t* bytes, int64_t at, int64_t available) {
@@ -269,6 +277,36 @@ INLINE static void each_64(const T* p, int64_t n, Test test, F f) {
         std::copy(p + i, p + n, rest);
         f(i, test_64(rest, test) & ((uint64_t{1} << (n - i)) - 1), static_cast<int>(n - i));
     }
+}
+
+// Appends what `test` chooses of 64 elements: keys[i] ← the key, unless there are none to be written, positions[i] ← place + the element's index. Returns
+// how many; there is room for 64 and a vector. Without a branch where the processor can: who is chosen cannot be foretold.
+template <class T, class Test>
+INLINE static int64_t append_64(const T* p, Test test, uint32_t place, typename Bits<T>::U* keys, uint32_t* positions) {
+    int64_t found = 0;
+#if VARIANT_LEVEL == 2
+    using L = Lanes<T>;
+#pragma GCC unroll 8
+    for (int j = 0; j < 64; j += L::N) {
+        const auto v = L::load(p + j);
+        const uint64_t bits = bits_of(test(v));
+        auto key = L::magnitude_bits(v);
+        const auto infinite = L::all_bits(static_cast<typename L::I>(Bits<T>::INFINITE));
+        key = (key > infinite) ? infinite : key;
+        const __m512i from = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(place + j));
+        const auto raw = reinterpret_cast<__m512i>(key);
+        if (keys) _mm512_storeu_si512(keys + found, sizeof(T) == 4 ? _mm512_maskz_compress_epi32(bits, raw) : _mm512_maskz_compress_epi64(bits, raw));
+        _mm512_storeu_si512(positions + found, _mm512_maskz_compress_epi32(bits, from));
+        found += __builtin_popcountll(bits);
+    }
+#else
+    for (uint64_t bits = test_64(p, test); bits; bits &= bits - 1) {
+        const int at = __builtin_ctzll(bits);
+        if (keys) keys[found] = key_of(p[at]);
+        positions[found++] = place + at;
+    }
+#endif
+    return found;
 }
 
 // How many of n elements are not zero; a NaN is not.

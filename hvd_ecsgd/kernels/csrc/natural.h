@@ -23,7 +23,7 @@ INLINE static Lanes<double>::V powers_of(Codes<double>::Code code) {
     return __builtin_convertvector(reinterpret_cast<Half>(whole << 23 | ((whole + 1) >> 8) << 22), Lanes<double>::V);
 }
 
-// codes ← exponents of p, whose rest stays. There is room for a vector behind the last code, and draws are there.
+// codes ← exponents of p, whose rest stays. Draws are there for a vector behind the last.
 INLINE static void round_to_powers(float* p, int64_t n, const uint32_t* draws, uint8_t* codes) {
     using L = Lanes<float>;
     replace_each(p, n, [&](auto v, int64_t i) ISA {
@@ -32,8 +32,7 @@ INLINE static void round_to_powers(float* p, int64_t n, const uint32_t* draws, u
         magnitude = (magnitude > infinite) ? infinite : magnitude;
         std::memcpy(&draw, draws + i, sizeof draw);
         const L::M code = (magnitude + (draw & 0x7fffff)) >> 23;
-        const auto bytes = __builtin_convertvector(code, Codes<float>::Code);
-        std::memcpy(codes + i, &bytes, sizeof bytes);
+        store_codes(code, codes + i, n - i);
         const L::M sent = (code << 23 | ((v < 0) & sign)) & (code != static_cast<int32_t>(NOT_FINITE));
         return v - reinterpret_cast<L::V>(sent);
     });
@@ -50,17 +49,18 @@ template <class T>
 int64_t natural_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, const uint64_t* keys, int threads) {
     T* buffer = static_cast<T*>(buffer_);
     const auto first = offsets_of(table, n, 1), bytes = offsets_of(table, n, 8);
-    parallel_for(n, useful(threads, first[n]), [&](int64_t s) ISA {
+    const auto tiles = tiles_of(table, n);
+    parallel_for(tiles.size(), useful(threads, first[n]), [&](int64_t t) ISA {
         constexpr int CHUNK = Draws<T>::CHUNK;
-        Draws<T> draws(keys[s]);
-        for (int64_t chunk = 0; chunk < table[s].numel; chunk += CHUNK) {
-            const int64_t count = std::min<int64_t>(CHUNK, table[s].numel - chunk);
-            T* p = buffer + table[s].start + chunk;
-            uint8_t codes[CHUNK + 64];
-            draws.next();
-            pack_negative(p, count, payload + first[n] + bytes[s] + chunk / 8);
-            round_to_powers(p, count, draws.raw, codes);
-            std::memcpy(payload + first[s] + chunk, codes, count);
+        const Tile& tile = tiles[t];
+        Draws<T> draws(keys[tile.segment]);
+        uint8_t *codes = payload + first[tile.segment], *signs = payload + first[n] + bytes[tile.segment];
+        for (int64_t chunk = tile.begin; chunk < tile.end; chunk += CHUNK) {
+            const int64_t count = std::min<int64_t>(CHUNK, tile.end - chunk);
+            T* p = buffer + table[tile.segment].start + chunk;
+            draws.from(chunk);
+            pack_negative(p, count, signs + chunk / 8);
+            round_to_powers(p, count, draws.raw, codes + chunk);
         }
     });
     return DONE;

@@ -1,9 +1,8 @@
 // QSGD: each element a multiple of its bucket's norm/levels, rounded at random. Payload: the norms of all buckets, then each segment's codes.
 
+// Of 4 or 2 bits.
 inline void pack_codes(const uint8_t* codes, int64_t n, int bits, uint8_t* bytes) {
-    if (bits == 8) {
-        std::memcpy(bytes, codes, n);
-    } else if (bits == 4) {
+    if (bits == 4) {
         for (int64_t i = 0; i < (n + 1) / 2; ++i) bytes[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
     } else {
         for (int64_t i = 0; i < (n + 3) / 4; ++i)
@@ -11,9 +10,9 @@ inline void pack_codes(const uint8_t* codes, int64_t n, int bits, uint8_t* bytes
     }
 }
 
-// One bucket's part of a chunk: codes of p, whose residual stays.
+// One bucket's part of a chunk: codes of p, whose residual stays. Draws are there for a vector behind the last.
 template <class T>
-INLINE static void quantise(T* p, int64_t n, T norm, T levels, const T* uniform, uint8_t* codes) {
+INLINE static void quantise(T* p, int64_t n, T norm, T levels, const typename Bits<T>::U* draws, uint8_t* codes) {
     using L = Lanes<T>;
     using I = typename Bits<T>::I;
     const T step = norm / levels;
@@ -21,15 +20,37 @@ INLINE static void quantise(T* p, int64_t n, T norm, T levels, const T* uniform,
     const auto sign = L::all_bits(static_cast<I>(Bits<T>::SIGN));
     replace_each(p, n, [&](auto v, int64_t i) ISA {
         const auto ratio = L::magnitude(v) / divisor;
-        auto x = L::load(uniform + i) + ratio * most;
+        auto x = uniform(draws + i) + ratio * most;
         x = L::select(x < most, x, most);
         auto level = of_whole(to_whole(x));
         // With the sign of v, and 0 of a NaN.
         level = reinterpret_cast<typename L::V>((reinterpret_cast<typename L::M>(level) & (ratio == ratio)) | (reinterpret_cast<typename L::M>(v) & sign));
-        const auto code = to_codes(level + most);
-        std::memcpy(codes + i, &code, sizeof code);
+        store_codes(to_whole(level + most), codes + i, n - i);
         return v - level * left;
     });
+}
+
+template <class T>
+T qsgd_norm(const T* p, int64_t n, bool largest) {
+    return largest ? largest_magnitude(p, n) : norm_of<T>(long_sum_of(p, n, true), true);
+}
+
+// norms ← those of buckets that are longer than a tile, in parts that threads share; the sums are in the order of `qsgd_norm`.
+template <class T>
+void long_norms(const T* buffer, const std::vector<Segment>& buckets, bool largest, int threads, T* norms) {
+    const auto tiles = tiles_of(buckets.data(), buckets.size());
+    std::vector<double> parts(tiles.size());
+    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+        const T* p = buffer + buckets[tiles[t].segment].start + tiles[t].begin;
+        const int64_t count = tiles[t].end - tiles[t].begin;
+        parts[t] = largest ? static_cast<double>(largest_magnitude(p, count)) : sum_of(p, count, true);
+    });
+    std::vector<double> totals(buckets.size(), 0.0);
+    for (size_t t = 0; t < tiles.size(); ++t) {
+        double& total = totals[tiles[t].segment];
+        total = !largest ? total + parts[t] : total >= parts[t] || total != total ? total : parts[t];  // a NaN stays
+    }
+    for (size_t i = 0; i < totals.size(); ++i) norms[i] = largest ? static_cast<T>(totals[i]) : norm_of<T>(totals[i], true);
 }
 
 inline std::vector<int64_t> code_offsets(const Segment* table, int64_t n, int bits) {
@@ -40,31 +61,47 @@ template <class T>
 int64_t qsgd_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, const uint64_t* keys, int64_t levels, int64_t bucket, int bits,
                      int largest, int threads) {
     T* buffer = static_cast<T*>(buffer_);
+    threads = useful(threads, elements(table, n));
     const auto rows = offsets_of(table, n, bucket), bytes = code_offsets(table, n, bits);
     uint8_t* codes_of_all = payload + rows[n] * sizeof(T);
-    parallel_for(n, useful(threads, elements(table, n)), [&](int64_t s) ISA {
+    std::vector<T> norms(bucket > TILE ? rows[n] : 0);
+    if (bucket > TILE) {
+        std::vector<Segment> buckets;
+        for (int64_t s = 0; s < n; ++s)
+            for (int64_t begin = 0; begin < table[s].numel; begin += bucket)
+                buckets.push_back({table[s].start + begin, std::min(bucket, table[s].numel - begin)});
+        long_norms(buffer, buckets, largest, threads, norms.data());
+        std::memcpy(payload, norms.data(), norms.size() * sizeof(T));
+    }
+    // Tiles end where a byte of codes does, and where a bucket does whose norm is not known yet.
+    const int64_t whole = bucket > TILE ? TILE : std::lcm<int64_t>(bucket, 8);
+    const auto tiles = tiles_of(table, n, whole * std::max<int64_t>(1, TILE / whole));
+    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
         constexpr int CHUNK = Draws<T>::CHUNK;
+        const Tile& tile = tiles[t];
+        const int64_t s = tile.segment;
         Draws<T> draws(keys[s]);
-        T uniform[CHUNK + 64];
-        uint8_t codes[CHUNK + 64];
+        uint8_t unpacked[CHUNK + 8];
         T* p = buffer + table[s].start;
         T norm = 0;
-        for (int64_t chunk = 0; chunk < table[s].numel; chunk += CHUNK) {
-            const int64_t end = std::min<int64_t>(chunk + CHUNK, table[s].numel);
-            draws.next();
-            for (int i = 0; i < CHUNK; ++i) uniform[i] = draws.uniform(i);
+        for (int64_t chunk = tile.begin; chunk < tile.end; chunk += CHUNK) {
+            const int64_t end = std::min<int64_t>(chunk + CHUNK, tile.end);
+            uint8_t *packed = codes_of_all + bytes[s] + chunk * bits / 8, *codes = bits == 8 ? packed : unpacked;
+            draws.from(chunk);
             for (int64_t begin = chunk; begin < end;) {
                 const int64_t row = begin / bucket, stop = std::min(end, (row + 1) * bucket);
-                if (begin == row * bucket) {
-                    const int64_t width = std::min(bucket, table[s].numel - begin);
-                    norm = largest ? largest_magnitude(p + begin, width) : norm_of<T>(long_sum_of(p + begin, width, true), true);
+                if (!norms.empty()) {
+                    norm = norms[rows[s] + row];
+                } else if (begin == row * bucket) {
+                    norm = qsgd_norm(p + begin, std::min(bucket, table[s].numel - begin), largest);
                     std::memcpy(payload + (rows[s] + row) * sizeof(T), &norm, sizeof(T));
                 }
-                quantise(p + begin, stop - begin, norm, static_cast<T>(levels), uniform + (begin - chunk), codes + (begin - chunk));
+                quantise(p + begin, stop - begin, norm, static_cast<T>(levels), draws.raw + (begin - chunk), codes + (begin - chunk));
                 begin = stop;
             }
+            if (bits == 8) continue;
             std::fill(codes + (end - chunk), codes + (end - chunk) + 8, uint8_t{0});
-            pack_codes(codes, end - chunk, bits, codes_of_all + bytes[s] + chunk * bits / 8);
+            pack_codes(codes, end - chunk, bits, packed);
         }
     });
     return DONE;

@@ -2,7 +2,7 @@
 
 // As hvd_ecsgd.kernels.reference.column_sums: 64-bit words in rows of 251; the sums of the columns, the words that fill no row, and the rest of a word.
 constexpr int64_t COLUMNS = 251;
-constexpr int64_t ROWS_AT_ONCE = 8;  // so many are a multiple of a vector
+constexpr int64_t WORDS_AT_ONCE = 8 * COLUMNS;  // of so many rows, which are a multiple of a vector
 
 template <class T>
 struct Words {
@@ -11,34 +11,6 @@ struct Words {
     // Elements in full rows; 0 where there are fewer than two.
     static int64_t in_rows(int64_t numel) { return numel / ROW < 2 ? 0 : numel / ROW * ROW; }
 };
-
-template <class T>
-INLINE static void add_rows(const T* p, int64_t rows, int64_t* sums) {
-    typedef uint64_t V __attribute__((vector_size(WIDTH)));
-    constexpr int64_t AT_ONCE = WIDTH / 8;
-    const auto add = [&](auto total, int64_t c) ISA {
-        std::memcpy(&total, sums + c, sizeof total);
-        for (int64_t r = 0; r < rows; ++r) {
-            decltype(total) words;
-            std::memcpy(&words, p + r * Words<T>::ROW + c * Words<T>::PER, sizeof words);
-            total += words;
-        }
-        std::memcpy(sums + c, &total, sizeof total);
-    };
-    int64_t c = 0;
-    for (; c + AT_ONCE <= COLUMNS; c += AT_ONCE) add(V{}, c);
-    for (; c < COLUMNS; ++c) add(uint64_t{0}, c);
-}
-
-template <class T>
-INLINE static void copy_past_the_caches(T* p, const T* from, int64_t n) {
-    using L = Lanes<T>;
-    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % WIDTH / sizeof(T)), head = std::min<int64_t>(n, past ? L::N - past : 0);
-    std::copy(from, from + head, p);
-    int64_t i = head;
-    for (; i + L::N <= n; i += L::N) stream(p + i, L::load(from + i));
-    std::copy(from + i, from + n, p + i);
-}
 
 // made ← x + factor·t, as torch adds with a factor.
 template <class T>
@@ -56,30 +28,62 @@ int64_t shift(const void* x_, const Segment* table, int64_t n, const void* t_, d
               const int64_t* places, int threads) {
     const T *x = static_cast<const T*>(x_), *t = static_cast<const T*>(t_);
     const int64_t total = elements(table, n);
-    const bool streams = total * static_cast<int64_t>(sizeof(T)) > (int64_t{1} << 22);
-    constexpr int64_t AT_ONCE = ROWS_AT_ONCE * Words<T>::ROW;
-    const auto tiles = tiles_of(table, n, 8 * AT_ONCE);
+    const bool large = total * static_cast<int64_t>(sizeof(T)) > (int64_t{1} << 22);
+    constexpr int64_t PER = Words<T>::PER, AT_ONCE = WORDS_AT_ONCE * PER;
+    const auto tiles = tiles_of(table, n, 32 * AT_ONCE);
     parallel_for(tiles.size(), useful(threads, total), [&](int64_t i) ISA {
+        using L = Lanes<T>;
+        typedef uint64_t V __attribute__((vector_size(WIDTH)));
         const Tile& tile = tiles[i];
         const int64_t start = table[tile.segment].start, in_rows = Words<T>::in_rows(table[tile.segment].numel);
-        alignas(64) T made[AT_ONCE];
-        int64_t of_tile[COLUMNS] = {};
+        const auto by = L::all(static_cast<T>(factor));
+        // Words are added in the order of memory, each to that at its place among eight rows; columns are put together at the end.
+        alignas(64) uint64_t of_words[WORDS_AT_ONCE] = {};
         for (int64_t begin = tile.begin; begin < tile.end; begin += AT_ONCE) {
             const int64_t count = std::min(AT_ONCE, tile.end - begin);
+            const int64_t words = std::max<int64_t>(0, std::min(count, in_rows - begin) / Words<T>::ROW) * COLUMNS, whole = words * PER / L::N * L::N;
             T* p = static_cast<T*>(parameters[tile.segment]) + begin;
-            if (x) {
-                shifted(x + start + begin, t + start + begin, static_cast<T>(factor), made, count);
-                if (streams)
-                    copy_past_the_caches(p, made, count);
-                else
-                    std::copy(made, made + count, p);
+            const T *from = x ? x + start + begin : nullptr, *along = x ? t + start + begin : nullptr;
+            const auto each = [&](auto made) ISA {
+                for (int64_t e = 0; e < whole; e += L::N) {
+                    const auto bits = reinterpret_cast<V>(made(e));
+                    V sum;
+                    std::memcpy(&sum, of_words + e / PER, sizeof sum);
+                    sum += bits;
+                    std::memcpy(of_words + e / PER, &sum, sizeof sum);
+                }
+            };
+            const auto at = [&](int64_t e) ISA { return fused(L::load(along + e), by, L::load(from + e)); };
+            if (!x) {
+                each([&](int64_t e) ISA { return L::load(p + e); });
+            } else if (large && reinterpret_cast<uintptr_t>(p) % WIDTH == 0) {
+                each([&](int64_t e) ISA {
+                    const auto v = at(e);
+                    stream(p + e, v);
+                    return v;
+                });
+            } else {
+                each([&](int64_t e) ISA {
+                    const auto v = at(e);
+                    L::store(p + e, v);
+                    return v;
+                });
             }
-            add_rows(x ? made : p, std::min(count, in_rows - begin) / Words<T>::ROW, of_tile);
+            if (x) shifted(from + whole, along + whole, static_cast<T>(factor), p + whole, count - whole);
+            for (int64_t w = whole / PER; w < words; ++w) {
+                uint64_t word;
+                std::memcpy(&word, p + w * PER, sizeof word);
+                of_words[w] += word;
+            }
         }
         if (in_rows)
-            for (int64_t c = 0; c < COLUMNS; ++c) __atomic_fetch_add(sums + places[tile.segment] + c, of_tile[c], __ATOMIC_RELAXED);
+            for (int64_t c = 0; c < COLUMNS; ++c) {
+                uint64_t column = 0;
+                for (int64_t w = c; w < WORDS_AT_ONCE; w += COLUMNS) column += of_words[w];
+                __atomic_fetch_add(sums + places[tile.segment] + c, static_cast<int64_t>(column), __ATOMIC_RELAXED);
+            }
 #if defined(__x86_64__)
-        if (streams) _mm_sfence();
+        if (large) _mm_sfence();
 #endif
     });
     for (int64_t s = 0; s < n; ++s) {

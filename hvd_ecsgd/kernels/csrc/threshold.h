@@ -40,11 +40,16 @@ int64_t threshold_positions(const void* buffer_, const Segment* table, int64_t n
         const Tile& tile = tiles[t];
         const T* p = buffer + table[tile.segment].start + tile.begin;
         const AtLeast<T> test(std::max<typename Bits<T>::U>(1, least[tile.segment]));
-        uint32_t places[TILE], *place = places;
-        each_64(p, tile.end - tile.begin, test, [&](int64_t i, uint64_t bits, int) ISA {
-            for (; bits; bits &= bits - 1) *place++ = static_cast<uint32_t>(tile.begin + i + __builtin_ctzll(bits));
-        });
-        found[t].assign(places, place);
+        uint32_t places[TILE + 128];
+        const int64_t numel = tile.end - tile.begin;
+        int64_t count = 0, i = 0;
+        for (; i + 64 <= numel; i += 64) count += append_64<T>(p + i, test, static_cast<uint32_t>(tile.begin + i), nullptr, places + count);
+        if (i < numel) {
+            T rest[64] = {};  // a zero is never chosen
+            std::copy(p + i, p + numel, rest);
+            count += append_64<T>(rest, test, static_cast<uint32_t>(tile.begin + i), nullptr, places + count);
+        }
+        found[t].assign(places, places + count);
     });
     std::fill(counts, counts + n, 0);
     int64_t total = 0;

@@ -16,29 +16,27 @@ struct Candidates {
     std::unique_ptr<uint32_t[]> positions;
     int64_t found = 0;
 
-    void make_room(int64_t capacity) {  // not cleared
-        keys.reset(new U[capacity]);
-        positions.reset(new uint32_t[capacity]);
+    void make_room(int64_t capacity) {  // not cleared; and what `append_64` needs beyond
+        keys.reset(new U[capacity + 128]);
+        positions.reset(new uint32_t[capacity + 128]);
         found = 0;
     }
 
     // All with a key of at least `least`, but when they are many more than k, of which only those stay that are among the k largest so far.
-    void collect(const T* p, int64_t begin, int64_t end, U least, int64_t k) {
+    ISA void collect(const T* p, int64_t begin, int64_t end, U least, int64_t k) {
         const int64_t capacity = std::min<int64_t>(end - begin, 2 * k + TILE);
         make_room(capacity);
-        for (int64_t tile = begin; tile < end && least <= Bits<T>::INFINITE; tile += TILE) {
-            each_64(p + tile, std::min(tile + TILE, end) - tile, AtLeast<T>(least), [&](int64_t i, uint64_t bits, int) ISA {
-                for (; bits; bits &= bits - 1) {
-                    const int64_t at = tile + i + __builtin_ctzll(bits);
-                    if (found == capacity) {
-                        least = keep_largest(k);
-                    }
-                    const U key = key_of(p[at]);
-                    if (key < least) continue;  // the threshold rose within this tile
-                    keys[found] = key;
-                    positions[found++] = static_cast<uint32_t>(at);
-                }
-            });
+        int64_t i = begin;
+        for (; i + 64 <= end && least <= Bits<T>::INFINITE;) {
+            const AtLeast<T> test(least);
+            for (; i + 64 <= end && found <= capacity; i += 64)
+                found += append_64(p + i, test, static_cast<uint32_t>(i), keys.get() + found, positions.get() + found);
+            if (found > capacity) least = keep_largest(k);
+        }
+        for (; i < end && least <= Bits<T>::INFINITE; ++i) {  // fewer than 64
+            keys[found] = key_of(p[i]);
+            positions[found] = static_cast<uint32_t>(i);
+            found += keys[found] >= least;
         }
     }
 
@@ -55,10 +53,12 @@ struct Candidates {
         int64_t equal = k;  // how many of those that equal the smallest
         for (int64_t i = 0; i < found; ++i) equal -= keys[i] > smallest;
         int64_t left = 0;
-        for (int64_t i = 0; i < found && left < k; ++i) {
-            if (keys[i] < smallest || (keys[i] == smallest && equal-- <= 0)) continue;
+        for (int64_t i = 0; i < found; ++i) {  // without branches, which nobody could foretell
+            const bool tie = keys[i] == smallest && equal > 0, larger = keys[i] > smallest;
             keys[left] = keys[i];
-            positions[left++] = positions[i];
+            positions[left] = positions[i];
+            equal -= tie;
+            left += tie | larger;
         }
         found = left;
         return smallest + 1;
