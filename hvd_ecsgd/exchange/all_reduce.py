@@ -25,7 +25,7 @@ class AllReduce(Stateless):
 
     def run(self, task: Task, transport: Transport) -> Steps:
         n = transport.size
-        payload = task.extract_("reduce", travels_in_place=True)
+        payload = task.extract_("reduce", travels_in_place=n > 1)
         n_bytes = payload.numel() * payload.element_size()
         task.traffic += Traffic(payload=n_bytes, sent=2 * (n - 1) * n_bytes // n)
         total = yield transport.allreduce_(payload, f"{task.name}.reduce")
