@@ -28,6 +28,8 @@ from typing import Any
 _PATIENCE = 2.0  # seconds from telling the rank to end until it is ended from here; as long again from SIGTERM to SIGKILL
 _LAUNCHER = 1.0  # seconds in which a launcher that sees a rank die, or abort, ends the job itself, with a message of its own
 _REPEATS = 3  # a datagram may get lost
+_CONTENT = {"beat": 0, "bye": 0, "left": 1, "abort": 1, "dead": 2}
+"""Of each kind of datagram, what follows the sender."""
 
 
 class Mail:
@@ -44,8 +46,12 @@ class Mail:
             except (BlockingIOError, ConnectionError):
                 return
             if data.startswith(self.token):
-                kind, sender, *content = json.loads(data[len(self.token) :])
-                if sender != self.rank:
+                try:
+                    kind, sender, *content = json.loads(data[len(self.token) :])
+                    known = 0 <= sender < len(self.addresses) and sender != self.rank and len(content) == _CONTENT[kind]
+                except (ValueError, TypeError, KeyError):
+                    continue  # damaged on its way, as if it had been lost
+                if known:
                     yield kind, sender, content
 
     def send(self, ranks: set[int], kind: str, *content: object, repeats: int = 1) -> None:
@@ -89,7 +95,7 @@ class End:
             try:
                 os.kill(self.parent, signal.SIGKILL if self.killed else signal.SIGTERM)
             except OSError:
-                pass
+                pass  # it has ended meanwhile
             self.killed = True
 
 
@@ -101,7 +107,8 @@ class Heartbeat:
         addresses = [[(host, port) for host, port in some] for some in config["addresses"]]
         self.mail = Mail(sock, self.rank, bytes.fromhex(config["token"]), addresses)
         self.end = End(self.names[self.rank], config["parent"])
-        self.watched = {r for r in neighbours(self.rank, len(self.names)) if addresses[r]}
+        self.neighbours = neighbours(self.rank, len(self.names))
+        self.watched = {r for r in self.neighbours if addresses[r]}
         self.heard: dict[int, float] = {}
         self.gone: set[int] = set()
         self.left = ""  # the counts of this rank, once it has left, or while it waits for the others
@@ -165,13 +172,14 @@ class Heartbeat:
                 self.end.decide(f"{self.names[r]} {why}", now)
         if not self.warned and now - self.started > 2 * self.timeout:
             self.warned = True
-            unheard = sorted(self.watched - self.heard.keys() - self.gone)
+            unheard = sorted(self.neighbours - self.heard.keys() - self.gone)
             if unheard and self.rank < unheard[0]:
                 tried = ", ".join(sorted({host for r in unheard for host, _ in self.mail.addresses[r]}))
+                why = f"Is UDP to {tried} blocked?" if tried else "No IPv4 address of their machines is known."
                 say(
                     self.names[self.rank],
                     f"no heartbeats come from {', '.join(self.names[r] for r in unheard[:8])}, so a failure of their machines or of the network will "
-                    f"not be noticed. Is UDP to {tried} blocked? MPI_BACKEND_INTERFACE names the interface to use.",
+                    f"not be noticed. {why} MPI_BACKEND_INTERFACE names the interface to use.",
                 )
 
     def receive(self, now: float) -> None:
@@ -196,7 +204,7 @@ def tell(line: str) -> None:
     try:
         os.write(1, line.replace("\n", " ").encode() + b"\n")
     except OSError:
-        pass
+        pass  # it has ended, which is seen at its other end
 
 
 def say(name: str, text: str) -> None:
@@ -204,7 +212,7 @@ def say(name: str, text: str) -> None:
     try:
         os.write(2, f"mpi_backend: {name}: {text}\n".encode())
     except OSError:
-        pass
+        pass  # nobody is there to read it; what must be done is done all the same
 
 
 def neighbours(rank: int, size: int) -> set[int]:

@@ -44,9 +44,9 @@ def addresses() -> list[str]:
                     reply = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR of Linux
                     found.append(socket.inet_ntoa(reply[20:24]))
     except ImportError:
-        pass
+        pass  # not a POSIX system: by its name, below
     if not found:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # no name server knows it: other machines cannot watch this one, which their ranks say
             found = [socket.gethostbyname(socket.gethostname())]
     usable = [address for address in dict.fromkeys(found) if not address.startswith("127.")]
     return [a for a in usable if any(ipaddress.ip_address(a) in network for network in networks)] or usable

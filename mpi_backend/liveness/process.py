@@ -24,19 +24,22 @@ class HeartbeatProcess:
         self._rank, self._socket, self._config = rank, opened, config
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
+        self._left = ""
         self.stopping = False
         """It was told that it may end."""
         self._start()
 
     def tell(self, line: str) -> None:
-        """Nothing when it is gone: this rank goes on unwatched."""
+        """One that is gone hears it when it is started again, if it is a "left …", which counts until the next one; else this rank goes on unwatched,
+        or ends."""
+        if line.startswith("left "):
+            self._left = line
         if self._process is not None and self._process.stdin is not None:
             data = memoryview(line.replace("\n", " ").encode() + b"\n")
-            try:
+            # It has been killed, which `hear` notices, or its pipe was closed meanwhile, by `close` or to start it again.
+            with contextlib.suppress(OSError, ValueError):
                 while data:
                     data = data[self._process.stdin.write(data) :]
-            except (OSError, ValueError):
-                pass
 
     def hear(self, seconds: float) -> list[str]:
         """What it has said, as lines; waits for something to be said for so long."""
@@ -79,6 +82,8 @@ class HeartbeatProcess:
             )
             return
         self.tell(self._config)
+        if self._left:
+            self.tell(self._left)
 
     def _restart(self) -> None:
         assert self._process is not None
@@ -90,6 +95,5 @@ class HeartbeatProcess:
 
     def _close_pipes(self) -> None:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
+        self._process.stdin.close()
         self._process.stdout.close()

@@ -150,13 +150,14 @@ class Watchdog:
             self.announce(why)
             os.write(2, f"mpi_backend: {why}; ending the job on all ranks.\n".encode())
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # a script's own stream may raise anything, or be none: what is in it is lost, and the rank ends
                 stream.flush()
         time.sleep(0.2)  # for the announcement to leave
         if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-            with contextlib.suppress(RuntimeError):  # at the end of the interpreter threads cannot be started
-                threading.Timer(1.0, os._exit, (1,)).start()  # behind a cut link an abort may not return
-            self._comm.Abort(1)
+            # At the end of the interpreter no thread can be started; then nothing would end an abort that, behind a cut link, never returns.
+            with contextlib.suppress(RuntimeError):
+                threading.Timer(1.0, os._exit, (1,)).start()
+                self._comm.Abort(1)
         os._exit(1)
 
 
