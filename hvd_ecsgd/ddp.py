@@ -8,7 +8,7 @@ hook.compression.attach(optimizer)
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .compression import AnyCompression, bind
 from .core.attached import check_plain_sgd, groups_of
 from .core.bound import BoundCompression
+from .core.bucket import Bucket
 from .core.gradients import clip_factor, scale_of, take_
 from .core.guard import Guard
 from .core.step_hooks import claim
@@ -28,6 +29,7 @@ from .optimizer.background import Background
 from .optimizer.distributed import BUCKET_BYTES
 from .optimizer.step import Phase
 from .optimizer.torch_hook import TorchHook, mean_of
+from .protocols import Lent
 from .transport.torch_dist import TorchTransport
 
 __all__ = ["DDPHook", "hook", "register"]
@@ -108,6 +110,8 @@ class DDPHook(TorchHook):
         self._gradients: dict[int, torch.Tensor] = {}
         """Of the step that accumulates, by parameter."""
         self._waiting: list[_Waiting] = []
+        self._layout: list[list[torch.nn.Parameter]] = []
+        """What DDP's buckets held in the last step: it forms them anew when it has seen one."""
         self._guard = Guard(self.compression.method.feedback)
         claim(self)
 
@@ -148,6 +152,7 @@ class DDPHook(TorchHook):
             self._begin()
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             self._gradients[id(parameter)] = gradient
+        self._layout.append([p for p in bucket.parameters() if isinstance(p, torch.nn.Parameter)])
         self._waiting.append(_Waiting(bucket.buffer(), torch.futures.Future()))
         future = self._waiting[-1].future
         self._submit_ready(last=bucket.is_last())
@@ -166,7 +171,10 @@ class DDPHook(TorchHook):
                 "Accumulate gradients inside `with model.no_sync():`, or throw the step away by hook.compression.discard(), on every rank."
             )
         self._raise_refusal()
-        self._step.aggregator.form_buckets(BUCKET_BYTES, groups_of(self.compression.attached.optimizer))
+        self._step.forget()
+        layout, self._layout = self._layout, []
+        here = not self._applies and getattr(self.compression.method.exchange, "delivers", False)
+        self._step.aggregator.form_buckets(BUCKET_BYTES, groups_of(self.compression.attached.optimizer), layout if here else ())
         self._step.begin()
 
     def _submit_ready(self, last: bool) -> None:
@@ -178,7 +186,19 @@ class DDPHook(TorchHook):
             gradients = [self._gradients[id(p)] for p in bucket.parameters]
             if self._applies and (state.method.clips or scale_of(state, state.settings(bucket)) != 1.0):
                 gradients = [g.clone() for g in gradients]  # what stays in p.grad is as the script's loss made it
-            self._step.submit(take_(state, bucket, gradients, factor))
+            self._step.submit(take_(state, bucket, gradients, factor), None if self._applies else self._lent(bucket, gradients))
+
+    def _lent(self, bucket: Bucket, gradients: Sequence[torch.Tensor]) -> Lent | None:
+        """DDP's memory in which these gradients are, if it is one buffer's and of the type that the mean comes in: that is written there."""
+        memory = gradients[0].untyped_storage().data_ptr()
+        buffer = next((one.buffer for one in self._waiting if one.buffer.untyped_storage().data_ptr() == memory), None)
+        if buffer is None or buffer.dtype != bucket.segments.dtype:
+            return None
+        if not all(g.is_contiguous() and g.untyped_storage().data_ptr() == memory for g in gradients):
+            return None
+        places = [int(g.storage_offset() - buffer.storage_offset()) for g in gradients]
+        shifts = tuple(place - segment.start for place, segment in zip(places, bucket.segments, strict=True))
+        return Lent(buffer, shifts) if len(set(shifts)) > 1 else Lent(buffer[places[0] : places[0] + bucket.segments.numel])
 
     def _finish(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -197,7 +217,9 @@ class DDPHook(TorchHook):
     def _write_means(self, gradients: dict[int, torch.Tensor]) -> None:
         for bucket, reduction in zip(self._step.aggregator.state.buckets, self._step.results, strict=True):
             views = [gradients[id(p)] for p in bucket.parameters]
-            if (mean := mean_of(reduction)) is None:
+            if reduction is not None and reduction.lent is not None and not reduction.task.skipped:
+                reduction.lent.settle()
+            elif (mean := mean_of(reduction)) is None:
                 torch._foreach_zero_(views)
             else:
                 torch._foreach_copy_(views, bucket.segments.shaped_views(mean))

@@ -20,6 +20,7 @@ from .values import (
     NO_SEGMENTS,
     Accumulated,
     GroupSettings,
+    Lent,
     Part,
     Places,
     Result,
@@ -37,8 +38,8 @@ from .values import (
 )
 from .verdicts import Verdict
 
-__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Part", "Places", "Result",
-           "Reversals", "Role",
+__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Lent", "Part", "Places",
+           "Result", "Reversals", "Role",
            "Slot", "Slots", "Sparse", "State", "Steps", "StepContext", "Sums", "Takes", "Task", "Tells", "Traffic", "UnbiasedCompressor", "UsesSums",
            "Verdict", "Wanted", "add_sum_", "decode_sum_", "poison", "settled", "slot_of", "wanted", "zeros"]  # fmt: skip
 
@@ -268,8 +269,9 @@ class Feedback(Protocol):
 class Exchange(Protocol):
     """Who sends what to whom.
 
-    One whose `run` yields once in all may say so by `waits_once = True`: its buckets need not wait for each other. One that has `extracts(segments,
-    size)` says by it which tables a worker extracts, and extracts those very objects: then compressors may be told sums of them.
+    One whose `run` yields once in all may say so by `waits_once = True`: its buckets need not wait for each other. One that returns what
+    `Task.delivered` or `decoded` does says `delivers = True`: buckets are then formed so that this is where the mean is wanted. One that has
+    `extracts(segments, size)` says by it which tables a worker extracts, and extracts those very objects: then compressors may be told sums of them.
     """
 
     @property
@@ -338,6 +340,8 @@ class Task:
     """What the result is multiplied by when it is applied to the parameters: η in gradient units, 1 in update units."""
     applied: bool = False
     """What comes back is an update, which nobody looks at but the rule that applies it."""
+    lent: Lent | None = None
+    """Where the mean is wanted; an exchange that cannot decode there returns another tensor."""
     present: Sequence[bool] | None = None
     """By rank, who has gradients in this step, as all ranks have agreed; None: all have. Others send nothing of their buffers."""
     finite: Verdict = True
@@ -437,6 +441,21 @@ class Task:
         self.into.touched = None
         return self.into.buffer
 
+    def delivered(self, parts: Sequence[tuple[Compressor, Segments, Sequence[tuple[torch.Tensor, Key]]]], alpha: float = 1.0) -> torch.Tensor:
+        """The result, which each of the parts (tables of segments that have nothing in common) makes up by alpha · Σ C⁻¹(payload).
+
+        The last thing that an exchange does: in memory that is lent it is written when the step is known to stand.
+        """
+        lent = self.lent
+        if lent is None:
+            out = self.result()
+            for compressor, table, payloads in parts:
+                decode_sum_(out, compressor, table, payloads, alpha)
+            return out
+        for compressor, table, payloads in parts:
+            lent.write(partial(decode_sum_, lent.memory, compressor, lent.table(table), payloads, alpha))
+        return lent.memory
+
     def decoded(self, payloads: Sequence[tuple[torch.Tensor, Key]], alpha: float) -> torch.Tensor:
         """The result: alpha · Σ C⁻¹(payload), each with the key that it was extracted with, in the order given.
 
@@ -444,9 +463,7 @@ class Task:
         """
         into, compressor = self.into, self.compressor
         if not (self.applied and isinstance(compressor, Sparse)):
-            out = self.result()
-            decode_sum_(out, compressor, self.segments, payloads, alpha)
-            return out
+            return self.delivered([(compressor, self.segments, payloads)], alpha)
         if not into.is_zero:
             into.buffer.zero_()
         into.touched = None

@@ -136,6 +136,21 @@ class Segments:
             start += s.numel
         return replace(self, table=tuple(table))
 
+    @cached_property
+    def in_order(self) -> bool:
+        """They are laid one after the other, beginning at 0."""
+        return self.table == self.compact.table
+
+    def moved(self, shifts: tuple[int, ...]) -> Segments:
+        """The same segments in another buffer, each so many elements later. What is remembered (`once`) is one for both."""
+
+        def make() -> Segments:
+            made = replace(self, table=tuple(replace(s, start=s.start + by) for s, by in zip(self.table, shifts, strict=True)))
+            made.__dict__["_once"] = self.__dict__["_once"]
+            return made
+
+        return self.once("moved", shifts, make)
+
     def zero_(self, buffer: torch.Tensor) -> None:
         """The segments of `buffer` become zeros; what is outside of the table is not touched."""
         if self.numel == buffer.numel():

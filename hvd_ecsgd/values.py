@@ -20,6 +20,7 @@ from .verdicts import Verdict
 __all__ = [
     "Accumulated",
     "GroupSettings",
+    "Lent",
     "NO_SEGMENTS",
     "Part",
     "Places",
@@ -57,11 +58,19 @@ class Result:
     """A buffer that results are decoded into: where alone it is not zero, and whether somebody still refers to what was handed out of it: to a
     storage over its memory, which is not its own."""
 
-    def __init__(self, buffer: torch.Tensor) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: torch.Tensor | None = None, make: Callable[[], torch.Tensor] | None = None) -> None:
+        """Without a `buffer`, `make` makes it when it is asked for: who decodes into `Lent` memory needs none."""
+        self._buffer, self._make = buffer, make
         self.touched: list[Places] | None = None
         """Where alone it is not zero; None: anywhere, []: nowhere. Who moves what is there away takes the places out."""
         self.lent: StorageWeakRef | None = None
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        if self._buffer is None:
+            assert self._make is not None
+            self._buffer = self._make()
+        return self._buffer
 
     @property
     def is_zero(self) -> bool:
@@ -79,6 +88,41 @@ class Result:
         if out is self.buffer:
             self.lent = StorageWeakRef(lent.untyped_storage())  # type: ignore[no-untyped-call]
         return [from_dlpack(to_dlpack(view)) for view in segments.shaped_views(lent)]
+
+
+class Lent:
+    """Somebody else's flat `memory`, in which the gradients are and where the mean is wanted: what is decoded goes there in place of a `Result`.
+
+    Gradients may be asked for again where a step is undone, so they are overwritten by `settle` alone, once it is known to stand; `at_once` where
+    nobody would ask. `shifts`: by segment, how much later it begins in this memory than in the bucket's own layout; None: that is the layout.
+    """
+
+    def __init__(self, memory: torch.Tensor, shifts: tuple[int, ...] | None = None) -> None:
+        self.memory, self._shifts = memory, shifts
+        self.at_once = False
+        self._held: list[Callable[[], object]] = []
+
+    @property
+    def flat(self) -> torch.Tensor | None:
+        """The memory, where it holds the gradients as the bucket's segments are laid out and nothing else."""
+        return self.memory if self._shifts is None else None
+
+    def table(self, segments: Segments) -> Segments:
+        """The bucket's segments, or pieces of them, where they are in this memory."""
+        return segments if self._shifts is None else segments.moved(self._shifts)
+
+    def write(self, write: Callable[[], object]) -> None:
+        """Call `write` when the gradients may be overwritten."""
+        if self.at_once:
+            write()
+        else:
+            self._held.append(write)
+
+    def settle(self) -> None:
+        """The step stands."""
+        held, self._held = self._held, []
+        for write in held:
+            write()
 
 
 class Role(Enum):
@@ -232,7 +276,8 @@ class Sums:
 class Part:
     """One bucket, as a feedback rule sees it. `lossless`: it travels uncompressed, so its residual is zero after an exchange.
     `zero_learning_rate`: it was 0 in the step before, in which its parameters and state stayed as they are. `touched`: as in `Result`.
-    `wanted`: what the compressor would like to know of the buffer that is accumulated."""
+    `wanted`: what the compressor would like to know of the buffer that is accumulated. `flat`: the gradients themselves, one after the other, in
+    memory that may be written to, where the compressor sends all of them and so tells by itself of an inf or NaN."""
 
     state: State
     parameters: Sequence[torch.Tensor]
@@ -241,6 +286,7 @@ class Part:
     zero_learning_rate: bool = False
     touched: list[Places] | None = None
     wanted: Wanted | None = None
+    flat: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ class Identity(FloatPayload):
         return segments.numel
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        if segments.numel == buffer.numel():
+        if segments.in_order and segments.numel == buffer.numel():
             payload = segments.scratch().copy_(buffer)
             buffer.zero_()
             return payload
@@ -49,6 +49,6 @@ class Identity(FloatPayload):
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         zero = out.new_zeros(1)  # of one dimension, so that its type counts
         at = 0
-        for view in [out] if segments.numel == out.numel() else segments.views(out):
+        for view in [out] if segments.in_order and segments.numel == out.numel() else segments.views(out):
             torch.add(view if add else zero, payload[at : at + view.numel()], alpha=alpha, out=view)
             at += view.numel()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Accumulated, GroupSettings, Part, Reversals, Role, Task, Traffic, wanted
+from ..protocols import Accumulated, GroupSettings, Lent, Part, Reversals, Role, Task, Traffic, wanted
 from ..segments import Key
 from ..transport.base import Transport
 from ..verdicts import known_at_the_end
@@ -23,7 +23,7 @@ from .gradients import scale_of
 from .meter import Meter
 from .method import Method
 from .points import Point, Points
-from .state import MethodState
+from .state import Layout, MethodState
 from .step import BucketStep, FrozenState, local_step
 
 __all__ = ["Aggregator"]
@@ -103,14 +103,17 @@ class Aggregator:
         return self.points.at(point, meet)
 
     @torch.no_grad()
-    def form_buckets(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> None:
+    def form_buckets(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int], layout: Layout = ()) -> None:
         """Before the first step: form the record's buckets anew, with what was loaded into them. Of drivers that know the param groups by then only.
 
-        Later ranks have agreed on the buckets, and this is `check_groups`.
+        Later ranks have agreed on the buckets, and this is `check_groups`; but where there is another `layout`, the same on all ranks, they are
+        formed by it, between two steps, and are compared with the next one.
         """
         if not self.agreement.first_step_pending:
             self.check_groups(group_of)
-            return
+            if self.state.laid_out_by(layout):
+                return
+            self.check_between_steps("buckets were formed")
         self.points.check_trainable()
         saved = None
         if any(bucket.state is not None for bucket in self.state.buckets):
@@ -118,7 +121,7 @@ class Aggregator:
                 if bucket.state is not None:
                     self.points.recapture(bucket, contents=True)  # what somebody else wrote would be lost
             saved = saved_state.state_dict(self.state)
-        self.state.form_buckets(bucket_bytes, group_of)
+        self.state.form_buckets(bucket_bytes, group_of, layout)
         if saved is not None:
             saved_state.prepare_load(self.state, saved)()
 
@@ -143,9 +146,11 @@ class Aggregator:
         self._in_step = True
 
     @torch.no_grad()
-    def start(self, bucket: Bucket, gradients: list[torch.Tensor], transport: Transport, out: torch.Tensor | None = None) -> BucketStep | None:
+    def start(
+        self, bucket: Bucket, gradients: list[torch.Tensor], transport: Transport, out: torch.Tensor | None = None, lent: Lent | None = None
+    ) -> BucketStep | None:
         """Accumulate `gradients`, as `gradients.take_` returned them, extract and start to send; the mean goes to the flat `out`, or to a buffer that
-        the bucket keeps.
+        the bucket keeps; or to `lent` memory, in which the gradients are, where the exchange can decode there.
 
         None when the learning rate is 0 and the method keeps state: nothing is sent, and residuals and momentum stay as they are. With
         hyper-parameters that no step can be taken with nothing is accumulated, and NaN is sent, so that every rank undoes the step.
@@ -170,7 +175,11 @@ class Aggregator:
             bucket.remember()
         frozen_state = FrozenState(bucket, transport.rank, transport.size) if bucket.frozen() else None
         compressor, exchange = bucket.method.at(self.state.step)
-        part = replace(bucket.part, wanted=wanted(compressor, exchange, bucket.segments, transport.size))
+        flat = None
+        if lent is not None:
+            lent.at_once = not bucket.method.stateful or bucket.method.exact
+            flat = lent.flat if compressor.lossless and not bucket.method.stateful else None
+        part = replace(bucket.part, wanted=wanted(compressor, exchange, bucket.segments, transport.size), flat=flat)
         accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(part, gradients, ctx)
         if gauge is not None:
             gauge.accumulated(gradients, accumulated.buffer, bucket, group)
@@ -185,6 +194,7 @@ class Aggregator:
             reversals=Reversals(bucket.residual, was_zero=compressor.lossless and bucket.residual_is_zero),
             step_size=group.lr if feedback.unit == "gradient" else 1.0,
             applied=feedback.takes.update,
+            lent=lent,
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
         rescale = 1.0 if feedback.takes.update else scale_of(self.state, group)

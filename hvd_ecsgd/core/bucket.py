@@ -218,7 +218,7 @@ class Results:
         for result in self.kept:
             if result.free:
                 return result
-        self.kept = [*self.kept[-1:], Result(self._segments.empty())]
+        self.kept = [*self.kept[-1:], Result(make=self._segments.empty)]
         return self.kept[-1]
 
 

@@ -80,6 +80,12 @@ class Method:
         return repr(self)
 
     @property
+    def sends_all_alike(self) -> bool:
+        """Small and one-dimensional parameters travel as all others do."""
+        dense = self.dense()
+        return (self.compressor, self.feedback, self.exchange) == (dense.compressor, dense.feedback, dense.exchange)
+
+    @property
     def clips(self) -> bool:
         return self.clip_norm is not None or self.clip_value is not None
 

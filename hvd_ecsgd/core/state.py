@@ -16,12 +16,15 @@ from ..transport.base import Transport
 from .bucket import Bucket, wire_dtype
 from .method import Method
 
-__all__ = ["MethodState", "NamedParameters"]
+__all__ = ["Layout", "MethodState", "NamedParameters"]
 
 _FIRST_BYTES = 2**20
 """Of the first bucket, at least: the backward pass goes on for long while it travels."""
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
+
+Layout = Sequence[Sequence[torch.nn.Parameter]]
+"""The parameters whose gradients lie in one flat buffer of somebody else's, in the order that they lie there, and by buffer as they become ready."""
 
 
 class MethodState:
@@ -56,9 +59,23 @@ class MethodState:
         self.traffic = Traffic()
         self._transport = transport
 
-    def form_buckets(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> None:
-        """Plan `buckets` anew, without state in them. `bucket_bytes`, `group_of`: as they are given to the object."""
-        self.buckets = _planned(self.method, self.named, bucket_bytes, group_of)
+    def form_buckets(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int], layout: Layout = ()) -> None:
+        """Plan `buckets` anew, without state in them. `bucket_bytes`, `group_of`: as they are given to the object. With a `layout` those that are
+        compressed have parameters of one buffer of it each, in that order; where nothing is, so have all."""
+        self._planned_by = bucket_bytes, group_of, [list(buffer) for buffer in layout]
+        self.buckets = _planned(self.method, self.named, *self._planned_by)
+
+    def laid_out_by(self, layout: Layout) -> bool:
+        """Whether the buckets have been formed by it."""
+        return [[id(p) for p in buffer] for buffer in layout] == [[id(p) for p in buffer] for buffer in self._planned_by[2]]
+
+    def form_for_other_method(self) -> None:
+        """Where there is a layout, after `method` was replaced: plan `buckets` anew, without state in them, if this one parts small parameters from
+        others and the one before did not, or the other way round."""
+        if self._planned_by[2]:
+            planned = _planned(self.method, self.named, *self._planned_by)
+            if [(b.dense, b.segments.names) for b in planned] != [(b.dense, b.segments.names) for b in self.buckets]:
+                self.buckets = planned
 
     @property
     def transport(self) -> Transport:
@@ -81,9 +98,11 @@ class MethodState:
         return [b.memory for b in self.buckets if b.memory is not None]
 
 
-def _planned(method: Method, named: NamedParameters, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int]) -> list[Bucket]:
-    """Buckets of one param group, type and device each. They close once they hold `bucket_bytes`, or all there is of their kind; the first once
-    it holds `_FIRST_BYTES`, so that the link need not wait for more."""
+def _planned(
+    method: Method, named: NamedParameters, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int], layout: Layout
+) -> list[Bucket]:
+    """Buckets of one param group, type and device each, and of one buffer of the layout unless they are dense. They close once they hold
+    `bucket_bytes`, or all there is of their kind; the first once it holds `_FIRST_BYTES`, so that the link need not wait for more."""
     buckets: list[Bucket] = []
     open_buckets: dict[Any, list[tuple[str, torch.nn.Parameter]]] = {}
     dense_method = method.dense()
@@ -96,15 +115,21 @@ def _planned(method: Method, named: NamedParameters, bucket_bytes: int, group_of
 
     def close(kind: Any) -> None:
         members = open_buckets.pop(kind)
-        group, dense, dtype, _ = kind
+        group, dense, dtype, *_ = kind
         segments = replace(Segments.of([(n, p.detach()) for n, p in members], offsets, model_numel), dtype=dtype)
         name = members[0][0] if bucket_bytes == 0 else f"bucket{len(buckets)}"
         buckets.append(Bucket(name, dense_method if dense else method, segments, [p for _, p in members], group, dense=dense))
 
-    # Gradients become ready from the last layer to the first.
-    kinds = [(group_of(p), method.is_dense(p), wire_dtype(p), p.device) for _, p in reversed(named)]
+    # Gradients become ready from the last layer to the first, or as the layout says.
+    place = {id(p): (i, j) for i, buffer in enumerate(layout) for j, p in enumerate(buffer)}
+    apart = [method.is_dense(p) and not (layout and method.sends_all_alike) for _, p in reversed(named)]  # a buffer in one piece travels as it is
+    dense = iter([pair for pair, is_dense in zip(reversed(named), apart) if is_dense])
+    others = [pair for pair, is_dense in zip(reversed(named), apart) if not is_dense]
+    laid = iter(sorted(others, key=lambda pair: place.get(id(pair[1]), (0, 0))))
+    ready = [(is_dense, next(dense if is_dense else laid)) for is_dense in apart]
+    kinds = [(group_of(p), is_dense, wire_dtype(p), p.device, None if is_dense else place.get(id(p), (0,))[0]) for is_dense, (_, p) in ready]
     left = Counter(kinds)
-    for kind, pair in zip(kinds, reversed(named)):
+    for kind, (_, pair) in zip(kinds, ready):
         members = open_buckets.setdefault(kind, [])
         members.append(pair)
         left[kind] -= 1

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..protocols import GroupSettings, Role, Steps, Task, settled
+from ..protocols import GroupSettings, Lent, Role, Steps, Task, settled
 from ..transport.base import Handle
 from .bucket import Bucket, part_of
 from .meter import Gauge
@@ -92,11 +93,26 @@ class BucketStep:
         try:
             self.pending = self._steps.send(value)
         except StopIteration as stop:
-            self.pending, self.out = None, stop.value if self._rescale == 1.0 else stop.value.mul_(self._rescale)
+            self.pending, self.out = None, stop.value
+            if self._rescale != 1.0:
+                self._multiply_(self._rescale)
         if self.gauge is not None:
             self.gauge.paused(self.pending)
             if self.pending is None:
                 self.gauge.finished(self.bucket, self.task)
+
+    @property
+    def lent(self) -> Lent | None:
+        """The memory that the result is written to when the step stands, where the exchange could do that; else it is in `out` already."""
+        lent = self.task.lent
+        return lent if lent is not None and self.out is lent.memory else None
+
+    def _multiply_(self, factor: float) -> None:
+        assert self.out is not None
+        if self.lent is None:
+            self.out.mul_(factor)
+        else:
+            self.lent.write(partial(torch._foreach_mul_, self.lent.table(self.bucket.segments).views(self.out), factor))
 
     def advance(self, wait: Callable[[Handle[Any]], object] | None = None) -> None:
         """Wait for the pending handle, by `wait` if it is given, and go on to the next one (or to the end)."""

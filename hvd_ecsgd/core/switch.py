@@ -53,9 +53,11 @@ def switch(state: MethodState, agreement: Agreement, points: Points, new: Method
         except BaseException:
             state.method = old
             raise
+    if not old.stateful:
+        state.form_for_other_method()
     for bucket in state.buckets:
         bucket.method = method.dense() if bucket.dense else method
-    for bucket in allocated:
+    for bucket in (b for b in state.buckets if not b.dense and b.state is not None):
         carry_over(state, bucket, old, kept[bucket.name])
 
 

@@ -84,6 +84,8 @@ class TwoPass(Faithful):
     server_compressor: Compressor | None = None
     server_feedback: bool = True
 
+    delivers = True
+
     def __post_init__(self) -> None:
         check_server_compressor(self.server_compressor)
         check_flag(self.server_feedback, "server_feedback")
@@ -134,7 +136,4 @@ class TwoPass(Faithful):
 
         served = [(r, a) for r, a in enumerate(answers) if pieces[r].numel]
         task.finite = all_of(server.finite(a, pieces[r]) for r, a in served)
-        out = task.result()
-        for r, a in served:
-            decode_sum_(out, server, pieces[r], [(a, ctx.key(server, "pull", r))])
-        return out
+        return task.delivered([(server, pieces[r], [(a, ctx.key(server, "pull", r))]) for r, a in served])

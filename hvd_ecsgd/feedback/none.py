@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..kernels import Addition
-from ..protocols import Feedback, Part, Slots, StepContext
+from ..protocols import Accumulated, Feedback, Part, Slots, StepContext
 from ..segments import Segments
 from .base import GradientUnit
 
@@ -14,13 +17,16 @@ __all__ = ["NoFeedback"]
 
 @dataclass(frozen=True)
 class NoFeedback(GradientUnit):
-    """buffer = g, a scratch copy. Unit: gradient."""
+    """buffer = g, a scratch copy, or the gradients themselves where they may be written to. Unit: gradient."""
 
     def for_dense(self) -> Feedback:
         return self
 
     def slots(self, segments: Segments) -> Slots:
         return {}
+
+    def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
+        return super().accumulate_(part, gradients, ctx) if part.flat is None else Accumulated(part.flat)
 
     def addition(self, part: Part, ctx: StepContext) -> Addition:
         return Addition(part.segments, part.segments.scratch(), 0.0)

@@ -13,6 +13,7 @@ from ..core.aggregator import Aggregator
 from ..core.bucket import Bucket
 from ..core.step import BucketStep, drive
 from ..errors import CompressionError
+from ..protocols import Lent
 from ..transport import Transport
 from ..transport.base import Workers, workers_of
 from ..transport.devices import Marks, marks_of, wait_for
@@ -99,14 +100,15 @@ class StepExchange:
         buckets = self.aggregator.state.buckets
         return buckets[self._submitted] if self._submitted < len(buckets) else None
 
-    def submit(self, gradients: list[torch.Tensor]) -> None:
-        """Hand over the gradients of `next_bucket`, in the order of its parameters, as `gradients.take_` returned them."""
+    def submit(self, gradients: list[torch.Tensor], lent: Lent | None = None) -> None:
+        """Hand over the gradients of `next_bucket`, in the order of its parameters, as `gradients.take_` returned them. `lent`: as `Aggregator.start`
+        takes it."""
         bucket = self.next_bucket
         assert bucket is not None
         if self._submitted == 0:
             self.aggregator.agreement.note_frozen()
         self._submitted += 1
-        self.executor.submit(partial(self._start, bucket, gradients, marks_of(gradients) if self.executor.concurrent else []))
+        self.executor.submit(partial(self._start, bucket, gradients, lent, marks_of(gradients) if self.executor.concurrent else []))
 
     def drain(self) -> None:
         """Wait until every submitted bucket has started to travel. Raises what went wrong in that."""
@@ -141,7 +143,7 @@ class StepExchange:
 
     # -- the executor's ----------------------------------------------------------------------------------------------------------
 
-    def _start(self, bucket: Bucket, gradients: list[torch.Tensor], given: Marks) -> None:
+    def _start(self, bucket: Bucket, gradients: list[torch.Tensor], lent: Lent | None, given: Marks) -> None:
         """Compress a bucket and start to send it. In a thread, then go on with what was started before: where others follow their first
         collective, by one in each, since the order in which collectives start must not be a matter of timing; else with those that have arrived.
 
@@ -153,7 +155,7 @@ class StepExchange:
         if isinstance(self._workers, Workers):
             gradients = self._averaged_inside(self._workers, bucket, gradients)
         begin = time.perf_counter()
-        self._started.append(self.aggregator.start(bucket, gradients, self._workers))
+        self._started.append(self.aggregator.start(bucket, gradients, self._workers, lent=lent))
         self._sent_at[id(bucket)] = time.perf_counter()
         if self.observer is not None:
             self.observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])

@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hvd_ecsgd import (
     Compression,
@@ -28,6 +30,7 @@ from hvd_ecsgd import (
     save_checkpoint,
     telemetry,
 )
+from hvd_ecsgd.optimizer.executor import Inline
 from hvd_ecsgd.telemetry.runs import Run
 from hvd_ecsgd.transport.torch_dist import TorchTransport
 from tests.cases import ALL, CASES, COVERING, SWITCHES, Case, bound_method, by_name
@@ -91,6 +94,100 @@ def methods(cases: tuple[Case, ...]) -> None:
             wrong.append(f"{case.name} {settings}: {(mine[0] - expected[0]).abs().max()}")
         assert mine[2] == expected[2] and mine[0].isfinite().all(), case.name
     assert not wrong, wrong
+
+
+class Passes(TorchDispatchMode):
+    """Operations that write as much as a bucket of gradients, or make it anew. Compiled kernels are not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        name = operation._schema.name.rpartition("::")[2]
+        written = any(a.alias_info is not None and a.alias_info.is_write for a in operation._schema.arguments)
+        largest = max((t.nbytes for t in tree_leaves(args if result is None else result) if isinstance(t, torch.Tensor)), default=0)
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        new = any(isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known for t in tree_leaves(result))
+        if largest >= SIDE * SIDE * 4 and (written or new) and "c10d" not in str(operation):
+            self.seen.append(name)
+        return result
+
+
+SIDE = 64
+
+
+def passes(compression: Any, lent: bool = True, **settings: Any) -> list[str]:
+    """Within the hook, in the fifth step, with a bucket of DDP's for each layer. `lent`: the hook lends DDP's memory, as always."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(SIDE, SIDE) for _ in range(3)))
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=SIDE * SIDE * 4 / 2**20, **settings)
+    hook = ddp.register(wrapped, compression)
+    hook.compression.attach(optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+    hook._step.executor = hook._step.meeting._executor = Inline()  # this thread is watched
+    if not lent:
+        hook._lent = lambda *given: None  # type: ignore[method-assign]
+    watch, take = Passes(), hook.take
+    for step in range(5):
+        if step == 4:
+            hook.take = lambda bucket: _within(watch, take, bucket)  # type: ignore[method-assign]
+        optimizer.zero_grad()
+        wrapped(torch.ones(2, SIDE) * (dist.get_rank() + 1)).sum().backward()
+        optimizer.step()
+    assert len(hook._layout) == 3 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    return watch.seen
+
+
+def _within(watch: Passes, take: Callable[..., Any], bucket: Any) -> Any:
+    with watch:
+        return take(bucket)
+
+
+def means_are_decoded_into_ddps_memory() -> None:
+    """No pass of torch's over what has the size of gradients, and no memory of it, beside the kernels; `none` is added where DDP has put it, and
+    divided there. Without that memory means are copied into it (control)."""
+    pairs = {
+        "none": (Compression.none, ["add"] * 3),
+        "random_block": (Compression.random_block(8), ["zero_"] * 3),
+        "top_k": (Compression.top_k(8), []),
+        "double_squeeze": (Compression.double_squeeze(), []),
+        "detached": (Compression.detached(8), []),
+    }
+    for name, (compression, expected) in pairs.items():
+        for settings in ({}, {"gradient_as_bucket_view": True}):
+            found = passes(compression, **settings)
+            assert found == expected, (name, settings, found)
+        if name != "detached":
+            assert [one for one in passes(compression, lent=False) if "copy" in one], name
+
+
+def buckets_follow_the_method() -> None:
+    """Where `none` sends DDP's buffers as they are, small parameters are among the others; not with what compresses, before and after."""
+    for first, second in (
+        (Compression.none, Compression.top_k(10)),
+        (Compression.fp16, Compression.none),
+        (Compression.none, Compression.power_sgd(1)),
+    ):
+        found = []
+        for by_hook in (True, False):
+            model = mlp()
+            sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            if by_hook:
+                wrapped: Any = DistributedDataParallel(model)
+                compression = ddp.register(wrapped, first).compression
+                compression.attach(optimizer := sgd)
+            else:
+                optimizer = DistributedOptimizer(sgd, model.named_parameters(), first, transport=TorchTransport())
+                wrapped, compression = model, optimizer.compression  # type: ignore[attr-defined]
+            for step in range(6):
+                if step == 3:
+                    compression.switch(second)
+                optimizer.zero_grad()
+                loss_of(wrapped, step).backward()
+                optimizer.step()
+            found.append(weights(model))
+        assert torch.allclose(*found, atol=1e-6), (first, second)
 
 
 def skipped_steps_move_nothing() -> None:
@@ -399,6 +496,8 @@ def telemetry_changes_nothing() -> None:
 
 
 USES = (
+    means_are_decoded_into_ddps_memory,
+    buckets_follow_the_method,
     telemetry_changes_nothing,
     skipped_steps_move_nothing,
     param_groups_keep_their_settings,
