@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from hvd_ecsgd.kernels import cuda
 from hvd_ecsgd.kernels.cuda import Cuda
 
-__all__ = ["GPU", "PretendGPU", "kernels_that_write_zeros", "on_gpu"]
+__all__ = ["GPU", "PretendGPU", "Pretended", "kernels_that_write_zeros", "on_gpu"]
 
 GPU = torch.device("cuda", 0)
 _ASKED = 3
@@ -108,6 +108,8 @@ def _carried_out(func: Any, args: Any, kwargs: Any) -> Any:
         return _copied_late(*args[:2])
     if to is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}  # as there is no driver to pin it
     result = func(*tree_map(_held, args), **tree_map(_held, kwargs))
     if not onto:
         return result

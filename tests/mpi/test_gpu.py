@@ -63,6 +63,10 @@ def test_cuda_tensors_go_straight_to_a_cuda_aware_mpi() -> None:
     assert "ok 1" in mpirun(2, PROGRAM, env={"MPI_BACKEND_CUDA_AWARE": "1"})
 
 
+def test_a_pretended_gpu_is_handed_to_an_mpi_that_takes_it() -> None:
+    assert "rank 1: handed over, and staged" in mpirun(2, "tests/mpi/program_aware.py", env={"MPI_BACKEND_CUDA_AWARE": ""})
+
+
 def test_detection_can_be_overridden() -> None:
     code = """
     import os
