@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,7 +31,7 @@ from .optimizer.distributed import BUCKET_BYTES
 from .optimizer.step import Phase
 from .optimizer.torch_hook import TorchHook, mean_of
 from .protocols import Lent
-from .transport.torch_dist import TorchTransport
+from .transport.torch_dist import TorchTransport, takes_gpus
 
 __all__ = ["DDPHook", "hook", "register"]
 
@@ -97,7 +98,7 @@ class DDPHook(TorchHook):
         trained = [(n, p) for n, p in model.module.named_parameters() if p.requires_grad and n not in ignored]
         bound = bind(compression, trained if ignored else model.module)
         _check_all_bound(bound, trained)
-        _check_cpu(trained)
+        _check_devices(trained, model.process_group)
         background = Background("DDP's hook")
         weakref.finalize(self, background.close)
         super().__init__(
@@ -272,10 +273,11 @@ def _check_all_bound(compression: BoundCompression, trained: list[tuple[str, tor
             raise CompressionError(f"register(): parameter '{name}' is bound and not trained by the model; bind the model that DDP wraps.")
 
 
-def _check_cpu(trained: list[tuple[str, torch.nn.Parameter]]) -> None:
+def _check_devices(trained: list[tuple[str, torch.nn.Parameter]], group: Any) -> None:
     for name, p in trained:
-        if p.device.type != "cpu":
+        if p.device.type != "cpu" and not (p.device.type == "cuda" and takes_gpus(group)):
             raise CompressionError(
-                f"register(): parameter '{name}' is on {p.device}; the hook exchanges over gloo, for models on the CPU. On GPUs use "
+                f"register(): parameter '{name}' is on {p.device}, and the model's process group is '{dist.get_backend_config(group)}'; the hook "
+                "exchanges over gloo, for models on the CPU, or over NCCL: init_process_group('cpu:gloo,cuda:nccl'). On GPUs without NCCL use "
                 "`import mpi_backend as hvd`, or Horovod."
             )

@@ -37,7 +37,7 @@ from .optimizer.executor import Inline
 from .optimizer.step import Phase
 from .optimizer.torch_hook import TorchHook, mean_of
 from .protocols import GroupSettings
-from .transport.torch_dist import TorchTransport
+from .transport.torch_dist import TorchTransport, takes_gpus
 
 __all__ = ["FSDPHook", "register"]
 
@@ -268,8 +268,11 @@ def _shards_of(model: FSDPModule) -> list[_Shard]:
                 f"register(): parameter '{name}' lies on {tensor.device_mesh} as {tensor.placements}, and torch exchanges it between replicas by "
                 "itself. Give fully_shard the mesh of one dimension: fully_shard(model, mesh=mesh['shard'])."
             )
-        if tensor.device.type != "cpu":
-            raise CompressionError(f"register(): parameter '{name}' is on {tensor.device}; the hook exchanges over gloo, for models on the CPU.")
+        if tensor.device.type != "cpu" and not (tensor.device.type == "cuda" and takes_gpus()):
+            raise CompressionError(
+                f"register(): parameter '{name}' is on {tensor.device}; the hook exchanges over gloo, for models on the CPU, or over NCCL: "
+                "init_process_group('cpu:gloo,cuda:nccl')."
+            )
         if p.grad is not None or getattr(p, "_post_accumulate_grad_hooks", None):
             raise CompressionError(f"register(): parameter '{name}' has a gradient or a hook already. Register once, before the first backward pass.")
         if tensor.to_local().numel():

@@ -1,6 +1,6 @@
 """The part of Horovod's torch API that training scripts use, on torch.distributed: `import hvd_ecsgd.torch_backend as hvd`, started by torchrun.
 
-Models are on the CPU; everything travels over gloo. `mpi_backend` has all of Horovod's API, on MPI.
+Tensors on the CPU travel over gloo, and those on GPUs over NCCL where torch has it. `mpi_backend` has all of Horovod's API, on MPI.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def init() -> None:
     """Join the job that torchrun has started (its variables RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without one, a job of one process.
     Ranks that torchrun starts again, as many or fewer or more, find each other, and not those before them.
 
-    Where the script has initialised torch.distributed already, among all of its processes. Nothing when it was called before.
+    Where every process of a machine has a GPU of its own and torch has NCCL, tensors on it travel over that; call
+    `torch.cuda.set_device(local_rank())`. Where the script has initialised torch.distributed already, among all of its processes. Nothing when it was
+    called before.
     Raises `TransportError` when the other ranks have not come for ten minutes.
     """
     global _network, _began
@@ -82,10 +84,17 @@ def init() -> None:
         atexit.register(_end_in_order)
         if "RANK" in os.environ:
             store, rank, size = next(rendezvous("env://"))
-            dist.init_process_group("gloo", store=_own_part(store, rank, size), rank=rank, world_size=size)
+            dist.init_process_group(_backend(), store=_own_part(store, rank, size), rank=rank, world_size=size)
         else:
-            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(_backend(), store=HashStore(), rank=0, world_size=1)
     _network = TorchTransport()
+
+
+def _backend() -> str:
+    """NCCL takes no two processes on one GPU."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    there = torch.cuda.is_available() and dist.is_nccl_available() and processes <= torch.cuda.device_count()
+    return "cpu:gloo,cuda:nccl" if there else "gloo"
 
 
 def _own_part(store: Any, rank: int, size: int) -> Any:

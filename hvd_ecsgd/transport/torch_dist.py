@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import TransportError
-from .base import Handle
+from .base import Handle, Ready
 
-__all__ = ["TorchTransport"]
+__all__ = ["TorchTransport", "takes_gpus"]
 
 T = TypeVar("T")
 
@@ -37,17 +37,21 @@ class _TorchHandle(Generic[T]):
 
 
 class TorchTransport:
-    """Collectives of a gloo group of its own among the processes of `group` (torch.distributed's default group by default). Making one is collective
-    among these.
+    """Collectives of groups of its own among the processes of `group` (torch.distributed's default group by default). Making one is collective among
+    these.
 
-    Groups cost connections and threads, so those of users that are gone are lent again (`lent`). Tensors are on the CPU. What a collective cannot
-    carry as it is (rows of different number, 16-bit sums) travels padded, or in float32.
-    Raises `TransportError` when torch.distributed is not initialised, and for tensors of a GPU, which gloo would copy without telling.
+    Tensors on the CPU travel over gloo, and those on a GPU over NCCL, where `group` has that for them (`takes_gpus`): on the device, in the order of
+    the caller's stream. What is small and read by the host (sizes, what ranks tell each other) is on the CPU in either case. Groups cost connections
+    and threads, so those of users that are gone are lent again (`lent`). What a collective cannot carry as it is (rows of different number, 16-bit
+    sums) travels padded, or in float32.
+    Raises `TransportError` when torch.distributed is not initialised, and for tensors of a GPU without NCCL, which gloo would copy without telling.
     """
 
     def __init__(self, group: Any = None) -> None:
         ranks = _ranks(group)
-        self._group: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)  # else other sets of ranks would have to make it too
+        # With local synchronization, else other sets of ranks would have to make them too.
+        self._group: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self._nccl: Any = dist.new_group(ranks, backend="nccl", use_local_synchronization=True) if takes_gpus(group) else None
         self.rank: int = dist.get_rank(self._group)
         self.size: int = len(ranks)
         self._user: Callable[[], object] = lambda: self
@@ -77,43 +81,59 @@ class TorchTransport:
         return self.size
 
     def close(self) -> None:
-        """Give the group's connections and threads back. Nothing may be on its way. Collective."""
-        dist.destroy_process_group(self._group)
+        """Give the groups' connections and threads back. Nothing may be on its way. Collective."""
+        for group in (self._group, self._nccl):
+            if group is not None:
+                dist.destroy_process_group(group)
+
+    def _group_for(self, t: torch.Tensor, name: str) -> Any:
+        if t.device.type == "cpu":
+            return self._group
+        if self._nccl is None or t.device.type != "cuda":
+            raise TransportError(
+                f"'{name}': expected a tensor on the CPU, got one on {t.device}; exchanges over torch.distributed use gloo, and NCCL for GPUs where "
+                "the process group has it: init_process_group('cpu:gloo,cuda:nccl')."
+            )
+        return self._nccl
 
     def allreduce_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
-        _check_device(t, name)
+        group = self._group_for(t, name)
+        if t.numel() == 0:
+            return Ready(t)
         if t.dtype not in (torch.float16, torch.bfloat16):
-            return _TorchHandle(name, dist.all_reduce(t, group=self._group, async_op=True), lambda: t)
+            return _TorchHandle(name, dist.all_reduce(t, group=group, async_op=True), lambda: t)
         wide = t.float()
-        return _TorchHandle(name, dist.all_reduce(wide, group=self._group, async_op=True), lambda: t.copy_(wide))
+        return _TorchHandle(name, dist.all_reduce(wide, group=group, async_op=True), lambda: t.copy_(wide))
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
-        _check_device(t, name)
+        group = self._group_for(t, name)
         rows = self._everybodys(t.shape[0]) if sizes is None else list(sizes)
         if len(rows) != self.size or rows[self.rank] != t.shape[0]:
             raise TransportError(f"all-gather '{name}': sizes {rows} must be {self.size} numbers, of which this rank's is {t.shape[0]}.")
         width = math.prod(t.shape[1:]) * t.element_size()  # as bytes: every type travels alike
-        sent = torch.empty(max(rows) * width, dtype=torch.uint8, device="cpu") if len(set(rows)) > 1 else _bytes(t)
+        if max(rows) * width == 0:
+            return Ready([t.new_empty((n, *t.shape[1:])) for n in rows])
+        sent = torch.empty(max(rows) * width, dtype=torch.uint8, device=t.device) if len(set(rows)) > 1 else _bytes(t)
         if len(set(rows)) > 1:
             sent[: t.nbytes].copy_(_bytes(t))
         parts = [torch.empty_like(sent) for _ in rows]
-        work = dist.all_gather(parts, sent, group=self._group, async_op=True)
+        work = dist.all_gather(parts, sent, group=group, async_op=True)
         return _TorchHandle(name, work, lambda: [_rows(part[: n * width], t) for part, n in zip(parts, rows, strict=True)])
 
     def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
-        _check_device(t, name)
+        group = self._group_for(t, name)
         if len(splits) != self.size or sum(splits) != t.shape[0]:
             raise TransportError(f"all-to-all '{name}': splits {list(splits)} must be {self.size} numbers that add up to {t.shape[0]} rows.")
         width = math.prod(t.shape[1:]) * t.element_size()
         rows = self._swapped(splits) if received is None else list(received)
-        came = torch.empty(sum(rows) * width, dtype=torch.uint8, device="cpu")
+        came = torch.empty(sum(rows) * width, dtype=torch.uint8, device=t.device)
         sizes = [width * n for n in rows]
-        work = dist.all_to_all_single(came, _bytes(t), sizes, [width * n for n in splits], group=self._group, async_op=True)
+        work = dist.all_to_all_single(came, _bytes(t), sizes, [width * n for n in splits], group=group, async_op=True)
         return _TorchHandle(name, work, lambda: [_rows(part, t) for part in torch.split(came, sizes)])
 
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
-        _check_device(t, name)
-        return _TorchHandle(name, dist.broadcast(t, group_src=root, group=self._group, async_op=True), lambda: t)
+        work = dist.broadcast(t, group_src=root, group=self._group_for(t, name), async_op=True)
+        return _TorchHandle(name, work, lambda: t)
 
     def _everybodys(self, number: int) -> list[int]:
         numbers = torch.empty(self.size, dtype=torch.int64, device="cpu")
@@ -131,16 +151,16 @@ _made: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], list[TorchTransport]
 """That were lent, by default group (a script may end one and begin another) and members."""
 
 
+def takes_gpus(group: Any = None) -> bool:
+    """Whether tensors of GPUs travel over NCCL among the processes of `group`, which torch.distributed has initialised."""
+    return "cuda:nccl" in dist.get_backend_config(dist.group.WORLD if group is None else group)
+
+
 def _ranks(group: Any) -> list[int]:
     if not dist.is_available() or not dist.is_initialized():
         raise TransportError("torch.distributed is not initialised; call torch.distributed.init_process_group() first.")
     found: list[int] = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
     return found
-
-
-def _check_device(t: torch.Tensor, name: str) -> None:
-    if t.device.type != "cpu":
-        raise TransportError(f"'{name}': expected a tensor on the CPU, got one on {t.device}; exchanges over torch.distributed use gloo.")
 
 
 def _bytes(t: torch.Tensor) -> torch.Tensor:

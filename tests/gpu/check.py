@@ -139,6 +139,20 @@ def kernels(device: str, short: bool) -> Part:
     return Part("kernels, bit by bit", " ".join(command), 120, run)
 
 
+def nccl(device: str) -> Part:
+    command = [sys.executable, "tests/gpu/program_nccl.py", device]
+
+    def run(seconds: float) -> dict[str, Any]:
+        rows: dict[str, Any] = json.loads(re.findall(r"^RESULT (.*)$", started(command, seconds), re.MULTILINE)[-1])
+        if "not run" in rows:
+            raise NotRun(rows["not run"])
+        if wrong := [name for name, good in rows.items() if not good]:
+            raise Failed(f"{len(wrong)} of {len(rows)} checks: {', '.join(wrong)}")
+        return {"checks": len(rows)}
+
+    return Part("NCCL, one rank", " ".join(command), 60, run)
+
+
 def gpu_bench(device: str, short: bool) -> Part:
     command = [sys.executable, "benchmarks/gpu.py", "--device", device]
 
@@ -161,6 +175,7 @@ def parts_of(device: str, short: bool) -> list[Part]:
         gpu_bench(device, short),
         ranks("streams, autocast, scaler", 2, "program_training", device, only, 60),
         tests_that_skip(device),
+        nccl(device),
         ranks("every method, 3 ranks", 3, "program_methods", device, only, 100),
     ]
 

@@ -26,7 +26,7 @@ def test_without_a_gpu_it_says_so_of_each_part(tmp_path: Path) -> None:
     done = script("--output", str(tmp_path / "found.json"))
     assert done.returncode == 2, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found["parts"]) == 6 and found["machine"]["torch"] == torch.__version__
+    assert len(found["parts"]) == 7 and found["machine"]["torch"] == torch.__version__
     for part in found["parts"]:
         assert part["result"] == "not run" and part["said"].startswith("no GPU")
         assert any(line.startswith(part["name"]) and "no GPU" in line for line in done.stdout.splitlines())
@@ -72,6 +72,10 @@ def test_a_part_that_fails_does_not_end_the_others(tmp_path: Path, capsys: pytes
     over = parts()
     check.go_through(over, 1.0)
     assert {part.said for part in over} == {"the 1 s of the whole check were over"}
+
+
+def test_nccls_part_runs_over_gloo_in_its_place() -> None:
+    assert check.nccl("cpu").run(100)["checks"] == 9
 
 
 @pytest.mark.parametrize("program", ["program_methods", "program_training"])
