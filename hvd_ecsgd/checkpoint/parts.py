@@ -22,7 +22,7 @@ from ..transport import Transport
 from ..version import __version__
 from .resize import Done, Leaf, merge, resized_state, shares
 
-__all__ = ["FORMAT", "MANIFEST", "Parts", "Save", "read_manifest"]
+__all__ = ["FORMAT", "MANIFEST", "Parts", "Save", "digest_of", "read_manifest"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -82,7 +82,7 @@ class Save:
             package = _safetensors()
             tensors: dict[str, torch.Tensor] = {}
             tree = encode(everything, "", tensors)
-            digests = {name: _digest(t) for name, t in tensors.items()}
+            digests = {name: digest_of(t) for name, t in tensors.items()}
         first = everyone(self.transport, digests if self.first else {}, "checkpoint.tensors")[0]
         known = {digest: (0, name) for name, digest in reversed(first.items())}
         with together(self.transport, "checkpoint.part"):
@@ -138,7 +138,7 @@ def _plain(t: torch.Tensor, memory: set[int]) -> torch.Tensor:
     return t
 
 
-def _digest(t: torch.Tensor) -> str:
+def digest_of(t: torch.Tensor) -> str:
     """Hash of type, shape and bits."""
     plain = t.detach().to("cpu").contiguous()
     digest = blake2b(f"{plain.dtype} {tuple(plain.shape)}".encode(), digest_size=16)

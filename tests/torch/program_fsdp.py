@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import sys
 import tempfile
 import warnings
@@ -32,6 +34,9 @@ METHODS = {
     "top_k-block": lambda: Compression.top_k(10, block=64, **ALL),
     "double_squeeze": lambda: Compression.double_squeeze(**ALL),
     "power_sgd": lambda: Compression.power_sgd(2, **ALL),
+    "detached": lambda: Compression.detached(8, **ALL),
+    "local_momentum": lambda: Compression.local_momentum(8, **ALL),
+    "pef": lambda: Compression.pef(8, **ALL),
 }
 
 
@@ -181,6 +186,91 @@ def checkpoints(mesh: DeviceMesh) -> None:
         dist.barrier()
 
 
+def other_numbers_of_replicas(mesh: DeviceMesh) -> None:
+    """What one, or three, replicas have kept of a shard is cut for two: the mean over replicas stays, and training goes on."""
+    model, optimizer, hook = made(mesh, METHODS["double_squeeze"]())
+    train(model, optimizer, range(3))
+    (own, packed), shard = next(iter(hook.state_dict().items())), hook._key.partition(".")[0]
+    state = torch.load(io.BytesIO(packed), weights_only=True)
+    with tempfile.TemporaryDirectory() if dist.get_rank() == 0 else nullcontext("") as folder:
+        where = [folder]
+        dist.broadcast_object_list(where)
+        for n in (1, 3):
+            olds = [{**copy.deepcopy(state), "rank": r, "size": n} for r in range(n)]
+            for r, old in enumerate(olds):
+                for name, entry in old["parameters"].items():
+                    entry["residual"].fill_(float(r + 1))
+                    whole = entry["residual"].numel()
+                    length = -(-whole // (8 * n)) * 8
+                    entry["server_residual"] = torch.arange(whole, dtype=torch.float32)[r * length : (r + 1) * length]
+                    assert name
+            place = f"{where[0]}/{n}"
+            dcp.save({"hook": {f"{shard}.replica{r}of{n}": _packed(old) for r, old in enumerate(olds)}}, checkpoint_id=place)
+            model, optimizer, hook = made(mesh, METHODS["double_squeeze"]())
+            filled = {"hook": hook.state_to_load(place)}
+            dcp.load(filled, checkpoint_id=place)
+            hook.load_state_dict(filled["hook"])
+            mine = hook.compression.state_dict()["parameters"]
+            mean = torch.tensor([float(mine[name]["residual"].mean()) for name in mine])
+            dist.all_reduce(mean, group=mesh["replicate"].get_group())
+            assert torch.allclose(mean / 2, torch.full_like(mean, (n + 1) / 2)), (n, mean)
+            for name, entry in mine.items():
+                pieces: list[Any] = [None, None]
+                dist.all_gather_object(pieces, entry["server_residual"], group=mesh["replicate"].get_group())
+                whole = torch.cat(pieces)
+                assert torch.equal(whole, torch.arange(whole.numel(), dtype=torch.float32)), name
+            train(model, optimizer, range(3, 5))
+            if n == 3:
+                del filled["hook"][f"{shard}.replica1of3"]
+                with pytest.raises(CompressionError, match="the parts of all of them"):
+                    hook.load_state_dict(filled["hook"])
+            dist.barrier()
+        assert own == hook._key
+        dcp.save({"hook": {"shard0of3.replica0of2": b""}}, checkpoint_id=f"{where[0]}/cut")
+        with pytest.raises(CompressionError, match="load with as many shards"):
+            hook.state_to_load(f"{where[0]}/cut")
+        dist.barrier()
+
+
+def _packed(state: dict[str, Any]) -> bytes:
+    packed = io.BytesIO()
+    torch.save(state, packed)
+    return packed.getvalue()
+
+
+def methods_that_apply_the_update(mesh: DeviceMesh) -> None:
+    """Evaluating at the averaged point changes nothing of the training, though FSDP2 keeps what it has gathered there; an inf undoes the step; a
+    second backward pass, and a gradient that was clipped after it had been exchanged, are errors."""
+    found = []
+    for evaluates in (False, True):
+        model, optimizer, hook = made(mesh, METHODS["detached"]())
+        for step in range(STEPS):
+            if evaluates and step:
+                with torch.no_grad():
+                    x = batch(0, 0)[0]
+                    outside = model(x) if step % 2 else None
+                    with hook.compression.at("averaged"):
+                        inside = model(x)
+                    assert outside is None or not torch.equal(inside, outside), step
+            train(model, optimizer, [step])
+        found.append(local(model))
+    assert torch.equal(*found), (found[0] - found[1]).abs().max()
+    optimizer.zero_grad()
+    (loss_of(model, 2) * (float("inf") if dist.get_rank() == 1 else 1)).backward()
+    before = local(model)
+    optimizer.step()
+    assert hook.compression.undone_steps == (mesh["shard"].get_local_rank() >= 0) and torch.allclose(local(model), before)
+    loss_of(model, 3).backward()
+    with pytest.raises(SequenceError, match="set_requires_gradient_sync"):
+        loss_of(model, 3).backward()
+    model, optimizer, hook = made(mesh, METHODS["detached"]())
+    loss_of(model, 0).backward()
+    for p in model.parameters():
+        p.grad.mul_(0.5)  # type: ignore[union-attr]
+    with pytest.raises(CompressionError, match="gradient"):
+        optimizer.step()
+
+
 def accumulation_and_infs(mesh: DeviceMesh) -> None:
     model, optimizer, hook = made(mesh, METHODS["top_k"]())
     before = local(model)
@@ -216,8 +306,13 @@ def wrong_use_is_told(mesh: DeviceMesh) -> None:
         fsdp.register(sharded(mesh["shard"]), Compression.none, mesh["shard"])  # type: ignore[arg-type]
     with pytest.raises(CompressionError, match="of one dimension"):
         fsdp.register(sharded(mesh["shard"]), Compression.none, mesh)  # type: ignore[arg-type]
-    with pytest.raises(CompressionError, match="applies the update itself"):
-        fsdp.register(sharded(mesh["shard"]), Compression.detached(8), replicate)  # type: ignore[arg-type]
+    with pytest.raises(CompressionError, match=r"works with torch\.optim\.SGD"):
+        model = sharded(mesh["shard"])
+        fsdp.register(model, Compression.detached(8), replicate).attach(torch.optim.Adam(model.parameters()))  # type: ignore[arg-type]
+    with pytest.raises(CompressionError, match=r"must see the optimizer's param groups|needs the learning rate"):
+        model = sharded(mesh["shard"])
+        fsdp.register(model, Compression.detached(8), replicate)  # type: ignore[arg-type]
+        loss_of(model, 0).backward()
     with pytest.raises(CompressionError, match="clip_grad_norm_"):
         fsdp.register(sharded(mesh["shard"]), Compression.top_k(10, clip_norm=1.0), replicate)  # type: ignore[arg-type]
     model, optimizer, hook = made(mesh, Compression.none)
@@ -239,6 +334,8 @@ def main(file: str) -> None:
         methods_are_their_simulation,
         replicas_agree,
         checkpoints,
+        other_numbers_of_replicas,
+        methods_that_apply_the_update,
         accumulation_and_infs,
         wrong_use_is_told,
     ):

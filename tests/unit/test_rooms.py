@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizer": {"compression", *IN_CORE, *BELOW_CORE},
     "torch_backend": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "ddp": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
-    "fsdp": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
+    "fsdp": {"checkpoint", "optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "gradient_exchange": {"optimizer", "compression", *IN_CORE, *BELOW_CORE},
     "central_vr": {"gradient_exchange", "compression", "kernels", "transport", "verdicts", "errors", "arguments"},
     "advisor": {"gradient_exchange", "optimizer", "compression", *IN_CORE, *BELOW_CORE},
