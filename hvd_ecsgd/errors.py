@@ -25,3 +25,7 @@ class DisagreementError(RuntimeError):
 
 class TransportError(RuntimeError):
     """A collective could not complete, or was called in a way that cannot complete."""
+
+
+class PeerLostError(TransportError):
+    """A collective can never be complete, as a worker that it needs is gone."""

@@ -205,7 +205,10 @@ def settled(feedback: Feedback) -> bool:
 
 @runtime_checkable
 class Feedback(Protocol):
-    """How the error of earlier compressions is carried: the accumulate rule, and what follows an exchange."""
+    """How the error of earlier compressions is carried: the accumulate rule, and what follows an exchange.
+
+    One that says `survives = True` can go on when a worker dies: its state does not depend on how many there are, and it sends nothing between steps.
+    """
 
     @property
     def unit(self) -> Literal["gradient", "update"]:
@@ -272,6 +275,7 @@ class Exchange(Protocol):
     One whose `run` yields once in all may say so by `waits_once = True`: its buckets need not wait for each other. One that returns what
     `Task.delivered` or `decoded` does says `delivers = True`: buckets are then formed so that this is where the mean is wanted. One that has
     `extracts(segments, size)` says by it which tables a worker extracts, and extracts those very objects: then compressors may be told sums of them.
+    One that says `survives = True` can go on when a worker dies: its state depends on how many there are by the cut of a residual alone.
     """
 
     @property

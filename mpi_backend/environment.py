@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
-__all__ = ["seconds", "switch", "whole_number"]
+__all__ = ["one_of", "seconds", "switch", "whole_number"]
 
 
 def switch(variable: str, default: bool = True) -> bool:
@@ -13,6 +14,14 @@ def switch(variable: str, default: bool = True) -> bool:
     if value not in ("", "0", "1"):
         raise ValueError(f"{variable} is {value!r}; expected 0 (off) or 1 (on).")
     return value == "1" if value else default
+
+
+def one_of(variable: str, default: str, expected: Sequence[str]) -> str:
+    """One of the words `expected`. Raises ValueError for anything else."""
+    value = os.environ.get(variable, "") or default
+    if value not in expected:
+        raise ValueError(f"{variable} is {value!r}; expected {' or '.join(expected)}.")
+    return value
 
 
 def seconds(variable: str, default: float, least: float = 0.0) -> float:

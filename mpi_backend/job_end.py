@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .liveness.watchdog import Watchdog
 
-__all__ = ["finalize_at_exit", "is_forked", "running", "starting", "stopped"]
+__all__ = ["finalize_at_exit", "is_forked", "moved", "running", "starting", "stopped"]
 
 _comm: MPI.Comm | None = None
 """Of the job that runs; None before init() and after shutdown()."""
@@ -57,6 +57,12 @@ def running(comm: MPI.Comm, watchdog: Watchdog, shutdown: Callable[[], None]) ->
     if not _exit_registered:
         atexit.register(_at_exit, shutdown)
         _exit_registered = True
+
+
+def moved(comm: MPI.Comm, watchdog: Watchdog) -> None:
+    """The job goes on with fewer ranks."""
+    global _comm, _watchdog
+    _comm, _watchdog = comm, watchdog
 
 
 def stopped() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from .engine.timeline import Timeline
 from .environment import switch, whole_number
 from .optimizer import resources
 from .process_sets import ProcessSet, global_process_set
-from .runtime import Context, Members, context
+from .runtime import context
 from .sets import add_given, raise_if_wrong, ranks_of, register_all
 
 # mpi4py.MPI initialises MPI when it is imported: only init() may do that.
@@ -42,6 +41,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
 
     Variables, as Horovod's: HOROVOD_STALL_CHECK_TIME_SECONDS (60; 0: never), HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (0: never),
     HOROVOD_STALL_CHECK_DISABLE, HOROVOD_FUSION_THRESHOLD (bytes; 4 MiB), HOROVOD_TIMELINE (a file; see `start_timeline`).
+    MPI_BACKEND_ON_FAILURE=shrink: the job goes on without ranks that die, where MPI has ULFM; "end", the default, ends it.
 
     Raises ValueError for a `comm` that is none of these, or does not contain this process, and for process sets of ranks that do not exist, or
     given twice; likewise for other things in their place; for other processes in a further call. What is wrong on some ranks, a variable too, is
@@ -60,22 +60,28 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
         job_end.finalize_at_exit()
     job_end.starting()
 
-    from .engine.engine import Engine, fusion_bytes, threads_available
-    from .liveness.watchdog import Settings, Watchdog
+    from .assembly import Choices, assemble
+    from .engine.engine import fusion_bytes
+    from .liveness.watchdog import Settings
+    from .recovery import ShrinkingJob
     from .transport import forced_algorithm, node_ranks
 
     everybody = _communicator(comm)
     wrong: Exception | None = None
     mine: list[tuple[int, ...]] = []
     serving = 0
-    chosen = {"MPI_BACKEND_ALLREDUCE": "", "MPI_BACKEND_NODES": ""}
+    chosen = {"MPI_BACKEND_ALLREDUCE": "", "MPI_BACKEND_NODES": "", "MPI_BACKEND_ON_FAILURE": ""}
     timeline: Timeline | None = None
     try:
         serving = _servers(servers, everybody.Get_size(), process_sets)
         mine = ranks_of(process_sets, everybody)
         for variable in ("MPI_BACKEND_THREAD", "MPI_BACKEND_OVERLAP", "MPI_BACKEND_CUDA_AWARE"):  # what is wrong shows at once
             switch(variable)
-        chosen = {"MPI_BACKEND_ALLREDUCE": forced_algorithm(), "MPI_BACKEND_NODES": node_ranks()}
+        chosen = {
+            "MPI_BACKEND_ALLREDUCE": forced_algorithm(),
+            "MPI_BACKEND_NODES": node_ranks(),
+            "MPI_BACKEND_ON_FAILURE": _on_failure(serving, mine),
+        }
         settings, limit, stall = Settings.from_environment(), fusion_bytes(), StallCheck.from_environment()
         path = os.environ.get("HOROVOD_TIMELINE", "")
         if path not in ("", "DYNAMIC"):  # Horovod's word for a timeline that the script starts
@@ -98,15 +104,6 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
             timeline.close()
         raise
     job = runtime.Job(everybody, everybody.Get_rank(), everybody.Get_size(), serving)
-    own = _part_of(job)
-    rank, size = own.Get_rank(), own.Get_size()
-    local = own.Split_type(MPI.COMM_TYPE_SHARED, rank)
-    local_rank, local_size = local.Get_rank(), local.Get_size()
-    cross = own.Split(local_rank, rank)
-    cross_rank, cross_size = cross.Get_rank(), cross.Get_size()
-    homogeneous = len(set(own.allgather(local_size))) == 1
-    local.Free()
-    cross.Free()
     if job.rank == 0 and MPI.Query_thread() != MPI.THREAD_MULTIPLE:
         warnings.warn(
             "mpi_backend: MPI was initialised without MPI_THREAD_MULTIPLE, so there is no communication thread; results are the same, overlap "
@@ -114,15 +111,15 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
             RuntimeWarning,
             stacklevel=2,
         )
-    engine = Engine(threads_available(), limit, stall)
-    process_set = {0: Members(tuple(range(size)), own, engine.add(own, range(size)), global_process_set)}
-    place = rank, size, local_rank, local_size, cross_rank, cross_size
-    watchdog = Watchdog(everybody, settings, first=job.workers if job.serves else 0)
-    runtime.install(Context(job, own, engine, watchdog, *place, homogeneous, process_set, itertools.count(1)))
-    job_end.running(everybody, watchdog, shutdown)
-    global_process_set.ranks = list(range(size))
+    choices = Choices(settings, limit, stall)
+    recovery = ShrinkingJob(choices) if chosen["MPI_BACKEND_ON_FAILURE"] == "shrink" else None
+    here = assemble(job, choices, recovery)
+    here.engine.finished = None if recovery is None else recovery.together
+    runtime.install(here)
+    job_end.running(everybody, here.watchdog, shutdown)
+    global_process_set.ranks = list(range(here.size))
     register_all([] if process_sets is None or isinstance(process_sets, str) else process_sets, mine, [ranks for _, ranks, *_ in said])
-    engine.timeline = timeline
+    here.engine.timeline = timeline
 
 
 def shutdown() -> None:
@@ -157,17 +154,6 @@ def shutdown() -> None:
         timeline.close()
 
 
-def _part_of(job: runtime.Job) -> MPI.Intracomm:
-    """The communicator of the workers, or of those that serve them, whichever this process is of."""
-    from mpi4py import MPI
-
-    if not job.servers:
-        return job.comm
-    part = job.comm.Split(int(job.serves), job.rank)
-    assert isinstance(part, MPI.Intracomm)
-    return part
-
-
 def _servers(servers: int | None, size: int, process_sets: object) -> int:
     """How many of `size` ranks serve. Raises ValueError where that is no number, or leaves nobody to train."""
     where = "MPI_BACKEND_SERVERS" if servers is None else "init: servers"
@@ -179,6 +165,30 @@ def _servers(servers: int | None, size: int, process_sets: object) -> int:
     if number and process_sets is not None and process_sets not in ("dynamic", [], ()):
         raise ValueError(f"init: process_sets with {number} serving ranks; add them after init (add_process_set), by ranks among the workers.")
     return number
+
+
+def _on_failure(servers: int, process_sets: Sequence[object]) -> str:
+    """What is done when a rank dies. Raises ValueError where that cannot be done."""
+    from .engine.engine import threads_available
+    from .recovery import on_failure
+    from .transport import node_ranks, without_ulfm
+
+    if (chosen := on_failure()) == "end":
+        return chosen
+    why = without_ulfm()
+    if why:
+        why += ". Start it so (launch/mpirun.sh --on-failure shrink), or unset the variable"
+    elif not threads_available():
+        why = "it needs the communication thread: MPI_THREAD_MULTIPLE, and MPI_BACKEND_THREAD=1"
+    elif node_ranks():
+        why = "MPI_BACKEND_NODES makes workers of several ranks, which none of these outlives; unset one of the variables"
+    elif process_sets:
+        why = "process_sets were given, which are of ranks that would be numbered anew; leave them out"
+    elif servers:
+        why = "it is for synchronous training, and this job has ranks that serve"
+    if why:
+        raise ValueError(f"MPI_BACKEND_ON_FAILURE=shrink: {why}.")
+    return chosen
 
 
 def start_timeline(file_path: str, mark_cycles: bool = False) -> None:

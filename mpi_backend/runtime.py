@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hvd_ecsgd.optimizer.recovery import Recovery
 from hvd_ecsgd.transport.base import Ready
 
 from . import job_end
@@ -21,7 +22,20 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .liveness.watchdog import Watchdog
 
-__all__ = ["Context", "Job", "Members", "agree", "channel", "context", "install", "is_initialized", "members", "remove", "watchdog"]
+__all__ = [
+    "Context",
+    "Job",
+    "Members",
+    "agree",
+    "channel",
+    "context",
+    "install",
+    "is_initialized",
+    "members",
+    "refuse_if_it_shrinks",
+    "remove",
+    "watchdog",
+]
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,8 @@ class Context:
     process_sets: dict[int, Members]
     """By id. 0 is everybody."""
     identifiers: Iterator[int]
+    recovery: Recovery | None = None
+    """Of a job that outlives its ranks."""
 
 
 _context: Context | None = None
@@ -140,6 +156,12 @@ def agree(text: str, among: Members | None = None, extra: object = None, name: s
     request = Request(everybody.named(name, text), text, extra=extra)
     done: Sequence[Any] = everybody.submit(request, lambda extras: extras, start=lambda extras: Ready(extras)).wait()
     return done
+
+
+def refuse_if_it_shrinks(what: str) -> None:
+    """Raise ValueError where the job outlives its ranks, and what is called cannot go on without one."""
+    if context().recovery is not None:
+        raise ValueError(f"{what} cannot be had with MPI_BACKEND_ON_FAILURE=shrink, as it cannot go on without a rank; unset the variable.")
 
 
 def _refuse_if_forked() -> None:

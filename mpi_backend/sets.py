@@ -26,6 +26,7 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     process_set = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
     if process_set.ranks is None:
         raise NotImplementedError("add_process_set: give ranks; a communicator can only be given to init(process_sets=…).")
+    runtime.refuse_if_it_shrinks("add_process_set")
     runtime.agree(f"add_process_set {process_set.ranks}")
     _register(process_set, process_set.ranks)
     return process_set
@@ -84,6 +85,7 @@ def register_all(process_sets: Sequence[ProcessSet], mine: Sequence[tuple[int, .
 
 def add_given(process_sets: object) -> None:
     """Those given to an init() that is not the first; collective. What is wrong on some ranks is a ValueError on all."""
+    runtime.refuse_if_it_shrinks("init(process_sets=…)")
     wrong, mine = None, []
     try:
         mine = ranks_of(process_sets, runtime.context().comm)

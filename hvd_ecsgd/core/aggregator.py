@@ -171,7 +171,7 @@ class Aggregator:
         ctx = bucket.context(group, method.seed, self.state.step, transport.rank, transport.size)
         if group.lr == 0 and method.stateful:
             return None
-        if bucket.method.exact:
+        if bucket.exact:
             bucket.remember()
         frozen_state = FrozenState(bucket, transport.rank, transport.size) if bucket.frozen() else None
         compressor, exchange = bucket.method.at(self.state.step)

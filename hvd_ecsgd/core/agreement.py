@@ -118,6 +118,11 @@ class Agreement:
         """An optimizer has this one, and will come to its first step."""
         _first_steps_pending.add(self._number)
 
+    def start_again(self) -> None:
+        """There are fewer workers than before: what was compared with them counts no more, and the next step compares everything anew."""
+        self._texts = self._fingerprints = None
+        self.first_step_pending = True
+
     def also_agree_on(self, **settings: Any) -> None:
         """Further things that must be equal on all ranks, from the next step on."""
         self._also.update(settings)

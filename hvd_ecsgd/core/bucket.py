@@ -41,7 +41,9 @@ class Bucket:
     kinds: list[tuple[torch.dtype, torch.device]] = field(default_factory=list)
     """Type and device of the parameters when the bucket was made."""
     before: list[State] = field(default_factory=list)
-    """With `Method.exact`, feedback's and exchange's state as they were when the step began."""
+    """With `exact`, feedback's and exchange's state as they were when the step began."""
+    can_begin_again: bool = False
+    """Its steps may be taken again among fewer workers, from the same bits."""
 
     def __post_init__(self) -> None:
         self.kinds = [(p.dtype, p.device) for p in self.parameters]
@@ -76,6 +78,11 @@ class Bucket:
     def new_exchange_state(self, rank: int, size: int) -> State:
         """Likewise the exchange's."""
         return zeros(self.method.exchange.slots(size), self.method.exchange.state_segments(self.segments, rank, size))
+
+    @property
+    def exact(self) -> bool:
+        """A copy of the state is kept during each step."""
+        return self.method.exact or self.can_begin_again
 
     def _held(self, role: Role) -> torch.Tensor | None:
         name = self.method.slot_names.get(role)

@@ -145,12 +145,16 @@ class BucketStep:
             self.frozen_state.put_back_()
         self.bucket.shift_()
 
+    def take_back_(self) -> None:
+        """Put the state back, bit for bit, of which the bucket has kept a copy."""
+        self.bucket.restore()
+        self.task.reversals.forget()
+
     def _undo_(self, gradients_gone: bool) -> None:
         state, method = self.bucket.state, self.bucket.method
         assert state is not None
-        if method.exact:
-            self.bucket.restore()
-            self.task.reversals.forget()
+        if self.bucket.exact:
+            self.take_back_()
             return
         self.task.reversals.run()
         if not self.task.poisoned:

@@ -16,7 +16,7 @@ __all__ = ["AllGather"]
 class AllGather(Stateless):
     """out = (1/n) Σ C⁻¹(payload of rank r), in rank order. Works with any compressor; bytes received grow with n."""
 
-    waits_once = delivers = True
+    waits_once = delivers = survives = True
 
     def run(self, task: Task, transport: Transport) -> Steps:
         n = transport.size

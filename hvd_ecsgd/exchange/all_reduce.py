@@ -16,7 +16,7 @@ __all__ = ["AllReduce"]
 class AllReduce(Stateless):
     """out = (1/n) C⁻¹(Σ payloads). Needs a summable compressor."""
 
-    waits_once = delivers = True
+    waits_once = delivers = survives = True
 
     def check(self, compressor: Compressor, feedback: Feedback) -> None:
         if not compressor.summable:

@@ -46,6 +46,7 @@ class PowerSGD(Faithful):
     State: `q`, columns × a for each matrix; the same on all ranks.
     """
 
+    survives = True
     approximation_rank: int = 2
     residual: Literal["mean", "own"] = "mean"
 

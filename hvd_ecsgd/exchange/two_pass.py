@@ -81,6 +81,7 @@ class TwoPass(Faithful):
     State: `server_residual` (gradient or update units, like the worker's), over this rank's pieces.
     """
 
+    survives = True
     server_compressor: Compressor | None = None
     server_feedback: bool = True
 

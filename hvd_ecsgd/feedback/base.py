@@ -35,6 +35,11 @@ def refuse_no_learning_rate(rule: object, options: Mapping[str, Any], where: str
 class Rule(ABC):
     """Mixin: a step's way into the state and out of it again, and what most rules do without. A rule says what gradients add (`addition`)."""
 
+    @property
+    def survives(self) -> bool:
+        """See `Feedback`."""
+        return True
+
     @abstractmethod
     def addition(self, part: Part, ctx: StepContext) -> Addition:
         """What a step adds to which slots. The old residual comes in this step's units, `ctx.carry` times itself."""

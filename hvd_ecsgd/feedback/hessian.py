@@ -46,6 +46,11 @@ class HessianAided(ErrorFeedback):
             )
 
     @property
+    def survives(self) -> bool:
+        """No: means are formed between steps."""
+        return False
+
+    @property
     def takes(self) -> Takes:
         """H is multiplied by η itself, not by a ratio."""
         return Takes.LEARNING_RATE

@@ -51,6 +51,11 @@ class LocalMomentum(LocalPoint):
                 f"average_errors must be None or a number of steps, an integer ≥ 1 and a multiple of period={self.period}, got {h2!r}."
             )
 
+    @property
+    def survives(self) -> bool:
+        """Not where workers are elsewhere, as in local steps, or residuals are averaged between steps."""
+        return self.lambda_ == 0.0 and self.period == 1 and self.average_errors is None
+
     def exchanges(self, step: int) -> bool:
         return (step + 1) % self.period == 0
 

@@ -63,6 +63,13 @@ class Background:
             self._changed.wait_for(done)
             self._raise()
 
+    def abandon(self) -> None:
+        """Drop what is left, and return when the thread does nothing; that must have failed, or be about to. What was raised is forgotten."""
+        with self._changed:
+            self._queue.clear()
+            self._changed.wait_for(lambda: not self._busy)
+            self._error = None
+
     def close(self) -> None:
         """End the thread, after what it has been given."""
         with self._changed:

@@ -18,6 +18,7 @@ from .executor import Executor, Inline, Observer, never
 from .hooks import check_passes
 from .join import join
 from .own_class import OwnClass, copy_attributes
+from .recovery import Recovery
 
 __all__ = ["DistributedOptimizer", "driver_of", "matched"]
 
@@ -44,6 +45,7 @@ def DistributedOptimizer(
     overlap: bool = True,
     executor: Executor | None = None,
     observer: Observer | None = None,
+    recovery: Recovery | None = None,
 ) -> Any:
     """Wrap `optimizer` so that `step()` uses the (compressed) mean of all workers' gradients.
 
@@ -55,7 +57,8 @@ def DistributedOptimizer(
     `sum_gradients`: the sum instead of the mean (not for those methods). Sparse gradients (of embeddings) travel as dense ones, compressed like them,
     and the optimizer is given the dense mean; SparseAdam, which takes no other, the rows that are not zero as a sparse tensor.
     `overlap=False`: nothing starts before `step()`. `executor`: what compresses and communicates; by default the gradient hooks do, and the
-    backward pass waits while they compress. All ranks must choose alike. `observer` is told what happens when, for a trace.
+    backward pass waits while they compress. All ranks must choose alike. `observer` is told what happens when, for a trace. `recovery`: of a job that
+    outlives workers that die; it costs a copy of the state in each step, and a small collective.
 
     Attributes beside the optimizer's: `synchronize()`, `skip_synchronize()`, `join()`, `set_backward_passes_per_step()`, as Horovod's, and
     `discard()`, which hide what the optimizer's own class has under these names (a warning says so); and `compression` (the bound object), unless
@@ -97,6 +100,7 @@ def DistributedOptimizer(
         overlap=overlap,
         executor=Inline() if executor is None else executor,
         observer=observer,
+        recovery=recovery,
     )
     return wrapped
 

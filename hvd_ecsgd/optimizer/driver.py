@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..core.agreement import in_common_order
 from ..core.attached import refuse_other
 from ..core.bound import BoundCompression
 from ..core.closures import Evaluated
+from ..core.fewer import check_survives
 from ..core.state import MethodState
 from ..core.step_hooks import tell_schedulers
 from ..errors import CompressionError
@@ -26,6 +27,7 @@ from .hand_over import HandOver
 from .hyper_parameters import HyperParameters
 from .note import Note
 from .own_class import OwnClass
+from .recovery import Recovery
 from .refusals import check_all_bound, check_in_use, raise_if_lost, raise_on_the_way, raise_unapplied
 from .scaler import ScalerLink
 from .step import Outcome, Phase, StepExchange
@@ -55,12 +57,15 @@ class OptimizerDriver:
         overlap: bool,
         executor: Executor,
         observer: Observer | None,
+        recovery: Recovery | None = None,
     ) -> None:
         self.optimizer, self.inner, self.own_class, self.compression, self.names = optimizer, inner, own_class, compression, names
         self.hyper_parameters = HyperParameters(optimizer)
         self.scaler = ScalerLink(optimizer, compression)
         self.groups = ParamGroups(optimizer, inner, compression, transport.size, summed=sum_gradients)
         self.groups.check()
+        if recovery is not None:
+            check_survives(compression.method)
         trained = in_common_order(trained, transport)
         group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
         state = MethodState(
@@ -87,7 +92,7 @@ class OptimizerDriver:
             },
         )
         compression.adopt(aggregator, self)
-        self.step = StepExchange(aggregator, transport, executor, observer, lambda: self.note().pack())
+        self.step = StepExchange(aggregator, transport, executor, observer, lambda: self.note().pack(), recovery)
         self.hand_over = HandOver(self.step, trained, passes, self._gradient_ready, overlap, observer)
         self._leftover = Leftover()
         self._should_synchronize = True
@@ -123,6 +128,26 @@ class OptimizerDriver:
     def meet(self, what: str) -> None:
         """See `Driver`."""
         self.step.meeting.before(what)
+
+    # -- ranks are gone, and the job outlives them: one after the other, see `Recovery` -----------------------------------------------
+
+    def take_back(self) -> None:
+        """Undo what has begun of the step under way."""
+        self.step.take_back()
+
+    def prepare_fewer(self, transport: Transport) -> Callable[[], None]:
+        """Make ready for the workers of `transport`; collective among them. Returned is what changes this, and sends nothing."""
+        commit = self.step.prepare_fewer(transport)
+
+        def change() -> None:
+            commit()
+            self.groups.be_of(transport.size)
+
+        return change
+
+    def begin_again(self) -> None:
+        """The optimizer's own transport is among those that live: take the step under way again, as far as it has come."""
+        self.step.begin_again()
 
     # -- settings ----------------------------------------------------------------------------------------------------------------
 

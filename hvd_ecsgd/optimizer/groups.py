@@ -23,9 +23,13 @@ class ParamGroups:
         self, optimizer: torch.optim.Optimizer, inner: torch.optim.Optimizer, compression: BoundCompression, size: int, summed: bool
     ) -> None:
         self._optimizer, self._inner, self._compression, self._summed = optimizer, inner, compression, summed
-        self.factor = size if summed else 1
-        """What means are multiplied by before the optimizer has them."""
+        self.be_of(size)
         self._held: dict[int, GroupSettings] = {}
+
+    def be_of(self, size: int) -> None:
+        """So many workers there are."""
+        self.factor = size if self._summed else 1
+        """What means are multiplied by before the optimizer has them."""
 
     def check(self) -> None:
         """Raise `CompressionError` for what the optimizer would do beyond the method, or a second time: it must not be silently different."""

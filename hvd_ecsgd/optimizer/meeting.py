@@ -32,6 +32,11 @@ class Meeting:
         """The other ranks were told what begins, and have not been found to agree so far."""
         return self._opening is not None
 
+    def start_again(self) -> None:
+        """There are fewer workers than before: nothing was said to them so far."""
+        self._opening = None
+        self._agreement.start_again()
+
     def open(self, note: bytes | None = None, joined: bool = False, outside: str = "") -> Comparison:
         """Tell the other ranks that this one begins a step, or what else. `joined`, `outside`: as in `Agreement.compare`."""
         self._opening = self._agreement.compare(self._transport, self._note() if note is None else note, joined, outside)

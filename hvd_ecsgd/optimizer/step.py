@@ -11,14 +11,16 @@ import torch
 
 from ..core.aggregator import Aggregator
 from ..core.bucket import Bucket
+from ..core.fewer import prepare_fewer
 from ..core.step import BucketStep, drive
-from ..errors import CompressionError
+from ..errors import CompressionError, PeerLostError
 from ..protocols import Lent
 from ..transport import Transport
 from ..transport.base import Workers, workers_of
 from ..transport.devices import Marks, marks_of, wait_for
 from .executor import Executor, Observer, wait_patiently
 from .meeting import Meeting
+from .recovery import Recovery
 
 __all__ = ["Outcome", "Phase", "StepExchange"]
 
@@ -47,14 +49,21 @@ class Outcome(Enum):
 
 
 class StepExchange:
-    """Gradients in, results out, step by step. `note`: as for the `Meeting` with the other ranks.
+    """Gradients in, results out, step by step. `note`: as for the `Meeting` with the other ranks. `recovery`: of a job that outlives its ranks; what
+    a step has begun when one dies is then undone bit for bit, and the step taken again with the same gradients.
 
     Buckets are started in their order, because every rank must start the same collectives in the same order. The executor may be a thread: then a
     bucket is compressed and started, and the one before it finished, while the caller goes on.
     """
 
     def __init__(
-        self, aggregator: Aggregator, transport: Transport, executor: Executor, observer: Observer | None, note: Callable[[], bytes]
+        self,
+        aggregator: Aggregator,
+        transport: Transport,
+        executor: Executor,
+        observer: Observer | None,
+        note: Callable[[], bytes],
+        recovery: Recovery | None = None,
     ) -> None:
         self.aggregator, self.transport, self.executor, self.observer = aggregator, transport, executor, observer
         self._workers = workers_of(transport)
@@ -66,6 +75,12 @@ class StepExchange:
         self._started: list[BucketStep | None] = []  # the executor's, until it is drained
         self._sent_at: dict[int, float] = {}
         self._end: Marks = []  # of the executor's streams
+        self._recovery = recovery
+        self._given: list[tuple[Bucket, list[torch.Tensor]]] = []  # of the step under way, where it may have to be taken again
+        self._lost: PeerLostError | None = None  # what the step under way has ended with
+        if recovery is not None:
+            for bucket in aggregator.state.buckets:
+                bucket.can_begin_again = True
 
     @property
     def reductions(self) -> list[BucketStep]:
@@ -108,11 +123,31 @@ class StepExchange:
         if self._submitted == 0:
             self.aggregator.agreement.note_frozen()
         self._submitted += 1
-        self.executor.submit(partial(self._start, bucket, gradients, lent, marks_of(gradients) if self.executor.concurrent else []))
+        if self._recovery is not None:
+            self._given.append((bucket, gradients))
+        self._submit(bucket, gradients, lent)
+
+    def _submit(self, bucket: Bucket, gradients: list[torch.Tensor], lent: Lent | None = None) -> None:
+        self._do(partial(self._start, bucket, gradients, lent, marks_of(gradients) if self.executor.concurrent else []))
 
     def drain(self) -> None:
-        """Wait until every submitted bucket has started to travel. Raises what went wrong in that."""
-        self.executor.drain()
+        """Wait until every submitted bucket has started to travel. Raises what went wrong in that; not that a rank is gone, where the job outlives
+        it: `complete` takes the step again then."""
+        self._do(None)
+
+    def _do(self, work: Callable[[], None] | None) -> None:
+        """Let the executor do it; None: wait until all is done. Nothing once a rank is gone that the job outlives."""
+        if self._lost is not None:
+            return
+        try:
+            if work is None:
+                self.executor.drain()
+            else:
+                self.executor.submit(work)
+        except PeerLostError as error:
+            if self._recovery is None:
+                raise
+            self._lost = error
 
     def complete(self) -> Outcome:
         """Finish the exchange of all buckets, which have been submitted and drained: the results are in `results`, unless the step was undone.
@@ -120,8 +155,10 @@ class StepExchange:
         Raises `CompressionError`, on every rank, when some rank has hyper-parameters that no step can be taken with; the step is then undone.
         """
         self._submitted, self.phase = 0, Phase.EXCHANGING
-        self.executor.submit(self._finish_all)
-        self.executor.drain()
+        self._exchange()
+        while self._recovery is not None and not self._recovery.finished(self._lost):
+            self._exchange()
+        self._given = []
         self.results, self._started = self._started, []
         reductions = self.reductions
         self._take_over(reductions)
@@ -132,6 +169,31 @@ class StepExchange:
             self.forget()
             raise CompressionError(refusal)
         return self.outcome
+
+    def _exchange(self) -> None:
+        """Finish what was submitted."""
+        self._do(self._finish_all)
+        self._do(None)
+
+    # -- ranks are gone, and the job outlives them; no thread of the executor does anything ----------------------------------------
+
+    def take_back(self) -> None:
+        """Undo what has begun of the step under way, bit for bit, if one is. Again, it does nothing."""
+        for started in self._started:
+            if started is not None:
+                started.take_back_()
+        self._started = []
+
+    def prepare_fewer(self, transport: Transport) -> Callable[[], None]:
+        """After `take_back`: see `core.fewer`."""
+        return prepare_fewer(self.aggregator.state, transport)
+
+    def begin_again(self) -> None:
+        """The transport is among those that live: give them what this rank has given so far of the step under way."""
+        self._lost = None
+        self.meeting.start_again()
+        for bucket, gradients in self._given:
+            self._submit(bucket, gradients)
 
     def _take_over(self, reductions: Sequence[BucketStep]) -> None:
         """What a thread has made is used by this one from now on, and its memory waits for both."""
@@ -155,7 +217,12 @@ class StepExchange:
         if isinstance(self._workers, Workers):
             gradients = self._averaged_inside(self._workers, bucket, gradients)
         begin = time.perf_counter()
-        self._started.append(self.aggregator.start(bucket, gradients, self._workers, lent=lent))
+        try:
+            self._started.append(self.aggregator.start(bucket, gradients, self._workers, lent=lent))
+        except PeerLostError:  # after it was accumulated
+            if self._recovery is not None:
+                bucket.restore()
+            raise
         self._sent_at[id(bucket)] = time.perf_counter()
         if self.observer is not None:
             self.observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])

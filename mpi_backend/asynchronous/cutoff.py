@@ -68,6 +68,7 @@ def CutoffDistributedOptimizer(
             f"{_WHAT}: expected threads that communicate while the script computes, and there are none: this MPI has no MPI_THREAD_MULTIPLE, or "
             "MPI_BACKEND_THREAD is 0. Use DistributedOptimizer, which waits for all workers."
         )
+    runtime.refuse_if_it_shrinks("CutoffDistributedOptimizer")
     runtime.agree("CutoffDistributedOptimizer being made")
     from ..transport import Link, MPITransport
 

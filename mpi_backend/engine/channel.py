@@ -13,13 +13,13 @@ from mpi4py import MPI
 from hvd_ecsgd.transport.base import Handle
 from hvd_ecsgd.transport.devices import marks_of
 
-from ..errors import HorovodInternalError, MismatchError
+from ..errors import HorovodInternalError, MismatchError, RankLostError
 from ..transport import MPITransport
 from .flights import Flights
 from .intake import Intake
 from .mail import Mail
 from .negotiation import Coordinator, Decision, Fail, Joined, JoinFailed, Left, Message, Request, Run, StallCheck
-from .pending import Pending, Progress
+from .pending import Finished, Pending, Progress
 from .submission import Submission
 from .timeline import Timeline
 
@@ -37,6 +37,7 @@ class Server(Progress, Protocol):
     fusion_bytes: int
     stall: StallCheck
     timeline: Timeline | None
+    finished: Finished | None
 
     def nudge(self) -> None:
         """There is new work."""
@@ -88,17 +89,23 @@ class Channel:
         tensors: Sequence[torch.Tensor] = (),
         start: Callable[[Sequence[Any]], Handle[Any]] | None = None,
         kind: str = "",
+        aside: bool = False,
     ) -> Pending[T]:
         """Hand over a collective, which runs when all ranks have.
 
         Either an all-reduce of `tensors` (contiguous; reduced in place; see `Reduce`), or whatever `start` starts when it is called with the extras
         of all ranks; `tensors` are then those that it reads. `finish` makes the result of `wait` from what the handle gave. `kind`: what
-        Horovod calls it, for the timeline. Raises ValueError while `request.name` is in use.
+        Horovod calls it, for the timeline. `aside`: its result is not waited for on all ranks. Raises ValueError while `request.name` is in use.
         """
-        pending: Pending[T] = Pending(self._engine, finish)
+        pending: Pending[T] = Pending(self._engine, finish, None if aside else self._engine.finished)
         submission = Submission(request, pending, tensors, start, time.perf_counter(), kind)
         submission.given = marks_of(tensors)
-        self._intake.add(submission)
+        try:
+            self._intake.add(submission)
+        except RankLostError as error:
+            if self._engine.finished is None or aside:
+                raise
+            pending.fail(error)  # which `wait` raises, as on ranks that have heard of it later
         self._engine.nudge()
         return pending
 
@@ -120,6 +127,11 @@ class Channel:
         self._intake.leave(pending)
         self._engine.nudge()
         return pending
+
+    def revoke(self) -> None:
+        """A rank is gone: whatever waits here fails, on all ranks."""
+        self._mail.revoke()
+        self.transport.link.revoke()
 
     def close(self) -> None:
         """Free the communicators."""

@@ -19,10 +19,12 @@ from mpi4py import MPI
 from hvd_ecsgd.transport.patience import Patience
 
 from ..environment import switch, whole_number
-from ..errors import HorovodInternalError
+from ..errors import HorovodInternalError, RankLostError
+from ..transport import may_be_lost
 from ..transport.operation import Operations
 from .channel import Channel
 from .negotiation import StallCheck
+from .pending import Finished
 from .timeline import Timeline
 
 __all__ = ["Engine", "fusion_bytes", "threads_available"]
@@ -52,6 +54,8 @@ class Engine:
         self.fusion_bytes, self.stall = fusion_bytes, stall
         self.threaded = threaded
         self.timeline: Timeline | None = None
+        self.finished: Finished | None = None
+        """Where the job outlives its ranks, asked at the end of each collective."""
         self._channels: tuple[Channel, ...] = ()
         self._lock = threading.RLock()  # of the turn, and of the list of channels
         self._work = threading.Event()
@@ -94,6 +98,20 @@ class Engine:
                 channel.fail_all(HorovodInternalError("mpi_backend was shut down before all ranks submitted this."))
                 channel.close()
 
+    def revoke(self) -> None:
+        """A rank is gone: whatever waits on any channel fails, on all ranks."""
+        for channel in self._channels:
+            channel.revoke()
+
+    def give_up(self) -> None:
+        """End the thread; what waits has failed, as a rank is gone. The communicators stay, as MPI may hold what was sent there."""
+        self._stop = True
+        self._work.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self.failure is None:
+            self._fail(RankLostError("a rank is gone"))
+
     def nudge(self) -> None:
         """There is new work."""
         if self.threaded:
@@ -128,7 +146,12 @@ class Engine:
     def raise_failure(self) -> None:
         """Raise what ended the engine, if something has."""
         if self.failure is not None:
-            raise HorovodInternalError(f"communication has failed earlier: {self.failure!r}") from self.failure
+            raise self._kind_of_failure()(f"communication has failed earlier: {self.failure!r}") from self.failure
+
+    def _kind_of_failure(self) -> type[HorovodInternalError]:
+        error = self.failure
+        lost = isinstance(error, RankLostError) or (isinstance(error, MPI.Exception) and may_be_lost(error))
+        return RankLostError if lost else HorovodInternalError
 
     def _turn(self) -> bool:
         with self._lock:
@@ -157,8 +180,9 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
-        log.error("mpi_backend: communication failed; the next call will raise this.", exc_info=error)
-        failed = HorovodInternalError(f"communication failed: {error!r}")
+        if self.finished is None:
+            log.error("mpi_backend: communication failed; the next call will raise this.", exc_info=error)
+        failed = self._kind_of_failure()(f"communication failed: {error!r}")
         failed.__cause__ = error
         for channel in self._channels:
             channel.fail_all(failed)

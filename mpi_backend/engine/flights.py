@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from hvd_ecsgd.errors import TransportError
+from hvd_ecsgd.errors import PeerLostError, TransportError
 from hvd_ecsgd.transport.base import Handle
 
-from ..errors import HorovodInternalError
+from ..errors import HorovodInternalError, RankLostError
 from ..transport import MPITransport
 from .arithmetic import finish_, scale_
 from .negotiation import Run
@@ -115,7 +115,8 @@ class Flights:
             try:
                 flight.finish([handle.wait() for handle in flight.handles])
             except TransportError as error:
+                kind = RankLostError if isinstance(error, PeerLostError) else HorovodInternalError
                 for pending in flight.pendings:
-                    pending.fail(HorovodInternalError(str(error)))
+                    pending.fail(kind(str(error)))
             self._landing.clear()
         return landed

@@ -41,5 +41,9 @@ class Mail:
         if self._sends:
             self._sends = [(request, data) for request, data in self._sends if not request.Test()]
 
+    def revoke(self) -> None:
+        """A rank is gone: nothing more comes, on any rank."""
+        self._comm.Revoke()
+
     def close(self) -> None:
         self._comm.Free()

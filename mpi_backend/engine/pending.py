@@ -8,9 +8,11 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 from ..tracing import untraced
 
-__all__ = ["Pending", "Progress"]
+__all__ = ["Finished", "Pending", "Progress"]
 
 T = TypeVar("T")
+Finished = Callable[[Exception | None], Exception | None]
+"""Of a job that outlives its ranks: given what a collective ended with on this rank, what it is to end with on all."""
 
 
 class Progress(Protocol):
@@ -26,8 +28,8 @@ class Progress(Protocol):
 class Pending(Generic[T]):
     """The handle of a submitted collective."""
 
-    def __init__(self, engine: Progress, finish: Callable[[Any], T]) -> None:
-        self._engine = engine
+    def __init__(self, engine: Progress, finish: Callable[[Any], T], finished: Finished | None = None) -> None:
+        self._engine, self._finished = engine, finished
         self._settled = threading.Event()
         self._finish: Callable[[Any], T] | None = finish
         self._result: Any = None
@@ -45,6 +47,9 @@ class Pending(Generic[T]):
         """Block until finished and return the result; safe to call again. Raises `HorovodInternalError` when the collective failed."""
         if not self._settled.is_set():
             self._engine.wait(self._settled)
+        if self._finished is not None:
+            finished, self._finished = self._finished, None
+            self._error = finished(self._error)
         if self._error is not None:
             raise self._error
         if self._finish is not None:  # in the caller's thread: its streams, its inference mode

@@ -58,9 +58,10 @@ class Settings:
 
 class Watchdog:
     """Collective over `comm` to create. `stop` when all ranks are known to have shut down, or the others will miss this one. `watch` counts ranks
-    from the `first` of those that communicate with this one."""
+    from the `first` of those that communicate with this one. `outlives`: a rank whose process ends is MPI's matter, and others go on without it; one
+    that is cut off still ends the job."""
 
-    def __init__(self, comm: MPI.Comm, settings: Settings, first: int = 0) -> None:
+    def __init__(self, comm: MPI.Comm, settings: Settings, first: int = 0, outlives: bool = False) -> None:
         self._comm, self._first = comm, first
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._departures = Departures(self.rank)
@@ -72,7 +73,7 @@ class Watchdog:
             return
         opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         opened.bind(("", 0))
-        self._process = HeartbeatProcess(self.rank, opened, _configuration(comm, opened.getsockname()[1], settings))
+        self._process = HeartbeatProcess(self.rank, opened, _configuration(comm, opened.getsockname()[1], settings, outlives))
         self._thread = threading.Thread(target=self._serve, args=(self._process,), name="mpi_backend watchdog", daemon=True)
         self._thread.start()
 
@@ -161,7 +162,7 @@ class Watchdog:
         os._exit(1)
 
 
-def _configuration(comm: MPI.Comm, port: int, settings: Settings) -> str:
+def _configuration(comm: MPI.Comm, port: int, settings: Settings, outlives: bool) -> str:
     """What the process beside this rank must know: who the others are, and where. Collective. `port`: of this rank's socket."""
     here = network_identity(), socket.gethostname(), os.getpid(), addresses(), port
     everyone = comm.allgather(here)
@@ -170,6 +171,7 @@ def _configuration(comm: MPI.Comm, port: int, settings: Settings) -> str:
         "rank": comm.Get_rank(),
         "parent": os.getpid(),
         "timeout": settings.timeout,
+        "outlives": outlives,
         "token": token,
         "names": [f"rank {r} (process {pid} on {host})" for r, (_, host, pid, _, _) in enumerate(everyone)],
         "addresses": [

@@ -24,7 +24,7 @@ def announced(name: str, text: str, process_set: ProcessSet) -> Iterator[Callabl
     # Nothing is reduced: those that have joined go through this too.
     request = Request(name, text, reduce=Reduce("sum", False, 1.0, 1.0, ()))
     try:
-        said = channel.submit(request, lambda nothing: None)
+        said = channel.submit(request, lambda nothing: None, aside=True)
     except ValueError:  # it is being taken back still
         yield lambda: None
         return

@@ -96,6 +96,7 @@ def DistributedOptimizer(
         overlap=switch("MPI_BACKEND_OVERLAP"),
         executor=background,
         observer=partial(_trace, runtime.context().engine, traced := _Traced()),
+        recovery=runtime.context().recovery,
     )
     number = resources.add_optimizer(distributed, transport)
     traced.number, traced.optimizer = number, weakref.ref(distributed)

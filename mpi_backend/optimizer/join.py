@@ -44,6 +44,7 @@ def join(device: int = -1) -> int:
     optimizer that this rank has dropped (`del`), which they would wait for in vain, the job ends on all ranks, and that optimizer is named. Without
     MPI_THREAD_MULTIPLE optimizers do not go on without a rank, and a warning says so.
     """
+    runtime.refuse_if_it_shrinks("join()")
     here, optimizers = runtime.context(), resources.optimizers()
     for optimizer in optimizers.values():
         driver_of(optimizer).check_join()  # before the others hear of it

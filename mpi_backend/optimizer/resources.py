@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hvd_ecsgd.optimizer import driver_of
 from hvd_ecsgd.optimizer.background import Background
@@ -19,7 +19,10 @@ from ..process_sets import ProcessSet, global_process_set
 if TYPE_CHECKING:
     from ..transport import Link, MPITransport, User
 
-__all__ = ["add_optimizer", "carry_on", "close_backgrounds", "close_transports", "new_background", "new_transport", "optimizers", "tell_dropped"]
+__all__ = [
+    "abandon_backgrounds", "add_optimizer", "carry_on", "close_backgrounds", "close_transports", "move", "new_background", "new_transport",
+    "optimizers", "revoke", "tell_dropped",
+]  # fmt: skip
 
 
 @dataclass
@@ -45,10 +48,15 @@ def new_background(transport: Any) -> Background | None:
     """A thread for one optimizer with this transport, closed by `shutdown`; None where MPI may not be called from it."""
     if not runtime.context().engine.threaded:
         return None
-    link = getattr(transport, "link", None)
-    background = Background("mpi_backend optimizer", *([] if link is None else [link.carry_on]))
+    background = Background("mpi_backend optimizer", partial(_carried_on, weakref.ref(transport)))
     _backgrounds.add(background)
     return background
+
+
+def _carried_on(transport: Callable[[], Any]) -> bool:
+    """See `Link.carry_on`; of the link that a transport has now."""
+    link = getattr(transport(), "link", None)
+    return link is not None and link.carry_on()
 
 
 def _user(optimizer: Callable[[], Any]) -> User | None:
@@ -123,6 +131,34 @@ def close_backgrounds() -> None:
     """End the threads, after what they have been given."""
     for background in list(_backgrounds):
         background.close()
+
+
+def abandon_backgrounds() -> None:
+    """A rank is gone, and what the threads waited for was revoked: return when they do nothing more of what they have been given."""
+    for background in list(_backgrounds):
+        background.abandon()
+
+
+def revoke() -> None:
+    """A rank is gone: what optimizers have in flight fails, on all ranks."""
+    for made in itertools.chain(*_made.values()):
+        made.link.revoke()
+
+
+def move(links: Mapping[int, Link]) -> None:
+    """Bring the transports of these optimizers, by number, onto other links, among all ranks that there are now. Those before are of no more use."""
+    for made in itertools.chain(*_made.values()):
+        made.link.abandon()
+    _made.clear()
+    here = runtime.context()
+    ranks = tuple(range(here.size))
+    for number, link in links.items():
+        optimizer = _optimizers[number]
+        transport = cast("MPITransport", driver_of(optimizer).step.transport)
+        transport.be_on(link)
+        link.user = partial(_user, weakref.ref(optimizer))
+        _made.setdefault(ranks, []).append(_Made(link, weakref.ref(transport)))
+        here.watchdog.watch(link, ranks)
 
 
 def close_transports() -> None:

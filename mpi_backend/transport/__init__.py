@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from .collectives import MPITransport, ReduceOp
 from .link import Link, User
+from .lost import agree, may_be_lost, without_ulfm
 from .memory import cuda_aware
 from .nodes import NodesTransport, node_ranks, nodes_of
 from .reduction import forced_algorithm
 
-__all__ = ["Link", "MPITransport", "NodesTransport", "ReduceOp", "User", "cuda_aware", "forced_algorithm", "node_ranks", "nodes_of"]
+__all__ = [
+    "Link", "MPITransport", "NodesTransport", "ReduceOp", "User",
+    "agree", "cuda_aware", "forced_algorithm", "may_be_lost", "node_ranks", "nodes_of", "without_ulfm",
+]  # fmt: skip

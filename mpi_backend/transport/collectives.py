@@ -48,13 +48,17 @@ class MPITransport:
     rank: int
     size: int
     divisor: int
+    link: Link
 
     def __init__(self, comm: MPI.Comm | None = None, link: Link | None = None, algorithm: str | None = None) -> None:
-        self.link = Link(MPI.COMM_WORLD if comm is None else comm) if link is None else link
-        self._operations = self.link.operations
         self._cuda_aware = cuda_aware()
         self._algorithm = forced_algorithm(algorithm)
-        self._be_among(self.link.messages)
+        self.be_on(Link(MPI.COMM_WORLD if comm is None else comm) if link is None else link)
+
+    def be_on(self, link: Link) -> None:
+        """Go on on another link, whose ranks may be fewer. What is in flight on the one before stays there."""
+        self.link, self._operations = link, link.operations
+        self._be_among(link.messages)
 
     def _be_among(self, messages: Messages) -> None:
         """Whose collectives these are."""

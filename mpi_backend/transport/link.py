@@ -53,6 +53,11 @@ class Link:
             self.abandoned = True
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
+    def revoke(self) -> None:
+        """A rank is gone: what is in flight here fails on all ranks, and whatever they start."""
+        if not self.abandoned:
+            self.comm.Revoke()
+
     def close(self) -> None:
         """Complete what is in flight and free the communicators."""
         if not self.abandoned:

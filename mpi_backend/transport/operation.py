@@ -11,10 +11,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from mpi4py import MPI
 
-from hvd_ecsgd.errors import TransportError
+from hvd_ecsgd.errors import PeerLostError, TransportError
 from hvd_ecsgd.transport.patience import Patience
 
 from .lanes import Lanes, Stages
+from .lost import may_be_lost
 
 __all__ = ["SLOTS", "Operation", "Operations"]
 
@@ -85,7 +86,8 @@ class Operation(Generic[T]):
         return moved or self._error is not None
 
     def _fail(self, error: MPI.Exception) -> None:
-        self._error = TransportError(
+        kind = PeerLostError if may_be_lost(error) else TransportError
+        self._error = kind(
             f"{self.what} failed in MPI: {error.Get_error_string()}. Every rank must start the same collectives in the same order, with equal "
             "dtypes and matching sizes; a truncated message, or an error in a status, means that another rank sent more than was expected here."
         )

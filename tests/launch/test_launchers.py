@@ -383,6 +383,19 @@ def test_a_real_job_of_each_script_gives_the_same_weights() -> None:
         assert bare.returncode != 0, bare.stdout
 
 
+def test_a_job_that_outlives_its_ranks_is_started_with_ulfm(machine: dict[str, str]) -> None:
+    """By the option and by the variable, which reaches all ranks; not without either."""
+    for options, env in ((["--on-failure", "shrink"], {}), ([], {"MPI_BACKEND_ON_FAILURE": "shrink"})):
+        line = command("mpirun.sh", {**machine, **env}, "-n", "3", *options, "-H", "host-a:2,host-b:2", "python", "a.py")
+        assert line[line.index("--with-ft") + 1] == "ulfm"
+        assert line[line.index("MPI_BACKEND_ON_FAILURE") - 1] == "-x"
+    assert "--with-ft" not in command("mpirun.sh", machine, "-n", "3", "--on-failure", "end", "python", "a.py")
+    for flavour, said, message in (("openmpi5", "go on", "It is end or shrink"), ("mpich", "shrink", "cannot go on without a rank that dies")):
+        launcher = [str(REPO / "launch" / "mpirun.sh"), "--dry-run", "-n", "3", "--on-failure", said, "true"]
+        done = subprocess.run(launcher, env={**machine, "MPI_FLAVOUR": flavour}, capture_output=True, text=True)
+        assert done.returncode != 0 and message in done.stdout + done.stderr
+
+
 def test_servers_are_a_variable_of_all_ranks(machine: dict[str, str]) -> None:
     """Also on other machines; the number must leave somebody to train."""
     line = command("mpirun.sh", machine, "-n", "3", "--servers", "1", "-H", "host-a:2,host-b:2", "python", "a.py")

@@ -31,6 +31,7 @@ CORE: dict[str, set[str]] = {
     "state": {"method", "bucket"},
     "meter": {"method", "bucket", "state"},
     "step": {"method", "bucket", "meter"},
+    "fewer": {"method", "bucket", "state"},
     "copies": set(),
     "gradients": {"method", "bucket", "state"},
     "points": {"copies", "method", "bucket", "state"},
@@ -101,7 +102,9 @@ MPI_MAY_IMPORT: dict[str, set[str]] = {
     "sync_batch_norm": {"basics", "collectives", "tracing"},
     "optimizer": {"collectives", "transport", *COLLECTIVE},
     "asynchronous": {"collectives", "transport", *COLLECTIVE},
-    "lifecycle": {"asynchronous", "optimizer", "sets", "liveness", "job_end", "transport", *COLLECTIVE},
+    "assembly": {"liveness", *COLLECTIVE},
+    "recovery": {"assembly", "optimizer", "job_end", "transport", *COLLECTIVE},
+    "lifecycle": {"recovery", "assembly", "asynchronous", "optimizer", "sets", "liveness", "job_end", "transport", *COLLECTIVE},
 }
 MPI_MAY_IMPORT["mpi_ops"] = set(MPI_MAY_IMPORT)
 MPI_MAY_IMPORT["__init__"] = set(MPI_MAY_IMPORT)
