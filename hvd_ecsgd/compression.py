@@ -253,8 +253,9 @@ class Compression:
         nesterov: bool = False,
         **options: Any,
     ) -> Compression:
-        """CompSkipDSGD, a reconstruction: dist-EF-SGD in which workers and servers skip steps by `hvd_ecsgd.exchange`'s `Every`, `Bernoulli` or
-        `NormBased`, set independently. By default workers send in every second step, in turns, and servers always. Momentum as in `dist_ef_sgd`."""
+        """CompSkipDSGD, a reconstruction: dist-EF-SGD in which workers and servers skip steps by `hvd_ecsgd.exchange`'s `Every`, `Rounds`,
+        `Bernoulli` or `NormBased`, set independently. By default workers send in every second step, in turns, and servers always; `Rounds(2)` for
+        both halves the bytes both ways, over SGD without momentum. Momentum as in `dist_ef_sgd`."""
         exchange = CompSkip(Every(2) if worker is None else worker, Every(1) if server is None else server, server_compressor)
         feedback = DistEFSGD(momentum, weight_decay, nesterov)
         return Compression(Sign() if compressor is None else compressor, feedback, exchange, **options)

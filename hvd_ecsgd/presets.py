@@ -196,7 +196,7 @@ PRESETS = (
     ),
     Preset(
         "comp_skip(worker, server, compressor)", "as before, in steps that are not skipped",
-        "as `dist_ef_sgd`, in steps that are not skipped (`Every`, `Bernoulli`, `NormBased`; each side its own)",
+        "as `dist_ef_sgd`, in steps that are not skipped (`Every`, `Rounds`, `Bernoulli`, `NormBased`; each side its own)",
         "two-pass", "4", "CompSkipDSGD, a reconstruction", exchange_note="; or `exchange.SkipAllReduce`, all workers together", unit_note=_SERVER,
     ),
     Preset(

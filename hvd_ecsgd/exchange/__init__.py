@@ -8,7 +8,7 @@ from .comp_skip import CompSkip, SkipAllReduce
 from .compressed_all_reduce import CompressedAllReduce, HorovodCompressor, is_horovod_compressor
 from .error_reset import ErrorReset
 from .power_sgd import PowerSGD
-from .skip import Bernoulli, Every, NormBased
+from .skip import Bernoulli, Every, NormBased, Rounds
 from .two_pass import TwoPass
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "HorovodCompressor",
     "NormBased",
     "PowerSGD",
+    "Rounds",
     "SkipAllReduce",
     "TwoPass",
     "is_horovod_compressor",

@@ -26,7 +26,7 @@ _MEMORY = 0.9
 
 def _check_policy(role: str, policy: object) -> None:
     if isinstance(policy, type) or not isinstance(policy, SkipPolicy):
-        raise CompressionError(f"comp_skip: {role} must be a policy such as Every(2), Bernoulli(0.5) or NormBased(), got {policy!r}.")
+        raise CompressionError(f"comp_skip: {role} must be a policy such as Every(2), Rounds(2), Bernoulli(0.5) or NormBased(), got {policy!r}.")
 
 
 def _sends(policy: SkipPolicy, task: Task, column: int, rank: int | None, stage: str, energy: float, movement: float) -> bool:
@@ -82,7 +82,7 @@ class CompSkip(Skipping):
     The structure is that of the paper as far as it could be read; the policies' rules are our choice. As `TwoPass`, rank r is the server of the r-th
     pieces. The mean divides by n, not by the number of senders. A Bernoulli(q) sender acts as a compressor that contracts by qδ.
 
-    With predictable policies (`Every`, `Bernoulli`) every rank knows who sends: the parts of silent workers have no rows, collectives that
+    With predictable policies (`Every`, `Rounds`, `Bernoulli`) every rank knows who sends: the parts of silent workers have no rows, collectives that
     would carry nothing are not started, and one byte per rank tells of an inf or NaN that did not travel. `NormBased` workers decide by bucket
     and servers by piece; a message without rows is the flag, and sizes are exchanged, so nobody waits for what does not come. When a `NormBased`
     server skips some pieces only, those entries of the result are zero. `server_compressor` is the worker's by default.
@@ -221,7 +221,8 @@ class SkipAllReduce(Skipping):
         _check_policy("worker", self.worker)
         if not self.worker.predictable:
             raise CompressionError(
-                f"SkipAllReduce: all workers must take one decision, and {self.worker} is each worker's own; use Every or Bernoulli, or CompSkip."
+                f"SkipAllReduce: all workers must take one decision, and {self.worker} is each worker's own; use Rounds, Every or Bernoulli, or "
+                "CompSkip."
             )
 
     def check(self, compressor: Compressor, feedback: Feedback) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hvd_ecsgd import Compression, DisagreementError, DistributedOptimizer, telemetry
-from hvd_ecsgd.exchange import Bernoulli, Every, NormBased
+from hvd_ecsgd.exchange import Bernoulli, Every, NormBased, Rounds
 from hvd_ecsgd.transport import run_simulated
 from tests.cases import SWITCHES, by_name
 from tests.horovod.programs import hvd, prefixed, run_checks, same_on_all, stock, train_stock
@@ -344,7 +344,12 @@ def switching() -> None:
 
 def skipped_bytes() -> None:
     """What silent workers and servers did not send is counted, as in the simulation; nobody waits for it."""
-    policies = {"turns": (Every(2), Every(1)), "drawn": (Bernoulli(0.5), Bernoulli(0.5, cap=1)), "norm": (NormBased(16.0), NormBased(16.0))}
+    policies = {
+        "turns": (Every(2), Every(1)),
+        "rounds": (Rounds(4), Rounds(4)),
+        "drawn": (Bernoulli(0.5), Bernoulli(0.5, cap=1)),
+        "norm": (NormBased(16.0), NormBased(16.0)),
+    }
     for what, (workers, servers) in policies.items():
         prefix = f"skipped.{what}"
         options: dict[str, Any] = {"momentum": 0.9, "dense_below": 0, "dense_1d": False}

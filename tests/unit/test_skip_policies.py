@@ -10,7 +10,7 @@ import torch
 
 from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
 from hvd_ecsgd.compressors import TopK
-from hvd_ecsgd.exchange import Bernoulli, CompSkip, Every, NormBased, SkipAllReduce
+from hvd_ecsgd.exchange import Bernoulli, CompSkip, Every, NormBased, Rounds, SkipAllReduce
 from hvd_ecsgd.feedback import NoFeedback
 from hvd_ecsgd.segments import Key
 from tests.recursions import ALL
@@ -24,6 +24,13 @@ def test_every() -> None:
     assert Every(2).sends(Key(0, 4, None), NAN, NAN)
     assert [t for t in range(6) if Every(3, offset=1).sends(Key(0, t, 2), NAN, NAN)] == [1, 4]
     assert not Every(2, offset=1).sends(Key(0, 4, 0), NAN, NAN)
+
+
+def test_rounds() -> None:
+    """The last of k steps, whoever asks."""
+    for rank in (None, 0, 1, 2):
+        assert [t for t in range(9) if Rounds(3).sends(Key(0, t, rank), NAN, NAN)] == [2, 5, 8]
+        assert all(Rounds(1).sends(Key(0, t, rank), NAN, NAN) for t in range(4))
 
 
 def test_bernoulli_is_drawn_from_its_key() -> None:
@@ -47,6 +54,9 @@ def test_bernoulli_is_drawn_from_its_key() -> None:
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "k 0": (lambda: Every(0), "k must be"),
+    "a round of 0": (lambda: Rounds(0), "Rounds: k must be"),
+    "a round of 1.5": (lambda: Rounds(1.5), "Rounds: k must be"),  # type: ignore[arg-type]
+    "cap of rounds": (lambda: Rounds(2, cap=-1), "Rounds: cap"),
     "offset": (lambda: Every(2, 0.5), "offset"),  # type: ignore[arg-type]
     "q 0": (lambda: Bernoulli(0.0), "q must be"),
     "q 2": (lambda: Bernoulli(2), "q must be"),
