@@ -18,6 +18,7 @@ PAPERS = {
     "doublesqueeze": "doublesqueeze",
     "def": "detached",
     "compskip": "compskip",
+    "skips": "skips",
     "hessian": "hessian",
     "topk": "topk",
     "async": "asynchronous",

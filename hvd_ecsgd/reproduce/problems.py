@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .report import need
 
-__all__ = ["Digits", "TeacherStudent", "Text"]
+__all__ = ["Bytes", "Digits", "Logistic", "TeacherStudent", "Text"]
 
 
 def _initialised(model: torch.nn.Sequential, seed: int) -> torch.nn.Sequential:
@@ -105,6 +105,76 @@ class Text:
         """Bits per character of modules that nobody trained on."""
         ends = torch.arange(self.CONTEXT, len(self.held_out), max(1, len(self.held_out) // 4000))
         return {"bits": _loss_and_accuracy(model, *self._windows(self.held_out, ends))[0] / np.log(2)}
+
+
+class Transformer(torch.nn.Module):
+    """Logits of the next code at every place of the windows: one block with two heads, each layer normalised before."""
+
+    def __init__(self, codes: int, length: int, width: int) -> None:
+        super().__init__()
+        self.codes, self.places = torch.nn.Embedding(codes, width), torch.nn.Embedding(length, width)
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(3))
+        self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
+        self.wide, self.narrow = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
+        self.logits = torch.nn.Linear(width, codes)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        x = self.codes(text) + self.places.weight
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + self.narrow(functional.gelu(self.wide(self.norms[1](x))))
+        logits: torch.Tensor = self.logits(self.norms[2](x))
+        return logits.transpose(1, 2)
+
+
+class Bytes(Text):
+    """The same text, every next character of windows of 16 by a small transformer. Each worker has modules of its own."""
+
+    CONTEXT = 16
+
+    def model(self, seed: int) -> torch.nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Transformer(self.CODES, self.CONTEXT, self.width)
+
+    def _windows(self, text: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = text[ends.unsqueeze(1) + torch.arange(-self.CONTEXT, 1)]
+        return rows[:, :-1], rows[:, 1:]
+
+    def evaluate(self, model: torch.nn.Module) -> Mapping[str, float]:
+        """Of modules that nobody trained on, in nats a character."""
+        ends = torch.arange(self.CONTEXT, len(self.held_out), max(1, len(self.held_out) // 500))
+        return dict(zip(("loss", "accuracy"), _loss_and_accuracy(model, *self._windows(self.held_out, ends)), strict=True))
+
+
+class Logistic:
+    """Multinomial logistic regression (convex): 100 normal features whose scales differ by up to 10, 10 classes by a noisy linear rule; from zero."""
+
+    FEATURES, CLASSES, TRAINING = 100, 10, 8000
+
+    def __init__(self, batch: int = 16) -> None:
+        g = torch.Generator().manual_seed(77)
+        scales = torch.logspace(0, -1, self.FEATURES)[torch.randperm(self.FEATURES, generator=g)]
+        x = torch.randn(self.TRAINING + 4000, self.FEATURES, generator=g) * scales
+        rule = torch.randn(self.FEATURES, self.CLASSES, generator=g) / scales.unsqueeze(1) * 2 / self.FEATURES**0.5
+        y = (x @ rule + 0.5 * torch.randn(len(x), self.CLASSES, generator=g)).argmax(1)
+        self.train, self.test = (x[: self.TRAINING], y[: self.TRAINING]), (x[self.TRAINING :], y[self.TRAINING :])
+        self.size = batch
+
+    def model(self, seed: int) -> torch.nn.Module:
+        model = torch.nn.Linear(self.FEATURES, self.CLASSES)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        return model
+
+    def batch(self, rank: int, workers: int, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, labels = self.train
+        chosen = torch.randint(0, len(labels) // workers, (self.size,), generator=_generator(rank, step, seed)) * workers + rank
+        return inputs[chosen], labels[chosen]
+
+    def evaluate(self, model: torch.nn.Module) -> Mapping[str, float]:
+        return {"loss": _loss_and_accuracy(model, *self.train)[0], "accuracy": _loss_and_accuracy(model, *self.test)[1]}
 
 
 class TeacherStudent:

@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from ..compression import AnyCompression
 from ..optimizer import DistributedOptimizer
 from ..transport import Transport, run_simulated
+from ..transport.base import Handle
 
 __all__ = ["Problem", "Size", "Trained", "run_all", "train"]
 
@@ -50,12 +51,36 @@ class Problem(Protocol):
 
 @dataclass
 class Trained:
-    """What one training ended with. `curve`: (step, figures). `sent`: bytes that left one worker; `dense`: those of an uncompressed ring."""
+    """What one training ended with. `curve`: (step, figures). `sent`: bytes that left one worker; `dense`: those of an uncompressed ring;
+    `by_pass`: of `sent`, what left it in an exchange of two passes, to servers ("push") and as a server ("pull")."""
 
     figures: dict[str, float]
     curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     sent: int = 0
     dense: int = 0
+    by_pass: dict[str, int] = field(default_factory=dict)
+
+
+class Passes:
+    """A transport that counts what leaves this worker in each pass, by the last part of the collective's name."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport, self.sent = transport, dict[str, int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _count(self, name: str, n_bytes: int) -> None:
+        what = name.rpartition(".")[2]
+        self.sent[what] = self.sent.get(what, 0) + n_bytes
+
+    def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        self._count(name, t.nbytes - splits[self._transport.rank] * t.element_size())
+        return self._transport.alltoall(t, splits, name, received)
+
+    def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
+        self._count(name, (self._transport.size - 1) * t.nbytes)
+        return self._transport.allgather(t, name, sizes)
 
 
 Watch = Callable[[int, torch.nn.Module, Any, Transport], None]
@@ -81,9 +106,9 @@ def train(
     every = steps // points or steps
 
     def worker(transport: Transport) -> Trained:
-        model = problem.model(seed)
+        model, passes = problem.model(seed), Passes(transport)
         sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-        optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(), transport=transport)
+        optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(), transport=cast(Transport, passes))
         curve: list[tuple[int, dict[str, float]]] = []
 
         def look(step: int) -> None:
@@ -106,7 +131,7 @@ def train(
                 after_step(step, model, optimizer, transport)
         look(steps)
         traffic = optimizer.compression.traffic
-        return Trained(curve[-1][1] if curve else {}, curve, traffic.sent, traffic.dense)
+        return Trained(curve[-1][1] if curve else {}, curve, traffic.sent, traffic.dense, passes.sent)
 
     return run_simulated(workers, worker, timeout=600.0)[0]
 

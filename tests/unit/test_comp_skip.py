@@ -11,9 +11,10 @@ import torch
 
 from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.compressors import Identity, RandomBlock, Sign, TopK
-from hvd_ecsgd.exchange import Bernoulli, CompSkip, Every, NormBased, SkipAllReduce
+from hvd_ecsgd.exchange import Bernoulli, CompSkip, Every, NormBased, Rounds, SkipAllReduce, TwoPass
 from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, LocalMomentum
 from hvd_ecsgd.protocols import StepContext
+from hvd_ecsgd.reproduce.skips import limit
 from hvd_ecsgd.segments import Key
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.problems import batch, flat, mlp, same_bits
@@ -25,6 +26,7 @@ NAN = float("nan")
 METHODS: dict[str, Callable[[], Any]] = {
     "in turns": lambda: Compression.comp_skip(**ALL),
     "every third, together": lambda: Compression.comp_skip(Every(3, offset=0), **ALL),
+    "in rounds": lambda: Compression.comp_skip(Rounds(2), Rounds(2), **ALL),
     "servers only": lambda: Compression.comp_skip(Every(1), Every(2), **ALL),
     "drawn": lambda: Compression.comp_skip(Bernoulli(0.5), Bernoulli(0.6, seed=1), TopK(7), **ALL),
     "drawn, capped": lambda: Compression.comp_skip(Bernoulli(0.2, cap=2), Bernoulli(0.2, cap=1), **ALL),
@@ -249,6 +251,88 @@ def test_where_some_servers_are_silent_their_pieces_stand_still() -> None:
     assert results[1][2]["server_residual"].tolist() == pytest.approx([0.1] * 8)
 
 
+def test_rounds_are_larger_batches_where_nothing_is_compressed() -> None:
+    """Uncompressed and without momentum x moves in the last of three steps, by the sum of three gradients that were taken at one point. In turns
+    (control) it does not."""
+
+    def moved(policy: Any) -> list[bool]:
+        records = trajectory(lambda: Compression.comp_skip(policy, policy, Identity(), **ALL), CONSTANT)
+        x = [ranks[0][0] for ranks in records]
+        found = []
+        for t in (0, 3):
+            gradients = sum(record[1] for ranks in records[t : t + 3] for record in ranks) / N
+            stands = torch.equal(x[t], x[t + 1]) and torch.equal(x[t], x[t + 2])
+            found.append(stands and torch.allclose(x[t + 3], x[t] - CONSTANT[0] * gradients, rtol=0, atol=1e-14))
+        return found
+
+    assert moved(Rounds(3)) == [True, True]
+    assert moved(Every(3)) == [False, False]
+
+
+def test_rounds_of_gradients_taken_ahead_are_local_steps() -> None:
+    """A worker that is silent, and takes gradients at x − e, moves on by itself: bit for bit `LocalMomentum`'s `period`. Without λ it does not
+    (control)."""
+
+    def ends(rule: Any, exchange: Any) -> torch.Tensor:
+        return trajectory(lambda: Compression(Sign(), rule, exchange, **ALL), LRS[:6], momentum=0.9)[-1][0][0]
+
+    local = ends(LocalMomentum(1.0, period=3), TwoPass())
+    assert torch.equal(local, ends(LocalMomentum(1.0), CompSkip(Rounds(3), Rounds(3))))
+    assert not torch.equal(local, ends(LocalMomentum(0.0), CompSkip(Rounds(3), Rounds(3))))
+
+
+@dataclass(frozen=True)
+class Share(Identity):
+    """C(v) = δ·v."""
+
+    part: float = 0.6
+
+    @property
+    def lossless(self) -> bool:
+        return False
+
+    def extract_(self, buffer: torch.Tensor, segments: Any, key: Key) -> torch.Tensor:
+        payload = segments.empty() if segments.numel < buffer.numel() else buffer.clone()
+        if segments.numel < buffer.numel():
+            payload.copy_(torch.cat(segments.views(buffer)))
+        payload *= self.part
+        for view, sent in zip(segments.views(buffer), payload.split([s.numel for s in segments]), strict=True):
+            view -= sent
+        return payload
+
+
+SKIPS: dict[str, tuple[Any, Any, float]] = {  # workers' policy, the server's, and momentum, as in the table of `hvd-ecsgd reproduce skips`
+    "both every 2nd, workers in turns": (Every(2), Rounds(2), 0.9),
+    "together every 2nd": (Rounds(2), Rounds(2), 0.9),
+    "together every 4th": (Rounds(4), Rounds(4), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", SKIPS)
+def test_how_large_a_rate_skips_bear(name: str) -> None:
+    """On a quadratic, C(v) = .6·v: at three quarters of the limit of the reproduction's table x goes to 0, at half as much again (control) away."""
+    workers, server, mu = SKIPS[name]
+    pattern = [[int(workers.sends(Key(0, t, r), NAN, NAN)) for r in range(2)] for t in range(4)]
+    answers = [int(server.sends(Key(0, t, None), NAN, NAN)) for t in range(4)]
+    largest = limit(pattern, answers, mu, 0.6, 0.0)
+
+    def ends(rate: float) -> float:
+        def worker(transport: Transport) -> float:
+            x = torch.nn.Parameter(torch.ones(16, dtype=torch.float64))
+            method = Compression.comp_skip(workers, server, Share(), **ALL)
+            sgd = torch.optim.SGD([x], lr=rate * (1 - mu), momentum=mu)
+            optimizer = DistributedOptimizer(sgd, [("x", x)], method, transport=transport)
+            for _ in range(160):
+                x.grad = x.detach().clone()
+                optimizer.step()
+            return float(x.detach().abs().max())
+
+        return run_simulated(2, worker)[0]
+
+    assert ends(0.75 * largest) < 0.3
+    assert ends(1.5 * largest) > 3
+
+
 def test_caps_bound_the_skips_in_a_row() -> None:
     """Bernoulli(0.02) would be silent for long; with a cap of 2 every third step is sent, on every rank alike."""
 
@@ -272,6 +356,7 @@ NEVER = 1e-9
 
 CAPPED: dict[str, tuple[Any, list[int], list[int]]] = {  # the skips in a row after each step: of a worker, and of the server
     "drawn": (CompSkip(Bernoulli(NEVER, cap=1), Bernoulli(NEVER, cap=3)), [1, 0, 1, 0, 1, 0, 1, 0], [1, 2, 3, 0, 1, 2, 3, 0]),
+    "in rounds": (CompSkip(Rounds(3), Rounds(10**6, cap=1)), [1, 2, 0, 1, 2, 0, 1, 2], [1, 0, 1, 0, 1, 0, 1, 0]),
     "in turns": (CompSkip(Every(10**6, offset=-1, cap=3), Every(10**6, offset=-1, cap=0)), [1, 2, 3, 0, 1, 2, 3, 0], [0] * 8),
     "by norm": (CompSkip(NormBased(1e30, cap=2), NormBased(1e30, cap=1)), [0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 0, 1, 0, 1, 0, 1]),
     "all-reduce": (SkipAllReduce(Bernoulli(NEVER, cap=2)), [1, 2, 0, 1, 2, 0, 1, 2], [1, 2, 0, 1, 2, 0, 1, 2]),

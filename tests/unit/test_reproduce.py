@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hvd_ecsgd.cli import main
-from hvd_ecsgd.reproduce import PAPERS, asynchronous, compskip, detached, doublesqueeze, hessian, stale, topk
+from hvd_ecsgd.reproduce import PAPERS, asynchronous, compskip, detached, doublesqueeze, hessian, skips, stale, topk
 from hvd_ecsgd.reproduce.report import Claim, Report, Spread, Table, need
 from hvd_ecsgd.reproduce.simulation import Size, run_all
 
@@ -54,12 +54,22 @@ def clean_and_noisy(none: float = 0.5, ef: float = 0.6, def_: float = 0.75, nois
     return {"clean, ratio 64": clean, "noisy labels, ratio 16": {"EF": spread(0.65), "DEF": spread(noisy)}}
 
 
-def skips(accuracy: float = 0.95, sent: float = 0.5, eighth: float = 0.3) -> Any:
+def silences(accuracy: float = 0.95, sent: float = 0.5, eighth: float = 0.3) -> Any:
     made = {m: {"accuracy": spread(accuracy), "loss": spread(0.2), "megabytes": spread(sent)} for m in compskip.METHODS}
     made["dense"] |= {"accuracy": spread(0.95), "megabytes": spread(30.0)}
     made["1 bit, no skips"] |= {"loss": spread(0.1), "megabytes": spread(1.0)}
     made["workers every 8th"]["loss"] = spread(eighth)
     return made
+
+
+def promises(shipped: float = 0.95, broken: float = 0.945, down: float = 4.0, none: float = 1.4, ahead: float = 20.0) -> Any:
+    def row(accuracy: float, up: float = 4.0, down: float = 4.0) -> Any:
+        return {"accuracy": spread(accuracy), "up": spread(up), "down": spread(down)}
+
+    made = {task: {skips.PLAIN: row(0.95, 8.0, 8.0), skips.BROKEN: row(broken)} for task in skips.TASKS}
+    for rows in made.values():
+        rows |= {m: row(shipped, down=down) for m in skips.SHIPPED}
+    return made, {p: {"δ = .6": 0.4, "δ = .6, μ = 0": none, "δ = .6, step-ahead": ahead} for p in skips.PATTERNS}
 
 
 def quadratics(**changed: float) -> Any:
@@ -102,7 +112,8 @@ Verdicts = tuple[Callable[..., list[Claim]], Callable[..., Any], tuple[dict[str,
 LOGIC: dict[str, Verdicts] = {
     "doublesqueeze": (doublesqueeze.claims, squeeze, ({"double": 0.2}, {"mem": 0.2}, {"worker": 0.5}, {"megabytes": 20.0})),
     "def": (detached.claims, clean_and_noisy, ({"none": 0.61}, {"def_": 0.62}, {"def_": 0.66}, {"noisy": 0.6})),
-    "compskip": (compskip.claims, skips, ({"accuracy": 0.9}, {"sent": 0.95}, {"eighth": 0.15})),
+    "compskip": (compskip.claims, silences, ({"accuracy": 0.9}, {"sent": 0.95}, {"eighth": 0.15})),
+    "skips": (lambda of: skips.claims(*of), promises, ({"shipped": 0.93}, {"broken": 0.93}, {"down": 8.0}, {"none": 0.8}, {"ahead": 0.8})),
     "hessian": (hessian.claims, quadratics, ({"global_": 0.01}, {"ec": 0.6}, {"rotated": 0.2})),
     "async": (asynchronous.claims, arrivals, ({"accuracy": 0.93}, {"stalest": 8.0}, {"eight": 20.0}, {"slow": 30.0}, {"cut": 30.0})),
     "stale": (stale.claims, delays, ({"share": 1.2}, {"at_zero": 0.9}, {"suggested": -1.0}, {"beyond": -1.0}, {"again": 0.3})),
