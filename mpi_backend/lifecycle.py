@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hvd_ecsgd.arguments import is_integer
+from hvd_ecsgd.errors import PeerLostError
 
 from . import asynchronous, job_end, runtime
 from .engine.negotiation import StallCheck
@@ -15,7 +16,7 @@ from .engine.timeline import Timeline
 from .environment import switch, whole_number
 from .optimizer import resources
 from .process_sets import ProcessSet, global_process_set
-from .runtime import context
+from .runtime import Context, context
 from .sets import add_given, raise_if_wrong, ranks_of, register_all
 
 # mpi4py.MPI initialises MPI when it is imported: only init() may do that.
@@ -136,22 +137,34 @@ def shutdown() -> None:
     timeline = closing.engine.timeline
     asynchronous.leave()
     if not MPI.Is_finalized():
-        closing.engine.close(meanwhile=resources.carry_on)
-        resources.close_backgrounds()
-        closing.watchdog.wait_for_all(closing.engine.failure)
-        resources.close_transports()
-        asynchronous.close()
-        closing.watchdog.stop()
-        for process_set in closing.process_sets.values():
-            if process_set.comm is not None:
-                process_set.comm.Free()
-        if closing.job.servers:
-            closing.job.comm.Free()
+        from .recovery import ShrinkingJob
+
+        try:
+            _give_back(closing)
+        except (MPI.Exception, PeerLostError):
+            if not isinstance(closing.recovery, ShrinkingJob):
+                raise
+            closing.recovery.leave_as_it_is(closing)
     for identifier, process_set in closing.process_sets.items():
         process_set.process_set.process_set_id = None if identifier else 0
     closing.process_sets[0].process_set.ranks = []
     if timeline is not None:
         timeline.close()
+
+
+def _give_back(closing: Context) -> None:
+    """Complete what all ranks have submitted, and give the communicators back."""
+    closing.engine.close(meanwhile=resources.carry_on)
+    resources.close_backgrounds()
+    closing.watchdog.wait_for_all(closing.engine.failure)
+    resources.close_transports()
+    asynchronous.close()
+    closing.watchdog.stop()
+    for process_set in closing.process_sets.values():
+        if process_set.comm is not None:
+            process_set.comm.Free()
+    if closing.job.servers:
+        closing.job.comm.Free()
 
 
 def _servers(servers: int | None, size: int, process_sets: object) -> int:

@@ -59,6 +59,17 @@ class ShrinkingJob:
             "All ranks may call it again, with its input as it was, or go on without its result."
         )
 
+    def leave_as_it_is(self, closing: Context) -> None:
+        """A rank has died while all shut down: there is nothing to go on with, nor anybody to give communicators back with."""
+        _revoke(closing)
+        closing.job.comm.Revoke()  # others may wait there to be all on their way out
+        closing.engine.give_up()
+        resources.abandon_backgrounds()
+        resources.close_backgrounds()
+        resources.abandon_transports()
+        closing.watchdog.stop()
+        os.write(2, f"mpi_backend: rank {closing.rank}: another rank has died while all shut down.\n".encode())
+
     def _go_on_without_those_that_are_gone(self, here: Context, error: PeerLostError | None) -> None:
         _revoke(here)
         here.engine.give_up()

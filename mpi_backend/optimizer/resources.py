@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..transport import Link, MPITransport, User
 
 __all__ = [
-    "abandon_backgrounds", "add_optimizer", "carry_on", "close_backgrounds", "close_transports", "move", "new_background", "new_transport",
-    "optimizers", "revoke", "tell_dropped",
+    "abandon_backgrounds", "abandon_transports", "add_optimizer", "carry_on", "close_backgrounds", "close_transports", "move", "new_background",
+    "new_transport", "optimizers", "revoke", "tell_dropped",
 ]  # fmt: skip
 
 
@@ -139,6 +139,13 @@ def abandon_backgrounds() -> None:
         background.abandon()
 
 
+def abandon_transports() -> None:
+    """A rank is gone: what optimizers communicate by is of no more use."""
+    for made in itertools.chain(*_made.values()):
+        made.link.abandon()
+    _made.clear()
+
+
 def revoke() -> None:
     """A rank is gone: what optimizers have in flight fails, on all ranks."""
     for made in itertools.chain(*_made.values()):
@@ -147,9 +154,7 @@ def revoke() -> None:
 
 def move(links: Mapping[int, Link]) -> None:
     """Bring the transports of these optimizers, by number, onto other links, among all ranks that there are now. Those before are of no more use."""
-    for made in itertools.chain(*_made.values()):
-        made.link.abandon()
-    _made.clear()
+    abandon_transports()
     here = runtime.context()
     ranks = tuple(range(here.size))
     for number, link in links.items():

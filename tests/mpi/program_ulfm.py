@@ -1,7 +1,7 @@
 """Ranks that die, and the others go on: each argument, RANK:STEP:METHOD:MOMENT, names a rank of those there were at first, the step and the optimizer
 in which it kills itself, and when: in `forward`, as it sends its part of `reduce`, `gather`, `push` (pass 1) or `pull` (pass 2), to the second
-of its peers if there are two, or in a collective of its own (`named`). Those that are left compare what they have trained with simulated
-workers that begin with the survivors' state after the last step that was finished before."""
+of its peers if there are two, in a collective of its own (`named`), or as all shut down (`end`). Those that are left compare what they have
+trained with simulated workers that begin with the survivors' state after the last step that was finished before."""
 
 from __future__ import annotations
 
@@ -210,7 +210,8 @@ def main() -> None:
             former = before
     said = hvd.allgather_object(answers)
     if hvd.rank() == 0:
-        verdict.expect(len(members) == MPI.COMM_WORLD.Get_size() - len(deaths), f"ranks {members} are left")
+        in_training = [death for death in deaths if death.moment != "end"]
+        verdict.expect(len(members) == MPI.COMM_WORLD.Get_size() - len(in_training), f"ranks {members} are left")
         verdict.expect(all(theirs == said[0] for theirs in said), f"named collectives came to {said}")
         errors = [answer for *_, answer in said[0] if isinstance(answer, str)]
         verdict.expect(len(errors) == sum(death.moment == "named" for death in deaths), f"errors of named collectives: {errors}")
@@ -221,6 +222,8 @@ def main() -> None:
         sys.exit(1)
     if hvd.rank() == 0:
         print(f"ok {verdict.count}: {', '.join(sys.argv[2:])}", flush=True)
+    if any((death.rank, death.moment) == (me, "end") for death in deaths):
+        die()
 
 
 def check(verdict: Verdict, methods: list[str], before: list[int], left: dict[int, tuple[dict[str, Any], dict[str, list[int]]]]) -> None:

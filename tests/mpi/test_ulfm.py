@@ -21,7 +21,11 @@ def job(n: int, program: str, *args: str, ulfm: bool = True, env: dict[str, str]
     ("n", "methods", "deaths"),
     [
         # The first server of all pieces dies, too, and with it the only central one.
-        (4, "none,summed,random_block,double_squeeze,central,local_momentum,power_sgd", ("2:1:double_squeeze:pull", "0:3:central:push")),
+        (
+            4,
+            "none,summed,random_block,double_squeeze,central,local_momentum,power_sgd",
+            ("2:1:double_squeeze:pull", "0:3:central:push", "3:6:none:end"),
+        ),
         (3, "none,top_k,qsgd,double_squeeze", ("1:1:none:forward", "2:3:top_k:gather")),
         (3, "none,random_block,double_squeeze", ("2:1:none:named", "0:3:random_block:reduce")),
     ],
@@ -29,7 +33,9 @@ def job(n: int, program: str, *args: str, ulfm: bool = True, env: dict[str, str]
 def test_those_that_live_train_on_from_the_last_finished_step(n: int, methods: str, deaths: tuple[str, ...]) -> None:
     output = job(n, str(PROGRAM), methods, *deaths)
     assert f": {', '.join(deaths)}\n" in output, output
-    assert output.count("is gone. The job goes on with") == len(deaths), output
+    ended = sum(death.endswith(":end") for death in deaths)
+    assert output.count("is gone. The job goes on with") == len(deaths) - ended, output
+    assert output.count("another rank has died while all shut down") == ended, output
 
 
 REFUSED = """
