@@ -1,7 +1,7 @@
 """What a whole step of each method costs in one process: native kernels beside the reference, in units of T, the time of one `e.add_(g)`.
 
     python benchmarks/kernels.py [--numel 25000000] [--threads 1] [--repeat 9] [--device cpu] [--only top_k,one_bit]
-        [--distribution normal] [--output NAME] [--short] [--passes]
+        [--distribution normal] [--output NAME] [--short] [--passes] [--distributions] [--gain] [--layers 10]
 
 A step is accumulate, extract, send to oneself and decode, through `GradientExchange`, as a training loop of one's own calls it. Native and reference
 steps, and T, take turns, so that what else the machine does meets all of them alike; given are the median, and in JSON the quartiles and the least.
@@ -9,7 +9,10 @@ GB/s is the gradient's bytes by time, beside those of a copy. `of copy`: the thr
 time, as a share of the bandwidth that a copy was measured to have. `--device cuda`: on a GPU, with Triton's kernels as native; times are
 of its events. `--passes`: in place of times of whole steps, the passes over memory that one step makes (CPU): of each kernel and each operation of
 torch how often, the streams (reads and writes of gradient size; T has three) and its time in T, in the thread's own seconds, which other work
-disturbs less. What is read again while a cache holds it counts once. `--output NAME` writes NAME.json, and NAME.png where matplotlib is installed.
+disturbs less. What is read again while a cache holds it counts once. `--distributions`: of steps over heavy-tailed, constant, sparse and denormal
+gradients, over ties and over zeros, how many times as long they take as those over normal ones. `--gain`: how many times as fast a step is in
+--threads as in one. Both with the compiled kernels, of the least times, as other work only adds to them, and all take turns. `--output NAME` writes
+NAME.json, and NAME.png where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -154,12 +157,10 @@ def _elements(table: tuple[int, int]) -> int:
     return sum((ctypes.c_int64 * (2 * n)).from_address(address)[1::2]) if n else 0
 
 
-def passes(name: str, numel: int, repeat: int) -> None:
+def passes(name: str, numel: int, layers: int, repeat: int) -> None:
     """Print those of a method's steps; the medians of times."""
-    side = max(2, int((numel / LAYERS) ** 0.5))
-    generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(side, side, generator=generator) for _ in range(LAYERS)]
-    flat, other = (torch.zeros(side * side * LAYERS) for _ in range(2))
+    gradients, _ = normal(numel, layers, torch.device("cpu"))
+    flat, other = (torch.zeros(sum(g.numel() for g in gradients)) for _ in range(2))
     found: list[Passes] = []
     step, ones = Stepper(METHODS[name](), gradients, None), []
     for i in range(repeat + 3):
@@ -218,12 +219,13 @@ class Stepper:
         return (wrong / of) ** 0.5 if of else 0.0
 
 
-def measure(name: str, numel: int, repeat: int, device: torch.device, distribution: str, reference: bool = True) -> dict[str, Any]:
+def measure(
+    name: str, numel: int, repeat: int, device: torch.device, distribution: str, reference: bool = True, layers: int = LAYERS
+) -> dict[str, Any]:
     """A row of the table: times of native and reference (`reference` False: only where there is no native), of T and of a copy."""
-    side = max(2, int((numel / LAYERS) ** 0.5))
-    generator = torch.Generator(device=device).manual_seed(0)
-    gradients = [DISTRIBUTIONS[distribution](torch.randn(side, side, device=device, generator=generator), generator) for _ in range(LAYERS)]
-    flat, other = (torch.zeros(side * side * LAYERS, device=device) for _ in range(2))
+    gradients, generator = normal(numel, layers, device)
+    gradients = [DISTRIBUTIONS[distribution](g, generator) for g in gradients]
+    flat, other = (torch.zeros(sum(g.numel() for g in gradients), device=device) for _ in range(2))
     library = compiled(device)
     kinds = {**({"native": library} if library else {}), **({"reference": None} if reference or not library else {})}
     steppers = {kind: Stepper(METHODS[name](), gradients, library) for kind, library in kinds.items()}
@@ -244,6 +246,50 @@ def measure(name: str, numel: int, repeat: int, device: torch.device, distributi
     row["of copy"] = {kind: 3 / statistics.median(times[kind]) / copy for kind in steppers}
     row["bytes"] = step.exchange.compression.traffic.payload // (repeat + 1)
     return row
+
+
+def normal(numel: int, layers: int, device: torch.device) -> tuple[list[torch.Tensor], torch.Generator]:
+    """Square gradients of `layers` layers, about `numel` elements in all, always the same ones; and what draws more."""
+    side = max(2, int((numel / layers) ** 0.5))
+    generator = torch.Generator(device=device).manual_seed(0)
+    return [torch.randn(side, side, device=device, generator=generator) for _ in range(layers)], generator
+
+
+def least(steps: dict[str, Callable[[], object]], repeat: int, device: torch.device) -> dict[str, float]:
+    """The least seconds of each; they take turns."""
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
+    for i in range(repeat + 1):
+        for kind, step in steps.items():
+            seconds = timed(step, device)
+            if i:  # the first step allocates
+                times[kind].append(seconds)
+    return {kind: min(of) for kind, of in times.items()}
+
+
+def ratios(name: str, numel: int, layers: int, repeat: int, device: torch.device) -> dict[str, float]:
+    """By distribution of the gradients: the time of a step, as a multiple of that over normal ones."""
+    steps: dict[str, Callable[[], object]] = {}
+    for kind, made in DISTRIBUTIONS.items():
+        gradients, generator = normal(numel, layers, device)
+        steps[kind] = Stepper(METHODS[name](), [made(g, generator) for g in gradients], compiled(device))
+    found = least(steps, repeat, device)
+    return {kind: seconds / found["normal"] for kind, seconds in found.items() if kind != "normal"}
+
+
+def gain(name: str, numel: int, layers: int, repeat: int, threads: int) -> float:
+    """How many times as fast a step is in `threads` as in one."""
+    gradients, _ = normal(numel, layers, torch.device("cpu"))
+    step = Stepper(METHODS[name](), gradients, native.native_library())
+
+    def in_threads(n: int) -> Callable[[], object]:
+        def run() -> None:
+            torch.set_num_threads(n)
+            step()
+
+        return run
+
+    found = least({"one": in_threads(1), "more": in_threads(threads)}, repeat, torch.device("cpu"))
+    return found["one"] / found["more"]
 
 
 def plotted(rows: list[dict[str, Any]], path: Path) -> bool:
@@ -270,6 +316,7 @@ def plotted(rows: list[dict[str, Any]], path: Path) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, default=25_000_000)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="that these elements are in")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default="normal", help="of the gradients")
     parser.add_argument("--repeat", type=int, default=9)
@@ -277,6 +324,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help=f"some of {', '.join(METHODS)}, with commas between")
     parser.add_argument("--output", type=Path, help="where to write NAME.json and NAME.png")
     parser.add_argument("--passes", action="store_true", help="what a step reads and writes, pass by pass, with the compiled kernels")
+    parser.add_argument("--distributions", action="store_true", help="how much longer steps over other than normal gradients take (aim: at most 2)")
+    parser.add_argument("--gain", action="store_true", help="how many times as fast a step is in --threads as in one (CPU)")
     parser.add_argument("--short", action="store_true", help="a small model and two steps: whether it runs, not how fast")
     given = parser.parse_args(arguments)
     if given.short:
@@ -290,7 +339,20 @@ def main(arguments: list[str] | None = None) -> None:
         if device.type != "cpu" or compiled(device) is None:
             parser.error("--passes counts those of the compiled kernels on the CPU")
         for name in chosen:
-            passes(name, given.numel, given.repeat)
+            passes(name, given.numel, given.layers, given.repeat)
+        return
+    if given.distributions:
+        others = [kind for kind in DISTRIBUTIONS if kind != "normal"]
+        print(f"{'÷ normal':24}" + "".join(f"{kind:>14}" for kind in others))
+        for name in chosen:
+            found = ratios(name, given.numel, given.layers, given.repeat, device)
+            print(f"{name:24}" + "".join(f"{found[kind]:14.2f}" for kind in others), flush=True)
+        return
+    if given.gain:
+        if device.type != "cpu" or compiled(device) is None or given.threads < 2:
+            parser.error("--gain is of the compiled kernels on the CPU, and needs --threads 2 or more")
+        for name in chosen:
+            print(f"{name:24}{gain(name, given.numel, given.layers, given.repeat, given.threads):6.2f} ×", flush=True)
         return
     library = compiled(device)
     variant = "Triton" if library is cuda.Cuda else library.variant if library else None
@@ -299,7 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'method':24}{'native':>9}{'target':>8}{'reference':>11}{'copy':>7}  T   {'GB/s':>6}{'copy':>6}{'of copy':>9}{'error':>8}{'bytes':>12}")
     rows = []
     for name in chosen:
-        rows.append(row := measure(name, given.numel, given.repeat, device, given.distribution))
+        rows.append(row := measure(name, given.numel, given.repeat, device, given.distribution, layers=given.layers))
         ours, speed = row["T"].get("native", float("nan")), row["GB/s"].get("native", row["GB/s"]["reference"])
         error = "" if row["error"] is None else f"{row['error']:.3f}"
         print(

@@ -47,6 +47,30 @@ def test_passes_over_memory_are_counted(capsys: pytest.CaptureFixture[str]) -> N
     assert {name: n for name, n in streams.items() if n > 0.5} == {"accumulate": 3.0, "sign_extract": 2.0, "sign_decode": 1.0}
 
 
+@pytest.mark.skipif(native_library() is None, reason="passes are those of the compiled kernels")
+def test_one_rank_keeps_no_copy_of_its_payload(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing overwrites it: with a copy to undo by, fp16 would read and write half a stream more each."""
+    kernels.main(["--short", "--passes", "--only", "fp16"])
+    whole, *parts = capsys.readouterr().out.splitlines()
+    assert whole.startswith("fp16: 6.")
+    assert not any("copy_" in line for line in parts)
+
+
+@pytest.mark.skipif(native_library() is None, reason="they are of the compiled kernels")
+def test_what_threads_gain_and_distributions_cost_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A number for each method, and for each distribution but the one that is compared with; of one thread there is nothing to gain."""
+    kernels.main(["--short", "--gain", "--threads", "2", "--layers", "1", "--only", "qsgd"])
+    name, number, _ = capsys.readouterr().out.split()
+    assert name == "qsgd" and float(number) > 0
+    kernels.main(["--short", "--distributions", "--only", "top_k"])
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split()[2:] == [kind for kind in kernels.DISTRIBUTIONS if kind != "normal"]
+    assert all(float(number) > 0 for number in row.split()[1:]) and len(row.split()) == len(kernels.DISTRIBUTIONS)
+    with pytest.raises(SystemExit):
+        kernels.main(["--short", "--gain", "--only", "qsgd"])
+    assert "--threads 2" in capsys.readouterr().err
+
+
 def test_a_method_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         kernels.main(["--short", "--only", "top_kk"])
