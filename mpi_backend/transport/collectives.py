@@ -20,7 +20,7 @@ from hvd_ecsgd.transport.devices import marks_of, wait_for
 from . import memory
 from .lanes import Stages, Task, after
 from .link import Link
-from .memory import Copy, cuda_aware, memory_of, settle, unit_of
+from .memory import Copy, Staging, memory_of, settle, unit_of
 from .messages import Messages, exchange_parts
 from .reduction import REDUCIBLE, ReduceOp, allreduce_tasks, forced_algorithm, mpi_adds, reduce_scatter_tasks
 
@@ -51,7 +51,7 @@ class MPITransport:
     link: Link
 
     def __init__(self, comm: MPI.Comm | None = None, link: Link | None = None, algorithm: str | None = None) -> None:
-        self._cuda_aware = cuda_aware()
+        self._staging = Staging()
         self._algorithm = forced_algorithm(algorithm)
         self.be_on(Link(MPI.COMM_WORLD if comm is None else comm) if link is None else link)
 
@@ -80,7 +80,7 @@ class MPITransport:
         self._check_reducible(t, what)
         if self.size == 1 or flat.numel() == 0:
             return Ready(t)
-        work, copy = self._staged(flat)
+        work, copy = self._staging.readable(flat)
         if self._algorithm == "mpi" and not mpi_adds(work):
             raise TransportError(
                 f"{what}: the MPI library, which MPI_BACKEND_ALLREDUCE=mpi forces, cannot reduce {t.dtype} on {work.device.type}. "
@@ -109,7 +109,7 @@ class MPITransport:
             raise TransportError(f"{what}: parts of {counts} elements do not fit {self.size} ranks and a tensor of {flat.numel()} elements.")
         if self.size == 1:
             return Ready(flat.clone())
-        work, copy = self._staged(flat)
+        work, copy = self._staging.readable(flat)
         parts = torch.split(work, counts)
         out = torch.empty_like(parts[self.rank])
         return self._operations.start(
@@ -153,7 +153,7 @@ class MPITransport:
         row = math.prod(t.shape[1:])
 
         def outgoing(mine: torch.Tensor) -> tuple[Sequence[torch.Tensor], Copy | None]:
-            work, copy = self._staged(flat)
+            work, copy = self._staging.readable(flat)
             return torch.split(work, [s * row for s in splits]), copy
 
         return self._exchange(what, t, splits, received, outgoing, lambda out, rows: list(torch.split(out, rows)))
@@ -166,7 +166,7 @@ class MPITransport:
             raise TransportError(f"{what}: there are {self.size} ranks; expected a root from 0 to {self.size - 1}.")
         if self.size == 1 or flat.numel() == 0:
             return Ready(t)
-        work, copy = self._staged(flat)
+        work, copy = self._staging.readable(flat)
         if copy is not None:
             copy.wait()  # MPI matches collectives of its own by their order
         unit = unit_of(t)
@@ -206,7 +206,7 @@ class MPITransport:
             return Ready(shaped(t.detach().clone(), [t.shape[0]]))
 
         def outgoing(mine: torch.Tensor) -> tuple[Sequence[torch.Tensor], Copy | None]:
-            copy = Copy(flat, mine) if self._stages(flat) else None
+            copy = Copy(flat, mine) if self._staging.needed(flat) else None
             if copy is None:
                 mine.copy_(flat)
             return [mine] * self.size, copy
@@ -232,7 +232,7 @@ class MPITransport:
 
         def exchange(tag: int, rows: list[int]) -> Stages:
             wait_for(given)  # another thread may have come here
-            out = self._incoming(t, sum(rows))
+            out = self._staging.writable(t, sum(rows))
             result.append((out, rows))
             row = math.prod(t.shape[1:])
             incoming = torch.split(out.view(-1), [r * row for r in rows])
@@ -290,32 +290,12 @@ class MPITransport:
             known = ", ".join(map(str, REDUCIBLE))
             raise TransportError(f"{what}: {t.dtype} cannot be reduced; expected one of {known}. Convert it first.")
 
-    # ---- memory
-
     def _flat(self, t: torch.Tensor, what: str) -> torch.Tensor:
         if t.layout != torch.strided or not t.is_contiguous():
             raise TransportError(
                 f"{what}: the tensor of shape {tuple(t.shape)} is not dense and contiguous; pass t.contiguous(), or t.to_dense() if sparse."
             )
         return t.detach().view(-1)
-
-    def _stages(self, t: torch.Tensor) -> bool:
-        return t.device.type != "cpu" and not (self._cuda_aware and t.is_cuda)
-
-    def _staged(self, flat: torch.Tensor) -> tuple[torch.Tensor, Copy | None]:
-        """`flat`, or memory that MPI can read and the copy after which it holds the same."""
-        if not self._stages(flat):
-            settle(flat)
-            return flat, None
-        work = self._incoming(flat, None)
-        return work, Copy(flat, work)
-
-    def _incoming(self, t: torch.Tensor, rows: int | None) -> torch.Tensor:
-        """Memory that MPI can write, for a tensor like `t`, with another first dimension if `rows` is given."""
-        shape = t.shape if rows is None else (rows, *t.shape[1:])
-        if self._stages(t):
-            return torch.empty(shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda)
-        return torch.empty(shape, dtype=t.dtype, device=t.device)
 
 
 def _signature(what: str, t: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from ..environment import switch
 
-__all__ = ["LARGEST", "UNITS", "Copy", "cuda_aware", "memory_of", "settle", "unit_of"]
+__all__ = ["LARGEST", "UNITS", "Copy", "Staging", "cuda_aware", "memory_of", "settle", "unit_of"]
 
 LARGEST = 2**30
 """Elements in one message. Open MPI 5 has no calls with counts above a C int, so what is larger travels in pieces."""
@@ -78,3 +78,29 @@ def memory_of(t: torch.Tensor) -> MPI.buffer:
 def unit_of(t: torch.Tensor) -> MPI.Datatype:
     """What its elements are to MPI where nothing is computed."""
     return UNITS[t.element_size()]
+
+
+class Staging:
+    """Memory that MPI reads and writes: that of tensors themselves, or, of a GPU's where MPI is not CUDA-aware, pinned memory beside it."""
+
+    def __init__(self) -> None:
+        self._cuda_aware = cuda_aware()
+
+    def needed(self, t: torch.Tensor) -> bool:
+        """Whether a tensor like this must be copied."""
+        return t.device.type != "cpu" and not (self._cuda_aware and t.is_cuda)
+
+    def readable(self, flat: torch.Tensor) -> tuple[torch.Tensor, Copy | None]:
+        """`flat`, or memory that MPI can read and the copy after which it holds the same."""
+        if not self.needed(flat):
+            settle(flat)
+            return flat, None
+        work = self.writable(flat, None)
+        return work, Copy(flat, work)
+
+    def writable(self, t: torch.Tensor, rows: int | None) -> torch.Tensor:
+        """Memory that MPI can write, for a tensor like `t`, with another first dimension if `rows` is given."""
+        shape = t.shape if rows is None else (rows, *t.shape[1:])
+        if self.needed(t):
+            return torch.empty(shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda)
+        return torch.empty(shape, dtype=t.dtype, device=t.device)

@@ -84,7 +84,7 @@ class NodeWorkers(MPITransport):
             raise TransportError(f"{what}: means are of floats, and the tensor is {t.dtype}. Convert it first.")
         if n == 1 or flat.numel() == 0:
             return Ready(t)
-        work, copy = self._staged(flat)
+        work, copy = self._staging.readable(flat)
 
         def finish() -> torch.Tensor:
             torch.div(work, n, out=work)

@@ -35,3 +35,39 @@ def undocumented(source: str) -> list[str]:
 def test_public_names_have_docstrings() -> None:
     assert [(f.name, name) for f in SOURCES for name in undocumented(f.read_text(encoding="utf-8"))] == []
     assert undocumented('__all__ = ["f", "C"]\ndef f(): ...\ndef g(): ...\nclass C:\n    "It."') == ["f"]
+
+
+LARGEST = {"lines of a file": 450, "lines of a class": 300, "attributes": 16}
+"""What is much above the 400, 250 and a dozen of CONTRIBUTING.md."""
+REASONS = {
+    "kernels/cuda/loops.py": "the loops are one language, and one file is what Triton compiles",
+    "kernels/cuda/__init__.py": "a method for each kernel",
+    "Cuda": "a method for each kernel",
+    "protocols.py": "the seams in one place, which a method of one's own reads from the first to the last",
+    "compression.py": "a factory for each preset, and most of it is what users read",
+    "Task": "a value: all that an exchange is given of one bucket, and what it says of it",
+    "CutoffWorker": "two threads share it, and each attribute says whose it is",
+}
+
+
+def sizes(name: str, source: str) -> dict[str, dict[str, int]]:
+    """By kind, what is measured of a module and of its classes."""
+    found: dict[str, dict[str, int]] = {"lines of a file": {name: source.count("\n")}, "lines of a class": {}, "attributes": {}}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            fields = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+            stored = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+            fields |= {n.attr for n in stored if isinstance(n.value, ast.Name) and n.value.id == "self"}
+            found["lines of a class"][node.name] = (node.end_lineno or 0) - node.lineno + 1
+            found["attributes"][node.name] = len(fields)
+    return found
+
+
+def test_what_is_large_has_a_reason() -> None:
+    """Also: no reason outlives what it is for."""
+    measured = [(f, sizes(f.relative_to(REPO).as_posix().partition("/")[2], f.read_text(encoding="utf-8"))) for f in SOURCES]
+    large = {name for _, found in measured for kind, limit in LARGEST.items() for name, size in found[kind].items() if size > limit}
+    assert large == set(REASONS), "look for the object inside; or for a reason"
+    method = "    def f{0}(self):\n        self.a{0} = 0\n"
+    planted = sizes("m.py", "class C:\n" + "".join(method.format(i) for i in range(160)))
+    assert planted == {"lines of a file": {"m.py": 321}, "lines of a class": {"C": 321}, "attributes": {"C": 160}}
