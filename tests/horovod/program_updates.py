@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -293,4 +294,5 @@ def mistakes() -> None:
 
 if __name__ == "__main__":
     hvd.init()
-    run_checks({check.__name__: check for check in (the_simulation, statistics, resume, an_undone_step, a_grad_scaler, mistakes)})
+    checks = {check.__name__: check for check in (the_simulation, statistics, resume, an_undone_step, a_grad_scaler, mistakes)}
+    run_checks({name: checks[name] for name in sys.argv[1:] or checks})

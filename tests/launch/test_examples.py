@@ -45,7 +45,8 @@ def weights(printed: str) -> str:
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["none", "double_squeeze"])
 def test_the_same_script_gives_the_same_weights_on_horovod_and_on_mpi(method: str) -> None:
-    """Random blocks, and the control of the hashes, are in tests/launch/test_launchers.py; double_squeeze is in tests/launch/test_slurm.py, too."""
+    """Random blocks are in tests/launch/test_launchers.py, the control of the hashes in tests/torch/test_ddp.py; double_squeeze is in
+    tests/launch/test_slurm.py, too."""
     require_horovod()
     arguments = ("--method", method, "--epochs", "2", "--ratio", "16")
     over_mpi = weights(mpirun(2, EXAMPLES / "digits.py", *arguments))

@@ -369,7 +369,8 @@ def launched(*arguments: str, env: dict[str, str] | None = None) -> str:
 
 
 def test_a_real_job_of_each_script_gives_the_same_weights() -> None:
-    """Also `horovodrun --mpi`, which Open MPI 5 needs the shim for; the control is that it fails without. And the weights do tell runs apart."""
+    """Also `horovodrun --mpi`, which Open MPI 5 needs the shim for; the control is that it fails without. That hashes of this script tell runs apart
+    is shown in tests/torch/test_ddp.py."""
     require_mpirun()
     require_horovod()
     script = ("python", str(REPO / "examples" / "digits.py"), "--epochs", "1", "--method", "random_block", "--ratio")
@@ -377,7 +378,6 @@ def test_a_real_job_of_each_script_gives_the_same_weights() -> None:
     over_mpi = launched("launch/mpirun.sh", "-n", "2", "--timeout", "100", *script, "16")
     assert over_mpi == launched("launch/horovodrun.sh", "-n", "2", *horovod)
     assert over_mpi == launched("launch/horovodrun.sh", "-c", "mpi", "-n", "2", *horovod)
-    assert over_mpi != launched("launch/mpirun.sh", "-n", "2", *script, "17"), "the control of the hashes"
     if "(Open MPI) 5" in run(["mpirun", "--version"], rank_environment()).stdout:
         bare = run(["horovodrun", "--mpi", "-np", "2", *horovod], rank_environment())
         assert bare.returncode != 0, bare.stdout
