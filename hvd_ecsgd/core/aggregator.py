@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Accumulated, GroupSettings, Lent, Part, Reversals, Role, Task, Traffic, wanted
-from ..segments import Key
+from ..protocols import Accumulated, GroupSettings, Lent, Reversals, Role, Task, Traffic, wanted
 from ..transport.base import Transport
 from ..verdicts import known_at_the_end
-from . import saved_state, switch
+from . import beside, saved_state, switch
 from .agreement import Agreement
 from .bucket import Bucket
 from .copies import Averages
@@ -267,7 +266,8 @@ class Aggregator:
             exchanged, self._exchanged, self._in_step = self._exchanged, None, False
             for reduction in exchanged.reductions:
                 reduction.commit()
-            self._between_steps(exchanged)
+            if exchanged.reductions:  # nothing after a step in which nothing was sent (η = 0)
+                beside.between_steps(self.state, exchanged.reductions, exchanged.transport, self._count)
             if not self.state.method.feedback.takes.update:
                 self._step_is_over()
 
@@ -300,24 +300,6 @@ class Aggregator:
         self.state.undone += 1
         self._step_is_over("discarded")
 
-    @torch.no_grad()
-    def _between_steps(self, exchanged: _Exchanged) -> None:
-        """What the feedback rule does together with the other ranks between steps. Nothing after a step in which nothing was sent (η = 0)."""
-        if not exchanged.reductions:
-            return
-        state, transport = self.state, exchanged.transport
-        moving = {id(r.bucket) for r in exchanged.reductions}
-        buckets = [b for b in state.buckets if b.residual is not None]
-        parts = [Part(b.state, b.parameters, b.segments, b.method.lossless, id(b) not in moving) for b in buckets if b.state is not None]
-        key = Key(state.method.seed, state.step - 1, transport.rank, "prepare", transport.size)
-        for round_, tensors in enumerate(state.method.feedback.between_steps(parts, key) if parts else ()):
-            for bucket in buckets:  # a residual that takes up others' is zero no more
-                bucket.residual_is_zero = bucket.residual_is_zero and not any(t is bucket.residual for t in tensors)
-            handles = [transport.allreduce_(t, f"prepare.{round_}.{i}") for i, t in enumerate(tensors)]
-            for t, handle in zip(tensors, handles, strict=True):
-                handle.wait().div_(transport.divisor)
-                self._count(Traffic(payload=t.nbytes, sent=2 * (transport.size - 1) * t.nbytes // transport.size))
-
     # -- methods that apply the update themselves --------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -331,18 +313,7 @@ class Aggregator:
         self.points.look_at_averages()
         self.points.recapture_all([r.bucket for r in reductions])
         if Role.POINT in self.state.method.slot_names and not all(r.task.skipped for r in reductions):
-            self._average_statistics()
+            beside.average(self._statistics(), self.state.transport, self._count)
         for reduction in reductions:
             reduction.apply_()
         self._step_is_over()
-
-    def _average_statistics(self) -> None:
-        """One dense all-reduce per type and device."""
-        tensors, transport = self._statistics(), self.state.transport
-        for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
-            members = [t for t in tensors if (t.dtype, t.device) == kind]
-            flat = torch.cat([t.reshape(-1) for t in members])
-            self._count(Traffic(payload=flat.nbytes, sent=2 * (transport.size - 1) * flat.nbytes // transport.size))
-            transport.allreduce_(flat, f"statistics.{kind[0]}").wait()
-            for t, mean in zip(members, torch.split(flat.div_(transport.size), [t.numel() for t in members]), strict=True):
-                t.copy_(mean.view(t.shape))

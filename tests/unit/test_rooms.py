@@ -41,7 +41,11 @@ CORE: dict[str, set[str]] = {
     "step_hooks": {"closures"},
     "agreement": {"talk", "refusal", "method", "bucket", "state"},
     "switch": {"agreement", "points", "method", "bucket", "state"},
-    "aggregator": {"agreement", "copies", "points", "saved_state", "switch", "gradients", "refusal", "step", "meter", "method", "bucket", "state"},
+    "beside": {"step", "meter", "method", "bucket", "state"},
+    "aggregator": {
+        *("agreement", "beside", "copies", "points", "saved_state", "switch", "gradients", "refusal"),
+        *("step", "meter", "method", "bucket", "state"),
+    },
     "bound": {"tuner", "step_hooks", "aggregator", "attached", "copies", "meter", "points", "saved_state", "trees", "method", "bucket", "state"},
 }
 IN_CORE = {f"core.{room}" for room in CORE}
