@@ -24,6 +24,7 @@ from .core.bound import BoundCompression
 from .core.bucket import Bucket
 from .core.gradients import clip_factor, scale_of, take_
 from .core.guard import Guard
+from .core.state import Layout
 from .core.step_hooks import claim
 from .errors import CompressionError, SequenceError
 from .optimizer.background import Background
@@ -112,7 +113,9 @@ class DDPHook(TorchHook):
         """Of the step that accumulates, by parameter."""
         self._waiting: list[_Waiting] = []
         self._layout: list[list[torch.nn.Parameter]] = []
-        """What DDP's buckets held in the last step: it forms them anew when it has seen one."""
+        """What DDP's buckets hold in this step, as far as they have come."""
+        self._first_layout: list[list[int]] | None = None
+        """What they held in the first one, before DDP formed them by what it saw, by id: in no order that a later process would have."""
         self._guard = Guard(self.compression.method.feedback)
         claim(self)
 
@@ -173,10 +176,19 @@ class DDPHook(TorchHook):
             )
         self._raise_refusal()
         self._step.forget()
-        layout, self._layout = self._layout, []
-        here = not self._applies and getattr(self.compression.method.exchange, "delivers", False)
-        self._step.aggregator.form_buckets(BUCKET_BYTES, groups_of(self.compression.attached.optimizer), layout if here else ())
+        self._step.aggregator.form_buckets(BUCKET_BYTES, groups_of(self.compression.attached.optimizer), self._next_layout())
         self._step.begin()
+
+    def _next_layout(self) -> Layout | None:
+        """That of DDP's buckets, once it has formed them; before, and where it never does, None: that which was loaded. Where means are not decoded
+        into them, none."""
+        layout, self._layout = self._layout, []
+        if self._applies or not getattr(self.compression.method.exchange, "delivers", False):
+            return ()
+        ids = [[id(p) for p in buffer] for buffer in layout]
+        if self._first_layout is None and layout:
+            self._first_layout = ids
+        return None if not layout or ids == self._first_layout else layout
 
     def _submit_ready(self, last: bool) -> None:
         state = self._step.aggregator.state

@@ -102,15 +102,15 @@ class Aggregator:
         return self.points.at(point, meet)
 
     @torch.no_grad()
-    def form_buckets(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int], layout: Layout = ()) -> None:
+    def form_buckets(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int], layout: Layout | None = None) -> None:
         """Before the first step: form the record's buckets anew, with what was loaded into them. Of drivers that know the param groups by then only.
 
-        Later ranks have agreed on the buckets, and this is `check_groups`; but where there is another `layout`, the same on all ranks, they are
-        formed by it, between two steps, and are compared with the next one.
+        Later ranks have agreed on the buckets, and this is `check_groups`; but where there is another `layout`, the same on all ranks, or one was
+        loaded, they are formed by it, between two steps, and are compared with the next one.
         """
         if not self.agreement.first_step_pending:
             self.check_groups(group_of)
-            if self.state.laid_out_by(layout):
+            if self.state.is_laid_out(layout):
                 return
             self.check_between_steps("buckets were formed")
         self.points.check_trainable()
@@ -122,7 +122,7 @@ class Aggregator:
             saved = saved_state.state_dict(self.state)
         self.state.form_buckets(bucket_bytes, group_of, layout)
         if saved is not None:
-            saved_state.prepare_load(self.state, saved)()
+            saved_state.prepare_load(self.state, {**saved, "layout": self.state.layout})()
 
     def check_groups(self, group_of: Callable[[torch.nn.Parameter], int]) -> None:
         """Raise `CompressionError` where ranks have agreed on the buckets, and one would hold parameters of several param groups."""

@@ -47,6 +47,7 @@ def state_dict(state: MethodState) -> dict[str, Any]:
         "undone": state.undone,
         "parameters": parameters,
         "with_state": list(parameters),  # so that it shows when one is lost
+        **({"layout": [list(buffer) for buffer in state.layout]} if state.layout else {}),  # where it says in which order a network adds
     }
 
 
@@ -63,6 +64,9 @@ def prepare_load(state: MethodState, saved: Mapping[str, Any]) -> Callable[[], N
             f"the state was saved by rank {saved['rank']} of {saved['size']}, and this is rank {rank} of {size}. Residuals belong to "
             "their rank: save one file per rank and load one's own."
         )
+    layout = saved.get("layout", [])
+    if not isinstance(layout, list) or not all(isinstance(b, list) and all(isinstance(name, str) for name in b) for b in layout):
+        raise CompressionError(f"'layout' of the state: expected lists of parameters' names, the state holds {layout!r:.80}. {_REMEDY}")
     entries = saved["parameters"]
     unknown = sorted(set(entries) - {name for name, _ in state.named})
     if unknown:
@@ -78,6 +82,7 @@ def prepare_load(state: MethodState, saved: Mapping[str, Any]) -> Callable[[], N
         for one in staged:
             one.take_over(entries, points[one.bucket.name])
         state.step, state.undone = saved["step"], saved["undone"]
+        state.layout = [list(buffer) for buffer in saved.get("layout", ())]
 
     return take_over
 

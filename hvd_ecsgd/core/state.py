@@ -53,21 +53,32 @@ class MethodState:
         self.rank, self.size, self.process = rank, size, rank if process is None else process
         self.settings: Callable[[Bucket], GroupSettings] = settings or (lambda bucket: GroupSettings())
         self.buckets: list[Bucket] = []
+        self.layout: list[list[str]] = []
+        """By which the buckets are formed, or will be, in names; empty where the order of the parameters says it."""
         self.form_buckets(bucket_bytes, group_of or (lambda parameter: 0))
         self.step = 0
         self.undone = 0
         self.traffic = Traffic()
         self._transport = transport
 
-    def form_buckets(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int], layout: Layout = ()) -> None:
+    def form_buckets(self, bucket_bytes: int, group_of: Callable[[torch.nn.Parameter], int], layout: Layout | None = None) -> None:
         """Plan `buckets` anew, without state in them. `bucket_bytes`, `group_of`: as they are given to the object. With a `layout` those that are
-        compressed have parameters of one buffer of it each, in that order; where nothing is, so have all."""
-        self._planned_by = bucket_bytes, group_of, [list(buffer) for buffer in layout]
+        compressed have parameters of one buffer of it each, in that order; where nothing is, so have all. None: by that which there was, or was
+        loaded.
+        """
+        self.layout = self.layout if layout is None else self._names(layout)
+        known = dict(self.named)
+        buffers = [[known[name] for name in buffer if name in known] for buffer in self.layout]
+        self._planned_by = bucket_bytes, group_of, buffers
         self.buckets = _planned(self.method, self.named, *self._planned_by)
 
-    def laid_out_by(self, layout: Layout) -> bool:
-        """Whether the buckets have been formed by it."""
-        return [[id(p) for p in buffer] for buffer in layout] == [[id(p) for p in buffer] for buffer in self._planned_by[2]]
+    def is_laid_out(self, layout: Layout | None) -> bool:
+        """Whether the buckets have been formed by it; None: by that which was loaded, if one was."""
+        return self._names(self._planned_by[2]) == (self.layout if layout is None else self._names(layout))
+
+    def _names(self, layout: Layout) -> list[list[str]]:
+        names = {id(p): name for name, p in self.named}
+        return [[names[id(p)] for p in buffer if id(p) in names] for buffer in layout]
 
     def form_for_other_method(self) -> None:
         """Where there is a layout, after `method` was replaced: plan `buckets` anew, without state in them, if this one parts small parameters from
