@@ -157,7 +157,9 @@ class DDPHook(TorchHook):
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             self._gradients[id(parameter)] = gradient
         self._layout.append([p for p in bucket.parameters() if isinstance(p, torch.nn.Parameter)])
-        self._waiting.append(_Waiting(bucket.buffer(), torch.futures.Future()))
+        buffer = bucket.buffer()
+        # Of a GPU the future knows, so that whoever waits for it waits for what writes the buffer.
+        self._waiting.append(_Waiting(buffer, torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)))
         future = self._waiting[-1].future
         self._submit_ready(last=bucket.is_last())
         if bucket.is_last():

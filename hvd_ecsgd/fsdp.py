@@ -43,6 +43,7 @@ from .optimizer.executor import Inline
 from .optimizer.step import Phase
 from .optimizer.torch_hook import TorchHook, mean_of
 from .protocols import GroupSettings
+from .transport.devices import Marks, marks_of, wait_for
 from .transport.torch_dist import TorchTransport, takes_gpus
 
 __all__ = ["FSDPHook", "register"]
@@ -132,6 +133,7 @@ class FSDPHook(TorchHook):
         super().__init__(bound, TorchTransport.lent(replicate.get_group()), Inline(), self._settings, "FSDP2's hook")
         self._came: dict[int, torch.Tensor] = {}
         """Gradients of the step that accumulates, by part."""
+        self._given: Marks = []
         self._guard = Guard(self.compression.method.feedback)
         self._gathered: list[tuple[int, int]] = []
         model.register_forward_pre_hook(self._before_forward, prepend=True)  # type: ignore[attr-defined]
@@ -239,6 +241,7 @@ class FSDPHook(TorchHook):
             state, gradients = self._step.aggregator.state, [self._came[id(p)] for p in bucket.parameters]
             if self._applies and scale_of(state, state.settings(bucket)) != 1.0:
                 gradients = [g.clone() for g in gradients]  # what stays in p.grad is as the script's loss made it
+            self._given += marks_of(gradients)
             self._step.submit(take_(state, bucket, gradients))
 
     @torch.no_grad()
@@ -246,6 +249,8 @@ class FSDPHook(TorchHook):
         for shard in self._shards:
             self._came.setdefault(id(shard.part), torch.zeros_like(shard.part))
         self._submit_ready()
+        given, self._given = self._given, []
+        wait_for(given)  # FSDP2 reduces in a stream of its own, in which this was called
         came, self._came = self._came, {}
         self._complete()
         if self._undone:

@@ -177,7 +177,7 @@ class Aggregator:
         flat = None
         if lent is not None:
             lent.at_once = not bucket.method.stateful or bucket.method.exact
-            flat = lent.flat if compressor.lossless and not bucket.method.stateful else None
+            flat = lent.flat if compressor.lossless and getattr(exchange, "delivers", False) and not bucket.method.stateful else None
         part = replace(bucket.part, wanted=wanted(compressor, exchange, bucket.segments, transport.size), flat=flat)
         accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(part, gradients, ctx)
         if gauge is not None:

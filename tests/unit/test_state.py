@@ -389,6 +389,7 @@ def poisoned(t: torch.Tensor) -> torch.Tensor:
 BAD: dict[str, tuple[Callable[[Any], object], str]] = {
     "step a word": (put("step", "three"), r"'step' of the state: expected an integer ≥ 0, the state holds 'three'"),
     "step True": (put("step", True), r"'step' of the state"),
+    "layout of no names": (put("layout", [["0.weight"], [1]]), r"'layout' of the state: expected lists of parameters' names, the state holds \[\["),
     "step negative": (put("step", -1), r"'step' of the state: expected an integer ≥ 0, the state holds -1"),
     "undone None": (put("undone", None), r"'undone' of the state: expected an integer ≥ 0, the state holds None"),
     "rank a float": (put("rank", 0.0), r"'rank' of the state"),
