@@ -65,13 +65,13 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
     from .engine.engine import fusion_bytes
     from .liveness.watchdog import Settings
     from .recovery import ShrinkingJob
-    from .transport import forced_algorithm, node_ranks
+    from .transport import are_checked, forced_algorithm, node_ranks
 
     everybody = _communicator(comm)
     wrong: Exception | None = None
     mine: list[tuple[int, ...]] = []
     serving = 0
-    chosen = {"MPI_BACKEND_ALLREDUCE": "", "MPI_BACKEND_NODES": "", "MPI_BACKEND_ON_FAILURE": ""}
+    chosen = {"MPI_BACKEND_ALLREDUCE": "", "MPI_BACKEND_NODES": "", "MPI_BACKEND_ON_FAILURE": "", "MPI_BACKEND_CHECKSUM": ""}
     timeline: Timeline | None = None
     try:
         serving = _servers(servers, everybody.Get_size(), process_sets)
@@ -82,6 +82,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
             "MPI_BACKEND_ALLREDUCE": forced_algorithm(),
             "MPI_BACKEND_NODES": node_ranks(),
             "MPI_BACKEND_ON_FAILURE": _on_failure(serving, mine),
+            "MPI_BACKEND_CHECKSUM": str(int(are_checked())),
         }
         settings, limit, stall = Settings.from_environment(), fusion_bytes(), StallCheck.from_environment()
         path = os.environ.get("HOROVOD_TIMELINE", "")

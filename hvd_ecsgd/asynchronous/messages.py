@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import torch
 
 from ..errors import TransportError
+from ..transport.checksums import checksum_of
 
 __all__ = ["Kind", "Message"]
 
-_MAGIC = b"hvda"
-_HEAD = struct.Struct("<4sBxxxIQIII")
-"""Magic, kind, worker, number, how many numbers, absent parameters and payloads follow."""
+_MAGIC = b"hvdb"
+_HEAD = struct.Struct("<4sBxxxIQIIIQ")
+"""Magic, kind, worker, number, how many numbers, absent parameters and payloads follow, and the payloads' checksum."""
+_END = struct.Struct("<I")
+"""At the end of the head: the CRC of what is before it."""
 _PART = struct.Struct("<QQ")
 """Of a payload: the place of its type in `_TYPES`, and its elements."""
 _TYPES = (torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.int16, torch.int8)
@@ -49,7 +53,7 @@ class Kind(IntEnum):
 class Message:
     """`worker`: who sends it, or is answered. `number`: how many of the kind there were before, between these two. `numbers`: the worker's
     hyper-parameters, with PUSH; with the answer after one, the staleness with which its gradient was applied. `absent`: places of the parameters
-    that had no gradient, with PUSH. `payloads`: flat tensors."""
+    that had no gradient, with PUSH. `payloads`: flat tensors. `sent`: of a message that has come, the checksum of what was sent as payloads."""
 
     kind: Kind
     worker: int
@@ -57,6 +61,7 @@ class Message:
     numbers: Sequence[float] = ()
     absent: Sequence[int] = ()
     payloads: Sequence[torch.Tensor] = ()
+    sent: int | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -65,9 +70,19 @@ class Message:
 
     def head(self) -> bytes:
         """Everything but the payloads' bytes, which follow it one after the other."""
-        head = _HEAD.pack(_MAGIC, self.kind, self.worker, self.number, len(self.numbers), len(self.absent), len(self.payloads))
-        body = struct.pack(f"<{len(self.numbers)}d{len(self.absent)}I", *self.numbers, *self.absent)
-        return head + body + b"".join(_PART.pack(_TYPES.index(p.dtype), p.numel()) for p in self.payloads)
+        counts = len(self.numbers), len(self.absent), len(self.payloads)
+        head = _HEAD.pack(_MAGIC, self.kind, self.worker, self.number, *counts, checksum_of(self.payloads))
+        head += struct.pack(f"<{len(self.numbers)}d{len(self.absent)}I", *self.numbers, *self.absent)
+        head += b"".join(_PART.pack(_TYPES.index(p.dtype), p.numel()) for p in self.payloads)
+        return head + _END.pack(zlib.crc32(head))
+
+    def check(self, sender: int) -> None:
+        """Raise `TransportError`, which names the rank that sent it, unless the payloads that came are those that were sent."""
+        if self.sent is not None and self.sent != checksum_of(self.payloads):
+            raise TransportError(
+                f"asynchronous training: the payloads of a {self.kind.name} of rank {sender} have changed on their way, as their checksum says: the "
+                "network, or the memory of a machine, is faulty. Go on from the last checkpoint."
+            )
 
     @staticmethod
     def of_head(head: bytes, most: int) -> Message:
@@ -76,10 +91,12 @@ class Message:
         Raises `TransportError` for what is no head of this version, or of another length than it says.
         """
         try:
-            magic, kind, worker, number, numbers, absent, payloads = _HEAD.unpack_from(head)
+            magic, kind, worker, number, numbers, absent, payloads, sent = _HEAD.unpack_from(head)
             length = _HEAD.size + 8 * numbers + 4 * absent + _PART.size * payloads
-            if magic != _MAGIC or length != len(head):
-                raise ValueError(f"{len(head)} bytes that begin with {magic!r}, {length} were expected")
+            if magic != _MAGIC or length + _END.size != len(head):
+                raise ValueError(f"{len(head)} bytes that begin with {magic!r}, {length + _END.size} were expected")
+            if _END.unpack_from(head, length)[0] != zlib.crc32(head[:length]):
+                raise ValueError("its head has changed on its way, as its checksum says")
             told = struct.unpack_from(f"<{numbers}d{absent}I", head, _HEAD.size)
             parts = [_PART.unpack_from(head, length - _PART.size * (payloads - i)) for i in range(payloads)]
             sizes = [(_TYPES[place], n) for place, n in parts]
@@ -90,4 +107,5 @@ class Message:
             raise TransportError(
                 f"asynchronous training: a message is damaged, or comes from a rank with another version or model: {error}."
             ) from error
-        return Message(kind, worker, number, told[:numbers], told[numbers:], [torch.empty(n, dtype=dtype, device="cpu") for dtype, n in sizes])
+        empty = [torch.empty(n, dtype=dtype, device="cpu") for dtype, n in sizes]
+        return Message(kind, worker, number, told[:numbers], told[numbers:], empty, sent)

@@ -91,4 +91,5 @@ def _over_the_wire(message: Message) -> Message:
     received = Message.of_head(message.head(), most=message.nbytes)
     for target, payload in zip(received.payloads, message.payloads, strict=True):
         target.copy_(payload)
+    received.check(message.worker)
     return received

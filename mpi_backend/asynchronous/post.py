@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from mpi4py import MPI
@@ -35,15 +36,17 @@ class Post:
 
     def send(self, message: Message, to: int) -> None:
         """Start to send; the payloads must not be written to any more."""
+        message = replace(message, payloads=[p.contiguous().cpu() for p in message.payloads])
         head = torch.frombuffer(bytearray(message.head()), dtype=torch.uint8)
-        payloads = [p.contiguous().cpu().view(torch.uint8) for p in message.payloads if p.numel()]
+        payloads = [p.view(torch.uint8) for p in message.payloads if p.numel()]
         pieces = [piece for p in payloads for piece in _pieces(p)]
         requests = [self.comm.Isend(memory_of(head), to, _HEAD), *(self.comm.Isend(memory_of(piece), to, _PAYLOAD) for piece in pieces)]
         self._sending.append((requests, [head, *payloads]))
         self._collect()
 
     def receive(self, source: int | None = None) -> Message | None:
-        """The next message of this rank, or of whoever has sent one; None where none has come. Raises `TransportError` for what is none."""
+        """The next message of this rank, or of whoever has sent one; None where none has come. Raises `TransportError` for what is none, and for one
+        that has changed on its way."""
         self._collect()
         status = MPI.Status()
         found = self.comm.Improbe(MPI.ANY_SOURCE if source is None else source, _HEAD, status)
@@ -53,7 +56,10 @@ class Post:
             raise TransportError(f"asynchronous training: rank {status.Get_source()} sent a head of {length} bytes; it is damaged.")
         head = bytearray(length)
         found.Recv(head)
-        message = Message.of_head(bytes(head), self._most)
+        try:
+            message = Message.of_head(bytes(head), self._most)
+        except TransportError as error:
+            raise TransportError(f"{error} It came from rank {status.Get_source()}.") from error
         requests = [
             self.comm.Irecv(memory_of(piece), status.Get_source(), _PAYLOAD)
             for p in message.payloads
@@ -61,6 +67,7 @@ class Post:
             for piece in _pieces(p.view(torch.uint8))
         ]
         self.wait_until(lambda: MPI.Request.Testall(requests))
+        message.check(status.Get_source())
         return message
 
     def wait_for(self, source: int) -> Message:

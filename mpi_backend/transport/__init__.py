@@ -6,10 +6,11 @@ from .collectives import MPITransport, ReduceOp
 from .link import Link, User
 from .lost import agree, may_be_lost, without_ulfm
 from .memory import cuda_aware
+from .messages import are_checked
 from .nodes import NodesTransport, node_ranks, nodes_of
 from .reduction import forced_algorithm
 
 __all__ = [
     "Link", "MPITransport", "NodesTransport", "ReduceOp", "User",
-    "agree", "cuda_aware", "forced_algorithm", "may_be_lost", "node_ranks", "nodes_of", "without_ulfm",
+    "agree", "are_checked", "cuda_aware", "forced_algorithm", "may_be_lost", "node_ranks", "nodes_of", "without_ulfm",
 ]  # fmt: skip

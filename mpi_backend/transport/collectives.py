@@ -251,7 +251,7 @@ class MPITransport:
             signature = _signature(what, t)
             announced = torch.tensor([[n, signature] for n in told], dtype=torch.int64, device="cpu")
             replies = announced.clone()
-            yield [self._tell(tag, announced, replies)]
+            yield self._messages.checked([self._tell(tag, announced, replies)])
             yield from exchange(tag + 1, self._agreed(replies, signature, t, what))
 
         def finish() -> T:
@@ -267,8 +267,8 @@ class MPITransport:
         return iter([exchange_parts(self._messages, tag, outgoing, incoming)])
 
     def _tell(self, tag: int, announced: torch.Tensor, replies: torch.Tensor) -> Task:
-        requests = [self._messages.receive(replies[r], r, tag) for r in self._messages.peers]
-        yield requests + [self._messages.send(announced[r], r, tag) for r in self._messages.peers]
+        requests = [q for r in self._messages.peers for q in self._messages.receive(replies[r], r, tag)]
+        yield requests + [q for r in self._messages.peers for q in self._messages.send(announced[r], r, tag)]
 
     def _root(self, root: int) -> int:
         """Its rank in the communicator."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
-from .messages import Messages
+from .messages import messages_among_all
 from .operation import Operations
 
 __all__ = ["Link", "User"]
@@ -30,7 +30,7 @@ class Link:
 
     def __init__(self, comm: MPI.Comm, nodes: Sequence[Sequence[int]] = ()) -> None:
         self.comm, self.nodes = comm.Dup(), nodes
-        self.messages = Messages.everybody(self.comm)
+        self.messages = messages_among_all(self.comm)
         self.operations = Operations(last_tag=self.comm.Get_attr(MPI.TAG_UB) or 32767, lanes=self.messages.pace.lanes)
         self.abandoned = False
         self.user: Callable[[], User | None] = lambda: None

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import torch
 from mpi4py import MPI
 
+from hvd_ecsgd.errors import TransportError
+from hvd_ecsgd.transport.checksums import checksum
+
+from ..environment import switch
 from . import memory
 from .lanes import Task
 from .memory import memory_of
 
-__all__ = ["Messages", "Pace", "exchange_parts"]
+__all__ = ["CheckedMessages", "DamagedError", "Messages", "Pace", "are_checked", "exchange_parts", "messages_among_all"]
 
 _SCRATCH = 16 * 2**20
 """Bytes for segments of others, in all lanes together: of more ranks they are shorter."""
@@ -43,14 +47,9 @@ class Messages:
         self.peers = [(self.rank + k) % self.size for k in range(1, self.size)]
         """The other ranks, beginning with the next one, so that not all send to one rank first."""
 
-    @classmethod
-    def everybody(cls, comm: MPI.Comm) -> Messages:
-        """Among all ranks of `comm`. Collective."""
-        assert isinstance(comm, MPI.Intracomm)
-        host = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        pace = NEAR if host.Get_size() == comm.Get_size() else FAR
-        host.Free()
-        return cls(comm, range(comm.Get_size()), pace)
+    def others(self, ranks: Sequence[int], pace: Pace) -> Messages:
+        """Messages of the same kind among other ranks of the communicator."""
+        return type(self)(self.comm, ranks, pace)
 
     def segment(self, t: torch.Tensor) -> int:
         """Elements of a segment of what is like `t`."""
@@ -66,13 +65,75 @@ class Messages:
         lanes = self.pace.lanes
         return [range(k * size, longest.numel(), lanes * size) for k in range(min(lanes, -(-longest.numel() // size)))]
 
-    def send(self, t: torch.Tensor, peer: int, tag: int) -> MPI.Request:
+    def send(self, t: torch.Tensor, peer: int, tag: int) -> list[MPI.Request]:
         """Start to send a contiguous tensor of less than 2 GiB."""
-        return self.comm.Isend(memory_of(t), self.ranks[peer], tag)
+        return [self.comm.Isend(memory_of(t), self.ranks[peer], tag)]
 
-    def receive(self, t: torch.Tensor, peer: int, tag: int) -> MPI.Request:
+    def receive(self, t: torch.Tensor, peer: int, tag: int) -> list[MPI.Request]:
         """Start to receive into a contiguous tensor of less than 2 GiB."""
-        return self.comm.Irecv(memory_of(t), self.ranks[peer], tag)
+        return [self.comm.Irecv(memory_of(t), self.ranks[peer], tag)]
+
+    def checked(self, tasks: list[Task]) -> list[Task]:
+        """The tasks, which send and receive by this object, with a look at what has come, where that is looked at."""
+        return tasks
+
+
+class DamagedError(TransportError):
+    """What a rank has received is not what was sent to it."""
+
+
+class CheckedMessages(Messages):
+    """After each message travels its checksum, in a message of the same tag, which can arrive after it only."""
+
+    def __init__(self, comm: MPI.Comm, ranks: Sequence[int], pace: Pace) -> None:
+        super().__init__(comm, ranks, pace)
+        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor, int | None]] = {}
+        """By the request of a message whose task has not gone on yet: the message, its checksum, and who sends it, if another rank does."""
+
+    def send(self, t: torch.Tensor, peer: int, tag: int) -> list[MPI.Request]:
+        total = _packed(checksum(t))
+        return self._held(super().send(t, peer, tag) + super().send(total, peer, tag), t, total, None)
+
+    def receive(self, t: torch.Tensor, peer: int, tag: int) -> list[MPI.Request]:
+        total = _packed(0)
+        return self._held(super().receive(t, peer, tag) + super().receive(total, peer, tag), t, total, peer)
+
+    def _held(self, requests: list[MPI.Request], t: torch.Tensor, total: torch.Tensor, sender: int | None) -> list[MPI.Request]:
+        self._sums[id(requests[0])] = t, total, sender
+        return requests
+
+    def checked(self, tasks: list[Task]) -> list[Task]:
+        return [self._checked(task) for task in tasks]
+
+    def _checked(self, task: Task) -> Task:
+        for awaited in task:
+            assert isinstance(awaited, Sequence)  # of requests: what is exchanged lies where MPI can read it
+            arriving = [self._sums.pop(id(request)) for request in awaited if id(request) in self._sums]
+            yield awaited
+            for t, total, sender in arriving:
+                if sender is not None and _packed(checksum(t)) != total:
+                    raise DamagedError(
+                        f"what rank {self.ranks[sender]} sent has arrived changed, as its checksum says: the network between them, or the memory of "
+                        "a machine, is faulty. Go on from the last checkpoint."
+                    )
+
+
+def _packed(total: int) -> torch.Tensor:
+    return torch.tensor([total - 2**64 * (total >= 2**63)], dtype=torch.int64, device="cpu")
+
+
+def are_checked() -> bool:
+    """What MPI_BACKEND_CHECKSUM says. Raises ValueError unless it is 0 or 1."""
+    return switch("MPI_BACKEND_CHECKSUM", default=False)
+
+
+def messages_among_all(comm: MPI.Comm) -> Messages:
+    """Among all ranks of `comm`. Collective."""
+    assert isinstance(comm, MPI.Intracomm)
+    host = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    pace = NEAR if host.Get_size() == comm.Get_size() else FAR
+    host.Free()
+    return (CheckedMessages if are_checked() else Messages)(comm, range(comm.Get_size()), pace)
 
 
 def exchange_parts(messages: Messages, tag: int, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> list[Task]:
@@ -86,7 +147,7 @@ def exchange_parts(messages: Messages, tag: int, outgoing: Sequence[torch.Tensor
         for first in firsts:
             pieces_in = [(r, incoming[r][first : first + size]) for r in messages.peers]
             pieces_out = [(r, outgoing[r][first : first + size]) for r in messages.peers]
-            requests = [messages.receive(piece, r, tag) for r, piece in reversed(pieces_in) if piece.numel()]
-            yield requests + [messages.send(piece, r, tag) for r, piece in pieces_out if piece.numel()]
+            requests = [q for r, piece in reversed(pieces_in) if piece.numel() for q in messages.receive(piece, r, tag)]
+            yield requests + [q for r, piece in pieces_out if piece.numel() for q in messages.send(piece, r, tag)]
 
-    return [lane(tag + k, firsts) for k, firsts in enumerate(messages.lanes(longest, size))]
+    return messages.checked([lane(tag + k, firsts) for k, firsts in enumerate(messages.lanes(longest, size))])

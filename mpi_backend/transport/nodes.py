@@ -15,7 +15,7 @@ from hvd_ecsgd.transport.base import Handle, Ready
 from .collectives import MPITransport, ReduceOp
 from .lanes import Stages, Task, after
 from .link import Link
-from .messages import NEAR, Messages, exchange_parts
+from .messages import NEAR, exchange_parts
 from .operation import SLOTS
 from .reduction import allreduce_tasks, forced_algorithm
 
@@ -72,9 +72,9 @@ class NodeWorkers(MPITransport):
         everybody = link.messages
         node = next(node for node in link.nodes if everybody.rank in node)
         self._place = node.index(everybody.rank)
-        self._inside = Messages(link.comm, node, NEAR)
+        self._inside = everybody.others(node, NEAR)
         self._first = [ranks[0] for ranks in link.nodes]
-        self._be_among(Messages(link.comm, [ranks[self._place] for ranks in link.nodes], everybody.pace))
+        self._be_among(everybody.others([ranks[self._place] for ranks in link.nodes], everybody.pace))
 
     def average_inside_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
         """See `Workers`. Floats, whose sums are formed in the order of ranks."""

@@ -16,6 +16,7 @@ from hvd_ecsgd.transport.patience import Patience
 
 from .lanes import Lanes, Stages
 from .lost import may_be_lost
+from .messages import DamagedError
 
 __all__ = ["SLOTS", "Operation", "Operations"]
 
@@ -74,6 +75,9 @@ class Operation(Generic[T]):
         moved = False
         try:
             moved = self.lanes.advance(room)
+        except DamagedError as error:  # what this rank finds out alone, while more is on its way
+            self.failed_in_mpi = True
+            self._error = TransportError(f"{self.what}: {error}")
         except TransportError as error:  # what all ranks find out alike
             self._error = error
         except MPI.Exception as error:

@@ -63,18 +63,18 @@ def allreduce_tasks(messages: Messages, tag: int, t: torch.Tensor, op: ReduceOp,
     if not algorithm:
         algorithm = "exchange" if n == 2 or (n - 1) * t.nbytes <= _FEW else "direct"
     if algorithm == "exchange":
-        return [_exchange(messages, tag + k, t, _Rows(messages, t, op), firsts) for k, firsts in enumerate(_lanes(messages, t))]
+        return messages.checked([_exchange(messages, tag + k, t, _Rows(messages, t, op), firsts) for k, firsts in enumerate(_lanes(messages, t))])
     length = -(-t.numel() // n)
     chunks = [t[r * length : (r + 1) * length] for r in range(n)]
-    return [_direct(messages, tag + 2 * k, chunks, _Rows(messages, chunks[0], op), firsts) for k, firsts in enumerate(_lanes(messages, chunks[0]))]
+    lanes = enumerate(_lanes(messages, chunks[0]))
+    return messages.checked([_direct(messages, tag + 2 * k, chunks, _Rows(messages, chunks[0], op), firsts) for k, firsts in lanes])
 
 
 def reduce_scatter_tasks(messages: Messages, tag: int, parts: Sequence[torch.Tensor], out: torch.Tensor, op: ReduceOp) -> list[Task]:
     """Reduce over ranks; rank r gets the r-th part in `out`. The parts are flat, and only read."""
     longest = max(parts, key=torch.numel)
-    return [
-        _reduce_scatter(messages, tag + k, parts, out, _Rows(messages, longest, op), firsts) for k, firsts in enumerate(_lanes(messages, longest))
-    ]
+    lanes = enumerate(_lanes(messages, longest))
+    return messages.checked([_reduce_scatter(messages, tag + k, parts, out, _Rows(messages, longest, op), firsts) for k, firsts in lanes])
 
 
 def _lanes(messages: Messages, longest: torch.Tensor) -> list[range]:
@@ -89,7 +89,7 @@ def _by_mpi(comm: MPI.Comm, t: torch.Tensor, op: ReduceOp) -> Task:
 def _exchange(messages: Messages, tag: int, t: torch.Tensor, rows: _Rows, firsts: range) -> Task:
     for first in firsts:
         mine = t[first : first + rows.size]
-        yield [*rows.receive(mine, tag), *(messages.send(mine, r, tag) for r in messages.peers)]
+        yield [*rows.receive(mine, tag), *(q for r in messages.peers for q in messages.send(mine, r, tag))]
         rows.combine(mine, mine)
 
 
@@ -98,17 +98,17 @@ def _direct(messages: Messages, tag: int, chunks: Sequence[torch.Tensor], rows: 
         parts = [chunk[first : first + rows.size] for chunk in chunks]
         mine, others = parts[messages.rank], [(r, parts[r]) for r in messages.peers if parts[r].numel()]
         # What is sent is waited for, too: results are received where it is read.
-        yield [*rows.receive(mine, tag), *(messages.send(part, r, tag) for r, part in others)]
+        yield [*rows.receive(mine, tag), *(q for r, part in others for q in messages.send(part, r, tag))]
         rows.combine(mine, mine)
-        receives = [messages.receive(part, r, tag + 1) for r, part in reversed(others)]
-        yield receives + ([messages.send(mine, r, tag + 1) for r in messages.peers] if mine.numel() else [])
+        receives = [q for r, part in reversed(others) for q in messages.receive(part, r, tag + 1)]
+        yield receives + ([q for r in messages.peers for q in messages.send(mine, r, tag + 1)] if mine.numel() else [])
 
 
 def _reduce_scatter(messages: Messages, tag: int, parts: Sequence[torch.Tensor], out: torch.Tensor, rows: _Rows, firsts: range) -> Task:
     for first in firsts:
         mine = parts[messages.rank][first : first + rows.size]
         others = [(r, parts[r][first : first + rows.size]) for r in messages.peers]
-        yield [*rows.receive(mine, tag), *(messages.send(part, r, tag) for r, part in others if part.numel())]
+        yield [*rows.receive(mine, tag), *(q for r, part in others if part.numel() for q in messages.send(part, r, tag))]
         rows.combine(mine, out[first : first + rows.size])
 
 
@@ -129,7 +129,7 @@ class _Rows:
         """Start to receive what the others have for `mine`."""
         if mine.numel() == 0:
             return []
-        return [self._messages.receive(self._row(r, mine.numel()), r, tag) for r in reversed(self._messages.peers)]
+        return [q for r in reversed(self._messages.peers) for q in self._messages.receive(self._row(r, mine.numel()), r, tag)]
 
     def combine(self, mine: torch.Tensor, out: torch.Tensor) -> None:
         """What was received, and `mine`, in the order of ranks; halves in float32. `out` may be `mine`."""

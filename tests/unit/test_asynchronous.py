@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -481,11 +482,13 @@ def test_messages_that_cannot_be_are_refused() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.binary(max_size=120), st.integers(0, 60), st.booleans())
-def test_no_bytes_are_more_than_a_damaged_message(noise: bytes, at: int, begins_well: bool) -> None:
-    """Random bytes, and a good head with some replaced, cut off or added: an error, or a message with no more payload than there can be."""
+@given(st.binary(max_size=120), st.integers(0, 60), st.booleans(), st.booleans())
+def test_no_bytes_are_more_than_a_damaged_message(noise: bytes, at: int, begins_well: bool, sealed: bool) -> None:
+    """Random bytes, and a good head with some replaced, cut off or added, also where their checksum is right: an error, or a message with no more
+    payload than there can be."""
     good = Message(Kind.PUSH, 1, 2, (0.1, 0.9), (3,), [torch.zeros(5), torch.zeros(0, dtype=torch.uint8)]).head()
     head = good[:at] + noise + good[at + len(noise) :] if begins_well else noise
+    head = head[:-4] + zlib.crc32(head[:-4]).to_bytes(4, "little") if sealed else head
     try:
         assert Message.of_head(head, most=64).nbytes <= 64
     except TransportError as error:
