@@ -123,8 +123,7 @@ def run_job(
         except subprocess.TimeoutExpired:
             limit_reached = True
         finally:
-            if job.poll() is not None:
-                left = _wait_gone(job, mark, GRACE)
+            left = _processes(job, mark) if job.poll() is None else _wait_gone(job, mark, GRACE)
             names = [_describe(p) for p in left]
             _end(job, mark)
         seconds = time.monotonic() - start
@@ -133,7 +132,7 @@ def run_job(
     said = f"its output ends with:\n{text[-TAIL:]}" if text.strip() else "it printed nothing."
     title = " ".join([*launcher, _title(program), *args])
     if limit_reached:
-        raise AssertionError(f"{title}: ended by its time limit of {timeout:g} s; {said}")
+        raise AssertionError(f"{title}: ended by its time limit of {timeout:g} s; {said}\nThese processes were there: {', '.join(names)}")
     if expect_failure is not None and (job.returncode != 0) != expect_failure:
         wanted = "a non-zero exit status was expected" if expect_failure else "0 was expected"
         raise AssertionError(f"{title}: exit status {job.returncode} after {seconds:.1f} s, {wanted}; {said}")
