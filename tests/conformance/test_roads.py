@@ -13,7 +13,7 @@ import pytest
 
 from hvd_ecsgd.exchange import AllReduce, SkipAllReduce
 from tests import roads
-from tests.cases import CASES, KINDS, Case, bound_method
+from tests.cases import CASES, KINDS, Case, bound_method, by_name
 from tests.ranks import REPO, mpirun, require_horovod
 from tests.roads import END, HORIZON, ROADS, SHORT, SIZES, START, letters, letters_of, render, rows, simulated
 
@@ -30,7 +30,7 @@ def everything(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def cases(everything: bool) -> tuple[Case, ...]:
-    return CASES if everything else KINDS
+    return CASES if everything else (*KINDS, by_name("top_k-k"))  # of which no all-reduce adds anything
 
 
 @pytest.fixture(scope="session")
