@@ -54,6 +54,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "random_k(100)": lambda: Compression.random_k(100),
     "one_bit()": lambda: Compression.one_bit(),
     "power_sgd(1)": lambda: Compression.power_sgd(1),
+    "power_sgd(2)": lambda: Compression.power_sgd(2),
     "top_k(100)": lambda: Compression.top_k(100),
     "qsgd()": lambda: Compression.qsgd(),
     "auto()": lambda: Compression.auto(),
@@ -157,7 +158,7 @@ def all_rows() -> dict[str, Make]:
 
 DEFAULT = [
     *("compute alone", "DDP dense", "DDP fp16 hook"),
-    *(f"ours {method}" for method in METHODS if method != "auto()"),
+    *(f"ours {method}" for method in METHODS if method not in ("power_sgd(2)", "auto()")),
     *("Horovod none", "Horovod fp16", "Horovod random_block(64)", "Horovod double_squeeze()"),
 ]
 
@@ -216,11 +217,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="measured ones, for each row in each round")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--width", type=int, default=1581, help="of the layers; 25 M parameters by default")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.simplefilter("ignore")
     start_gloo(comm)
-    width, layers, rounds, steps = (64, 3, 1, 1) if options.short else (1581, 10, options.rounds, options.steps)
+    width, layers, rounds, steps = (64, 3, 1, 1) if options.short else (options.width, 10, options.rounds, options.steps)
     results = {name: Row(name) for name in options.rows}
     for _ in range(rounds):
         for name, row in results.items():
