@@ -18,8 +18,6 @@ set -euo pipefail
 
 NETLAB=${NETLAB:-netlab}
 SELF=$(readlink -f "$0")
-# shellcheck source=../launch/memory.sh
-. "$(dirname "$SELF")/../launch/memory.sh"
 NETWORK=10.78.0
 
 fail() {
@@ -124,6 +122,7 @@ up() {
         ip -n "$NETLAB-switch" link set "port$i" master switch
         ip -n "$NETLAB-host-$i" addr add "$NETWORK.$((i + 1))/24" dev cable
         ip -n "$NETLAB-host-$i" link set lo up
+        # shellcheck disable=SC2016 # the shell that is started expands it
         ip netns exec "$NETLAB-host-$i" sh -c 'echo "$1" >/proc/sys/net/ipv4/tcp_congestion_control' - "${NETLAB_CONGESTION:-reno}" 2>/dev/null ||
             fail "the congestion control '${NETLAB_CONGESTION:-reno}' is not to be had; allowed are: $(cat /proc/sys/net/ipv4/tcp_allowed_congestion_control)."
         shape "$NETLAB-host-$i" cable "$bits"
@@ -209,6 +208,8 @@ run_and() { # what follows, whatever comes; command…
     export NETLAB NETLAB_RATE NETLAB_DELAY GLOO_SOCKET_IFNAME=cable MASTER_ADDR=$NETWORK.1
     export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # gloo finds no names for addresses here, and says so
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # shellcheck source=../launch/memory.sh
+    . "$(dirname "$SELF")/../launch/memory.sh"
     keep_freed_memory # as the launch scripts do
     launcher=(mpirun -n "$((n * ranks))" -H "$hosts" --map-by slot --bind-to none --prtemca plm_ssh_agent "$SELF agent" --prtemca prte_if_include "$NETWORK.0/24")
     launcher+=(--mca pml ob1 --mca btl "self,sm,tcp" --mca btl_tcp_if_include "$NETWORK.0/24")

@@ -9,8 +9,8 @@
 #
 # Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1. Tests of one process run on all cores,
 # those that start ranks one after the other. Tests that mostly wait (for a time limit, Slurm, a network that is cut) run beside all of these,
-# and what they print comes at the end. Each part ends with its slowest tests. The first time takes some 21 minutes on 2 cores, 4 of them to build
-# Horovod; later that is there.
+# and what they print comes at the end. Each part ends with its slowest tests. It takes some 15 minutes on 2 cores, and the first time
+# 4 more, to build Horovod.
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
