@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import os
 import statistics
@@ -171,6 +172,7 @@ CHOICE = 17
 
 def measure(make: Make, width: int, layers: int, batch: int, steps: int, warm_up: int = WARM_UP) -> tuple[list[float], float]:
     """Seconds of each step, and bytes that a step has moved over the busiest link."""
+    gc.collect()  # optimizers and their hooks hold each other, and all gradients
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(layers)))
     x = torch.randn(batch, width)
