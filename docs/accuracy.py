@@ -16,7 +16,6 @@ from hvd_ecsgd.tables import markdown_row
 
 FILE, RESULTS = Path(__file__).with_name("choosing.md"), Path(__file__).parent / "results" / "time_to_accuracy.json"
 START, END = "<!-- accuracy: written by docs/accuracy.py -->\n", "<!-- end of accuracy -->"
-EARLIER = "So far measured with one learning rate for all, and as many steps as the dense run took:\n\n"
 PRESSURES = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 PROBLEMS = {"digits": ("digits", "errors"), "bytes": ("language model", "loss")}
 """How each is called here, and by what its accuracy is measured."""
@@ -59,8 +58,7 @@ def updated(results: Mapping[str, Any]) -> str:
     names = [name for name in PROBLEMS if name in results]
     rows = [["ρ", *(f"{PROBLEMS[name][0]}: first there" for name in names), "what to do"], ["---"] * (2 + len(names))]
     rows += [row(results, names, pressure) for pressure in PRESSURES]
-    note = "" if all("times" in results[name] for name in PROBLEMS if name in results) else EARLIER
-    return before + START + note + "".join(markdown_row(cells) + "\n" for cells in rows) + END + rest.partition(END)[2]
+    return before + START + "".join(markdown_row(cells) + "\n" for cells in rows) + END + rest.partition(END)[2]
 
 
 if __name__ == "__main__":
