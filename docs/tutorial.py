@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -26,18 +27,28 @@ COMMANDS = re.compile(
 
 
 def updated(text: str, folder: Path, environment: Mapping[str, str], runs: Callable[[str], bool]) -> str:
-    """`text` with new outputs: programs are written to `folder`, and there those commands run whose reason for not being run ("": none) `runs` takes.
+    """`text` with new outputs: programs are written to `folder`, and there those commands run whose reason for not being run ("": none) `runs` takes;
+    those that have a reason run in a folder in there, so that they add nothing to the files of the others.
 
     Raises CalledProcessError, with what was printed, for commands that fail.
     """
-    for program in PROGRAM.finditer(text):
-        (folder / program["name"]).write_text(program[0].removeprefix("```python\n").removesuffix("```"), encoding="utf-8")
+    apart = folder / "apart"
+    apart.mkdir(exist_ok=True)
+    for place, program in product((folder, apart), PROGRAM.finditer(text)):
+        (place / program["name"]).write_text(program[0].removeprefix("```python\n").removesuffix("```"), encoding="utf-8")
 
     def run(found: re.Match[str]) -> str:
         if not runs(found["why"] or ""):
             return found[0]
         code = found["code"].replace(SUDO, "").replace("benchmarks/", f"{REPO}/benchmarks/")
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", code],
+            cwd=apart if found["why"] else folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
         if done.returncode != 0:
             raise subprocess.CalledProcessError(done.returncode, code, done.stdout, done.stderr)
         return found[0].removesuffix(found["output"] or "") + f"\n```\n{done.stdout}```\n"
