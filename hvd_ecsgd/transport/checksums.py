@@ -15,7 +15,7 @@ _MODULO = 2**64
 def checksum(t: torch.Tensor) -> int:
     """Of a contiguous tensor's bytes, by one read of it: their sum as whole numbers of eight bytes, modulo 2⁶⁴, and their number.
 
-    A change within eight bytes always changes it, and any other but for one in 2⁶⁴; words that change places do not.
+    A change within eight bytes always changes it, and random ones of more all but one in 2⁶⁴; words that change places do not.
     """
     data = t.detach().reshape(-1).view(torch.uint8).cpu().numpy()
     whole = len(data) // 8 * 8
