@@ -7,6 +7,8 @@ from typing import Any
 
 from mpi4py import MPI
 
+from ..transport import look_on
+
 __all__ = ["Mail"]
 
 
@@ -14,7 +16,7 @@ class Mail:
     """Nothing here waits. `comm` is freed by `close`."""
 
     def __init__(self, comm: MPI.Comm) -> None:
-        self._comm = comm
+        self._comm, self._look = comm, look_on(comm)
         self._sends: list[tuple[MPI.Request, bytes]] = []
 
     @property
@@ -39,7 +41,8 @@ class Mail:
     def sweep(self) -> None:
         """Let go of what has arrived."""
         if self._sends:
-            self._sends = [(request, data) for request, data in self._sends if not request.Test()]
+            arrived = self._look([request for request, _ in self._sends]) or ()
+            self._sends = [sent for i, sent in enumerate(self._sends) if i not in arrived]
 
     def revoke(self) -> None:
         """A rank is gone: nothing more comes, on any rank."""

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from mpi4py import MPI
 
+from .lost import Look
 from .memory import Copy
 
 __all__ = ["Lanes", "Stages", "Task", "after"]
@@ -43,8 +44,8 @@ class _Lane:
 class Lanes:
     """A lane for each task of a stage, until it comes to its end; one stage of `stages` after the other."""
 
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
+    def __init__(self, stages: Stages, look: Look) -> None:
+        self._stages, self._look_at = stages, look
         self.ended = False
         """Whether the last stage has come to its end. Between two stages no lane is open, which who looks then must not take for the end."""
         self._open: set[_Lane] = set()  # those that have not come to their ends
@@ -110,7 +111,7 @@ class Lanes:
             self._ready.append(pair[1])
         if not self._requests:
             return bool(over)
-        complete = MPI.Request.Testsome(self._requests)
+        complete = self._look_at(self._requests)
         for i in complete or ():
             lane, self._owners[i] = self._owners[i], None
             assert lane is not None

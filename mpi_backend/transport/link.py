@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
+from .lost import look_on
 from .messages import messages_among_all
 from .operation import Operations
 
@@ -31,7 +32,7 @@ class Link:
     def __init__(self, comm: MPI.Comm, nodes: Sequence[Sequence[int]] = ()) -> None:
         self.comm, self.nodes = comm.Dup(), nodes
         self.messages = messages_among_all(self.comm)
-        self.operations = Operations(last_tag=self.comm.Get_attr(MPI.TAG_UB) or 32767, lanes=self.messages.pace.lanes)
+        self.operations = Operations(self.comm.Get_attr(MPI.TAG_UB) or 32767, self.messages.pace.lanes, look_on(self.comm))
         self.abandoned = False
         self.user: Callable[[], User | None] = lambda: None
         """The optimizer that this serves, while there is one."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from mpi4py import MPI
 
 from hvd_ecsgd.transport.patience import Patience
 
-__all__ = ["agree", "may_be_lost", "without_ulfm"]
+__all__ = ["Look", "agree", "look_on", "may_be_lost", "without_ulfm"]
+
+Look: TypeAlias = Callable[[Sequence[MPI.Request]], Sequence[int] | None]
+"""Which of the requests are complete now, by their places; None where there are none. Those that are will not be looked at again."""
 
 _LOST = {getattr(MPI, name, None) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED", "ERR_IN_STATUS")} - {None}
 """The last one says that one request of several has failed, and not how."""
@@ -46,3 +51,35 @@ def agree(comm: MPI.Intracomm, right: bool) -> bool:
     except MPI.Exception:
         return False
     return bool(flag[0])
+
+
+def look_on(comm: MPI.Comm) -> Look:
+    """How one looks at requests on `comm`. A look raises `MPI.Exception` if one has failed and, with ULFM, if a rank of `comm` is gone."""
+    return MPI.Request.Testsome if without_ulfm() else _Outliving(comm)
+
+
+class _Outliving:
+    """MPI never hears of a request before it is complete.
+
+    Testing a request to a rank that is gone ends it and frees it, though what was sent may still lie with that rank's memory; when it comes back
+    from there, Open MPI ends the process, for an error of a request that nobody can be told of. Asking for its status leaves it as it is.
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm = comm
+
+    def __call__(self, requests: Sequence[MPI.Request]) -> Sequence[int] | None:
+        if complete := [i for i, request in enumerate(requests) if request.Get_status()]:
+            MPI.Request.Testsome([requests[i] for i in complete])
+        elif self._comm.Is_revoked():
+            raise MPI.Exception(MPI.ERR_REVOKED)
+        elif self._any_gone():
+            raise MPI.Exception(MPI.ERR_PROC_FAILED)
+        return complete
+
+    def _any_gone(self) -> bool:
+        gone = self._comm.Get_failed()
+        try:
+            return bool(gone.Get_size())
+        finally:
+            gone.Free()

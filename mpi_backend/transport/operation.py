@@ -15,7 +15,7 @@ from hvd_ecsgd.errors import PeerLostError, TransportError
 from hvd_ecsgd.transport.patience import Patience
 
 from .lanes import Lanes, Stages
-from .lost import may_be_lost
+from .lost import Look, may_be_lost
 from .messages import DamagedError
 
 __all__ = ["SLOTS", "Operation", "Operations"]
@@ -37,7 +37,7 @@ class Operation(Generic[T]):
         self.number = number  # equal on all ranks
         self.what = what
         self._operations = operations
-        self.lanes = Lanes(stages)
+        self.lanes = Lanes(stages, operations.look)
         self.failed_in_mpi = False  # it may still write to what the lanes hold
         self._finish: Callable[[], T] | None = finish
         self._keep = keep
@@ -110,8 +110,8 @@ class Operations:
     """Of this process. Replaced, never changed, under the lock."""
     _all_lock = threading.Lock()
 
-    def __init__(self, last_tag: int, lanes: int) -> None:
-        self._room = lanes
+    def __init__(self, last_tag: int, lanes: int, look: Look) -> None:
+        self._room, self.look = lanes, look
         self._distinct = (last_tag + 1) // SLOTS  # collectives in flight at once that have tags of their own
         self._lock = threading.RLock()
         self._started = 0

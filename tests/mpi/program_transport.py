@@ -53,7 +53,7 @@ def check_between_stages() -> None:
             yield [task()]
             seen.append(lanes.ended)
 
-    lanes = Lanes(stages())
+    lanes = Lanes(stages(), MPI.Request.Testsome)
     while lanes.advance(4):
         pass
     verdict.equal(torch.tensor(seen), torch.tensor([False] * 3), "a collective between two stages is not over")

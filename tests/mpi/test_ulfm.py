@@ -38,6 +38,38 @@ def test_those_that_live_train_on_from_the_last_finished_step(n: int, methods: s
     assert output.count("another rank has died while all shut down") == ended, output
 
 
+LOOKS = """
+import os
+import signal
+import sys
+import time
+import numpy as np
+from mpi4py import MPI
+from mpi_backend.transport import look_on
+
+comm = MPI.COMM_WORLD.Dup()
+if comm.Get_rank():
+    os.kill(os.getpid(), signal.SIGKILL)
+request = comm.Isend(np.zeros(100_000), 1)  # it asks first, and nobody answers
+look = MPI.Request.Testsome if sys.argv[1] == "by MPI" else look_on(comm)
+while True:
+    try:
+        assert not look([request])
+    except MPI.Exception as error:
+        assert error.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_IN_STATUS), error
+        break
+    time.sleep(0.001)
+print("is freed" if request == MPI.REQUEST_NULL else "is there", flush=True)
+os._exit(0)
+"""
+
+
+def test_no_request_is_freed_before_it_is_complete() -> None:
+    """When it is complete after that, Open MPI ends the process. That happens once in hundreds of deaths, so the request itself is looked at."""
+    assert "is there" in job(2, LOOKS, "as here")
+    assert "is freed" in job(2, LOOKS, "by MPI")
+
+
 REFUSED = """
 import re
 import torch
