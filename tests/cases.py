@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -250,11 +252,11 @@ def traits(case: Case) -> set[tuple[Any, ...]]:
 
 def covering(cases: Iterable[Case]) -> tuple[Case, ...]:
     """Some of them that together have all their traits, and none of which can be left out; of those that would do, the ones further up."""
-    kept = list(cases)
+    kept = {case: traits(case) for case in cases}
+    counts = Counter(chain.from_iterable(kept.values()))
     for case in reversed(tuple(kept)):
-        others = [c for c in kept if c is not case]
-        if traits(case) <= set().union(*map(traits, others)):
-            kept = others
+        if all(counts[trait] > 1 for trait in kept[case]):
+            counts.subtract(kept.pop(case))
     return tuple(kept)
 
 

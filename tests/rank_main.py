@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 import types
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -58,12 +59,13 @@ def imports_torch(text: str) -> bool:
     return any(name in text for name in ("torch", "mpi_backend", "hvd_ecsgd"))
 
 
-def import_torch(compiler: bool) -> None:
-    """Do so, with torch's compiler or with the stand-in."""
+def import_torch(compiler: bool, also: Iterable[str] = ()) -> None:
+    """Do so, with torch's compiler or with the stand-in, and import these modules, too."""
     if not compiler:
         sys.modules["torch._dynamo"] = NoCompiler("torch._dynamo")
     gc.disable()
-    importlib.import_module("torch")
+    for name in ("torch", *also):
+        importlib.import_module(name)
     gc.freeze()
     gc.enable()
 

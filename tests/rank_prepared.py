@@ -1,7 +1,8 @@
-"""A process that has imported torch and forks ranks which would import it again:  python rank_prepared.py LISTENING-SOCKET, for `tests.ranks`.
+"""A process that has imported torch and hvd_ecsgd, and forks ranks which would import them again:  python rank_prepared.py LISTENING-SOCKET, for
+`tests.ranks`.
 
 It serves rank_start.py, one child for each connection, for as long as its standard input is open. It has no threads and has started nothing: neither
-MPI nor Horovod nor this project's packages are imported. A child ends when the process that asked for it does; all of them end with this process; and
+MPI nor Horovod nor mpi_backend is imported. A child ends when the process that asked for it does; all of them end with this process; and
 who loses its parent among their descendants becomes a child of this process, so that `tests.ranks` finds all that a job leaves behind.
 """
 
@@ -36,13 +37,13 @@ _LAUNCHERS = (
     "NCCL_",
     "TORCH_NCCL_",
 )
-_OURS = ("MPI_BACKEND_", "HVD_ECSGD_")
+_OURS = ("MPI_BACKEND_", "HVD_ECSGD_JOB", "HVD_ECSGD_PREPARED", "HVD_ECSGD_REQUIRE_ALL")
 _LIBRARIES = ("TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 _WHOLE = frozenset({"RANK", "WORLD_SIZE", "LD_LIBRARY_PATH", "PWD", "OLDPWD", "SHLVL", "_", "PYTEST_CURRENT_TEST", "PYTEST_VERSION", *_LIBRARIES})
-"""Variables, by how their names begin and by name, that may have another value than here: launchers set them, or nothing reads them while torch is
-imported. (mpirun adds its libraries to LD_LIBRARY_PATH; mpi4py finds them without. torch's compiler and scikit-learn set some in a process that
-imports them, such as the tests'.) Where any other differs, a rank imports torch itself: the interpreter, OpenMP and torch read variables of many
-names."""
+"""Variables, by how their names begin and by name, that may have another value than here: launchers set them, or nothing reads them while torch and
+hvd_ecsgd are imported. (mpirun adds its libraries to LD_LIBRARY_PATH; mpi4py finds them without. torch's compiler and scikit-learn set some in a
+process that imports them, such as the tests'.) Where any other differs, a rank imports both itself: the interpreter, OpenMP, torch and kernels read
+variables of many names."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -140,7 +141,7 @@ def serve(listening: socket.socket) -> dict:
 
 def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as listening:
-        rank_main.import_torch(compiler=False)
+        rank_main.import_torch(compiler=False, also=("hvd_ecsgd",))
         request = serve(listening)
     os.setsid()
     os.chdir(request["folder"])

@@ -50,7 +50,7 @@ def mpirun(
     """Run `program` on n ranks under Open MPI. `expect_failure`: a non-zero exit status is what should come (and the limit still fails the test).
 
     An uncaught exception ends the job at once (see rank_main.py); `bare` leaves it to Python, for tests of what happens then. Other ranks
-    that need torch are forked by a process that has imported it (see rank_start.py).
+    that need torch are forked by a process that has imported it, and hvd_ecsgd (see rank_start.py).
     """
     require_mpirun()
     return run_job(["mpirun", "-n", str(n)], program, args, timeout=timeout, env=env, expect_failure=expect_failure, bare=bare)

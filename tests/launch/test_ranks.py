@@ -203,7 +203,7 @@ def still_there(processes: list[list[int]]) -> list[int]:
 
 
 def test_a_program_that_imports_torch_is_forked_where_that_makes_no_difference() -> None:
-    first, second = ranks.run_job([], WHO), ranks.run_job([], WHO, env={"HVD_ECSGD_KERNELS": "reference"})
+    first, second = ranks.run_job([], WHO), ranks.run_job([], WHO, env={"MPI_BACKEND_WATCHDOG": "0"})
     assert forked(who(first) + who(second))
     for a, b in zip(who(first)[0][3:], who(second)[0][3:]):
         assert a != b, "the second draws what the first has drawn"
@@ -211,8 +211,17 @@ def test_a_program_that_imports_torch_is_forked_where_that_makes_no_difference()
         ranks.run_job([], WHO, bare=True),
         ranks.run_job([], WHO + "# torch.compile"),
         ranks.run_job([], WHO, env={"OMP_NUM_THREADS": "2"}),
+        ranks.run_job([], WHO, env={"HVD_ECSGD_KERNELS": "reference"}),
     ]:
         assert len(who(output)) == 1 and not forked(who(output))
+
+
+def test_what_a_forked_rank_finds_imported_has_started_nothing() -> None:
+    """torch and hvd_ecsgd, which take long; not what reaches for MPI or Horovod. A process with threads could not be forked."""
+    names = ("torch", "hvd_ecsgd", "mpi_backend", "mpi4py", "horovod")
+    output = ranks.run_job([], f"import sys; found = [m for m in {names} if m in sys.modules]\n{WHO}print('found', *found)")
+    assert forked(who(output)) and "found torch hvd_ecsgd\n" in output
+    assert [psutil.Process(server.pid).num_threads() for server in ranks.prepared().servers] == [1, 1]
 
 
 def test_forked_ranks_differ_in_what_chance_gives_each() -> None:
