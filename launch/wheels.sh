@@ -107,7 +107,7 @@ for interpreter in $PYTHONS; do
         # torch 2.2 is built for NumPy 1, and says so to nobody.
         numpy=numpy; case $torch in 2.2.*) numpy='numpy<2' ;; esac
         "$TOOLS/bin/uv" venv -q --seed --clear --python "$interpreter" "$environment"
-        if ! guarded "$TOOLS/bin/uv" pip install -q --python "$python" "torch==$torch" "$numpy" pytest pytest-timeout pytest-xdist hypothesis psutil safetensors 2>"$WORK/uv.log"; then
+        if ! guarded "$TOOLS/bin/uv" pip install -q --python "$python" "torch==$torch" "$numpy" pytest pytest-timeout pytest-xdist hypothesis psutil safetensors tqdm matplotlib 2>"$WORK/uv.log"; then
             if grep -q 'no wheels with a matching Python' "$WORK/uv.log"; then row "$version" "$torch" "torch has no wheel for it" – – –
             else tail -n 5 "$WORK/uv.log" >&2; failed=1; row "$version" "$torch" "torch could not be installed" – – –; fi
             rm -rf "$environment"

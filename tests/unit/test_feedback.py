@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from hvd_ecsgd.protocols import NO_SEGMENTS, Exchange, Feedback, GroupSettings, 
 from hvd_ecsgd.segments import Segments
 from tests.cases import CASES, bound_method
 
-REPO = Path(__file__).resolve().parents[2]
 NAMED = [("0.weight", torch.zeros(32, 40, dtype=torch.float64)), ("b", torch.zeros(7, dtype=torch.float64))]
 RULES: list[Any] = []
 for method in map(bound_method, CASES):
@@ -84,28 +81,6 @@ def test_the_seams_stay_narrow() -> None:
         ["unit", "takes", "check_group", "slots", "for_dense", "accumulate_", "undo_", "apply_", "shift", "exchanges", "between_steps"]
     )
     assert len(members["Exchange"]) <= 5, members
-
-
-def names_in(files: list[Path], names: set[str]) -> list[str]:
-    found = []
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and node.value in names:
-                found.append(f"{file.relative_to(REPO).as_posix()}:{node.lineno}")
-    return found
-
-
-def test_who_carries_state_knows_no_slot_by_its_name() -> None:
-    """But asks for its role. Names are the methods' own (control: these have them)."""
-    methods = {"feedback", "exchange"}
-    slots = {slot for rule in RULES for slot in rule.slots(NO_SEGMENTS)} | {s for c in CASES for s in bound_method(c).exchange.slots(2)}
-    slots -= {"momentum"}  # an option of SGD, too
-    assert {"residual", "server_residual", "x", "q", "skips"} <= slots
-    others = {"reproduce", "kernels", "compressors", "presets.py"}
-    others |= {"telemetry", "meter.py", "asynchronous"}  # fields of records, and of a server's file, that are called alike
-    files = [f for f in (REPO / "hvd_ecsgd").rglob("*.py") if not others & set(f.parts)]
-    assert len(names_in([f for f in files if methods & set(f.parts)], slots)) > 20
-    assert names_in([f for f in files if not methods & set(f.parts)], slots) == []
 
 
 def test_a_residual_is_found_by_its_role() -> None:

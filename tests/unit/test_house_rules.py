@@ -6,6 +6,9 @@ import ast
 import re
 from pathlib import Path
 
+from hvd_ecsgd.protocols import NO_SEGMENTS
+from tests.cases import CASES, bound_method
+
 REPO = Path(__file__).resolve().parents[2]
 SOURCES = sorted(f for package in ("hvd_ecsgd", "mpi_backend") for f in (REPO / package).rglob("*.py"))
 
@@ -71,3 +74,28 @@ def test_what_is_large_has_a_reason() -> None:
     method = "    def f{0}(self):\n        self.a{0} = 0\n"
     planted = sizes("m.py", "class C:\n" + "".join(method.format(i) for i in range(160)))
     assert planted == {"lines of a file": {"m.py": 321}, "lines of a class": {"C": 321}, "attributes": {"C": 160}}
+
+
+def names_in(files: list[Path], names: set[str]) -> list[str]:
+    found = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in names:
+                found.append(f"{file.relative_to(REPO).as_posix()}:{node.lineno}")
+    return found
+
+
+def test_who_carries_state_knows_no_slot_by_its_name() -> None:
+    """But asks for its role. Names are the methods' own (control: these have them)."""
+    methods = {"feedback", "exchange"}
+    table = [bound_method(c) for c in CASES]
+    slots = {slot for m in table for rule in (m.feedback, m.dense().feedback) for slot in rule.slots(NO_SEGMENTS)} | {
+        s for m in table for s in m.exchange.slots(2)
+    }
+    slots -= {"momentum"}  # an option of SGD, too
+    assert {"residual", "server_residual", "x", "q", "skips"} <= slots
+    others = {"reproduce", "kernels", "compressors", "presets.py"}
+    others |= {"telemetry", "meter.py", "asynchronous"}  # fields of records, and of a server's file, that are called alike
+    files = [f for f in (REPO / "hvd_ecsgd").rglob("*.py") if not others & set(f.parts)]
+    assert len(names_in([f for f in files if methods & set(f.parts)], slots)) > 20
+    assert names_in([f for f in files if not methods & set(f.parts)], slots) == []
