@@ -31,7 +31,7 @@ from hvd_ecsgd.compressors import (
 from hvd_ecsgd.exchange import AllGather, AllReduce, Bernoulli, CompSkip, Every, NormBased, PowerSGD, SkipAllReduce, TwoPass
 from hvd_ecsgd.feedback import DistEFSGD, ErrorFeedback, GradientSquares, Hutchinson, LocalMomentum, Matrix, MemSGD, Product
 
-__all__ = ["CASES", "COMPRESSORS", "COVERING", "KINDS", "SWITCHES", "Case", "CompressorCase"]
+__all__ = ["CASES", "COMPRESSORS", "COVERING", "KINDS", "PAIRS", "SWITCHES", "Case", "CompressorCase"]
 __all__ += ["bound_method", "by_name", "compressor_cases", "covering", "ids", "rows_that_cover", "traits"]
 
 
@@ -341,6 +341,16 @@ COVERING = covering(CASES)
 """What slow tests take, on real ranks, and in one process of what the core does (`rows_that_cover`); --full takes all. State, purity, conservation,
 and training in one process and on two ranks of MPI take every row always."""
 
-_FIRST_OF_KIND = {(type(bound_method(c).exchange), c.exact): c for c in reversed(COVERING)}
-KINDS = tuple(c for c in COVERING if c in _FIRST_OF_KIND.values())
-"""Of every kind of exchange, and of payloads in half precision, the first of these: what the slowest tests take."""
+
+def first_of(kind: Callable[[Case], object]) -> tuple[Case, ...]:
+    """Of each kind, the first of `COVERING`."""
+    firsts = {kind(case): case for case in reversed(COVERING)}.values()
+    return tuple(case for case in COVERING if case in firsts)
+
+
+KINDS = first_of(lambda case: (type(bound_method(case).exchange), case.exact))
+"""Of every kind of exchange, and of payloads in half precision: what the slowest tests take."""
+
+PAIRS = first_of(lambda case: (type(bound_method(case).exchange), case.exact, bound_method(case).feedback.takes))
+"""The same for every pair of such a kind and of what a rule takes over from the optimizer: what slow tests of saved state take, whose parts are the
+exchange's and the rule's, and which in one process every row is put to always."""

@@ -20,8 +20,9 @@ __all__ = ["HORIZON", "HVD", "ROADS", "SHORT", "digest", "letters", "letters_of"
 __all__ += ["simulated", "why"]
 
 START, END = "<!-- table of the roads: made by the tests -->", "<!-- end of the table of the roads -->"
-HORIZON, SHORT = 30, 8
-"""Steps: of the table, and where it is only compared, which needs no more than that sums of three numbers come apart."""
+HORIZON, SHORT = 30, 6
+"""Steps: of the table, and where it is only compared, which needs no more than that sums of three numbers come apart and that models of every fifth
+step are exchanged."""
 SIZES = (2, 3)
 HVD = {"mpi_backend": "mpi_backend", "Horovod": "horovod.torch", "torch_backend": "hvd_ecsgd.torch_backend"}
 """Roads with Horovod's API, and where it is."""

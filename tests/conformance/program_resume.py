@@ -2,8 +2,8 @@
 
     program_resume.py BACKEND save FOLDER           trains 6 steps and saves after 4, every method
     program_resume.py BACKEND load FOLDER SIZE…     loads what so many ranks saved; of as many ranks it trains on and compares with the 6 steps
-    program_resume.py BACKEND save-covering … the same with the methods that stand for all, on 3 ranks one of each kind of exchange; save-some,
-                                              load-some: with four
+    program_resume.py BACKEND save-kinds …          the same with one method of each kind of exchange and of rule, with 3 ranks of exchange alone;
+                                                    save-some, load-some: with four
 
 Each rank writes what it found to FOLDER, as JSON: {method: result}.
 """
@@ -23,7 +23,7 @@ import torch
 
 from hvd_ecsgd import load_checkpoint, save_checkpoint
 from hvd_ecsgd.checkpoint.resize import shares
-from tests.cases import CASES, COVERING, KINDS, Case
+from tests.cases import CASES, KINDS, PAIRS, Case
 from tests.problems import mlp, slot, train, weights
 
 FIRST, LAST = 4, 6
@@ -125,7 +125,7 @@ def main() -> None:
     task, _, which = task.partition("-")
     for saved_size in [int(s) for s in sizes] or [size]:
         folder = Path(root) / f"{backend}-{saved_size}"
-        standing = {"": CASES, "some": (), "covering": COVERING if saved_size == size == 2 else KINDS}[which]
+        standing = {"": CASES, "some": (), "kinds": PAIRS if saved_size == size == 2 else KINDS}[which]
         cases = [c for c in CASES if c in standing or c.name in SOME]
         results: dict[str, Any] = {}
         if task == "save":

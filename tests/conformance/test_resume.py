@@ -1,6 +1,6 @@
 """Methods saved by real ranks and loaded by new processes, as many or fewer or more: on MPI and on an unmodified Horovod. All of them with --full, or
-when the table is written; else on 2 ranks those that stand for all, and of each kind of exchange one where 3 ranks save or load. In one process every
-one is saved and loaded always (tests/unit/test_state.py)."""
+when the table is written; else on 2 ranks one of each kind of exchange and of rule, and of exchange alone where 3 ranks save or load. In one process
+every one is saved and loaded always (tests/unit/test_state.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import reliability
-from tests.cases import CASES, COVERING, KINDS
+from tests.cases import CASES, KINDS, PAIRS
 from tests.ranks import REPO, horovodrun, mpirun
 from tests.reliability import Results
 
@@ -51,7 +51,7 @@ def names(everything: bool) -> Names:
     """By how many ranks saved, and how many load."""
 
     def of(saved: int, n: int) -> list[str]:
-        return [c.name for c in CASES if everything or c in (COVERING if saved == n == 2 else KINDS) or c.name in SOME]
+        return [c.name for c in CASES if everything or c in (PAIRS if saved == n == 2 else KINDS) or c.name in SOME]
 
     return of
 
@@ -59,7 +59,7 @@ def names(everything: bool) -> Names:
 @pytest.fixture(scope="session")
 def loaded(everything: bool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Results]:
     """What the jobs of a backend found; they run once."""
-    which = "" if everything else "-covering"
+    which = "" if everything else "-kinds"
 
     @cache
     def run(backend: str) -> Results:

@@ -1,6 +1,6 @@
 """Whether steps end in the same bits on every road: simulated, by mpi_backend, by Horovod, by torch_backend and by DDP's hook, on 2 and 3 ranks.
 
-30 steps of all methods with --full, or when the table is written; else 8 of one method of every kind of exchange, on 3 ranks. That two ranks
+30 steps of all methods with --full, or when the table is written; else 6 of one method of every kind of exchange, on 3 ranks. That two ranks
 are the simulation is tested always, too: tests/mpi/test_methods.py, tests/horovod/test_horovod.py, tests/torch/test_ddp.py.
 """
 

@@ -1,4 +1,4 @@
-"""One rank of: DDP's hook against `DistributedOptimizer` over the same transport.  program_ddp.py FILE [methods] [use] [METHOD…]"""
+"""One rank of: DDP's hook against `DistributedOptimizer` over the same transport.  program_ddp.py FILE [all] [covering] [use] [METHOD…]"""
 
 from __future__ import annotations
 
@@ -540,8 +540,8 @@ def main(file: str, *what: str) -> None:
     rank, size = meet(file)
     warnings.filterwarnings("ignore", "a gradient or a payload held an inf")
     for name in what:
-        if name == "methods":
-            methods(CASES if size == 2 else COVERING)
+        if name in ("all", "covering"):
+            methods(CASES if name == "all" else COVERING)
         elif name == "use":
             for use in USES:
                 use()

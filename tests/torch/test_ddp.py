@@ -13,9 +13,17 @@ from tests.ranks import REPO, mpirun, run_job
 PROGRAM = "tests/torch/program_ddp.py"
 
 
-@pytest.mark.parametrize(("n", "what"), [(2, ["methods"]), (3, ["top_k", "detached", "double_squeeze", "power_sgd", "use"])], ids=["2", "3"])
+@pytest.mark.parametrize(
+    ("n", "what"),
+    [
+        pytest.param(2, ["covering"], id="2"),
+        pytest.param(2, ["all"], id="2-all", marks=pytest.mark.full),
+        pytest.param(3, ["top_k", "detached", "double_squeeze", "power_sgd", "use"], id="3"),
+    ],
+)
 def test_the_bits_are_those_of_our_optimizer_over_the_same_network(n: int, what: list[str], tmp_path: Path) -> None:
-    """Weights and state of every method, with a schedule and an undone step, and however DDP forms its buckets; then what scripts do with it."""
+    """Weights and state of the methods that stand for all (with --full: of all), with a schedule and an undone step, and however DDP forms its
+    buckets; then what scripts do with it."""
     said = mpirun(n, PROGRAM, str(tmp_path / "meet"), *what, timeout=150)
     assert all(f"rank {r} of {n}: all right" in said for r in range(n))
 

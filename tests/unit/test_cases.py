@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hvd_ecsgd import Compression
-from tests.cases import CASES, COVERING, Case, covering, ids, traits
+from tests.cases import CASES, COVERING, KINDS, PAIRS, Case, bound_method, covering, ids, traits
 
 EVERYTHING = set().union(*map(traits, CASES))
 
@@ -26,3 +26,14 @@ def test_a_new_kind_of_method_joins_them() -> None:
     new, more = Case("new", lambda: Compression.top_k(10)), Case("top_k-another", lambda: Compression.top_k(11))
     assert covering([*CASES, new]) == (*COVERING, new)
     assert covering([*CASES, more]) == COVERING
+
+
+def test_pairs_have_every_exchange_with_every_rule_that_goes_with_it() -> None:
+    """What the slowest tests take is among them."""
+
+    def pair(case: Case) -> tuple[object, ...]:
+        method = bound_method(case)
+        return type(method.exchange), case.exact, method.feedback.takes
+
+    assert {pair(case) for case in PAIRS} == {pair(case) for case in CASES} and len(PAIRS) == len({pair(case) for case in PAIRS})
+    assert set(KINDS) <= set(PAIRS) <= set(COVERING)

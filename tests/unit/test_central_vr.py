@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from hvd_ecsgd import CentralVR, Compression, CompressionError
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL
 
-N, BATCHES, D, LR, EPOCHS = 3, 4, 6, 0.04, 400
+N, BATCHES, D, LR = 3, 4, 6, 0.04
 
 
+@cache
 def task(rank: int, d: int = D) -> tuple[torch.Tensor, torch.Tensor]:
     """Batches of least squares (a, b), which no x fits."""
     generator = torch.Generator().manual_seed(rank)
@@ -82,10 +84,10 @@ def test_a_constant_learning_rate_leads_to_the_minimum() -> None:
     places of each worker's own."""
     best = minimum()
 
-    def distance(name: str, stored: bool = True) -> float:
-        return float((run_simulated(N, lambda t: run(METHODS[name], EPOCHS, t, stored=stored)[0].detach() - best)[0]).norm())
+    def distance(name: str, epochs: int = 150, stored: bool = True) -> float:
+        return float((run_simulated(N, lambda t: run(METHODS[name], epochs, t, stored=stored)[0].detach() - best)[0]).norm())
 
-    assert all(distance(name) < 1e-6 for name in ("none", "random_block", "fp16"))
+    assert distance("none") < 1e-6 and distance("fp16") < 1e-6 and distance("random_block", 400) < 1e-6
     assert distance("none", stored=False) > 1e-3 and distance("top_k") > 1e-3
 
 
