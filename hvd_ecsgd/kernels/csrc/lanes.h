@@ -280,33 +280,53 @@ INLINE static void each_64(const T* p, int64_t n, Test test, F f) {
 }
 
 // Appends what `test` chooses of 64 elements: keys[i] ← the key, unless there are none to be written, positions[i] ← place + the element's index. Returns
-// how many; there is room for 64 and a vector. Without a branch where the processor can: who is chosen cannot be foretold.
+// how many; there is room for 64 and a vector. Who is chosen cannot be foretold: so two places are written without asking, which few choose more than.
 template <class T, class Test>
 INLINE static int64_t append_64(const T* p, Test test, uint32_t place, typename Bits<T>::U* keys, uint32_t* positions) {
-    int64_t found = 0;
+    uint64_t bits = test_64(p, test);
+#if VARIANT_LEVEL > 0
+    const int64_t chosen = __builtin_popcountll(bits);
+    const auto put = [&](int64_t i) ISA {
+        const int at = static_cast<int>(_tzcnt_u64(bits)) & 63;
+        if (keys) keys[i] = key_of(p[at]);
+        positions[i] = place + at;
+        bits &= bits - 1;
+    };
+    put(0);
+    put(1);
+    if (__builtin_expect(chosen <= 2, 1)) return chosen;
 #if VARIANT_LEVEL == 2
-    using L = Lanes<T>;
+    if (chosen > 8) {
+        using L = Lanes<T>;
+        int64_t found = 0;
 #pragma GCC unroll 8
-    for (int j = 0; j < 64; j += L::N) {
-        const auto v = L::load(p + j);
-        const uint64_t bits = bits_of(test(v));
-        auto key = L::magnitude_bits(v);
-        const auto infinite = L::all_bits(static_cast<typename L::I>(Bits<T>::INFINITE));
-        key = (key > infinite) ? infinite : key;
-        const __m512i from = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(place + j));
-        const auto raw = reinterpret_cast<__m512i>(key);
-        if (keys) _mm512_storeu_si512(keys + found, sizeof(T) == 4 ? _mm512_maskz_compress_epi32(bits, raw) : _mm512_maskz_compress_epi64(bits, raw));
-        _mm512_storeu_si512(positions + found, _mm512_maskz_compress_epi32(bits, from));
-        found += __builtin_popcountll(bits);
+        for (int j = 0; j < 64; j += L::N) {
+            const auto v = L::load(p + j);
+            const uint64_t of_vector = bits_of(test(v));
+            auto key = L::magnitude_bits(v);
+            const auto infinite = L::all_bits(static_cast<typename L::I>(Bits<T>::INFINITE));
+            key = (key > infinite) ? infinite : key;
+            const __m512i from = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(place + j));
+            const auto raw = reinterpret_cast<__m512i>(key);
+            if (keys)
+                _mm512_storeu_si512(keys + found, sizeof(T) == 4 ? _mm512_maskz_compress_epi32(of_vector, raw) : _mm512_maskz_compress_epi64(of_vector, raw));
+            _mm512_storeu_si512(positions + found, _mm512_maskz_compress_epi32(of_vector, from));
+            found += __builtin_popcountll(of_vector);
+        }
+        return found;
     }
+#endif
+    for (int64_t i = 2; i < chosen; ++i) put(i);
+    return chosen;
 #else
-    for (uint64_t bits = test_64(p, test); bits; bits &= bits - 1) {
+    int64_t found = 0;
+    for (; bits; bits &= bits - 1) {
         const int at = __builtin_ctzll(bits);
         if (keys) keys[found] = key_of(p[at]);
         positions[found++] = place + at;
     }
-#endif
     return found;
+#endif
 }
 
 // How many of n elements are not zero; a NaN is not.

@@ -39,42 +39,58 @@ int64_t shift(const void* x_, const Segment* table, int64_t n, const void* t_, d
         const auto by = L::all(static_cast<T>(factor));
         // Words are added in the order of memory, each to that at its place among eight rows; columns are put together at the end.
         alignas(64) uint64_t of_words[WORDS_AT_ONCE] = {};
-        for (int64_t begin = tile.begin; begin < tile.end; begin += AT_ONCE) {
-            const int64_t count = std::min(AT_ONCE, tile.end - begin);
-            const int64_t words = std::max<int64_t>(0, std::min(count, in_rows - begin) / Words<T>::ROW) * COLUMNS, whole = words * PER / L::N * L::N;
+        for (int64_t begin = tile.begin; begin < tile.end;) {
             T* p = static_cast<T*>(parameters[tile.segment]) + begin;
             const T *from = x ? x + start + begin : nullptr, *along = x ? t + start + begin : nullptr;
-            const auto each = [&](auto made) ISA {
+            // `made` gives what is at an element, of `whole` ones, and of as many in each of GROUPS stretches; a word of these is looked up once.
+            const auto each = [&](auto groups, int64_t whole, auto made) ISA {
                 for (int64_t e = 0; e < whole; e += L::N) {
-                    const auto bits = reinterpret_cast<V>(made(e));
                     V sum;
                     std::memcpy(&sum, of_words + e / PER, sizeof sum);
-                    sum += bits;
+#pragma GCC unroll 4
+                    for (int64_t g = 0; g < decltype(groups)::value; ++g) sum += reinterpret_cast<V>(made(e + g * AT_ONCE));
                     std::memcpy(of_words + e / PER, &sum, sizeof sum);
                 }
             };
             const auto at = [&](int64_t e) ISA { return fused(L::load(along + e), by, L::load(from + e)); };
-            if (!x) {
-                each([&](int64_t e) ISA { return L::load(p + e); });
-            } else if (large && reinterpret_cast<uintptr_t>(p) % WIDTH == 0) {
-                each([&](int64_t e) ISA {
-                    const auto v = at(e);
-                    stream(p + e, v);
-                    return v;
-                });
-            } else {
-                each([&](int64_t e) ISA {
-                    const auto v = at(e);
-                    L::store(p + e, v);
-                    return v;
-                });
+            const auto look_or_write = [&](auto groups, int64_t whole) ISA {
+                if (!x) {
+                    each(groups, whole, [&](int64_t e) ISA { return L::load(p + e); });
+                } else if (large && reinterpret_cast<uintptr_t>(p) % WIDTH == 0) {
+                    each(groups, whole, [&](int64_t e) ISA {
+                        const auto v = at(e);
+                        stream(p + e, v);
+                        return v;
+                    });
+                } else {
+                    each(groups, whole, [&](int64_t e) ISA {
+                        const auto v = at(e);
+                        L::store(p + e, v);
+                        return v;
+                    });
+                }
+            };
+            const int64_t full = std::min(tile.end, in_rows) - begin;
+            if (!x && full >= 4 * AT_ONCE) {
+                look_or_write(std::integral_constant<int, 4>(), AT_ONCE);
+                begin += 4 * AT_ONCE;
+                continue;
             }
+            if (x && full >= 2 * AT_ONCE) {
+                look_or_write(std::integral_constant<int, 2>(), AT_ONCE);
+                begin += 2 * AT_ONCE;
+                continue;
+            }
+            const int64_t count = std::min(AT_ONCE, tile.end - begin);
+            const int64_t words = std::max<int64_t>(0, std::min(count, full) / Words<T>::ROW) * COLUMNS, whole = words * PER / L::N * L::N;
+            look_or_write(std::integral_constant<int, 1>(), whole);
             if (x) shifted(from + whole, along + whole, static_cast<T>(factor), p + whole, count - whole);
             for (int64_t w = whole / PER; w < words; ++w) {
                 uint64_t word;
                 std::memcpy(&word, p + w * PER, sizeof word);
                 of_words[w] += word;
             }
+            begin += count;
         }
         if (in_rows)
             for (int64_t c = 0; c < COLUMNS; ++c) {
