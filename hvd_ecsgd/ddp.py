@@ -100,11 +100,12 @@ class DDPHook(TorchHook):
         bound = bind(compression, trained if ignored else model.module)
         _check_all_bound(bound, trained)
         _check_devices(trained, model.process_group)
+        transport = TorchTransport.lent(model.process_group)
         background = Background("DDP's hook")
-        weakref.finalize(self, background.close)
+        weakref.finalize(self, background.close)  # at the end of the process before the transport, which it uses, is closed
         super().__init__(
             bound,
-            TorchTransport.lent(model.process_group),
+            transport,
             background,
             lambda bucket: bound.attached.settings(bound.method, bucket),
             "DistributedDataParallel's hook",

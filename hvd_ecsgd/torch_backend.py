@@ -81,7 +81,7 @@ def init() -> None:
         return
     if not dist.is_initialized():
         _began = True
-        atexit.register(_end_in_order)
+        atexit.register(_end_in_order, os.getpid())
         if "RANK" in os.environ:
             store, rank, size = next(rendezvous("env://"))
             dist.init_process_group(_backend(), store=_own_part(store, rank, size), rank=rank, world_size=size)
@@ -140,10 +140,9 @@ def shutdown() -> None:
     _network, _began = None, False
 
 
-def _end_in_order() -> None:
-    """Of a process that ends without `shutdown`: gloo's threads, if they are still there when memory is taken down, now and then abort it. One that
-    ends by an error does not wait for what it has begun."""
-    if dist.is_initialized() and not hasattr(sys, "last_type"):
+def _end_in_order(process: int) -> None:
+    """Of `process`, not of those forked by it, where it ends without `shutdown`. One that ends by an error does not wait for what it has begun."""
+    if os.getpid() == process and dist.is_initialized() and not hasattr(sys, "last_type"):
         shutdown()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -19,8 +22,11 @@ T = TypeVar("T")
 
 
 class _TorchHandle(Generic[T]):
-    def __init__(self, name: str, work: Any, finish: Callable[[], T]) -> None:
-        self._name, self._work, self._finish = name, work, finish
+    """`under_way`: of the transport, how many operations have begun, and how many of these were waited for."""
+
+    def __init__(self, name: str, work: Any, finish: Callable[[], T], under_way: list[int]) -> None:
+        self._name, self._work, self._finish, self._under_way = name, work, finish, under_way
+        under_way[0] += 1
         self._result: list[T] = []
 
     def done(self) -> bool:
@@ -32,6 +38,8 @@ class _TorchHandle(Generic[T]):
                 self._work.wait()
             except RuntimeError as error:
                 raise TransportError(f"'{self._name}': torch.distributed failed, perhaps because another rank has ended: {error}") from error
+            finally:
+                self._under_way[1] += 1
             self._result.append(self._finish())
         return self._result[0]
 
@@ -55,6 +63,9 @@ class TorchTransport:
         self.rank: int = dist.get_rank(self._group)
         self.size: int = len(ranks)
         self._user: Callable[[], object] = lambda: self
+        self._under_way = [0, 0]  # two numbers, as one thread may begin what another waits for
+        _open.add(self)
+        _close_in_time()
 
     @classmethod
     def lent(cls, group: Any = None) -> TorchTransport:
@@ -81,12 +92,16 @@ class TorchTransport:
         return self.size
 
     def close(self) -> None:
-        """Give the groups' connections and threads back. Nothing may be on its way. Collective."""
-        for group in (self._group, self._nccl):
+        """Give the groups' connections and threads back. Nothing may be on its way. Collective. What is called afterwards raises `TransportError`."""
+        _open.discard(self)
+        groups, self._group, self._nccl = (self._group, self._nccl), None, None
+        for group in groups:
             if group is not None:
-                dist.destroy_process_group(group)
+                _destroy(group)
 
     def _group_for(self, t: torch.Tensor, name: str) -> Any:
+        if self._group is None:
+            raise TransportError(f"'{name}': this transport is closed; make a new one.")
         if t.device.type == "cpu":
             return self._group
         if self._nccl is None or t.device.type != "cuda":
@@ -101,9 +116,9 @@ class TorchTransport:
         if t.numel() == 0:
             return Ready(t)
         if t.dtype not in (torch.float16, torch.bfloat16):
-            return _TorchHandle(name, dist.all_reduce(t, group=group, async_op=True), lambda: t)
+            return _TorchHandle(name, dist.all_reduce(t, group=group, async_op=True), lambda: t, self._under_way)
         wide = t.float()
-        return _TorchHandle(name, dist.all_reduce(wide, group=group, async_op=True), lambda: t.copy_(wide))
+        return _TorchHandle(name, dist.all_reduce(wide, group=group, async_op=True), lambda: t.copy_(wide), self._under_way)
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         group = self._group_for(t, name)
@@ -118,7 +133,7 @@ class TorchTransport:
             sent[: t.nbytes].copy_(_bytes(t))
         parts = [torch.empty_like(sent) for _ in rows]
         work = dist.all_gather(parts, sent, group=group, async_op=True)
-        return _TorchHandle(name, work, lambda: [_rows(part[: n * width], t) for part, n in zip(parts, rows, strict=True)])
+        return _TorchHandle(name, work, lambda: [_rows(part[: n * width], t) for part, n in zip(parts, rows, strict=True)], self._under_way)
 
     def alltoall(self, t: torch.Tensor, splits: Sequence[int], name: str, received: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         group = self._group_for(t, name)
@@ -129,11 +144,11 @@ class TorchTransport:
         came = torch.empty(sum(rows) * width, dtype=torch.uint8, device=t.device)
         sizes = [width * n for n in rows]
         work = dist.all_to_all_single(came, _bytes(t), sizes, [width * n for n in splits], group=group, async_op=True)
-        return _TorchHandle(name, work, lambda: [_rows(part, t) for part in torch.split(came, sizes)])
+        return _TorchHandle(name, work, lambda: [_rows(part, t) for part in torch.split(came, sizes)], self._under_way)
 
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
         work = dist.broadcast(t, group_src=root, group=self._group_for(t, name), async_op=True)
-        return _TorchHandle(name, work, lambda: t)
+        return _TorchHandle(name, work, lambda: t, self._under_way)
 
     def _everybodys(self, number: int) -> list[int]:
         numbers = torch.empty(self.size, dtype=torch.int64, device="cpu")
@@ -149,6 +164,33 @@ class TorchTransport:
 
 _made: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], list[TorchTransport]]] = weakref.WeakKeyDictionary()
 """That were lent, by default group (a script may end one and begin another) and members."""
+_open: weakref.WeakSet[TorchTransport] = weakref.WeakSet()
+"""That were not closed."""
+
+
+@functools.cache
+def _close_in_time() -> None:
+    """Have gloo's threads end before the interpreter does, once in a process.
+
+    They let go of a tensor a moment after whoever waits for it goes on, and that takes the interpreter lock; a thread that asks for it when the
+    interpreter ends is ended itself, within C++ that does not expect it, which aborts the process. They end with their group, when nothing holds that
+    any more. (A finalizer, as those are run in the order opposite to that in which they are made: threads that use a transport end before it.)
+    """
+    weakref.finalize(_open, _let_go, os.getpid())
+
+
+def _let_go(process: int) -> None:
+    """In `process`, not in those forked by it, which have no such threads."""
+    for transport in list(_open) if os.getpid() == process else ():
+        begun, waited_for = transport._under_way
+        if begun == waited_for:  # else its end would wait for other ranks, which may be gone
+            group, transport._group = transport._group, None
+            _destroy(group)
+
+
+def _destroy(group: Any) -> None:
+    with contextlib.suppress(ValueError):  # the script has destroyed all groups
+        dist.destroy_process_group(group)
 
 
 def takes_gpus(group: Any = None) -> bool:

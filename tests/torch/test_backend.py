@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
+
+import pytest
 
 from tests.ranks import mpirun, run_job
 
@@ -27,3 +30,31 @@ def test_one_process_needs_no_launcher() -> None:
         hvd.shutdown()
     """
     assert "0 1 0 1 True" in run_job([], program, timeout=60)
+
+
+@pytest.mark.parametrize("end", ["", "dist.destroy_process_group()"], ids=["", "destroys"])
+def test_a_process_that_ends_just_after_an_exchange_is_not_aborted(end: str) -> None:
+    """gloo's threads let go of what was sent, now and then after whoever waited has gone on. The first time that they do takes half a second."""
+    program = """
+        import threading
+        import time
+
+        import torch
+        import torch.distributed as dist
+
+        from hvd_ecsgd.transport.torch_dist import TorchTransport
+
+        seen = []
+
+        class Slow(torch.Tensor):
+            def __del__(self):
+                if threading.current_thread() is not threading.main_thread():
+                    seen.append("gloo lets go of it")
+                    time.sleep(0.5)
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        transport = TorchTransport()
+        while not seen:
+            transport.allgather(torch.ones(1 << 22).as_subclass(Slow), "last", [1 << 22]).wait()
+    """
+    run_job([], textwrap.dedent(program) + end)
