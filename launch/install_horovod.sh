@@ -50,7 +50,9 @@ C
     CXX=$work/c++17 HOROVOD_CMAKE=$work/cmake HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
         python -m pip wheel -v --disable-pip-version-check --no-deps --no-build-isolation --no-binary horovod --no-cache-dir -w "$work/wheel" "horovod==$VERSION" >"$cache/build.log" 2>&1 ||
         { tail -n 30 "$cache/build.log" >&2; die "Horovod did not build; the whole log is $cache/build.log."; }
-    mv "$work"/wheel/horovod-*.whl "$cache/"
+    built=("$work"/wheel/horovod-*.whl) wheel=${built[0]##*/}   # whole or not at all: this may be ended, and others look, while it is copied
+    mv "$work/wheel/$wheel" "$cache/$wheel.$$"
+    mv "$cache/$wheel.$$" "$cache/$wheel"
 fi
 say "installing Horovod $VERSION from $cache"
 python -m pip install -q --disable-pip-version-check -c "$CONSTRAINTS" cloudpickle psutil pyyaml packaging
