@@ -71,7 +71,7 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
     finally:
         there = [name for name in names if name in _ip("netns", "list")]
         if len(there) == 2:
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 30
             while (left := hosts.processes()) and time.monotonic() < deadline:
                 for pid in left:
                     with contextlib.suppress(ProcessLookupError):
@@ -83,4 +83,4 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
 
 
 def _ip(*arguments: str) -> str:
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20).stdout
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=120).stdout

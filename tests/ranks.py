@@ -34,18 +34,27 @@ from hvd_ecsgd.doctor.processes import environment_of_ranks
 from tests.rank_main import compiles, imports_torch
 from tests.rank_start import PREPARED
 
-__all__ = ["REPO", "horovodrun", "mpirun", "require_horovod", "require_mpirun", "rank_environment", "run_job"]
+__all__ = ["LIMIT", "REPO", "SOON", "horovodrun", "mpirun", "require_horovod", "require_mpirun", "rank_environment", "run_job"]
 
 REPO = Path(__file__).resolve().parents[1]
 TAIL = 8000  # characters of output in a failure's message
-GRACE = 5.0  # seconds between asking a job to end and killing it, and for the last processes of an ended job to vanish
+LIMIT = 600.0  # seconds of a job, unless a test says otherwise. One that goes on needs less on a machine as slow as they come
+SOON = 45.0  # seconds from what ends a job to its end: on a machine that keeps up, some 10 at most. Jobs of the tests that nothing ends go on longer
+GRACE = 5.0  # seconds between asking a job to end and killing it
+LEAVING = 30.0  # seconds for the last processes of an ended job to vanish
 KILLED = 30.0  # seconds that killed processes may take to vanish: giving back much memory takes time on a busy machine
 AT_FIRST = dict(os.environ)
 MARK = "HVD_ECSGD_JOB"  # in the environment of every process of a job, its value names the job
 
 
 def mpirun(
-    n: int, program: str | Path, *args: str, timeout: float = 120, env: dict[str, str] | None = None, expect_failure: bool = False, bare: bool = False
+    n: int,
+    program: str | Path,
+    *args: str,
+    timeout: float = LIMIT,
+    env: dict[str, str] | None = None,
+    expect_failure: bool = False,
+    bare: bool = False,
 ) -> str:
     """Run `program` on n ranks under Open MPI. `expect_failure`: a non-zero exit status is what should come (and the limit still fails the test).
 
@@ -57,7 +66,13 @@ def mpirun(
 
 
 def horovodrun(
-    n: int, program: str | Path, *args: str, timeout: float = 120, env: dict[str, str] | None = None, expect_failure: bool = False, bare: bool = False
+    n: int,
+    program: str | Path,
+    *args: str,
+    timeout: float = LIMIT,
+    env: dict[str, str] | None = None,
+    expect_failure: bool = False,
+    bare: bool = False,
 ) -> str:
     """As `mpirun`, under `horovodrun --gloo` (see horovod_main.py). Its prefixes ("[1]<stdout>:") are taken off the lines."""
     require_horovod()
@@ -100,7 +115,7 @@ def run_job(
     program: str | Path,
     args: tuple[str, ...] = (),
     *,
-    timeout: float = 120,
+    timeout: float = LIMIT,
     env: dict[str, str] | None = None,
     expect_failure: bool | None = False,
     bare: bool = False,
@@ -123,7 +138,7 @@ def run_job(
         except subprocess.TimeoutExpired:
             limit_reached = True
         finally:
-            left = _processes(job, mark) if job.poll() is None else _wait_gone(job, mark, GRACE)
+            left = _processes(job, mark) if job.poll() is None else _wait_gone(job, mark, LEAVING)
             names = [_describe(p) for p in left]
             _end(job, mark)
         seconds = time.monotonic() - start

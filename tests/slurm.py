@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -19,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-__all__ = ["Slurm", "slurm"]
+__all__ = ["Slurm", "free_ports", "slurm"]
 
 PACKAGES = "slurm-wlm slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge libmunge2 libhwloc15 liblua5.1-0".split()  # noqa: SIM905
 PACKAGES += ["libpmix2", "libevent-core-2.1-7", "libevent-pthreads-2.1-7"]  # for srun --mpi=pmix
@@ -63,7 +64,7 @@ class Slurm:
     folder: Path
     environment: dict[str, str]
 
-    def run(self, *command: str, timeout: float = 60, env: dict[str, str] | None = None) -> str:
+    def run(self, *command: str, timeout: float = 180, env: dict[str, str] | None = None) -> str:
         done = subprocess.run(command, env=self.environment | (env or {}), capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}{self.logs()}"
         return done.stdout
@@ -101,11 +102,7 @@ def slurm(folder: Path, environment: dict[str, str]) -> Iterator[Slurm]:
     for node in ("node0", "node1"):  # of their own: in a common one the two, which are one machine here, would make the same files
         (folder / f"tmp-{node}").mkdir()
     libraries, plugins = root / _LIBRARIES, root / _LIBRARIES / "slurm-wlm"
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        ports = [s.getsockname()[1] for s in sockets]
+    ports = free_ports(3)
     configuration = folder / "slurm.conf"
     configuration.write_text(_CONFIGURATION.format(host=os.uname().nodename.split(".")[0], folder=folder, ports=ports, plugins=plugins))
     key = folder / "munge.key"
@@ -130,7 +127,11 @@ def slurm(folder: Path, environment: dict[str, str]) -> Iterator[Slurm]:
         for daemon in daemons:
             running.append(subprocess.Popen(daemon, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             time.sleep(0.5)
-        deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 60
+            while not (folder / "munge.socket").exists():  # the others need it when they start
+                assert time.monotonic() < deadline, f"munged did not start: {cluster.logs()}"
+                time.sleep(0.1)
+        deadline = time.monotonic() + 180
         while subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], env=environment, capture_output=True, text=True).stdout.strip() != "2":
             assert time.monotonic() < deadline, f"Slurm did not start: {cluster.logs()}"
             time.sleep(0.5)
@@ -141,7 +142,7 @@ def slurm(folder: Path, environment: dict[str, str]) -> Iterator[Slurm]:
         for process in [*reversed(running), *_processes(configuration)]:
             with contextlib.suppress(psutil.Error, ProcessLookupError):
                 process.terminate()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while (left := _processes(configuration)) and time.monotonic() < deadline:
             time.sleep(0.2)
         for process in left:
@@ -152,6 +153,16 @@ def slurm(folder: Path, environment: dict[str, str]) -> Iterator[Slurm]:
             started.kill()
             started.wait(10)
         assert not _processes(configuration), "processes of Slurm or its jobs cannot be ended"
+
+
+def free_ports(n: int) -> list[int]:
+    """Below those that systems give to connections by themselves: others might get one of these before it is used."""
+    found: list[int] = []
+    for port in random.sample(range(15000, 30000), 100):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            found.append(port)
+    return found[:n]
 
 
 def _processes(configuration: Path) -> list[psutil.Process]:

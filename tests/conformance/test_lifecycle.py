@@ -20,6 +20,6 @@ def checks() -> list[str]:
 
 @pytest.mark.parametrize(("backend", "launch"), [("mpi", mpirun), ("horovod", horovodrun)], ids=["mpi", "horovod"])
 def test_what_scripts_do(backend: str, launch: Callable[..., str]) -> None:
-    said = launch(2, PROGRAM, backend, timeout=250)
+    said = launch(2, PROGRAM, backend)
     assert re.findall(r"^passed (\S+)$", said, re.MULTILINE) == checks()
     assert len(checks()) >= 16

@@ -22,24 +22,24 @@ def test_one_process() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_simulated(n: int) -> None:
-    run_simulated(n, lambda t: check_all(t, EVERY, EVERY), timeout=60)
+    run_simulated(n, lambda t: check_all(t, EVERY, EVERY))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_mpi(n: int) -> None:
-    said = mpirun(n, PROGRAM, "mpi", timeout=90)
+    said = mpirun(n, PROGRAM, "mpi")
     assert all(f"conforms: rank {r} of {n}" in said for r in range(n))
 
 
 def test_torch_distributed(tmp_path: Path) -> None:
-    said = mpirun(n := 3, PROGRAM, "torch", str(tmp_path / "meet"), timeout=90)
+    said = mpirun(n := 3, PROGRAM, "torch", str(tmp_path / "meet"))
     assert all(f"conforms: rank {r} of {n}" in said for r in range(n))
 
 
 @pytest.mark.parametrize("launcher", [horovodrun, mpirun], ids=["horovodrun", "mpirun"])
 def test_horovod(launcher: object) -> None:
     n = 2 if launcher is horovodrun else 3
-    said = launcher(n, PROGRAM, "horovod", timeout=120)  # type: ignore[operator]
+    said = launcher(n, PROGRAM, "horovod")  # type: ignore[operator]
     assert all(f"conforms: rank {r} of {n}" in said for r in range(n))
 
 
@@ -71,7 +71,7 @@ def test_the_body_notices_a_wrong_transport() -> None:
     with pytest.raises(AssertionError, match="sum"):
         check_all(Averaging(), EVERY, EVERY)
     with pytest.raises((AssertionError, TransportError)):
-        run_simulated(2, lambda t: check_all(Unordered(t), EVERY, EVERY), timeout=20)  # type: ignore[arg-type]
+        run_simulated(2, lambda t: check_all(Unordered(t), EVERY, EVERY))  # type: ignore[arg-type]
 
 
 def test_collectives_in_different_orders_are_an_error() -> None:
@@ -86,7 +86,7 @@ def test_collectives_in_different_orders_are_an_error() -> None:
             return str(error)
         return "nothing was raised"
 
-    for said in run_simulated(3, worker, timeout=20):
+    for said in run_simulated(3, worker):
         assert "same order" in said
 
 
@@ -104,4 +104,4 @@ def test_a_failing_worker_is_what_is_raised() -> None:
         t.allreduce_(torch.ones(2), "sum").wait()
 
     with pytest.raises((ZeroDivisionError, TransportError), match="on purpose"):
-        run_simulated(3, worker, timeout=60)
+        run_simulated(3, worker)

@@ -174,7 +174,7 @@ def waited_for() -> None:
             warnings.simplefilter("always")
             one_step("waited", bound, model)
         waited = [str(w.message) for w in caught if "has waited 0.2 s" in str(w.message)]
-        assert len(waited) == int(not odd()), waited
+        assert len(waited) == 1 or (odd() and not waited), waited  # on a busy machine the late one may wait, too
     finally:
         opening.SILENCE = silence
 

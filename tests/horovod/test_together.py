@@ -25,7 +25,7 @@ PROGRAM = "tests/horovod/program_together.py"
 
 def test_ranks_that_begin_different_things_are_told_so(tmp_path: Path) -> None:
     """All of them, also where `synchronize()` is called by hand. What all do together is done (control)."""
-    output = horovodrun(2, PROGRAM, "step", str(tmp_path), timeout=60)
+    output = horovodrun(2, PROGRAM, "step", str(tmp_path))
     for case, text in CASES.items():
         for rank in (0, 1):
             assert f"{case}: rank {rank}: DisagreementError: {text}" in output
@@ -37,7 +37,7 @@ def test_ranks_that_begin_different_things_are_told_so(tmp_path: Path) -> None:
 def test_a_rank_that_waits_alone_says_what_for(what: str, tmp_path: Path) -> None:
     """While the other is in a collective of Horovod's: a warning, and an error after the limit. When it ends: what Horovod raises, with the name."""
     limit = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "1.5"} if what == "allreduce" else {}
-    output = horovodrun(2, PROGRAM, what, str(tmp_path), timeout=60, env=limit)
+    output = horovodrun(2, PROGRAM, what, str(tmp_path), env=limit)
     for name, function in FUNCTIONS.items():
         assert f"rank 0 has waited 0.1 s for other ranks to call {function}, too." in output
         if what == "allreduce":

@@ -17,5 +17,5 @@ def test_the_update_is_applied_by_the_method(launch: Callable[..., str], n: int)
     """Tied, frozen and unused parameters; local steps; points of evaluation; batch-norm statistics; resuming; NaN; mistakes. On three ranks what is
     averaged, of which sums of three are another matter than sums of two."""
     names = [*NUMBERS, *([] if n > 2 else OTHERS)]
-    said = launch(n, "tests/horovod/program_updates.py", *names, timeout=240)
+    said = launch(n, "tests/horovod/program_updates.py", *names)
     assert re.findall(r"^passed (\S+)$", said, re.MULTILINE) == names

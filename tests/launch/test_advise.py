@@ -30,6 +30,6 @@ def test_under_mpirun(tmp_path: Path) -> None:
 
 def test_under_torchrun_with_a_model_of_ones_own() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    said = run_job(launcher, PROGRAM, ("--model", "tests.problems:mlp", "--compute", "10", "--methods", "none", "top_k(100)"), timeout=120)
+    said = run_job(launcher, PROGRAM, ("--model", "tests.problems:mlp", "--compute", "10", "--methods", "none", "top_k(100)"))
     assert "1,669 parameters, 10000 ms of computation" in said
     assert "Do not compress: no method" in said, "ten seconds of computation hide everything"

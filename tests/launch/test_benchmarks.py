@@ -52,7 +52,7 @@ def left(name: str) -> list[str]:
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
@@ -135,7 +135,7 @@ def test_a_delay_is_kept_and_the_rate_too(lab: str) -> None:
         pytest.skip("a delay needs TUN/TAP and a C++ compiler")
     code = (
         "import os, time, numpy as np; from mpi4py import MPI; c = MPI.COMM_WORLD; took = {}\n"
-        "for n in (1, 1, 1, 1, 500000, 500000):\n"
+        "for n in (1,) * 20 + (500000,) * 3:\n"
         "    here, there = np.zeros(n), np.zeros(n); c.Barrier(); begin = time.perf_counter()\n"
         "    c.Send(here, 1 - c.rank) if c.rank == 0 else c.Recv(there, 0)\n"
         "    c.Recv(there[:1], 1) if c.rank == 0 else c.Send(here[:1], 0)\n"
@@ -192,7 +192,7 @@ def test_hosts_are_refused_twice_and_taken_away_after_ctrl_c_and_a_killed_launch
             launchers = [p for p in psutil.Process(job.pid).children(recursive=True) if "mpirun" in p.name() or "prterun" in p.name()]
             assert launchers
             launchers[0].kill()
-        assert job.wait(60) != 0
+        assert job.wait(180) != 0
         wait_for(lambda: not left(lab), f"after {end}: {left(lab)}")
 
 
@@ -231,14 +231,14 @@ def test_without_root_it_says_so() -> None:
             pytest.skip("setpriv is missing")
     else:
         command = ["bash", "-s", "up", "2", "1gbit"]
-    done = subprocess.run(command, input=NETLAB.read_text(), capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, input=NETLAB.read_text(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "need root" in done.stderr, done.stderr
 
 
 def test_a_slow_worker_on_real_ranks(tmp_path: Path) -> None:
     """One training of `benchmarks/stragglers.py`, the cutoff's; and verdicts that follow its numbers, with controls."""
     pytest.importorskip("sklearn")
-    output = mpirun(4, "benchmarks/stragglers.py", "--short", "--mode", "cutoff", timeout=120)
+    output = mpirun(4, "benchmarks/stragglers.py", "--short", "--mode", "cutoff")
     (line,) = [line for line in output.splitlines() if "result " in line]
     found = json.loads(line.split("result ", 1)[1])
     assert found["steps"] >= 20 and len(found["turns"]) == 4 and found["loss_at"][0][2] == pytest.approx(2.3, abs=0.1)

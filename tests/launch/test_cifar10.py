@@ -148,14 +148,14 @@ def arguments(folder: Path, config: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("config", ["def", "doublesqueeze-ternary"])
 def test_two_steps_on_two_ranks(config: str, folder: Path, tmp_path: Path) -> None:
     """Over MPI, and the same weights on an unmodified Horovod."""
-    printed = mpirun(2, PROGRAM, *arguments(folder, config), "--out", str(tmp_path / "r.json"), timeout=150)
+    printed = mpirun(2, PROGRAM, *arguments(folder, config), "--out", str(tmp_path / "r.json"))
     saved = json.loads((tmp_path / "r.json").read_text())
     assert saved["steps"] == 2 and saved["workers"] == 2 and 0 <= saved["accuracy"] <= 1
     assert saved["weights"] == weights(printed)
     require_horovod()
-    assert weights(horovodrun(2, PROGRAM, *arguments(folder, config), "--backend", "horovod", timeout=150)) == weights(printed)
+    assert weights(horovodrun(2, PROGRAM, *arguments(folder, config), "--backend", "horovod")) == weights(printed)
 
 
 def test_a_missing_folder_ends_every_rank_with_a_message(tmp_path: Path) -> None:
-    printed = mpirun(2, PROGRAM, "--data", str(tmp_path / "none"), timeout=100, expect_failure=True)
+    printed = mpirun(2, PROGRAM, "--data", str(tmp_path / "none"), expect_failure=True)
     assert "Unpack cifar-10-python.tar.gz" in printed

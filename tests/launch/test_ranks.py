@@ -46,6 +46,17 @@ def processes_with(marker: str) -> list[str]:
     return found
 
 
+def ended_by_its_limit(launch: Launch, program: str, *arguments: str, started: str) -> tuple[str, float, float]:
+    """What is said of a job of two ranks that hangs, its limit, and how long it took; with a limit in which it came to say `started` of both."""
+    for limit in (10.0, 40.0, 160.0):
+        start = time.monotonic()
+        with pytest.raises(AssertionError, match=f"ended by its time limit of {limit:g} s") as caught:
+            launch(2, program, *arguments, timeout=limit)
+        if str(caught.value).count(started) >= 2:
+            break
+    return str(caught.value), limit, time.monotonic() - start
+
+
 @pytest.mark.parametrize("launch", LAUNCHERS)
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_all_ranks_run_with_arguments_and_environment(launch: Launch, n: int) -> None:
@@ -57,13 +68,10 @@ def test_all_ranks_run_with_arguments_and_environment(launch: Launch, n: int) ->
 @pytest.mark.parametrize("launch", LAUNCHERS)
 def test_a_hanging_job_is_ended_by_its_limit_and_says_where_it_hung(launch: Launch, marker: str) -> None:
     program = "import time\ndef stuck_here():\n    time.sleep(1000)\nprint('started')\nstuck_here()"
-    start = time.monotonic()
-    with pytest.raises(AssertionError, match="ended by its time limit of 10 s") as caught:
-        launch(2, program, marker, timeout=10)  # enough to start Python on a busy machine
-    assert time.monotonic() - start < 10 + 12
+    said, limit, seconds = ended_by_its_limit(launch, program, marker, started="in stuck_here")
+    assert seconds < limit + 2 * ranks.GRACE + ranks.KILLED
     assert not processes_with(marker)
-    assert "started" in str(caught.value)
-    assert "in stuck_here" in str(caught.value)
+    assert "started" in said and "in stuck_here" in said
 
 
 def test_the_check_for_left_processes_would_see_one(marker: str) -> None:
@@ -103,6 +111,7 @@ def test_a_killed_process_that_takes_long_to_vanish_is_waited_for(marker: str, m
             ballast = bytearray(b"x") * (2 << 30)
             time.sleep(1000)
     """
+    monkeypatch.setattr(ranks, "LEAVING", 1.0)
     monkeypatch.setattr(ranks, "GRACE", 1.0)  # what it waits before it kills
     with pytest.raises(AssertionError, match="these processes went on"):
         ranks.run_job([], program, (marker,), timeout=60)
@@ -111,6 +120,7 @@ def test_a_killed_process_that_takes_long_to_vanish_is_waited_for(marker: str, m
 
 def test_processes_left_behind_by_a_job_that_ended_well_are_an_error(marker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)"
+    monkeypatch.setattr(ranks, "LEAVING", 1.0)
     monkeypatch.setattr(ranks, "GRACE", 1.0)  # what it waits before it kills
     with pytest.raises(AssertionError, match="these processes went on"):
         ranks.run_job([], program, (marker,), timeout=60)
@@ -124,7 +134,7 @@ def test_a_failing_rank_ends_the_job_and_is_reported(launch: Launch, marker: str
     start = time.monotonic()
     with pytest.raises(AssertionError) as caught:
         launch(2, program, marker, timeout=100)
-    assert time.monotonic() - start < 50
+    assert time.monotonic() - start < 90
     message = str(caught.value)
     assert "exit status 1 after" in message
     assert "rank 1 failed:" in message
@@ -138,7 +148,7 @@ def test_a_rank_that_is_killed_ends_the_job(launch: Launch, number: signal.Signa
     program = JOIN[launch] + f"import os, time\nif rank == 1:\n    os.kill(os.getpid(), {int(number)})\ntime.sleep(1000)"
     start = time.monotonic()
     launch(2, program, marker, timeout=100, expect_failure=True)
-    assert time.monotonic() - start < 50
+    assert time.monotonic() - start < 90
     assert not processes_with(marker)
 
 
@@ -199,7 +209,12 @@ def forked(processes: list[list[int]]) -> bool:
 
 
 def still_there(processes: list[list[int]]) -> list[int]:
-    return [pid for pid, *_ in processes if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    found = []
+    for pid, *_ in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may be just ending
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+    return found
 
 
 def test_a_program_that_imports_torch_is_forked_where_that_makes_no_difference() -> None:
@@ -240,15 +255,15 @@ def test_no_forked_rank_outlives_its_jobs_limit(monkeypatch: pytest.MonkeyPatch)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(1000)
     """
-    with pytest.raises(AssertionError, match="time limit") as caught:
-        ranks.mpirun(2, WHO + textwrap.dedent(program), timeout=10)
-    processes = who(str(caught.value))
+    said, _, _ = ended_by_its_limit(ranks.mpirun, WHO + textwrap.dedent(program), started="\n<")
+    processes = who(said)
     assert len(processes) == 2 and forked(processes) and not still_there(processes)
 
 
 def test_what_a_forked_rank_leaves_behind_is_an_error_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """No environment tells of it, and its parent is dead: the prepared process has inherited it."""
     monkeypatch.setattr(ranks, "GRACE", 1.0)
+    monkeypatch.setattr(ranks, "LEAVING", 1.0)
     program = "if os.fork() == 0:\n    os.setsid()\n    print(f'<{os.getpid()} {os.getppid()}>', flush=True)\n    time.sleep(1000)\ntime.sleep(0.5)"
     with pytest.raises(AssertionError, match="these processes went on") as caught:
         ranks.run_job([], WHO + program, timeout=60)
@@ -277,7 +292,8 @@ def started(prepared: ranks.Prepared, program: str, folder: Path) -> Iterator[su
         finally:
             start.kill()
             for pid in still_there(rank):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def rest(start: subprocess.Popen[str]) -> str:
@@ -346,14 +362,14 @@ def test_an_interrupted_test_run_leaves_no_ranks(imports: str, marker: str, tmp_
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest", f"--rootdir={folder}", str(test)]
     run = subprocess.Popen(command, cwd=ranks.REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while len(list(folder.glob("*.rank"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert len(processes_with(marker)) >= 3, "the job did not start"  # two ranks, or who started them, and their launcher
         processes = [[int(file.stem)] for file in folder.glob("*.rank")]
         assert len(still_there(processes)) == 2
         run.send_signal(signal.SIGTERM)
-        run.wait(40)
+        run.wait(120)
         assert not processes_with(marker) and not still_there(processes)
     finally:
         if run.poll() is None:

@@ -52,15 +52,16 @@ if how == "work":
         collective()
         time.sleep(0.01)
 if how == "slow":
+    long = 2 * int(os.environ["MPI_BACKEND_WATCHDOG_TIMEOUT"])
     if last:
         kill_my_watchdog()
-        time.sleep(4)
+        time.sleep(long)
     collective()
     if last:
-        ctypes.PyDLL(None).usleep(4_000_000)  # with the interpreter lock held: no Python thread of this rank runs
+        ctypes.PyDLL(None).usleep(long * 1_000_000)  # with the interpreter lock held: no Python thread of this rank runs
     collective()
     if last:  # as in a debugger
-        subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+        subprocess.Popen(["sh", "-c", f"sleep {long}; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     collective()
     hvd.shutdown()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import mpi_backend as hvd
+
+layers_done: list[bool] = []
 
 
 class Slow(torch.autograd.Function):
@@ -19,6 +23,12 @@ class Slow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
         time.sleep(0.3)
+        layers_done.append(True)
+        if len(layers_done) == 6 and os.environ.get("MPI_BACKEND_OVERLAP") != "0":  # the last ones of the second step: there is time enough
+            trace, until = Path(sys.argv[1] if hvd.rank() == 0 else f"{sys.argv[1]}.rank{hvd.rank()}"), time.monotonic() + 60
+            while (text := trace.read_text()).count('"COMPRESS"') < 3 or text.count('"COMMUNICATE"') < 2:
+                assert time.monotonic() < until, text
+                time.sleep(0.01)
         return g
 
 

@@ -1,4 +1,4 @@
-"""Two machines, and the network between them fails: all ranks end within 10 seconds, on both sides, although no launcher's order crosses the cut."""
+"""Two machines, and the network between them fails: all ranks end soon, on both sides, although no launcher's order crosses the cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.hosts import TwoHosts, two_hosts
-from tests.ranks import REPO, rank_environment, require_mpirun
+from tests.ranks import REPO, SOON, rank_environment, require_mpirun
 
 PROGRAM = Path(__file__).parent / "program_failure.py"
 
@@ -25,7 +25,7 @@ def run_and_cut(hosts: TwoHosts, folder: Path, launcher: str, ended: Callable[[]
         command = hosts.on_host_a(f"{launcher} python {PROGRAM} work step")
         job = subprocess.Popen(command, cwd=REPO, env=rank_environment(env), stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     try:
-        wait_for(lambda: {"works on host-a", "works on host-b"} <= set(log.read_text(errors="replace").splitlines()), 90, log)
+        wait_for(lambda: {"works on host-a", "works on host-b"} <= set(log.read_text(errors="replace").splitlines()), 180, log)
         time.sleep(1)
         hosts.cut()
         start = time.monotonic()
@@ -67,8 +67,9 @@ def test_all_ranks_end_when_the_network_between_them_is_cut(watched: bool, tmp_p
             f"--mca pml ob1 --mca btl self,sm,tcp --mca btl_tcp_if_include {hosts.network} -x PYTHONPATH -x PATH -x MPI_BACKEND_WATCHDOG"
         )
         ended = lambda: not running(hosts, "program_failure.py", "heartbeat.py")  # noqa: E731
-        seconds, printed = run_and_cut(hosts, tmp_path, launcher, ended, 15, MPI_BACKEND_WATCHDOG=str(int(watched)))
-        assert (seconds < 10) == watched, printed
+        limit = SOON if watched else 15
+        seconds, printed = run_and_cut(hosts, tmp_path, launcher, ended, limit, MPI_BACKEND_WATCHDOG=str(int(watched)))
+        assert (seconds < limit) == watched, printed
         if watched:  # the other side's words cannot reach the launcher
             assert re.search(
                 r"rank 0 \(process \d+ on host-a\): ending, because rank 1 \(process \d+ on host-b\) gave no sign of life for 6 seconds", printed
@@ -80,8 +81,8 @@ def test_nothing_is_left_of_a_job_of_the_launch_script(tmp_path: Path) -> None:
     require_mpirun()
     with two_hosts(tmp_path) as hosts:
         launcher = f"launch/mpirun.sh -H host-a:1,host-b:1 -i {hosts.network} --ssh {hosts.agent} --transport tcp"
-        seconds, printed = run_and_cut(hosts, tmp_path, launcher, lambda: not hosts.processes(), 20)
-        assert seconds < 12, printed
+        seconds, printed = run_and_cut(hosts, tmp_path, launcher, lambda: not hosts.processes(), SOON)
+        assert seconds < SOON, printed
         # By whoever is first: the watchdog, or the launcher, that finds its daemon cut off.
         lost = r"because rank [01] \(process \d+ on host-[ab]\) gave no sign of life for 6 seconds|lost communication(.|\n)*on node host-b"
         assert re.search(lost, printed), printed

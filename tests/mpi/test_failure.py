@@ -1,4 +1,4 @@
-"""One rank fails: the job ends on all ranks within 10 seconds and says which rank it was. program_failure.py does the failing."""
+"""One rank fails: the job ends on all ranks soon and says which rank it was. program_failure.py does the failing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import mpirun, require_mpirun, run_job
+from tests.ranks import LIMIT, SOON, mpirun, require_mpirun, run_job
 
 PROGRAM = Path(__file__).parent / "program_failure.py"
-LIMIT = 10.0  # seconds from the failure to the end of the last process
 # By whoever is first: the watchdog, or the coordinator, which is told after a second that rank 0 waits.
 LEFT = r"gradients of 'weight', 'bias': rank 1 shut down without it|rank 1 left \(by the end of the script, .*\) without a collective"
 
 
-def job(how: str, where: str, *options: str, env: dict[str, str] | None = None, expect_failure: bool = True, n: int = 2, timeout: float = 90) -> str:
+def job(
+    how: str, where: str, *options: str, env: dict[str, str] | None = None, expect_failure: bool = True, n: int = 2, timeout: float = LIMIT
+) -> str:
     """What the ranks printed; `run_job` fails the test when processes are left behind, or when the job had to be ended."""
     require_mpirun()
     launcher = ["mpirun", *options, "-n", str(n)]
@@ -26,7 +27,7 @@ def job(how: str, where: str, *options: str, env: dict[str, str] | None = None, 
         output = run_job(launcher, PROGRAM, (how, where, when.name), timeout=timeout, env=env, expect_failure=status, bare=True)
         if expect_failure:
             failed = when.read()
-            assert failed and time.time() - float(failed) < LIMIT, f"failed at {failed or 'no time'}: {output}"
+            assert failed and time.time() - float(failed) < SOON, f"failed at {failed or 'no time'}: {output}"
             assert "got through" not in output, output
     return output
 
@@ -70,8 +71,9 @@ def test_a_dead_rank_is_noticed_without_the_launcher() -> None:
 
 
 def test_slow_ranks_are_left_alone() -> None:
-    """Twice as long as the timeout: asleep (and its watchdog killed), computing with the interpreter lock held, and stopped as in a debugger."""
-    output = job("slow", "step", env={"MPI_BACKEND_WATCHDOG_TIMEOUT": "2"}, expect_failure=False, timeout=120)
+    """Twice as long as the timeout: asleep (and its watchdog killed), computing with the interpreter lock held, and stopped as in a debugger.
+    On a busy machine a watchdog takes a second or two to start again."""
+    output = job("slow", "step", env={"MPI_BACKEND_WATCHDOG_TIMEOUT": "4"}, expect_failure=False)
     assert output.count("well") == 2, output
     assert "rank 1: its watchdog ended (status -9) and is started again" in output, output
     assert "ending" not in output, output
@@ -110,7 +112,7 @@ print("got through")
 def test_what_is_wrong_on_one_rank_at_the_start_ends_all(settings: dict[str, str], options: dict[str, object], message: str) -> None:
     """They would wait for it in init, or at the end in MPI. What can be told before is told to all: rank 0 may be on the screen alone."""
     program = START.replace("SETTINGS", repr(settings)).replace("OPTIONS", repr(options))
-    output = mpirun(2, program, expect_failure=True, bare=True, timeout=60)
+    output = mpirun(2, program, expect_failure=True, bare=True)
     assert message in output, output
     assert re.search(r"uncaught exception on rank [01] of 2 \(process \d+ on ", output), output
     assert "got through" not in output or "HOROVOD_TIMELINE" in settings, output
@@ -132,7 +134,7 @@ print("sum", float(hvd.allreduce(__import__("torch").ones(1), op=hvd.Sum)))
 
 
 def test_all_ranks_are_told_of_a_wrong_setting_and_may_start_again() -> None:
-    output = mpirun(2, CAUGHT, bare=True, timeout=60)
+    output = mpirun(2, CAUGHT, bare=True)
     assert "told: init() has failed on rank 1: HOROVOD_FUSION_THRESHOLD is '4M'" in output, output
     assert output.count("told: ") == 2 and output.count("sum 2.0") == 2, output
 
@@ -162,6 +164,6 @@ print("child ended with", status, "sum", float(hvd.allreduce(torch.ones(1), op=h
 
 @pytest.mark.parametrize(("what", "status"), [("exit", 3), ("raise", 1)])
 def test_what_becomes_of_a_forked_process_is_its_own_matter(what: str, status: int) -> None:
-    output = mpirun(2, FORK.replace("WHAT", repr(what)), bare=True, timeout=60)
+    output = mpirun(2, FORK.replace("WHAT", repr(what)), bare=True)
     assert output.count(f"child ended with {status} sum 2.0") == 2, output
     assert output.count("cannot communicate; only the rank itself can") == 4, output

@@ -28,13 +28,13 @@ ON_THREE = [
 
 def test_every_method_on_two_ranks_is_its_simulation() -> None:
     """Bit for bit: weights, residuals, bytes sent and skipped; the same bits on all ranks. Also a run that changes its method on the way."""
-    said = mpirun(2, PROGRAM, "methods", timeout=240)
+    said = mpirun(2, PROGRAM, "methods")
     assert re.findall(r"^passed (\S+)$", said, re.MULTILINE) == ["switching", *(c.name for c in CASES)]
 
 
 def test_some_methods_on_three_ranks_are_their_simulation() -> None:
     """To rounding of the sums."""
-    said = mpirun(3, PROGRAM, "methods", *ON_THREE, timeout=240)
+    said = mpirun(3, PROGRAM, "methods", *ON_THREE)
     assert sorted(re.findall(r"^passed (\S+)$", said, re.MULTILINE)) == sorted(["switching", *ON_THREE])
 
 
@@ -43,7 +43,7 @@ ENDS = {"identity": "4.1e-08", "top-1 with feedback": "3.7e-08", "sign with feed
 
 def counterexample(steps: int, *names: str) -> dict[str, tuple[float, int]]:
     """‖x‖ at the end, from 1.7, and the step at which it passed 1e6, or -1."""
-    said = mpirun(3, PROGRAM, "counterexample", str(steps), *names, timeout=240)
+    said = mpirun(3, PROGRAM, "counterexample", str(steps), *names)
     return {m[1]: (float(m[2]), int(m[3])) for m in re.finditer(r"^([\w -]+): ([\d.e+-]+) (-?\d+)$", said, re.MULTILINE)}
 
 

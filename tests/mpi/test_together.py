@@ -29,9 +29,10 @@ def test_a_checkpoint_function_that_one_rank_alone_calls(case: str, tmp_path: Pa
     alone, what, steps, expected = CASES[case]
     require_mpirun()
     args = alone, what, str(steps), str(tmp_path / "a")
-    limit = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
+    # Only where nothing else ends it: a rank that is merely late for something else would be ended by it, too.
+    limit = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"} if what == "allreduce" else {}
     # After a stall the rank that waited still has something on its way, and the watchdog ends the job.
-    output = run_job(["mpirun", "-n", "2"], "tests/mpi/program_together.py", args, timeout=60, env=limit, expect_failure=None)
+    output = run_job(["mpirun", "-n", "2"], "tests/mpi/program_together.py", args, env=limit, expect_failure=None)
     for text in expected:
         assert text in output
     assert not (tmp_path / "a").exists()

@@ -14,7 +14,7 @@ def job(n: int, program: str, *args: str, ulfm: bool = True, env: dict[str, str]
     """What the ranks printed; status 0 is expected unless it `fails`, though some were killed."""
     require_mpirun()
     launcher = ["mpirun", *(["--with-ft", "ulfm"] if ulfm else []), "-n", str(n)]
-    return run_job(launcher, program, args, timeout=150, env=SHRINK | (env or {}), expect_failure=fails)
+    return run_job(launcher, program, args, env=SHRINK | (env or {}), expect_failure=fails)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tests.ranks import mpirun, run_job
 
 
 def test_what_scripts_use(tmp_path: Path) -> None:
-    said = mpirun(2, "tests/torch/program_backend.py", str(tmp_path / "meet"), timeout=90)
+    said = mpirun(2, "tests/torch/program_backend.py", str(tmp_path / "meet"))
     assert all(f"rank {r} of 2: all right" in said for r in range(2))
 
 
@@ -29,7 +29,7 @@ def test_one_process_needs_no_launcher() -> None:
         print(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), compression.traffic.payload > 0)
         hvd.shutdown()
     """
-    assert "0 1 0 1 True" in run_job([], program, timeout=60)
+    assert "0 1 0 1 True" in run_job([], program)
 
 
 @pytest.mark.parametrize("end", ["", "dist.destroy_process_group()"], ids=["", "destroys"])

@@ -24,7 +24,7 @@ PROGRAM = "tests/torch/program_ddp.py"
 def test_the_bits_are_those_of_our_optimizer_over_the_same_network(n: int, what: list[str], tmp_path: Path) -> None:
     """Weights and state of the methods that stand for all (with --full: of all), with a schedule and an undone step, and however DDP forms its
     buckets; then what scripts do with it."""
-    said = mpirun(n, PROGRAM, str(tmp_path / "meet"), *what, timeout=150)
+    said = mpirun(n, PROGRAM, str(tmp_path / "meet"), *what)
     assert all(f"rank {r} of {n}: all right" in said for r in range(n))
 
 
@@ -38,7 +38,7 @@ def test_a_script_started_by_torchrun_gives_the_weights_of_the_one_started_by_mp
     """DDP's hook, and `torch_backend` in the script that Horovod and MPI run, too."""
     options = ("--method", "double_squeeze", "--epochs", "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    mine = hash_of(run_job(torchrun, REPO / "examples" / "ddp.py", options, timeout=120))
-    assert mine == hash_of(run_job(torchrun, REPO / "examples" / "digits.py", ("--backend", "torch", *options), timeout=120))
-    assert mine == hash_of(mpirun(2, REPO / "examples" / "digits.py", *options, timeout=120))
-    assert mine != hash_of(mpirun(2, REPO / "examples" / "digits.py", "--method", "one_bit", *options[2:], timeout=120)), "control"
+    mine = hash_of(run_job(torchrun, REPO / "examples" / "ddp.py", options))
+    assert mine == hash_of(run_job(torchrun, REPO / "examples" / "digits.py", ("--backend", "torch", *options)))
+    assert mine == hash_of(mpirun(2, REPO / "examples" / "digits.py", *options))
+    assert mine != hash_of(mpirun(2, REPO / "examples" / "digits.py", "--method", "one_bit", *options[2:])), "control"

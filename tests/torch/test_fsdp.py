@@ -14,7 +14,7 @@ from tests.ranks import mpirun
 
 def test_two_replicas_of_two_shards(tmp_path: Path) -> None:
     """Bits of torch's own without compression, of simulated workers with it; checkpoints, accumulation, infs, and wrong use."""
-    said = mpirun(4, "tests/torch/program_fsdp.py", str(tmp_path / "meet"), timeout=200)
+    said = mpirun(4, "tests/torch/program_fsdp.py", str(tmp_path / "meet"))
     assert all(f"rank {r} of 4: all right" in said for r in range(4))
 
 

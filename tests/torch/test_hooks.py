@@ -13,7 +13,6 @@ from tests.ranks import REPO, run_job
 
 Outcomes = dict[tuple[str, str], str]
 START, END = "<!-- table of hooks: made by the tests -->", "<!-- end of the table of hooks -->"
-pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def everything(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="module")
 def found(everything: bool) -> dict[str, Outcomes]:
-    said = run_job([], "tests/torch/program_hooks.py", ("everything" if everything else "some",), timeout=1200 if everything else 200)
+    said = run_job([], "tests/torch/program_hooks.py", ("everything" if everything else "some",), timeout=1200)
     line = next(line for line in said.splitlines() if line.startswith("{"))
     return {whose: {(row, situation): text for row, situation, text in triples} for whose, triples in json.loads(line).items()}
 

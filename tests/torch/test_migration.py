@@ -34,7 +34,7 @@ def test_both_sides_of_every_page_train(tmp_path: Path) -> None:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         ports = ",".join(str(one.getsockname()[1]) for one in sockets)
-    said = mpirun(2, "tests/torch/program_migration.py", ports, *map(str, scripts), timeout=150)
+    said = mpirun(2, "tests/torch/program_migration.py", ports, *map(str, scripts))
     _, *parts = re.split(r"^== ", said, flags=re.MULTILINE)
     assert [part.split("\n")[0] for part in parts] == [s.name for s in scripts]
     losses = [float(re.search(r"loss (\d\.\d+)", part)[1]) for part in parts]  # type: ignore[index]

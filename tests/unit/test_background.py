@@ -64,11 +64,11 @@ def test_a_collector_may_close_it_in_its_own_thread() -> None:
 
 
 class _Late(Ready[list[torch.Tensor]]):
-    """Has not arrived before `arrives`; nobody waits longer than ten seconds."""
+    """Has not arrived before `arrives`; nobody waits longer than a minute."""
 
     def __init__(self, value: list[torch.Tensor], arrives: Callable[[], bool]) -> None:
         super().__init__(value)
-        self._arrives, self._until = arrives, time.monotonic() + 10
+        self._arrives, self._until = arrives, time.monotonic() + 60
 
     def done(self) -> bool:
         assert time.monotonic() < self._until, "it was waited for"

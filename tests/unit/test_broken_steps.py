@@ -79,7 +79,7 @@ def with_a_failure(make: Callable[[], Any], rank_that_fails: int | None, how: st
                 raised += f"{t}: {error}"
         return weights(model, optimizer.compression), raised, optimizer.compression.undone_steps
 
-    return run_simulated(2, worker, timeout=20)
+    return run_simulated(2, worker)
 
 
 @pytest.mark.parametrize("how", ["step", "next batch"])

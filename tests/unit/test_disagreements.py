@@ -47,7 +47,7 @@ def disagreement(make: Callable[[bool], Any], model_of: Callable[[bool], torch.n
             return str(error), torch.equal(weights(model), before)
         return "nothing was raised", False
 
-    return run_simulated(N, worker, timeout=20)
+    return run_simulated(N, worker)
 
 
 @pytest.mark.parametrize("what", DISAGREEMENTS)

@@ -39,7 +39,6 @@ def built(folder: Path) -> Path:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)  # mostly of the compiler, which has much to instrument
 @compiled
 @pytest.mark.skipif(shutil.which("g++") is None or preloaded_sanitizer() is None, reason="no g++ with libasan")
 def test_no_payload_breaks_a_decoder(tmp_path: Path) -> None:

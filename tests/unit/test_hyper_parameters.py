@@ -68,7 +68,7 @@ def test_a_step_that_is_refused_is_none(case: Case) -> None:
         assert not torch.equal(x, weights(model, compression)), "training goes on"
         return weights(model, compression)
 
-    found = run_simulated(2, worker, timeout=30)
+    found = run_simulated(2, worker)
     assert same_bits(found) and found[0].isfinite().all()
 
 
@@ -93,7 +93,7 @@ def test_a_worker_that_goes_on_where_the_others_rest(name: str, value: float) ->
             train(model, optimizer, transport.rank, [3])
         return str(told.value)
 
-    found = run_simulated(2, worker, timeout=20)
+    found = run_simulated(2, worker)
     expected = "rank 1: param group 1 of SGD has lr=nan" if math.isnan(value) else "learning rate of param group 1 is 0 on rank 0, and not on rank 1"
     assert found[0] == found[1] and expected in found[0]
 

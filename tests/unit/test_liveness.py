@@ -25,7 +25,7 @@ TOKEN = b"t" * 16
 def bound() -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind(("127.0.0.1", 0))
-    sock.settimeout(5)
+    sock.settimeout(60)
     return sock
 
 
@@ -50,7 +50,7 @@ def test_damaged_datagrams_are_lost_ones() -> None:
             there.sendto(TOKEN + content, here.getsockname())
         there.sendto(b"another job's", here.getsockname())
         heard: list[Any] = []
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while len(heard) < 3 and time.monotonic() < deadline:
             heard += mail.received()
         assert [[kind, sender, *content] for kind, sender, content in heard] == good

@@ -29,7 +29,6 @@ def test_one_worker_computes_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("ends", ["raises", "returns"])
-@pytest.mark.timeout(30)
 def test_a_worker_may_end_while_a_thread_of_its_own_waits(ends: str) -> None:
     waited: list[object] = []
 
@@ -51,10 +50,10 @@ def test_a_worker_may_end_while_a_thread_of_its_own_waits(ends: str) -> None:
 
     if ends == "raises":
         with pytest.raises(ValueError, match="on purpose"):
-            run_simulated(3, worker, timeout=10)
+            run_simulated(3, worker)
     else:
-        assert run_simulated(3, worker, timeout=10) == [0, 3, 3]
-    deadline = time.monotonic() + 5
+        assert run_simulated(3, worker) == [0, 3, 3]
+    deadline = time.monotonic() + 60
     while not waited and time.monotonic() < deadline:
         time.sleep(0.01)
     assert waited and (waited == [3.0] or "rank 0 failed" in str(waited[0]))
@@ -63,7 +62,7 @@ def test_a_worker_may_end_while_a_thread_of_its_own_waits(ends: str) -> None:
 def test_who_looks_whether_something_is_done_lets_others_compute() -> None:
     def worker(transport: Transport) -> bool:
         handle = transport.allreduce_(torch.ones(1), "sum")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not handle.done() and time.monotonic() < deadline:
             pass
         return handle.done()

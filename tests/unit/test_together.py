@@ -59,7 +59,7 @@ def test_ranks_that_do_different_things_are_told_so(one: str, others: str, case:
             ACTS[one if transport.rank == 1 else others](setup, tmp_path)
         return str(error.value)
 
-    first, *rest = run_simulated(3, worker, timeout=20)
+    first, *rest = run_simulated(3, worker)
     assert all(text == first for text in rest)
     for what, ranks in ((one, "rank 1"), (others, "ranks 0, 2")):
         step = what == "a training step"
