@@ -148,10 +148,10 @@ def slurm(folder: Path, environment: dict[str, str]) -> Iterator[Slurm]:
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(left, 10)  # killed is not gone yet
+        psutil.wait_procs(left, 60)  # killed is not gone yet
         for started in running:
             started.kill()
-            started.wait(10)
+            started.wait(60)
         assert not _processes(configuration), "processes of Slurm or its jobs cannot be ended"
 
 

@@ -42,7 +42,7 @@ def lab() -> Iterator[str]:
 
 def netlab(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     pipe, out = subprocess.PIPE, subprocess.STDOUT
-    return subprocess.run([str(NETLAB), *arguments], env=rank_environment({"NETLAB": name}), stdout=pipe, stderr=out, text=True, timeout=120)
+    return subprocess.run([str(NETLAB), *arguments], env=rank_environment({"NETLAB": name}), stdout=pipe, stderr=out, text=True, timeout=600)
 
 
 def left(name: str) -> list[str]:
@@ -120,7 +120,7 @@ def test_scaling_is_measured_and_a_model_fitted(tmp_path: Path) -> None:
 def test_time_to_accuracy_and_what_misses_it(lab: str, tmp_path: Path) -> None:
     command = [sys.executable, str(REPO / "benchmarks" / "time_to_accuracy.py"), "--short", "--problems", "digits"]
     command += ["--json", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.svg"), "--curves", str(tmp_path / "curves.json")]
-    done = subprocess.run(command, env=rank_environment({"NETLAB": lab}), capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, env=rank_environment({"NETLAB": lab}), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and (tmp_path / "t.svg").stat().st_size > 1000, done.stdout + done.stderr
     found = json.loads((tmp_path / "t.json").read_text())["digits"]
     cell = found["pressures"]["3.0"]
@@ -157,7 +157,7 @@ def test_a_delay_is_kept_and_the_rate_too(lab: str) -> None:
 def test_a_delay_that_cannot_be_had_is_named(lab: str, environment: dict[str, str], message: str) -> None:
     environment = rank_environment({"NETLAB": lab, **environment})
     delay = "10" if "CXX" in environment else "long"
-    done = subprocess.run([str(NETLAB), "up", "2", "1gbit", "--delay", delay], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(NETLAB), "up", "2", "1gbit", "--delay", delay], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0 and message in done.stderr and not left(lab), done.stderr
 
 
@@ -167,7 +167,7 @@ def test_a_machine_without_tun_is_named(lab: str) -> None:
         pytest.skip("a delay needs TUN/TAP and a C++ compiler")
     arguments: list[str]
     for arguments, refused in (["--delay", "10"], True), ([], False):  # the control: without a delay nobody needs it
-        done = subprocess.run([*hidden, *arguments], env=rank_environment({"NETLAB": lab}), capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*hidden, *arguments], env=rank_environment({"NETLAB": lab}), capture_output=True, text=True, timeout=600)
         assert ("this machine has no /dev/net/tun: load the module 'tun'" in done.stderr) == refused == (done.returncode != 0), done.stderr
         assert not refused or not left(lab)
     assert netlab(lab, "down").returncode == 0
@@ -216,11 +216,11 @@ def test_the_hosts_control_congestion_alike_whatever_the_machine_does(lab: str) 
         pytest.skip("this machine does not allow reno")
     assert netlab(lab, "up", "1", "1gbit").returncode == 0
     inside = ["ip", "netns", "exec", f"{lab}-host-0", "cat", "/proc/sys/net/ipv4/tcp_congestion_control"]
-    said = subprocess.run(inside, capture_output=True, text=True, timeout=60)
+    said = subprocess.run(inside, capture_output=True, text=True, timeout=600)
     assert said.stdout.strip() == "reno"
     assert netlab(lab, "down").returncode == 0
     command = [str(NETLAB), "up", "1", "1gbit"]
-    done = subprocess.run(command, env=rank_environment({"NETLAB": lab, "NETLAB_CONGESTION": "none"}), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=rank_environment({"NETLAB": lab, "NETLAB_CONGESTION": "none"}), capture_output=True, text=True, timeout=600)
     assert done.returncode != 0 and "the congestion control 'none' is not to be had; allowed are: " in done.stderr and not left(lab), done.stderr
 
 
@@ -231,7 +231,7 @@ def test_without_root_it_says_so() -> None:
             pytest.skip("setpriv is missing")
     else:
         command = ["bash", "-s", "up", "2", "1gbit"]
-    done = subprocess.run(command, input=NETLAB.read_text(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, input=NETLAB.read_text(), capture_output=True, text=True, timeout=600)
     assert done.returncode != 0 and "need root" in done.stderr, done.stderr
 
 

@@ -13,8 +13,8 @@ from tests.ranks import REPO, rank_environment, require_horovod, require_mpirun
 def test_every_road_is_found_to_work() -> None:
     require_mpirun()
     require_horovod()
-    command = [sys.executable, "-c", "import sys; from hvd_ecsgd.cli import main; sys.exit(main(['doctor', '--json', '--limit', '200']))"]
-    done = subprocess.run(command, cwd=REPO, env=rank_environment(), capture_output=True, text=True, timeout=290)
+    command = [sys.executable, "-c", "import sys; from hvd_ecsgd.cli import main; sys.exit(main(['doctor', '--json', '--limit', '400']))"]
+    done = subprocess.run(command, cwd=REPO, env=rank_environment(), capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     by_name = {(f["part"], f["name"]): f for f in found["findings"]}

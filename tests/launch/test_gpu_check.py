@@ -18,7 +18,7 @@ from tests.ranks import REPO, require_mpirun
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHON": sys.executable, "WHEELS": "/nowhere"}
-    return subprocess.run(["launch/gpu_check.sh", *arguments], cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(["launch/gpu_check.sh", *arguments], cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the check would be run as a whole")

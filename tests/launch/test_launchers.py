@@ -48,7 +48,7 @@ def machine(tmp_path: Path) -> dict[str, str]:
 
 def command(script: str, machine: dict[str, str], *arguments: str) -> list[str]:
     """The command that a dry run prints on standard output, and nothing else there."""
-    done = subprocess.run([str(REPO / "launch" / script), "--dry-run", *arguments], env=machine, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(REPO / "launch" / script), "--dry-run", *arguments], env=machine, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = done.stdout.splitlines()
     return shlex.split(line)

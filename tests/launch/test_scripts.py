@@ -50,7 +50,7 @@ def environment(path: Path | str, **more: str) -> dict[str, str]:
 
 def run(command: list[str], env: dict[str, str], cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
     null, pipe, out = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
-    return subprocess.run(command, env=env, cwd=cwd, stdin=null, stdout=pipe, stderr=out, text=True, timeout=120)
+    return subprocess.run(command, env=env, cwd=cwd, stdin=null, stdout=pipe, stderr=out, text=True, timeout=600)
 
 
 def source(text: str) -> list[str]:

@@ -191,23 +191,23 @@ def test_srun_and_each_task_are_told_of_the_processors_that_the_job_asked_for(cl
 def test_outside_of_a_job_the_one_for_torchrun_explains_itself_too() -> None:
     env = {k: v for k, v in rank_environment().items() if not k.startswith("SLURM_")}
     command = ["bash", str(BATCH / "torchrun.sbatch")]
-    helped = subprocess.run([*command, "--help"], env=env, cwd=REPO, capture_output=True, text=True, timeout=60)
+    helped = subprocess.run([*command, "--help"], env=env, cwd=REPO, capture_output=True, text=True, timeout=600)
     assert helped.returncode == 0 and "sbatch launch/slurm/torchrun.sbatch" in helped.stdout and "set -euo" not in helped.stdout
-    dry = subprocess.run([*command, "--dry-run", "python", "x.py"], env=env | {"RANKS": "3"}, cwd=REPO, capture_output=True, text=True, timeout=60)
+    dry = subprocess.run([*command, "--dry-run", "python", "x.py"], env=env | {"RANKS": "3"}, cwd=REPO, capture_output=True, text=True, timeout=600)
     expected = r"srun --nodes=2 .*/launch/torchrun\.sh --ranks 3 --nodes 2 --endpoint node0:29400 --id 0 --max-restarts 0 -- python x\.py\n"
     assert dry.returncode == 0 and re.fullmatch(expected, dry.stdout), dry.stdout + dry.stderr
-    refused = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=600)
     assert refused.returncode == 1 and "error: this is no Slurm job." in refused.stderr
 
 
 @pytest.mark.parametrize("file", ["mpi.sbatch", "horovod.sbatch"])
 def test_outside_of_a_job_they_explain_themselves(file: str) -> None:
     env = {k: v for k, v in rank_environment().items() if not k.startswith("SLURM_")}
-    helped = subprocess.run(["bash", str(BATCH / file), "--help"], env=env, cwd=REPO, capture_output=True, text=True, timeout=60)
+    helped = subprocess.run(["bash", str(BATCH / file), "--help"], env=env, cwd=REPO, capture_output=True, text=True, timeout=600)
     assert helped.returncode == 0 and f"sbatch launch/slurm/{file}" in helped.stdout and "set -euo" not in helped.stdout
-    dry = subprocess.run(["bash", str(BATCH / file), "--dry-run", "python", "x.py"], env=env, cwd=REPO, capture_output=True, text=True, timeout=60)
+    dry = subprocess.run(["bash", str(BATCH / file), "--dry-run", "python", "x.py"], env=env, cwd=REPO, capture_output=True, text=True, timeout=600)
     assert dry.returncode == 0 and re.fullmatch(r"srun --mpi=pmix .*--export=ALL python x\.py\n", dry.stdout), dry.stdout + dry.stderr
     dry = subprocess.run(["bash", str(BATCH / file), "ls"], env=env | {"DRY_RUN": "1", "START": "mpirun"}, cwd=REPO, capture_output=True, text=True)
     assert dry.returncode == 0 and re.fullmatch(r"mpirun .*-n 2 .*ls\n", dry.stdout), dry.stdout + dry.stderr
-    refused = subprocess.run(["bash", str(BATCH / file)], env=env, cwd=REPO, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(["bash", str(BATCH / file)], env=env, cwd=REPO, capture_output=True, text=True, timeout=600)
     assert refused.returncode == 1 and "error: this is no Slurm job." in refused.stderr

@@ -37,7 +37,7 @@ def run_and_cut(hosts: TwoHosts, folder: Path, launcher: str, ended: Callable[[]
         for pid in hosts.processes():
             with contextlib.suppress(psutil.Error):  # it may be just ending by itself
                 psutil.Process(pid).kill()
-        job.wait(20)
+        job.wait(120)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, log: Path) -> None:

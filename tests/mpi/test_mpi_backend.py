@@ -212,7 +212,7 @@ assert mpi_backend.size() == 1
 import atexit
 print("ok", flush=True)
 """
-    result = subprocess.run([sys.executable, "-c", code], env=rank_environment(), cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run([sys.executable, "-c", code], env=rank_environment(), cwd=REPO, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0 and result.stdout.strip() == "ok" and not result.stderr, result.stdout + result.stderr
 
 

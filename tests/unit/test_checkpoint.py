@@ -223,7 +223,7 @@ try:
 except hvd_ecsgd.CheckpointError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code, os.devnull + "-nowhere"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, os.devnull + "-nowhere"], capture_output=True, text=True, timeout=600)
     assert "pip install safetensors" in done.stdout, done.stdout + done.stderr
 
 

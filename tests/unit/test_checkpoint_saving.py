@@ -79,7 +79,7 @@ def test_a_full_and_a_read_only_disk(kind: str, message: str, tmp_path: Path) ->
     if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "sh", "-c", f"mount -t tmpfs tmpfs {tmp_path}"], capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
     env = {**os.environ, "PROGRAM": FULL}
-    done = subprocess.run(["unshare", "-m", "sh", "-c", mount], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["unshare", "-m", "sh", "-c", mount], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "refused:" in done.stdout
     assert message in done.stdout
@@ -115,7 +115,7 @@ fcntl.flock(file, fcntl.LOCK_EX)
 file.write("job 7")
 file.flush()
 print("holding", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
     setup = Setup(CASE, SelfTransport())
     with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path / "saving.lock")], stdout=subprocess.PIPE) as other:

@@ -28,7 +28,7 @@ def start(store: HashStore, size: int, late: int) -> list[str]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert set(found) == {f"start {id(found)}"}
     return found
 

@@ -30,7 +30,7 @@ def found() -> dict[str, Any]:
     """By check what differed. In a process of its own, as Triton must know before it is imported that it is to interpret."""
     command = [sys.executable, "tests/gpu/program_kernels.py", "cpu", "--short"]
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
     lines = re.findall(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
     assert lines, done.stdout[-2000:] + done.stderr[-2000:]
     result: dict[str, Any] = json.loads(lines[-1])
