@@ -70,7 +70,7 @@ part 'ruff check .' ruff check .
 part 'ruff format --check .' ruff format --check .
 part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
 # Not --quiet, with which warnings are no errors (MkDocs 1.6).
-part 'mkdocs build --strict' env NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+part 'mkdocs build --strict' env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir "$KEPT/site"   # not where another run writes one
 part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun benchmarks/netlab.sh .ci/run
 
 part 'pytest, one process' tests "${ALONE[@]}" -n auto --maxprocesses 8 "$@"
