@@ -42,6 +42,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "detached": lambda: Compression.detached(64),
     "one_bit": lambda: Compression.one_bit(),
     "fp16": lambda: Compression.fp16(error_feedback=True),
+    "fp16 without feedback": lambda: Compression.fp16(),
     "bf16": lambda: Compression.bf16(error_feedback=True),
     "random_k": lambda: Compression.random_k(100),
     "threshold": lambda: Compression.threshold(100),
@@ -98,10 +99,12 @@ STREAMS: dict[str, Callable[[tuple[Any, ...]], float]] = {
     "ternary_extract": lambda a: 2 if a[6] else 3,
     "ternary_decode": lambda a: 2 if a[6] else 1,
     "cast_extract": lambda a: 2,
+    "cast_extract_from": lambda a: 1,
     "cast_decode": lambda a: 2 if a[7] else 1,
     "natural_extract": lambda a: 2,
     "natural_decode": lambda a: 2 if a[6] else 1,
     "qsgd_extract": lambda a: 2,
+    "qsgd_extract_from": lambda a: 1,
     "qsgd_decode": lambda a: 2 if a[9] else 1,
     "positions_decode": lambda a: 0 if a[8] else 1,
     "top_k": lambda a: 1,
@@ -129,7 +132,8 @@ class Passes(TorchDispatchMode):
                 start = time.thread_time()
                 result = super().call(name, *arguments)
                 seconds, streams = time.thread_time() - start, STREAMS.get(name)
-                passes.add(name, streams(arguments) * _elements(arguments[2:4]) if streams else 0.0, seconds)
+                of = arguments[1:3] if name.endswith("_extract_from") else arguments[2:4]  # which have no buffer
+                passes.add(name, streams(arguments) * _elements(of) if streams else 0.0, seconds)
                 return result
 
         self.library = Watched(FILE)

@@ -19,6 +19,7 @@ from .transport.base import Handle, Transport
 from .values import (
     NO_SEGMENTS,
     Accumulated,
+    Extraction,
     GroupSettings,
     Lent,
     Part,
@@ -38,7 +39,8 @@ from .values import (
 )
 from .verdicts import Verdict
 
-__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Feedback", "GroupSettings", "Lent", "Part", "Places",
+__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Extraction",
+           "ExtractsAhead", "Feedback", "GroupSettings", "Lent", "Part", "Places",
            "Result", "Reversals", "Role",
            "Slot", "Slots", "Sparse", "State", "Steps", "StepContext", "Sums", "Takes", "Task", "Tells", "Traffic", "UnbiasedCompressor", "UsesSums",
            "Verdict", "Wanted", "add_sum_", "decode_sum_", "poison", "settled", "slot_of", "wanted", "zeros"]  # fmt: skip
@@ -132,6 +134,14 @@ class UsesSums(Protocol):
 
     def extract_by_sums_(self, buffer: torch.Tensor, segments: Segments, key: Key, sums: Sums) -> torch.Tensor:
         """`Compressor.extract_`, to the bit. `sums` are those of the buffer's segments."""
+        ...
+
+
+class ExtractsAhead(Protocol):
+    """A compressor that looks at a few elements at a time: it can take them of gradients of which nothing is kept, without a buffer."""
+
+    def extraction(self, segments: Segments, key: Key) -> Extraction | None:
+        """What gives the bits of `Compressor.extract_`; None where no kernel does."""
         ...
 
 
@@ -396,7 +406,9 @@ class Task:
     def extract_(self, stage: str, segments: Segments | None = None, *, travels_in_place: bool = False) -> torch.Tensor:
         """The worker's payload for `segments` (all by default). `travels_in_place`: the transport will overwrite it, so undoing needs a copy."""
         segments = self.segments if segments is None else segments
-        key, tells = self.ctx.key(self.compressor, stage), isinstance(self.accumulated.finite, torch.Tensor) and isinstance(self.compressor, Tells)
+        key = self.ctx.key(self.compressor, stage)
+        ahead = self._extracted_ahead(segments, key)
+        tells = isinstance(self.accumulated.finite, torch.Tensor) and isinstance(self.compressor, Tells)
         if not tells and self.poisoned:
             return poison(self.compressor, segments, key)
         if self.absent:
@@ -406,7 +418,9 @@ class Task:
         else:
             self.extracted += segments.numel
             sums = self.accumulated.sums_of(segments)
-            if sums is None:
+            if ahead is not None:
+                payload = ahead
+            elif sums is None:
                 payload = self.compressor.extract_(self.buffer, segments, key)
             else:
                 payload = cast(UsesSums, self.compressor).extract_by_sums_(self.buffer, segments, key, sums)
@@ -416,6 +430,13 @@ class Task:
         if tells:
             self._tell(payload, segments)
         return payload
+
+    def _extracted_ahead(self, segments: Segments, key: Key) -> torch.Tensor | None:
+        """The payload, where it is made of the gradients themselves."""
+        if not self.accumulated.waits or segments is not self.segments or self.absent or not _agrees(type(self.compressor), "extraction", "extract_"):
+            return None
+        extraction = cast(ExtractsAhead, self.compressor).extraction(segments, key)
+        return extraction.payload if extraction is not None and self.accumulated.extract_(extraction) else None
 
     def _tell(self, payload: torch.Tensor, segments: Segments) -> None:
         """Make the payload one that decodes to NaN, where gradients were not finite: the device knows by the time that it gets there."""
@@ -442,6 +463,7 @@ class Task:
 
     def result(self) -> torch.Tensor:
         """The tensor to decode into; it holds anything. Gradients may live in it (Horovod), so ask for it once nothing reads them any more."""
+        self.accumulated.settle()
         self.into.touched = None
         return self.into.buffer
 
@@ -456,6 +478,7 @@ class Task:
             for compressor, table, payloads in parts:
                 decode_sum_(out, compressor, table, payloads, alpha)
             return out
+        self.accumulated.settle()
         for compressor, table, payloads in parts:
             lent.write(partial(decode_sum_, lent.memory, compressor, lent.table(table), payloads, alpha))
         return lent.memory

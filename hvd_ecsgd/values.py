@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .verdicts import Verdict
 
 __all__ = [
     "Accumulated",
+    "Extraction",
     "GroupSettings",
     "Lent",
     "NO_SEGMENTS",
@@ -290,6 +291,15 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Extraction:
+    """What a compressor's compiled `kernel` takes of gradients, part by part: where its `payload` goes, and what else the kernel is told."""
+
+    kernel: Literal["cast", "qsgd"]
+    payload: torch.Tensor
+    arguments: tuple[float | np.ndarray, ...]
+
+
+@dataclass(frozen=True)
 class Accumulated:
     """What reading the gradients once gives: the flat `buffer` to extract from, and whether all of them were `finite`; if not, nothing was
     accumulated, and there is no buffer. Where a GPU alone knows, there is one, of which what is extracted must not be used.
@@ -298,6 +308,18 @@ class Accumulated:
     buffer: torch.Tensor
     finite: Verdict = True
     sums: Sums | None = None
+
+    @property
+    def waits(self) -> bool:
+        """The gradients were not read so far: they are when somebody looks at what is asked for here, or by `settle` or `extract_`."""
+        return False
+
+    def settle(self) -> None:
+        """Read the gradients now, where that has waited."""
+
+    def extract_(self, extraction: Extraction) -> bool:
+        """Extract from gradients that wait. False where that cannot be, or some gradient holds an inf or NaN (`finite` tells)."""
+        return False
 
     def sums_of(self, segments: Segments) -> Sums | None:
         """The sums of one of the tables that were named, unless the buffer was written to since, but by compressors' kernels."""

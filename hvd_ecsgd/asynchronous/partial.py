@@ -91,7 +91,7 @@ class PartialSteps:
         if gradients:
             accumulated = bucket.method.feedback.accumulate_(bucket.part, gradients, ctx)
             if gauge is not None:
-                gauge.accumulated(gradients, accumulated.buffer, bucket, settings)
+                gauge.accumulated(gradients, accumulated, bucket, settings)
         else:
             if residual is not None and ctx.carry != 1.0:
                 residual.mul_(ctx.carry)  # which the rule's `undo_` takes back

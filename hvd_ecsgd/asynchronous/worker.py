@@ -194,7 +194,7 @@ class Worker:
         if not accumulated.finite:
             accumulated = Accumulated.nothing(bucket.segments)
         if gauge is not None:
-            gauge.accumulated(given, accumulated.buffer, bucket, group)
+            gauge.accumulated(given, accumulated, bucket, group)
             gauge.paused(None)
         return _Accumulated(bucket, given, ctx, accumulated.buffer, gauge)
 

@@ -9,6 +9,7 @@ import torch
 
 from ..arguments import check_choice, check_flag
 from ..kernels import all_finite, kernels_for
+from ..protocols import Extraction
 from ..segments import Key, Segments
 from ..verdicts import Verdict
 from .base import Operator, check_payload
@@ -54,9 +55,7 @@ class Cast(Operator):
         return payload[:1], math.nan
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
-        payload = segments.scratch(self.dtype)
-        info = torch.finfo(self.dtype)
-        limit = info.max / key.size * (1 - info.eps) if self.saturate else math.inf  # rounding must not push it back over
+        payload, limit = segments.scratch(self.dtype), self._limit(key)
         if native := kernels_for(buffer, segments, "cast"):
             native.cast_extract_(payload, limit)
             return payload
@@ -67,6 +66,14 @@ class Cast(Operator):
             view.sub_(part if all_finite(part) else part.nan_to_num(0.0, 0.0, 0.0))
             at += view.numel()
         return payload
+
+    def extraction(self, segments: Segments, key: Key) -> Extraction:
+        return Extraction("cast", segments.scratch(self.dtype), (self.dtype == torch.bfloat16, self._limit(key)))
+
+    def _limit(self, key: Key) -> float:
+        """Magnitudes beyond it are sent as that."""
+        info = torch.finfo(self.dtype)
+        return info.max / key.size * (1 - info.eps) if self.saturate else math.inf  # rounding must not push it back over
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, self.dtype, segments.numel, "cast")

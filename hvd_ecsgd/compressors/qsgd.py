@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ..arguments import check_choice, check_integer
-from ..kernels import all_finite, kernels_for, pack_codes, uniform, unpack_codes
+from ..kernels import LONGEST_BUCKET, all_finite, kernels_for, pack_codes, uniform, unpack_codes
+from ..protocols import Extraction
 from ..segments import Key, Segments, aligned
 from ..verdicts import Verdict
 from .base import BytePayload, check_payload, contraction, n_rows, rows, warn_once
@@ -76,8 +78,7 @@ class QSGD(BytePayload):
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = segments.payload(self.payload_size(segments))
         if native := kernels_for(buffer, segments, "qsgd"):
-            keys = [key.bits(s, "levels") for s in segments]
-            native.qsgd_extract_(payload, keys, self.levels, self.bucket, self.bits, self.norm == "max")
+            native.qsgd_extract_(payload, self._keys(segments, key), self.levels, self.bucket, self.bits, self.norm == "max")
             return payload
         norms, at = self._parts(payload, segments)
         i = 0
@@ -98,6 +99,15 @@ class QSGD(BytePayload):
             payload[at : at + n_bytes] = codes if self.bits == 8 else pack_codes(codes, self.bits)
             at += n_bytes
         return payload
+
+    def extraction(self, segments: Segments, key: Key) -> Extraction | None:
+        if self.bucket > LONGEST_BUCKET:
+            return None
+        settings = (self.levels, self.bucket, self.bits, self.norm == "max")
+        return Extraction("qsgd", segments.payload(self.payload_size(segments)), (np.array(self._keys(segments, key), np.uint64), *settings))
+
+    def _keys(self, segments: Segments, key: Key) -> list[int]:
+        return [key.bits(s, "levels") for s in segments]
 
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
         check_payload(payload, torch.uint8, self.payload_size(segments), "qsgd")

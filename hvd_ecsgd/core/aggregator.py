@@ -181,7 +181,7 @@ class Aggregator:
         part = replace(bucket.part, wanted=wanted(compressor, exchange, bucket.segments, transport.size), flat=flat)
         accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(part, gradients, ctx)
         if gauge is not None:
-            gauge.accumulated(gradients, accumulated.buffer, bucket, group)
+            gauge.accumulated(gradients, accumulated, bucket, group)
         task = Task(
             name=bucket.name,
             segments=bucket.segments,
@@ -199,7 +199,9 @@ class Aggregator:
         rescale = 1.0 if feedback.takes.update else scale_of(self.state, group)
         steps = local_step(task) if self.state.local else exchange.run(task, transport)
         waits_once = getattr(exchange, "waits_once", False)
-        return BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, waits_once, gauge)
+        step = BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, waits_once, gauge)
+        accumulated.settle()  # where the exchange has not looked at it
+        return step
 
     @torch.no_grad()
     def finish_step(self, reductions: Sequence[BucketStep], gradients_gone: bool = False, transport: Transport | None = None) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from ..errors import CompressionError
-from ..protocols import GroupSettings, Task, Traffic
+from ..protocols import Accumulated, GroupSettings, Task, Traffic
 from ..transport.base import Handle
 from .bucket import Bucket
 from .state import MethodState
@@ -78,15 +78,16 @@ class Gauge:
         self._sent_at: float | None = None
         self._since = time.perf_counter()
 
-    def accumulated(self, gradients: Sequence[torch.Tensor], buffer: torch.Tensor, bucket: Bucket, settings: GroupSettings) -> None:
-        """The gradients were read, and `buffer` is what is to be compressed: the flat one of the bucket, or empty where they hold an inf or NaN."""
-        if self.norms is None or not buffer.numel():
+    def accumulated(self, gradients: Sequence[torch.Tensor], accumulated: Accumulated, bucket: Bucket, settings: GroupSettings) -> None:
+        """The gradients were read into what is to be compressed: a buffer, which is empty where they hold an inf or NaN. As it may wait, it is looked
+        at where norms are wanted alone."""
+        if self.norms is None or not accumulated.buffer.numel():
             return
         begin = time.perf_counter()
         self.norms.gradient = sum(_square(g) for g in gradients)
         if not bucket.method.lossless:
             self.norms.compressed = self.norms.gradient * (settings.lr**2 if bucket.method.feedback.unit == "update" else 1.0)
-            self.norms.buffer = _square(buffer)
+            self.norms.buffer = _square(accumulated.buffer)
         self._sampled(begin)
 
     def paused(self, pending: Handle[Any] | None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import Addition
+from ..kernels import Addition, Native, Unread, kernels_for
 from ..protocols import Accumulated, Feedback, Part, Slots, StepContext
 from ..segments import Segments
 from .base import GradientUnit
@@ -17,7 +17,8 @@ __all__ = ["NoFeedback"]
 
 @dataclass(frozen=True)
 class NoFeedback(GradientUnit):
-    """buffer = g, a scratch copy, or the gradients themselves where they may be written to. Unit: gradient."""
+    """buffer = g, a scratch copy, or the gradients themselves where they may be written to; none where a compressor takes of them without. Unit:
+    gradient."""
 
     def for_dense(self) -> Feedback:
         return self
@@ -26,7 +27,11 @@ class NoFeedback(GradientUnit):
         return {}
 
     def accumulate_(self, part: Part, gradients: Sequence[torch.Tensor], ctx: StepContext) -> Accumulated:
-        return super().accumulate_(part, gradients, ctx) if part.flat is None else Accumulated(part.flat)
+        if part.flat is not None:
+            return Accumulated(part.flat)
+        if part.wanted is None and isinstance(kernels_for(None, part.segments, "extract"), Native):
+            return Unread(self.addition(part, ctx), gradients, part.parameters)
+        return super().accumulate_(part, gradients, ctx)
 
     def addition(self, part: Part, ctx: StepContext) -> Addition:
         return Addition(part.segments, part.segments.scratch(), 0.0)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..protocols import Accumulated, Sums, Wanted
+from ..protocols import Accumulated, Extraction, Sums, Wanted
 from ..segments import Segments
 from ..verdicts import Verdict, known
 from . import native
 
-__all__ = ["Addition"]
+__all__ = ["Addition", "Unread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +109,10 @@ class Addition:
     def _compiled(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], sums: Sums | None = None) -> Verdict | None:
         """What the compiled kernel says; None where the reference is to run."""
         kernels = native.kernels_for(self.buffer, self.segments, "accumulate")
-        of = self.buffer.device
-        kind, point_kind = native.common_type(gradients, of), native.common_type(parameters if self.decay else gradients, of)
         flat = [t for t in (self.momentum, self.displacement) if t is not None]
-        if kernels is None or kind is None or point_kind is None or not all(t.dtype == self.buffer.dtype and t.is_contiguous() for t in flat):
+        if kernels is None or not all(t.dtype == self.buffer.dtype and t.is_contiguous() for t in flat):
             return None
-        narrow = self.buffer.dtype == torch.float32
-        if any(k != self.buffer.dtype and not (narrow and k in (torch.float16, torch.bfloat16)) for k in (kind, point_kind)):
+        if not self.reads(gradients) or (self.decay and not self.reads(parameters)):
             return None
         points = parameters if self.decay else None
         if sums is None:
@@ -124,5 +121,63 @@ class Addition:
         return kernels.accumulate_(self.momentum, self.displacement, gradients, points, self._factors, sums)
 
     @property
+    def copies(self) -> bool:
+        """buffer ← g, and nothing else."""
+        return self.momentum is None and (self.carry, self.gradient, self.decay) == (0.0, 1.0, 0.0)
+
+    def reads(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Compiled kernels read gradients or parameters like these, all of one type: the buffer's, or a narrower one."""
+        kind, own = native.common_type(tensors, self.buffer.device), self.buffer.dtype
+        return kind is not None and (kind == own or (own == torch.float32 and kind in (torch.float16, torch.bfloat16)))
+
+    @property
     def _factors(self) -> np.ndarray:
         return np.array([self.carry, self.gradient, self.decay, self.mu, self.of_momentum], np.float64)
+
+
+class Unread(Accumulated):
+    """As `Accumulated`, of gradients that are read when somebody looks at it, or by what is extracted from them: without a buffer then.
+
+    `addition`: that which copies them into a buffer of which nothing is kept.
+    """
+
+    def __init__(self, addition: Addition, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
+        self._given: tuple[Addition, Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = (addition, gradients, parameters)
+        self._made: Accumulated | None = None
+
+    def _done(self) -> Accumulated:
+        if self._made is None:
+            assert self._given is not None
+            addition, gradients, parameters = self._given
+            self._made, self._given = addition.accumulated_(gradients, parameters), None
+        return self._made
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        return self._done().buffer
+
+    @property
+    def finite(self) -> Verdict:
+        return self._done().finite
+
+    @property
+    def sums(self) -> Sums | None:
+        return self._done().sums
+
+    @property
+    def waits(self) -> bool:
+        return self._given is not None
+
+    def settle(self) -> None:
+        self._done()
+
+    def extract_(self, extraction: Extraction) -> bool:
+        if self._given is None:
+            return False
+        addition, gradients, _ = self._given
+        kernels = native.kernels_for(None, addition.segments, "extract")
+        if not (isinstance(kernels, native.Native) and addition.copies and addition.reads(gradients)):
+            return False
+        finite = kernels.extract_from_(gradients, extraction)
+        self._made, self._given = Accumulated(addition.buffer) if finite else Accumulated.nothing(addition.segments), None
+        return finite

@@ -50,6 +50,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         *(_int, _pointer, *_TABLE, _pointer, _pointer, _int, _pointer, _int, _pointer, _pointer),
         *(*_TABLE, _int, _int, _pointer, _pointer, _int),
     ),
+    "cast_extract_from": (_int, *_TABLE, _int, _pointer, _pointer, _int, _double, _int),
+    "qsgd_extract_from": (_int, *_TABLE, _int, _pointer, _pointer, _pointer, _long, _long, _int, _int, _int),
     "shift": (_int, _pointer, *_TABLE, _pointer, _double, _pointer, _pointer, _pointer, _int),
     "low_rank_p": (_int, _pointer, *_TABLE, _pointer, _long, _pointer, _pointer, _int),
     "low_rank_q": (_int, _pointer, *_TABLE, _pointer, _long, _pointer, _pointer, _int),

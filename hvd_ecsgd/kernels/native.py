@@ -11,21 +11,24 @@ import numpy as np
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Sums
+from ..protocols import Extraction, Sums
 from ..segments import Segments
 from ..verdicts import Verdict
 from . import cuda, library, reference
 from .cuda import Cuda
 from .library import Library
 
-__all__ = ["Kernels", "Native", "all_finite", "common_type", "cuda_for", "fingerprint", "forced", "kernels_for", "native_for", "native_library",
-           "raise_versions", "writable"]  # fmt: skip
+__all__ = ["Kernels", "LONGEST_BUCKET", "Native", "all_finite", "common_type", "cuda_for", "fingerprint", "forced", "kernels_for", "native_for",
+           "native_library", "raise_versions", "writable"]  # fmt: skip
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _BUFFERS = (torch.float32, torch.float64)
 
 Counts = np.ndarray
 """int64, one for each segment."""
+
+LONGEST_BUCKET = 2**15
+"""Of QSGD, that `extract_from_` takes."""
 
 
 def _address(array: np.ndarray) -> int:
@@ -119,6 +122,15 @@ class Native:
             wanted = sums.wanted
             asked = (_address(wanted.ranges), len(wanted.ranges), wanted.squares, wanted.counts, _address(sums.totals), _address(sums.nonzero))
         return bool(self._call("accumulate", *self._buffer, *flat, *places[0], *places[1], _address(factors), *asked))
+
+    def extract_from_(self, gradients: Sequence[torch.Tensor], extraction: Extraction) -> bool:
+        """What the compressor's `extract_` takes of a buffer that holds the gradients, which are all of one type (`common_type`), is written to the
+        payload, without such a buffer. False when a gradient is not finite."""
+        pieces = self._in_one_piece(gradients)
+        table = np.array([t.data_ptr() for t in pieces], np.int64)
+        given = [_address(a) if isinstance(a, np.ndarray) else a for a in extraction.arguments]
+        places = (self._buffer[0], *self._table, _TYPES[pieces[0].dtype], _address(table), extraction.payload.data_ptr())
+        return bool(self._call(f"{extraction.kernel}_extract_from", *places, *given))
 
     def shift_(self, parameters: Sequence[torch.Tensor], t: torch.Tensor | None = None, factor: float = 0.0) -> list[torch.Tensor]:
         """`parameters` ← the buffer + factor·t, and their `column_sums`; without `t` these alone."""

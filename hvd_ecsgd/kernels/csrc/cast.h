@@ -94,25 +94,38 @@ INLINE static void cast_64(T* p, uint16_t* payload, bool brain, T limit) {
 }
 
 template <class T>
-int64_t cast_extract(void* buffer_, const Segment* table, int64_t n, uint16_t* payload, int brain, double limit, int threads) {
-    T* buffer = static_cast<T*>(buffer_);
-    const auto first = offsets_of(table, n, 1);
-    const auto tiles = tiles_of(table, n);
-    parallel_for(tiles.size(), useful(threads, first[n]), [&](int64_t t) ISA {
-        const Tile& tile = tiles[t];
-        T* p = buffer + table[tile.segment].start + tile.begin;
-        uint16_t* sent = payload + first[tile.segment] + tile.begin;
-        const int64_t numel = tile.end - tile.begin;
+struct CastExtraction {  // of a part of a segment at a time; `p` has the elements [begin, end) of segment s. Likewise of other compressors
+    std::vector<int64_t> first;
+    uint16_t* payload;
+    bool brain;
+    T limit;
+
+    int64_t part() const { return 2048; }  // others begin with multiples of it
+
+    INLINE void take(int64_t s, int64_t begin, int64_t end, T* p) const {
+        uint16_t* sent = payload + first[s] + begin;
+        const int64_t numel = end - begin;
         int64_t i = 0;
-        for (; i + 64 <= numel; i += 64) cast_64(p + i, sent + i, brain, static_cast<T>(limit));
+        for (; i + 64 <= numel; i += 64) cast_64(p + i, sent + i, brain, limit);
         if (i < numel) {
             T rest[64] = {};
             uint16_t halves[64];
             std::copy(p + i, p + numel, rest);
-            cast_64(rest, halves, brain, static_cast<T>(limit));
+            cast_64(rest, halves, brain, limit);
             std::copy(rest, rest + (numel - i), p + i);
             std::copy(halves, halves + (numel - i), sent + i);
         }
+    }
+};
+
+template <class T>
+int64_t cast_extract(void* buffer_, const Segment* table, int64_t n, uint16_t* payload, int brain, double limit, int threads) {
+    T* buffer = static_cast<T*>(buffer_);
+    const CastExtraction<T> extraction{offsets_of(table, n, 1), payload, brain != 0, static_cast<T>(limit)};
+    const auto tiles = tiles_of(table, n);
+    parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
+        const Tile& tile = tiles[t];
+        extraction.take(tile.segment, tile.begin, tile.end, buffer + table[tile.segment].start + tile.begin);
     });
     return DONE;
 }

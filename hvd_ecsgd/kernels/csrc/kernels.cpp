@@ -160,6 +160,13 @@ KERNEL(accumulate,
         int threads),
        (residual, table, n, momentum, displacement, gradient_type, gradients, point_type, points, factors, ranges, n_ranges, squares, counts, sums, nonzero,
         threads))
+KERNEL(cast_extract_from,
+       (int type, TABLE, int gradient_type, const void* const* gradients, uint16_t* payload, int brain, double limit, int threads),
+       (table, n, gradient_type, gradients, payload, brain, limit, threads))
+KERNEL(qsgd_extract_from,
+       (int type, TABLE, int gradient_type, const void* const* gradients, uint8_t* payload, const uint64_t* keys, int64_t levels, int64_t bucket, int bits,
+        int largest, int threads),
+       (table, n, gradient_type, gradients, payload, keys, levels, bucket, bits, largest, threads))
 KERNEL(shift,
        (int type, const void* x, TABLE, const void* t, double factor, void* const* parameters, int64_t* sums, const int64_t* places, int threads),
        (x, table, n, t, factor, parameters, sums, places, threads))

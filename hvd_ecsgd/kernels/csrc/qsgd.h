@@ -58,51 +58,72 @@ inline std::vector<int64_t> code_offsets(const Segment* table, int64_t n, int bi
 }
 
 template <class T>
-int64_t qsgd_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, const uint64_t* keys, int64_t levels, int64_t bucket, int bits,
-                     int largest, int threads) {
-    T* buffer = static_cast<T*>(buffer_);
-    threads = useful(threads, elements(table, n));
-    const auto rows = offsets_of(table, n, bucket), bytes = code_offsets(table, n, bits);
-    uint8_t* codes_of_all = payload + rows[n] * sizeof(T);
-    std::vector<T> norms(bucket > TILE ? rows[n] : 0);
-    if (bucket > TILE) {
-        std::vector<Segment> buckets;
-        for (int64_t s = 0; s < n; ++s)
-            for (int64_t begin = 0; begin < table[s].numel; begin += bucket)
-                buckets.push_back({table[s].start + begin, std::min(bucket, table[s].numel - begin)});
-        long_norms(buffer, buckets, largest, threads, norms.data());
-        std::memcpy(payload, norms.data(), norms.size() * sizeof(T));
-    }
-    // Tiles end where a byte of codes does, and where a bucket does whose norm is not known yet.
-    const int64_t whole = bucket > TILE ? TILE : std::lcm<int64_t>(bucket, 8);
-    const auto tiles = tiles_of(table, n, whole * std::max<int64_t>(1, TILE / whole));
-    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+struct QsgdExtraction {  // as CastExtraction; `norms` are those of all buckets where these are longer than a part
+    const Segment* table;
+    std::vector<int64_t> rows, bytes;
+    uint8_t* payload;
+    const uint64_t* keys;
+    T levels;
+    int64_t bucket;
+    int bits;
+    bool largest;
+    std::vector<T> norms;
+
+    QsgdExtraction(const Segment* table_, int64_t n, uint8_t* payload_, const uint64_t* keys_, int64_t levels_, int64_t bucket_, int bits_, int largest_)
+        : table(table_), rows(offsets_of(table_, n, bucket_)), bytes(code_offsets(table_, n, bits_)), payload(payload_), keys(keys_),
+          levels(static_cast<T>(levels_)), bucket(bucket_), bits(bits_), largest(largest_ != 0) {}
+
+    // Parts end where a byte of codes does, and where a bucket does whose norm is not known yet.
+    int64_t unit() const { return bucket > TILE ? TILE : std::lcm<int64_t>(bucket, 8); }
+    int64_t part() const { return unit() * std::max<int64_t>(1, 2048 / unit()); }
+
+    INLINE void take(int64_t s, int64_t from, int64_t to, T* p) const {
         constexpr int CHUNK = Draws<T>::CHUNK;
-        const Tile& tile = tiles[t];
-        const int64_t s = tile.segment;
         Draws<T> draws(keys[s]);
         uint8_t unpacked[CHUNK + 8];
-        T* p = buffer + table[s].start;
         T norm = 0;
-        for (int64_t chunk = tile.begin; chunk < tile.end; chunk += CHUNK) {
-            const int64_t end = std::min<int64_t>(chunk + CHUNK, tile.end);
-            uint8_t *packed = codes_of_all + bytes[s] + chunk * bits / 8, *codes = bits == 8 ? packed : unpacked;
+        for (int64_t chunk = from; chunk < to; chunk += CHUNK) {
+            const int64_t end = std::min<int64_t>(chunk + CHUNK, to);
+            uint8_t *packed = payload + rows.back() * sizeof(T) + bytes[s] + chunk * bits / 8, *codes = bits == 8 ? packed : unpacked;
             draws.from(chunk);
             for (int64_t begin = chunk; begin < end;) {
                 const int64_t row = begin / bucket, stop = std::min(end, (row + 1) * bucket);
                 if (!norms.empty()) {
                     norm = norms[rows[s] + row];
                 } else if (begin == row * bucket) {
-                    norm = qsgd_norm(p + begin, std::min(bucket, table[s].numel - begin), largest);
+                    norm = qsgd_norm(p + (begin - from), std::min(bucket, table[s].numel - begin), largest);
                     std::memcpy(payload + (rows[s] + row) * sizeof(T), &norm, sizeof(T));
                 }
-                quantise(p + begin, stop - begin, norm, static_cast<T>(levels), draws.raw + (begin - chunk), codes + (begin - chunk));
+                quantise(p + (begin - from), stop - begin, norm, levels, draws.raw + (begin - chunk), codes + (begin - chunk));
                 begin = stop;
             }
             if (bits == 8) continue;
             std::fill(codes + (end - chunk), codes + (end - chunk) + 8, uint8_t{0});
             pack_codes(codes, end - chunk, bits, packed);
         }
+    }
+};
+
+template <class T>
+int64_t qsgd_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* payload, const uint64_t* keys, int64_t levels, int64_t bucket, int bits,
+                     int largest, int threads) {
+    T* buffer = static_cast<T*>(buffer_);
+    threads = useful(threads, elements(table, n));
+    QsgdExtraction<T> extraction(table, n, payload, keys, levels, bucket, bits, largest);
+    if (bucket > TILE) {
+        std::vector<Segment> buckets;
+        for (int64_t s = 0; s < n; ++s)
+            for (int64_t begin = 0; begin < table[s].numel; begin += bucket)
+                buckets.push_back({table[s].start + begin, std::min(bucket, table[s].numel - begin)});
+        extraction.norms.resize(buckets.size());
+        long_norms(buffer, buckets, extraction.largest, threads, extraction.norms.data());
+        std::memcpy(payload, extraction.norms.data(), buckets.size() * sizeof(T));
+    }
+    const int64_t unit = extraction.unit();
+    const auto tiles = tiles_of(table, n, unit * std::max<int64_t>(1, TILE / unit));
+    parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
+        const Tile& tile = tiles[t];
+        extraction.take(tile.segment, tile.begin, tile.end, buffer + table[tile.segment].start + tile.begin);
     });
     return DONE;
 }

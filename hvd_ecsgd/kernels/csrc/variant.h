@@ -29,6 +29,8 @@
 
 #include "accumulate.h"
 
+#include "from_gradients.h"
+
 #include "shift.h"
 
 #include "low_rank.h"
