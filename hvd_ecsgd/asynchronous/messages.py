@@ -26,7 +26,7 @@ _TYPES = (torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat
 
 
 class Kind(IntEnum):
-    """What a message means. Workers send those up to `DONE`, servers those after it."""
+    """What a message means. Workers send those up to `LOST`, servers those after it."""
 
     PUSH = 1
     """The payloads of a gradient, in the order of the buckets; one without elements: nothing is sent of its bucket."""
@@ -43,9 +43,11 @@ class Kind(IntEnum):
     LOAD = 7
     DONE = 8
     """The worker will never come again."""
-    MOVE = 9
+    LOST = 9
+    """Workers that live have agreed that others (`absent`) have died: whatever comes of those later is too late."""
+    MOVE = 10
     """The answer to PULL: payloads that x of the worker moves by."""
-    EXACT = 10
+    EXACT = 11
     """The answer to PULL_EXACT and FETCH, and to a worker that comes for the first time: x itself, bucket by bucket, in the parameters' type."""
 
 
@@ -53,7 +55,7 @@ class Kind(IntEnum):
 class Message:
     """`worker`: who sends it, or is answered. `number`: how many of the kind there were before, between these two. `numbers`: the worker's
     hyper-parameters, with PUSH; with the answer after one, the staleness with which its gradient was applied. `absent`: places of the parameters
-    that had no gradient, with PUSH. `payloads`: flat tensors. `sent`: of a message that has come, the checksum of what was sent as payloads."""
+    that had no gradient, with PUSH; workers that have died, with LOST. `payloads`: flat tensors. `sent`: of a message that has come, the checksum of what was sent as payloads."""
 
     kind: Kind
     worker: int

@@ -49,6 +49,10 @@ class Plan:
             self.method, named, rank=worker, size=self.workers, bucket_bytes=_BUCKET_BYTES, group_of=lambda parameter: group_of[id(parameter)]
         )
 
+    def share_of(self, living: int) -> float:
+        """What the learning rate is multiplied by at each push where only so many workers live: of a mean each of them has its part."""
+        return 1.0 if self.share == 1.0 else 1 / living
+
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise `CompressionError` for one that servers cannot run: gradients come one at a time, and dense."""
         OwnClass(type(optimizer)).check_evaluates_once()

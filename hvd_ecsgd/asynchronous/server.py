@@ -45,6 +45,8 @@ class Server:
         """Workers that ask for x, in the order in which they came."""
         self.done: set[int] = set()
         """Workers that will not come again."""
+        self.lost: set[int] = set()
+        """Workers that have died."""
         self.staleness: dict[int, int] = {}
         """By staleness, how many gradients were applied with it."""
         self.applied: dict[int, int] = {}
@@ -59,8 +61,11 @@ class Server:
     # -- events ------------------------------------------------------------------------------------------------------------------
 
     def on(self, message: Message) -> list[Message]:
-        """Whatever a worker sent, but for SAVE and LOAD, which the driver does. Raises `TransportError` for what cannot be."""
+        """Whatever a worker sent, but for SAVE, LOAD and LOST, which the driver does. Raises `TransportError` for what cannot be. What comes of a
+        worker after it was lost changes nothing: the others may hold an x without it, and go on from there together."""
         worker = message.worker
+        if worker in self.lost:
+            return []
         if not 0 <= worker < self.plan.workers or worker in self.done:
             raise TransportError(f"asynchronous training: a message of worker {worker}, which is none of the {self.plan.workers} that are there.")
         if message.kind is Kind.PUSH:
@@ -115,17 +120,33 @@ class Server:
         return self._admit()
 
     def on_done(self, worker: int) -> list[Message]:
-        """A worker will not come again, or is lost: what it holds is forgotten. One that comes in its place later begins with x and no residual."""
+        """A worker will not come again: what it holds is forgotten."""
         self.done.add(worker)
+        return self._let_go(worker)
+
+    def on_lost(self, worker: int) -> list[Message]:
+        """A worker has died: what it holds is forgotten, nobody waits for it any more, and of a mean each of the others has a larger part from here
+        on. What it pushed has moved x, and stays. Nothing happens for one that is done, or lost already."""
+        if worker in self.done or worker in self.lost:
+            return []
+        self.lost.add(worker)
+        return self._let_go(worker)
+
+    def _let_go(self, worker: int) -> list[Message]:
         self.views.pop(worker, None)
         self.last.pop(worker, None)
         self.applied.pop(worker, None)
         return self.on_leave(worker)
 
     @property
+    def living(self) -> list[int]:
+        """Workers that have not died; those that are done are among them."""
+        return [worker for worker in range(self.plan.workers) if worker not in self.lost]
+
+    @property
     def finished(self) -> bool:
-        """All workers are done."""
-        return len(self.done) == self.plan.workers
+        """No worker will come again."""
+        return len(self.done) == len(self.living)
 
     def held_back(self) -> dict[int, list[int]]:
         """By worker that waits: those for whose gradients it does."""
@@ -215,11 +236,12 @@ class Server:
         either, has none here: it stays as it is, as the optimizer's state does."""
         self._hyper_parameters.adopt(push.numbers)
         whole = [group.get("lr") for group in self.optimizer.param_groups]
+        share = self.plan.share_of(len(self.living))
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
-            if self.plan.share != 1.0:
-                group["lr"] = group["lr"] * self.plan.share
+            if share != 1.0:
+                group["lr"] = group["lr"] * share
         for bucket, gradient in zip(self.state.buckets, gradients, strict=True):
             if gradient is None:
                 continue
@@ -228,7 +250,7 @@ class Server:
                     p.grad = g.to(p.dtype)
         with torch.enable_grad():
             self.optimizer.step()
-        if self.plan.share != 1.0:
+        if share != 1.0:
             for group, lr in zip(self.optimizer.param_groups, whole, strict=True):
                 group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -236,20 +258,23 @@ class Server:
     # -- saving ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on after a checkpoint, beside x and the optimizer's own state: plain numbers, and gradients that are used again. Taken when all
-        workers hold x exactly, or none anything, so what they hold need not be saved."""
-        counters: dict[str, Any] = {"version": self.version, "pushes": list(self.pushes), "answers": list(self.answers)}
+        """What goes on after a checkpoint, beside x and the optimizer's own state: plain numbers, and gradients that are used again; of the workers
+        that live, numbered anew in their order. Taken when all of these hold x exactly, or none anything, so what they hold need not be saved."""
+        living = self.living
+        counters: dict[str, Any] = {"version": self.version, "pushes": [self.pushes[w] for w in living], "answers": [self.answers[w] for w in living]}
         if self.plan.reuse:
-            counters["last"] = {str(w): [t.clone() for t in last] for w, last in self.last.items()}
+            counters["last"] = {str(living.index(w)): [t.clone() for t in last] for w, last in self.last.items() if w in living}
         return counters
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; counters of other workers than there were begin anew. Workers begin by pulling."""
-        self.version = saved["version"]
-        same = len(saved["pushes"]) == self.plan.workers
-        self.pushes = list(saved["pushes"]) if same else [0] * self.plan.workers
-        self.answers = list(saved["answers"]) if same else [0] * self.plan.workers
-        self.last = {int(w): [t.clone() for t in last] for w, last in saved.get("last", {}).items()} if same else {}
+        """Go on from what `state_dict` returned, with the workers that live; counters of another number of them begin anew. Workers begin by
+        pulling."""
+        self.version, living = saved["version"], self.living
+        same = len(saved["pushes"]) == len(living)
+        self.pushes, self.answers = [0] * self.plan.workers, [0] * self.plan.workers
+        for place, worker in enumerate(living if same else []):
+            self.pushes[worker], self.answers[worker] = saved["pushes"][place], saved["answers"][place]
+        self.last = {living[int(w)]: [t.clone() for t in last] for w, last in saved.get("last", {}).items()} if same else {}
         self.views.clear()
         self.in_flight.clear()
         self.applied.clear()

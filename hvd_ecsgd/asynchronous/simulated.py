@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +19,10 @@ __all__ = ["Event", "SimulatedJob"]
 
 @dataclass(frozen=True)
 class Event:
-    """`compute`: the worker may compute a gradient, and push it. `up`, `down`: the first message on a link may arrive."""
+    """`compute`: the worker may compute a gradient, and push it. `up`, `down`: the first message on a link may arrive. `die`: the worker does nothing
+    more; what it has sent may still arrive. `lost`: a server hears of that, and nothing arrives there any more."""
 
-    what: Literal["compute", "up", "down"]
+    what: Literal["compute", "up", "down", "die", "lost"]
     worker: int
     server: int = 0
 
@@ -49,12 +50,15 @@ class SimulatedJob:
         self.down = {(w, s): deque[Message]() for w in range(plan.workers) for s in range(servers)}
         self.computing: set[int] = set()
         """Workers that hold x of every server."""
+        self.dead: set[tuple[int, int]] = set()
+        """Workers that have died, with the servers that have not heard of it."""
         for w in range(plan.workers):
             self._pull(w, 0)
 
     def possible(self) -> list[Event]:
-        """What may happen next. Never nothing, before workers are done."""
+        """What may happen next, but for deaths, which may at any time. Never nothing, while a worker lives."""
         events = [Event("compute", w) for w in sorted(self.computing)]
+        events += [Event("lost", w, s) for w, s in sorted(self.dead)]
         events += [Event("up", w, s) for (w, s), link in self.up.items() if link]
         return events + [Event("down", w, s) for (w, s), link in self.down.items() if link]
 
@@ -69,15 +73,28 @@ class SimulatedJob:
             for t in range(len(self.servers)):
                 self.up[w, t].append(Message(Kind.LEAVE, w) if messages is None else messages[t])
             self._pull(w, 0)
+        elif event.what == "die":
+            self.computing.discard(w)
+            for t in range(len(self.servers)):
+                self.dead.add((w, t))
+                self.down[w, t].clear()
+        elif event.what == "lost":
+            self.dead.remove((w, s))
+            self.up[w, s].clear()
+            self._answer(s, self.servers[s].on_lost(w))
         elif event.what == "up":
-            for answer in self.servers[s].on(_over_the_wire(self.up[w, s].popleft())):
-                self.down[answer.worker, s].append(answer)
+            self._answer(s, self.servers[s].on(_over_the_wire(self.up[w, s].popleft())))
         else:
             self.workers[w].on_answer(s, _over_the_wire(self.down[w, s].popleft()))
             if s + 1 < len(self.servers):
                 self._pull(w, s + 1)
             else:
                 self.computing.add(w)
+
+    def _answer(self, s: int, answers: Sequence[Message]) -> None:
+        for answer in answers:
+            if (answer.worker, s) not in self.dead:
+                self.down[answer.worker, s].append(answer)
 
     def _pull(self, w: int, s: int) -> None:
         self.up[w, s].append(Message(Kind.PULL, w))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import zlib
 from collections.abc import Callable
@@ -182,6 +183,136 @@ def test_what_is_lost_without_feedback_is_seen() -> None:
     start = {name: p.detach().clone() for name, p in job.models[0].named_parameters()}
     gradients = run(job, seeded(0), 40, lambda job: None)
     assert lost(job, start, gradients.put_in, 0.1) > 0.1
+
+
+class Sums:
+    """Tensors by parameter's name."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, t: torch.Tensor) -> None:
+        self.by_name[name] = self.by_name.get(name, 0) + t
+
+    def add_flat(self, bucket: Any, flat: torch.Tensor | None) -> None:
+        if flat is not None:
+            for name, t in zip(bucket.segments.names, bucket.segments.shaped_views(flat), strict=True):
+                self.add(name, t.clone())
+
+    def add_pushes(self, job: SimulatedJob, worker: int, server: int) -> None:
+        """Those on their way."""
+        for push in (m for m in job.up[worker, server] if m.kind is Kind.PUSH):
+            master = job.servers[server]
+            for bucket, flat in zip(master.state.buckets, master._decoded(push), strict=True):
+                self.add_flat(bucket, flat)
+
+    def add_residuals(self, job: SimulatedJob, worker: int) -> None:
+        for shard in job.workers[worker].shards:
+            for bucket in shard.buckets:
+                self.add_flat(bucket, bucket.residual)
+
+
+def look_at_deaths(job: SimulatedJob, choose: Callable[[list[Event]], Event], events: int) -> None:
+    """At every event: view_j == x_j of those that live; no gradient is staler than allowed; somebody that lives can go on, once servers have heard who
+    has died; and Σ of what workers put in = Σ of what x moved, by each push's part among those that live + what is held back and on its way + what
+    died with workers, which is their residuals, and what a server had not received when it heard of it."""
+    gradients, moved, died = Gradients(), Sums(), Sums()
+    for _ in range(events):
+        event = choose(job.possible())
+        server = job.servers[event.server]
+        before, living = {name: p.detach().clone() for name, p in server.state.named}, len(server.living)
+        if event.what == "die":
+            died.add_residuals(job, event.worker)
+        if event.what == "lost":
+            died.add_pushes(job, event.worker, event.server)
+        job.happen(event, gradients)
+        for name, p in server.state.named:
+            moved.add(name, (before[name] - p.detach()) * living / 0.1)
+        worker_holds_the_view(job)
+        assert all(max(server.staleness, default=0) <= job.plan.tau_max for server in job.servers)
+        dead = {w for w, _ in job.dead} | {w for server in job.servers for w in server.lost}
+        alive = [w for w in range(job.plan.workers) if w not in dead]
+        assert any(e.what == "lost" or e.worker in alive for e in job.possible()), "nobody waits for the dead"
+        held = Sums()
+        for w in range(job.plan.workers):
+            if w in alive:
+                held.add_residuals(job, w)
+            for s in range(len(job.servers)):
+                held.add_pushes(job, w, s)
+        for name, t in gradients.put_in.items():
+            found = [sums.by_name.get(name, torch.zeros_like(t)) for sums in (moved, held, died)]
+            assert float((t - sum(found)).abs().max()) < 1e-9, f"some of {name} is nowhere after {event}"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.sampled_from(WAYS), st.integers(2, 4), st.integers(1, 2), st.integers(0, 6))
+def test_workers_that_die_are_let_go_and_what_goes_with_them_is_counted(
+    data: st.DataObject, way: tuple[Compressor, Compressor], workers: int, servers: int, tau_max: int
+) -> None:
+    """Any but one, at any event; servers hear of it at another."""
+    living = list(range(workers))
+
+    def choose(possible: list[Event]) -> Event:
+        event = data.draw(st.sampled_from([*possible, *(Event("die", w) for w in living if len(living) > 1)]))
+        if event.what == "die":
+            living.remove(event.worker)
+        return event
+
+    look_at_deaths(SimulatedJob(plan(*way, workers, tau_max), sgd(lr=0.1), servers), choose, 60)
+
+
+@pytest.mark.parametrize(("forgotten", "said"), [("", ""), ("in flight", "nobody waits for the dead"), ("its part", "is nowhere")])
+def test_that_a_dead_worker_is_not_let_go_would_be_seen(forgotten: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Controls, in which worker 0 dies while it computes and worker 1 goes on: a server that still waits for its gradient, and one that takes the
+    others' as one half of a mean."""
+    let_go = Server._let_go
+
+    def keeps_waiting(self: Server, worker: int) -> list[Message]:
+        in_flight = dict(self.in_flight)
+        answers = let_go(self, worker)
+        self.in_flight |= in_flight
+        return answers
+
+    if forgotten == "in flight":
+        monkeypatch.setattr(Server, "_let_go", keeps_waiting)
+    elif forgotten:
+        monkeypatch.setattr(Plan, "share_of", lambda self, living: self.share)
+    job = SimulatedJob(plan(TopK(4), Identity(), 2, 2), sgd())
+    plot = [Event("up", 0), Event("down", 0), Event("die", 0), Event("lost", 0)]
+
+    def choose(possible: list[Event]) -> Event:
+        return plot.pop(0) if plot else next(e for e in possible if e.worker == 1)
+
+    with pytest.raises(AssertionError, match=said) if said else contextlib.nullcontext():
+        look_at_deaths(job, choose, 40)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_what_comes_of_a_dead_worker_is_too_late(reuse: bool) -> None:
+    """It changes nothing, as the others may have agreed on an x without it; what others used of it goes, and a checkpoint is of those that live."""
+    method = Compression.qsgd(7, 16, dense_below=0, dense_1d=False).method
+    job = SimulatedJob(plan_of(method, 3, None, Identity(), reuse=reuse), sgd())
+    run(job, seeded(2), 60, lambda job: None)
+    (server,) = job.servers
+    while not any(m.kind is Kind.PUSH for m in job.up[1, 0]):
+        job.happen(next(e for e in job.possible() if e.worker == 1), Gradients())
+    push = next(m for m in job.up[1, 0] if m.kind is Kind.PUSH)
+    x, pushes, version = [p.detach().clone() for p in job.masters[0].parameters()], list(server.pushes), server.version
+    server.on_lost(1)
+    assert server.on(push) == [] and server.on(Message(Kind.PULL, 1)) == [] and server.on_lost(1) == []
+    assert all(torch.equal(a, b) for a, b in zip(x, job.masters[0].parameters(), strict=True)) and server.version == version
+    saved = server.state_dict()
+    assert saved["pushes"] == [pushes[0], pushes[2]] and 1 not in server.views and 1 not in server.last and not server.finished
+    if reuse:
+        assert torch.equal(saved["last"]["1"][0], server.last[2][0])
+    server.pushes, server.last = [0, 0, 0], {}
+    server.load_state_dict(saved)
+    assert [server.pushes[w] for w in (0, 2)] == saved["pushes"] and sorted(server.last) == ([0, 2] if reuse else [])
+    server.on_done(0)
+    server.on_lost(0)
+    assert 0 not in server.lost and not server.finished, "one that was done has died later"
+    server.on_lost(2)
+    assert server.finished
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
