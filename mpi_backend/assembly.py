@@ -1,4 +1,4 @@
-"""The record of a job made of a communicator: by init(), and again where ranks are gone that the job outlives."""
+"""The record of a job made of communicators: by init(), and again where ranks are gone that the job outlives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .liveness.watchdog import Settings, Watchdog
 from .process_sets import global_process_set
 from .runtime import Context, Job, Members
 
-__all__ = ["Choices", "assemble"]
+__all__ = ["Choices", "assemble", "part_of", "watchdog_of"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,14 @@ class Choices:
     stall: StallCheck
 
 
-def assemble(job: Job, choices: Choices, recovery: Recovery | None) -> Context:
-    """Collective over the processes of `job`. Nothing is installed."""
-    own = _part_of(job)
+def watchdog_of(job: Job, choices: Choices, outlives: bool) -> Watchdog:
+    """Collective over the processes of `job`, which `outlives` its workers or not."""
+    first = job.workers if job.serves else 0
+    return Watchdog(job.comm, choices.watchdog, first=first, outlives=range(job.workers if outlives else 0))
+
+
+def assemble(job: Job, own: MPI.Intracomm, watchdog: Watchdog, choices: Choices, recovery: Recovery | None) -> Context:
+    """`own`: see `part_of`; collective over its processes. Nothing is installed."""
     rank, size = own.Get_rank(), own.Get_size()
     local = own.Split_type(MPI.COMM_TYPE_SHARED, rank)
     local_rank, local_size = local.Get_rank(), local.Get_size()
@@ -41,13 +46,11 @@ def assemble(job: Job, choices: Choices, recovery: Recovery | None) -> Context:
     engine = Engine(threads_available(), choices.fusion_bytes, choices.stall)
     process_set = {0: Members(tuple(range(size)), own, engine.add(own, range(size)), global_process_set)}
     place = rank, size, local_rank, local_size, cross_rank, cross_size
-    first = job.workers if job.serves else 0
-    watchdog = Watchdog(job.comm, choices.watchdog, first=first, outlives=recovery is not None)
     return Context(job, own, engine, watchdog, *place, homogeneous, process_set, itertools.count(1), recovery)
 
 
-def _part_of(job: Job) -> MPI.Intracomm:
-    """The communicator of the workers, or of those that serve them, whichever this process is of."""
+def part_of(job: Job) -> MPI.Intracomm:
+    """The communicator of the workers, or of those that serve them, whichever this process is of. Collective over the processes of `job`."""
     if not job.servers:
         return job.comm
     part = job.comm.Split(int(job.serves), job.rank)

@@ -61,7 +61,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
         job_end.finalize_at_exit()
     job_end.starting()
 
-    from .assembly import Choices, assemble
+    from .assembly import Choices, assemble, part_of, watchdog_of
     from .engine.engine import fusion_bytes
     from .liveness.watchdog import Settings
     from .recovery import ShrinkingJob
@@ -81,7 +81,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
         chosen = {
             "MPI_BACKEND_ALLREDUCE": forced_algorithm(),
             "MPI_BACKEND_NODES": node_ranks(),
-            "MPI_BACKEND_ON_FAILURE": _on_failure(serving, mine),
+            "MPI_BACKEND_ON_FAILURE": _on_failure(mine),
             "MPI_BACKEND_CHECKSUM": str(int(are_checked())),
         }
         settings, limit, stall = Settings.from_environment(), fusion_bytes(), StallCheck.from_environment()
@@ -115,7 +115,8 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
         )
     choices = Choices(settings, limit, stall)
     recovery = ShrinkingJob(choices) if chosen["MPI_BACKEND_ON_FAILURE"] == "shrink" else None
-    here = assemble(job, choices, recovery)
+    own = part_of(job)
+    here = assemble(job, own, watchdog_of(job, choices, recovery is not None), choices, recovery)
     here.engine.finished = None if recovery is None else recovery.together
     runtime.install(here)
     job_end.running(everybody, here.watchdog, shutdown)
@@ -129,22 +130,28 @@ def shutdown() -> None:
 
     What some rank has not submitted by then fails with `HorovodInternalError`.
     """
-    if job_end.is_forked() or (closing := runtime.remove()) is None:
+    if job_end.is_forked() or not runtime.is_initialized():
         return
     from mpi4py import MPI
 
-    closing.watchdog.leaving()
-    job_end.stopped()
-    timeline = closing.engine.timeline
-    asynchronous.leave()
-    if not MPI.Is_finalized():
-        from .recovery import ShrinkingJob
+    from .recovery import ShrinkingJob
 
+    here = context()
+    here.watchdog.leaving()
+    job_end.stopped()
+    asynchronous.leave()
+    if isinstance(here.recovery, ShrinkingJob) and here.job.servers and not MPI.Is_finalized():
+        here.recovery.leave()
+    closing = runtime.remove()
+    assert closing is not None
+    timeline = closing.engine.timeline
+    if not MPI.Is_finalized():
         try:
             _give_back(closing)
         except (MPI.Exception, PeerLostError):
             if not isinstance(closing.recovery, ShrinkingJob):
                 raise
+            asynchronous.abandon()
             closing.recovery.leave_as_it_is(closing)
     for identifier, process_set in closing.process_sets.items():
         process_set.process_set.process_set_id = None if identifier else 0
@@ -157,7 +164,13 @@ def _give_back(closing: Context) -> None:
     """Complete what all ranks have submitted, and give the communicators back."""
     closing.engine.close(meanwhile=resources.carry_on)
     resources.close_backgrounds()
-    closing.watchdog.wait_for_all(closing.engine.failure)
+    if closing.recovery is not None and closing.job.servers:  # some workers may be gone for long
+        from .transport import start_agreement
+
+        meeting, _flag = start_agreement(closing.job.comm, True)
+        closing.watchdog.wait_for_all(meeting)
+    else:
+        closing.watchdog.wait_for_all(closing.job.comm.Ibarrier(), closing.engine.failure)
     resources.close_transports()
     asynchronous.close()
     closing.watchdog.stop()
@@ -181,7 +194,7 @@ def _servers(servers: int | None, size: int, process_sets: object) -> int:
     return number
 
 
-def _on_failure(servers: int, process_sets: Sequence[object]) -> str:
+def _on_failure(process_sets: Sequence[object]) -> str:
     """What is done when a rank dies. Raises ValueError where that cannot be done."""
     from .engine.engine import threads_available
     from .recovery import on_failure
@@ -198,8 +211,6 @@ def _on_failure(servers: int, process_sets: Sequence[object]) -> str:
         why = "MPI_BACKEND_NODES makes workers of several ranks, which none of these outlives; unset one of the variables"
     elif process_sets:
         why = "process_sets were given, which are of ranks that would be numbered anew; leave them out"
-    elif servers:
-        why = "it is for synchronous training, and this job has ranks that serve"
     if why:
         raise ValueError(f"MPI_BACKEND_ON_FAILURE=shrink: {why}.")
     return chosen

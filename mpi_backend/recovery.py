@@ -4,12 +4,16 @@ The one rule is that every exchange, of an optimizer's step or of a named collec
 ranks die: either it was complete on all, or it counts on none. So all that live are at the same place of the script when they hear that a rank is
 gone. They revoke what they communicate by, so that nobody waits in there any more; shrink the job; make everything that hangs on it anew; and go
 on: a step is undone, bit for bit, and taken again with the gradients that are here, and a named collective is a `RankLostError`.
+
+Where ranks serve (`asynchronous`), workers do so among themselves, in their collectives. Messages between a worker and a server need no third rank,
+so their communicators stay as they were; servers find out by themselves, and are told what workers have agreed on.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from mpi4py import MPI
 
@@ -17,13 +21,13 @@ from hvd_ecsgd.errors import PeerLostError, TransportError
 from hvd_ecsgd.optimizer import driver_of
 
 from . import job_end, runtime
-from .assembly import Choices, assemble
+from .assembly import Choices, assemble, watchdog_of
 from .environment import one_of
 from .errors import HorovodInternalError, RankLostError
 from .optimizer import resources
 from .process_sets import global_process_set
 from .runtime import Context, Job
-from .transport import Link, MPITransport, agree
+from .transport import Link, MPITransport, agree, among_those_that_live, lost_between
 
 __all__ = ["ShrinkingJob", "on_failure"]
 
@@ -31,6 +35,15 @@ __all__ = ["ShrinkingJob", "on_failure"]
 def on_failure() -> str:
     """What MPI_BACKEND_ON_FAILURE says: "end" (the job ends on all ranks when one dies), or "shrink". Raises ValueError for anything else."""
     return one_of("MPI_BACKEND_ON_FAILURE", "end", ("end", "shrink"))
+
+
+@dataclass(frozen=True)
+class _Smaller:
+    """What the ranks that are left have made. `commits`: what brings drivers onto the `links`."""
+
+    context: Context
+    links: dict[int, Link]
+    commits: list[Callable[[], None]]
 
 
 class ShrinkingJob:
@@ -44,7 +57,7 @@ class ShrinkingJob:
         here = runtime.context()
         if error is not None:
             _revoke(here)
-        if agree(here.job.comm, error is None):
+        if agree(here.comm, error is None):
             return True
         self._go_on_without_those_that_are_gone(here, error)
         return False
@@ -59,8 +72,19 @@ class ShrinkingJob:
             "All ranks may call it again, with its input as it was, or go on without its result."
         )
 
+    def leave(self) -> None:
+        """Be done with named collectives, as all that live are; those that still call one are told so by an error, as in a job that loses none."""
+        finished = False
+        while not finished:
+            error: PeerLostError | None = None
+            try:
+                runtime.context().engine.leave()
+            except PeerLostError as lost:
+                error = lost
+            finished = self.finished(error)
+
     def leave_as_it_is(self, closing: Context) -> None:
-        """A rank has died while all shut down: there is nothing to go on with, nor anybody to give communicators back with."""
+        """A rank has died, while all shut down or, where ranks serve, before: communicators cannot be given back without it."""
         _revoke(closing)
         closing.job.comm.Revoke()  # others may wait there to be all on their way out
         closing.engine.give_up()
@@ -68,42 +92,44 @@ class ShrinkingJob:
         resources.close_backgrounds()
         resources.abandon_transports()
         closing.watchdog.stop()
-        os.write(2, f"mpi_backend: rank {closing.rank}: another rank has died while all shut down.\n".encode())
+        if not closing.job.servers:
+            os.write(2, f"mpi_backend: rank {closing.rank}: another rank has died while all shut down.\n".encode())
 
     def _go_on_without_those_that_are_gone(self, here: Context, error: PeerLostError | None) -> None:
         _revoke(here)
         here.engine.give_up()
         resources.abandon_backgrounds()
-        here.watchdog.stop()
+        if not here.job.servers:
+            here.watchdog.stop()
         drivers = {number: driver_of(optimizer) for number, optimizer in resources.optimizers().items()}
         for driver in drivers.values():
             driver.take_back()
-        comm = here.job.comm
-        while True:
-            shrunk = comm.Shrink()
-            assert isinstance(shrunk, MPI.Intracomm)
-            if shrunk.Get_size() == here.job.size:
-                raise HorovodInternalError(f"communication has failed on some rank, and no rank is gone: {error}") from error
-            try:
-                new = assemble(Job(shrunk, shrunk.Get_rank(), shrunk.Get_size(), 0), self._choices, self)
-                links, commits = _links(shrunk, drivers)
-            except (MPI.Exception, TransportError, HorovodInternalError):  # one more is gone
-                shrunk.Revoke()
-                agree(shrunk, False)
-                comm = shrunk
-                continue
-            if agree(shrunk, True):
-                break
-            new.engine.give_up()
-            new.watchdog.stop()
-            comm = shrunk
-        _tell(here, new)
+
+        def make(comm: MPI.Intracomm) -> _Smaller:
+            job, watchdog = here.job, here.watchdog
+            if not job.servers:
+                job = Job(comm, comm.Get_rank(), comm.Get_size(), 0)
+                watchdog = watchdog_of(job, self._choices, outlives=True)
+            return _Smaller(assemble(job, comm, watchdog, self._choices, self), *_links(comm, drivers))
+
+        def unmake(made: _Smaller) -> None:
+            made.context.engine.give_up()
+            if not here.job.servers:
+                made.context.watchdog.stop()
+
+        try:
+            smaller = among_those_that_live(here.comm, make, unmake)
+        except TransportError as none:
+            raise HorovodInternalError(f"{none} {error or ''}") from error
+        new, links = smaller.context, smaller.links
+        if not here.job.servers:  # which have told the user
+            _tell(here, new)
         new.engine.timeline = here.engine.timeline
         new.engine.finished = self.together
         runtime.install(new)
-        job_end.moved(shrunk, new.watchdog)
+        job_end.moved(new.job.comm, new.watchdog)
         global_process_set.ranks = list(range(new.size))
-        for commit in commits:
+        for commit in smaller.commits:
             commit()
         resources.move(links)
         for number in links:
@@ -131,11 +157,7 @@ def _tell(before: Context, now: Context) -> None:
     """The user, on the first of the ranks that are left."""
     if now.rank:
         return
-    old, new = before.job.comm.Get_group(), now.job.comm.Get_group()
-    here = MPI.Group.Translate_ranks(old, list(range(before.size)), new)
-    gone = [r for r, there in enumerate(here) if there == MPI.UNDEFINED]
-    old.Free()
-    new.Free()
+    gone = lost_between(before.comm, now.comm)
     who = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))} of {before.size} {'are' if len(gone) > 1 else 'is'} gone"
     text = f"mpi_backend: {who}. The job goes on with {now.size} ranks, in the order that they had (MPI_BACKEND_ON_FAILURE=shrink).\n"
     os.write(2, text.encode())

@@ -55,7 +55,8 @@ class Kind(IntEnum):
 class Message:
     """`worker`: who sends it, or is answered. `number`: how many of the kind there were before, between these two. `numbers`: the worker's
     hyper-parameters, with PUSH; with the answer after one, the staleness with which its gradient was applied. `absent`: places of the parameters
-    that had no gradient, with PUSH; workers that have died, with LOST. `payloads`: flat tensors. `sent`: of a message that has come, the checksum of what was sent as payloads."""
+    that had no gradient, with PUSH; workers that have died, with LOST. `payloads`: flat tensors. `sent`: of a message that has come, the checksum of
+    what was sent as payloads."""
 
     kind: Kind
     worker: int

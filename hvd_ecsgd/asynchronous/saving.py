@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,15 @@ class Restored:
     id: str = ""
 
 
-def saved_by_worker(worker: Worker, model: torch.nn.Module, extras: Any) -> dict[str, Any]:
-    """What goes into a worker's part. It holds x exactly."""
-    return {"model": model.state_dict(), "worker": worker.state_dict(), "extras": extras}
+def saved_by_worker(worker: Worker, model: torch.nn.Module, extras: Any, transport: Transport, servers: int) -> dict[str, Any]:
+    """What goes into a worker's part, by its place among the workers that live. It holds x exactly."""
+    state = _numbered(worker.state_dict(), transport.rank, transport.size - servers)
+    return {"model": model.state_dict(), "worker": state, "extras": extras}
+
+
+def _numbered(state: Mapping[str, Any], rank: int, workers: int) -> dict[str, Any]:
+    """A worker's state as that of worker `rank` of so many."""
+    return {**state, "shards": [{**shard, "rank": rank, "size": workers} for shard in state["shards"]]}
 
 
 def saved_by_server(server: Server) -> dict[str, Any]:
@@ -47,13 +53,15 @@ def saved_by_server(server: Server) -> dict[str, Any]:
 
 
 def save(
-    folder: Path, transport: Transport, plan: Plan, servers: int, optimizer: str, everything: Any, version: int, ours: str | None, overwrite: bool
+    folder: Path, transport: Transport, plan: Plan, servers: int, optimizer: str, everything: Any, version: int, ours: set[str], overwrite: bool
 ) -> str:
-    """All workers and servers write their parts, and the manifest is replaced last. Raises `CheckpointError` on all when any fails.
-    `ours`: the id of the checkpoint that this training last saved there or loaded; the new one's is returned."""
+    """All workers that live and the servers write their parts, and the manifest is replaced last. Raises `CheckpointError` on all when any fails.
+    `ours`: ids of the checkpoints that this training last saved there, or loaded. The new one's is added when there was room for it, as a worker that
+    dies later may have left it there; it is returned."""
     with contextlib.ExitStack() as stack:
         job = Save(folder, transport, stack)
         job.begin(ours, overwrite)
+        ours.add(job.id)
         try:
             job.write_part(everything)
             versions = everyone(transport, version, "checkpoint.version")
@@ -66,7 +74,7 @@ def save(
                     "size": transport.size,
                     "optimizer": optimizer,
                     "method": _settings(plan),
-                    "asynchronous": {"workers": plan.workers, "servers": servers},
+                    "asynchronous": {"workers": transport.size - servers, "servers": servers},
                 }
             )
         except CheckpointError:
@@ -83,10 +91,10 @@ def load(
     optimizer: torch.optim.Optimizer,
     side: Worker | Server,
     model: torch.nn.Module | None = None,
-) -> Restored:
-    """Take over what `save` wrote; workers give their `model`. x, and the optimizer's state, go to whoever serves each parameter now. With another
-    number of workers or servers residuals begin anew, with zeros. Raises `CheckpointError` on all when anything is missing, damaged or does not
-    fit, with nothing changed."""
+) -> Callable[[], Restored]:
+    """What takes over what `save` wrote, when it is called, once this is done on all; workers give their `model`. x, and the optimizer's state, go to
+    whoever serves each parameter now. With another number of workers or servers residuals begin anew, with zeros. Raises `CheckpointError` on all
+    when anything is missing, damaged or does not fit. Nothing is changed."""
     with contextlib.ExitStack() as stack:
         with together(transport, "checkpoint.load"):
             manifest = read_manifest(folder)
@@ -97,35 +105,36 @@ def load(
             parts = Parts(folder, manifest, stack)
             for r in range(transport.rank, manifest["size"], transport.size):
                 parts.verify(r)
-        same = (was["workers"], was["servers"]) == (plan.workers, servers)
+        same = (was["workers"], was["servers"]) == (transport.size - servers, servers)
         with together(transport, "checkpoint.taken"):
             if isinstance(side, Worker):
                 assert model is not None
-                restored = _load_worker(parts, was["workers"], same, side, model)
+                take_over = _for_worker(parts, was["workers"], transport.rank, same, side, model)
             else:
-                restored = _load_server(parts, range(was["workers"], manifest["size"]), transport.rank if same else None, side)
-    return replace(restored, id=manifest["id"])
+                take_over = _for_server(parts, range(was["workers"], manifest["size"]), transport.rank if same else None, side)
+    return take_over
 
 
-def _load_worker(parts: Parts, workers: int, same: bool, worker: Worker, model: torch.nn.Module) -> Restored:
-    there = worker.worker < workers
-    own = parts.everything(worker.worker if there else 0)
+def _for_worker(parts: Parts, workers: int, place: int, same: bool, worker: Worker, model: torch.nn.Module) -> Callable[[], Restored]:
+    there = place < workers
+    own = parts.everything(place if there else 0)
     now = model.state_dict()
     for name in [*now, *(n for n in own["model"] if n not in now)]:
         a, b = own["model"].get(name), now.get(name)
         if getattr(a, "shape", None) != getattr(b, "shape", None) or (name in now) != (name in own["model"]):
             raise CheckpointError(f"the checkpoint is of another model: '{name}' does not fit.")
-    notes: tuple[str, ...] = ()
-    if same:
-        worker.load_state_dict(own["worker"])
-    else:
-        worker.begin_anew()
-        notes = ("residuals begin with zeros, as there are other workers or servers than those that saved it",)
-    model.load_state_dict(own["model"])
-    return Restored(0, own["extras"] if there else None, notes)
+    notes = () if same else ("residuals begin with zeros, as there are other workers or servers than those that saved it",)
+    take = worker.prepare_load(_numbered(own["worker"], worker.worker, worker.plan.workers)) if same else worker.begin_anew
+
+    def take_over() -> Restored:
+        take()
+        model.load_state_dict(own["model"])
+        return Restored(0, own["extras"] if there else None, notes, parts.manifest["id"])
+
+    return take_over
 
 
-def _load_server(parts: Parts, saved: Sequence[int], own_part: int | None, server: Server) -> Restored:
+def _for_server(parts: Parts, saved: Sequence[int], own_part: int | None, server: Server) -> Callable[[], Restored]:
     x: dict[str, torch.Tensor] = {}
     moments: dict[str, Any] = {}
     counters = []
@@ -137,15 +146,19 @@ def _load_server(parts: Parts, saved: Sequence[int], own_part: int | None, serve
     for name, p in server.state.named:
         if name not in x or x[name].shape != p.shape or x[name].dtype != p.dtype:
             raise CheckpointError(f"the checkpoint is of another model: the trained parameter '{name}' does not fit.")
-    with torch.no_grad():
+    begins = {"version": max(c["version"] for c in counters), "pushes": [], "answers": []}
+
+    @torch.no_grad()
+    def take_over() -> Restored:
         for name, p in server.state.named:
             p.copy_(x[name])
             server.optimizer.state.pop(p, None)
             if name in moments:
                 server.optimizer.state[p] = dict(moments[name])
-    begins = {"version": max(c["version"] for c in counters), "pushes": [], "answers": []}
-    server.load_state_dict(begins if own_part is None else counters[list(saved).index(own_part)])
-    return Restored(server.version, None)
+        server.load_state_dict(begins if own_part is None else counters[list(saved).index(own_part)])
+        return Restored(server.version, None, id=parts.manifest["id"])
+
+    return take_over
 
 
 def _settings(plan: Plan) -> dict[str, str]:

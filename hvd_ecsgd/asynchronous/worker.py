@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -318,10 +318,18 @@ class Worker:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned on the same worker of as many. Raises `CompressionError` where it does not fit, with nothing
         changed."""
+        self.prepare_load(saved)()
+
+    def prepare_load(self, saved: Mapping[str, Any]) -> Callable[[], None]:
+        """As `load_state_dict`, whose checks are made at once; what is returned takes over."""
         if len(saved["shards"]) != len(self.shards):
             raise CompressionError(f"the state was saved with {len(saved['shards'])} servers, and there are {len(self.shards)} now.")
         take_over = [saved_state.prepare_load(shard, one) for shard, one in zip(self.shards, saved["shards"], strict=True)]
-        for take in take_over:
-            take()
-        self.answers, self.refused = list(saved["answers"]), saved["refused"]
-        self._count()
+
+        def take_over_all() -> None:
+            for take in take_over:
+                take()
+            self.answers, self.refused = list(saved["answers"]), saved["refused"]
+            self._count()
+
+        return take_over_all

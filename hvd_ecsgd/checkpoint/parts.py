@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import socket
+from collections.abc import Collection
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,15 @@ class Save:
         self.temporary = self.part.with_suffix(".tmp")
         self.reports: list[dict[str, Any]] = []
 
-    def begin(self, ours: str | None, overwrite: bool) -> None:
-        """Rank 0 looks whether the place is free, and holds it until the save is over."""
+    def begin(self, ours: Collection[str], overwrite: bool) -> None:
+        """Rank 0 looks whether the place is free, or has a checkpoint of these ids, and holds it until the save is over."""
         with together(self.transport, "checkpoint.begin"):
             if self.first:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock()
                 if (self.folder / MANIFEST).exists() and not overwrite:
                     there = read_manifest(self.folder)
-                    if there["id"] != ours:
+                    if there["id"] not in ours:
                         raise CheckpointError(
                             f"{self.folder} holds a checkpoint (step {there['step']}, {there['size']} workers) that this training neither saved nor "
                             "loaded: is another job saving there? Use another directory, load it first, or pass overwrite=True to replace it."

@@ -80,7 +80,7 @@ def save_checkpoint(
     state = compression.state_dict()
     with compression.at("averaged"), contextlib.ExitStack() as stack:
         job = Save(folder, transport, stack)
-        job.begin(_ours.get(compression, {}).get(folder), overwrite)
+        job.begin({_ours.get(compression, {}).get(folder, "")}, overwrite)
         try:
             job.write_part(
                 {

@@ -6,13 +6,18 @@ from . import cutoff, optimizer
 from .cutoff import CutoffDistributedOptimizer
 from .optimizer import AsyncDistributedOptimizer, is_serving
 
-__all__ = ["AsyncDistributedOptimizer", "CutoffDistributedOptimizer", "close", "is_serving", "leave"]
+__all__ = ["AsyncDistributedOptimizer", "CutoffDistributedOptimizer", "abandon", "close", "is_serving", "leave"]
 
 
 def leave() -> None:
     """Tell the others that this worker will not come again, if it has not said so."""
     optimizer.leave()
     cutoff.leave()
+
+
+def abandon() -> None:
+    """Ranks have died: communicators stay, as MPI may hold what was sent there."""
+    optimizer.abandon()
 
 
 def close() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from hvd_ecsgd.protocols import Compressor
 
 from .. import runtime
 from ..collectives import Average, Sum
+from ..errors import RankLostError
 from .begin import check_compression, raise_together, share_x, told_of_parameters
 from .wrapping import Participating, participant_of, wrapped
 
@@ -30,7 +31,7 @@ from .wrapping import Participating, participant_of, wrapped
 if TYPE_CHECKING:
     from hvd_ecsgd.asynchronous.saving import Restored
 
-    from ..transport import Link, MPITransport
+    from .group import Everyone
     from .post import Post
 
 __all__ = ["AsyncDistributedOptimizer", "close", "is_serving", "leave"]
@@ -82,10 +83,11 @@ def AsyncDistributedOptimizer(
     if _here:
         raise ValueError("AsyncDistributedOptimizer(): there is one already, and the serving ranks of a job serve one; init() again for another.")
     runtime.agree("AsyncDistributedOptimizer being made")
-    from ..transport import Link, MPITransport
+    from .group import Everyone
 
-    link = Link(context.job.comm)
-    transport = MPITransport(link=link)
+    outlives = context.recovery is not None
+    everyone = Everyone(context.job, outlives)
+    transport = everyone.transport
     problem: Exception | None = None
     made: tuple[Plan, list[list[tuple[str, torch.nn.Parameter]]]] | None = None
     try:
@@ -98,13 +100,13 @@ def AsyncDistributedOptimizer(
         plan, shards = made
         raise_on_other_texts(transport.allgather(packed_text(_told(plan, shards, optimizer)), "asynchronous.settings").wait())
     except BaseException:
-        link.close()
+        everyone.close()
         raise
     share_x(transport, (p for shard in shards for _, p in shard))
     from .post import Post
 
-    post = Post(context.job.comm, most=4 * sum(p.nbytes for shard in shards for _, p in shard) + 2**20)
-    participant = _Participant(plan, shards, optimizer, context.job, post, link, transport)
+    post = Post(context.job.comm, 4 * sum(p.nbytes for shard in shards for _, p in shard) + 2**20, outlives)
+    participant = _Participant(plan, shards, optimizer, context.job, post, everyone)
     _here.append(participant)
     if context.job.serves:
         participant.serve()
@@ -128,6 +130,12 @@ def close() -> None:
     """Give the communicators back. Collective over the job."""
     while _here:
         _here.pop().close()
+
+
+def abandon() -> None:
+    """Ranks have died: communicators stay."""
+    while _here:
+        _here.pop().abandon()
 
 
 def _prepared(
@@ -183,35 +191,42 @@ class _Participant:
         optimizer: torch.optim.Optimizer,
         job: runtime.Job,
         post: Post,
-        link: Link,
-        transport: MPITransport,
+        everyone: Everyone,
     ) -> None:
         self.plan, self.shards, self.optimizer = plan, shards, optimizer
-        self.job, self.post, self.link, self.transport = job, post, link, transport
+        self.job, self.post, self.everyone = job, post, everyone
         self.own = OwnClass(type(optimizer))
         self.worker: Worker | None = None
         self.inside = False
         """x is held for an evaluation."""
         self.done = False
-        self._saved: dict[Path, str] = {}
+        self._told: set[int] = set()
+        """Workers of which the servers were told that they have died."""
+        self._ours: dict[Path, set[str]] = {}
+        """By folder, ids of the checkpoints that this training has saved there last, or loaded."""
 
     # -- a server ----------------------------------------------------------------------------------------------------------------
 
     def serve(self) -> None:
         """Until all workers are done."""
-        from .serve import serve
+        from .serve import Serving
 
         server = Server(self.plan, self.shards[self.job.rank - self.job.workers], self.optimizer)
+        serving = Serving(server, self.post, first=self.job.rank == self.job.workers)
+
+        def among_those_that_live() -> Server:
+            serving.let_go(self.everyone.lost)
+            return server
 
         def together(message: Message) -> None:
             folder = Path(bytes(message.payloads[0].numpy()).decode())
             with contextlib.suppress(CheckpointError):  # which the workers raise
                 if message.kind is Kind.SAVE:
-                    self._save(folder, _saving().saved_by_server(server), server.version, overwrite=bool(message.number))
+                    self._save(folder, lambda: _saving().saved_by_server(among_those_that_live()), server.version, overwrite=bool(message.number))
                 else:
-                    self._load(folder, server, None)
+                    self._load(folder, among_those_that_live, None)
 
-        serve(server, self.post, together)
+        serving.run(together)
 
     # -- a worker ----------------------------------------------------------------------------------------------------------------
 
@@ -242,6 +257,24 @@ class _Participant:
         for s in range(self.job.servers):
             self._send(kind, s, **what)
 
+    def _meet(self, what: str) -> None:
+        """All workers that live are here, and the servers know who has died, so that nothing more comes of those. Collective over the workers."""
+        while True:
+            try:
+                runtime.agree(f"AsyncDistributedOptimizer{what}")
+                break
+            except RankLostError:
+                if (here := runtime.context()).recovery is None:
+                    raise
+        here = runtime.context()
+        if here.recovery is not None:
+            from ..transport import lost_between
+
+            lost = {r for r in lost_between(self.job.comm, here.comm) if r < self.job.workers}
+            if lost - self._told:
+                self._told = lost
+                self._tell_all(Kind.LOST, absent=sorted(lost))
+
     def _check(self, what: str) -> None:
         if self.done:
             raise SequenceError(f"{what} after finish(): this worker has told the servers that it is done.")
@@ -253,19 +286,19 @@ class _Participant:
         """x is the same on all workers inside."""
         self._check("consistent()")
         self._tell_all(Kind.LEAVE)
-        runtime.agree("AsyncDistributedOptimizer.consistent()")
+        self._meet(".consistent()")
         self.pull(Kind.PULL_EXACT)
         self.inside = True
         try:
             yield
         finally:
             self.inside = False
-        runtime.agree("the end of AsyncDistributedOptimizer.consistent()")
+        self._meet(".consistent(), at its end")
 
     def finish(self) -> None:
         self._check("finish()")
         self._tell_all(Kind.LEAVE)
-        runtime.agree("AsyncDistributedOptimizer.finish()")
+        self._meet(".finish()")
         self.pull(Kind.FETCH)
         self.say_done()
 
@@ -285,36 +318,48 @@ class _Participant:
             assert self.worker is not None
             folder = Path(directory).absolute()
             self._tell_all(Kind.SAVE, number=int(overwrite), payloads=[_path(folder)])
-            self._save(folder, _saving().saved_by_worker(self.worker, model, extras), 0, overwrite)
+            worker, servers, transport = self.worker, self.job.servers, self.everyone.transport
+            self._save(folder, lambda: _saving().saved_by_worker(worker, model, extras, transport, servers), 0, overwrite)
 
     def load(self, directory: str | os.PathLike[str], model: torch.nn.Module) -> Restored:
         self._check("load()")
         assert self.worker is not None
         self._tell_all(Kind.LEAVE)
-        runtime.agree("AsyncDistributedOptimizer.load()")
+        self._meet(".load()")
         folder = Path(directory).absolute()
         self._tell_all(Kind.LOAD, payloads=[_path(folder)])
         try:
-            restored = self._load(folder, self.worker, model)
+            restored = self._load(folder, lambda: self.worker, model)
         finally:
             self.pull(Kind.PULL_EXACT)
-        runtime.agree("the end of AsyncDistributedOptimizer.load()")
+        self._meet(".load(), at its end")
         return restored
 
     # -- both --------------------------------------------------------------------------------------------------------------------
 
-    def _save(self, folder: Path, everything: Any, version: int, overwrite: bool) -> None:
-        name, ours = type(self.optimizer).__name__, self._saved.get(folder)
-        self._saved[folder] = _saving().save(folder, self.transport, self.plan, self.job.servers, name, everything, version, ours, overwrite)
+    def _save(self, folder: Path, everything: Callable[[], Any], version: int, overwrite: bool) -> None:
+        name, ours, transport = type(self.optimizer).__name__, self._ours.setdefault(folder, set()), self.everyone.transport
+        saved: str = self.everyone.together(
+            lambda: _saving().save(folder, transport, self.plan, self.job.servers, name, everything(), version, ours, overwrite)
+        )
+        self._ours[folder] = {saved}
 
-    def _load(self, folder: Path, side: Worker | Server, model: torch.nn.Module | None) -> Restored:
-        restored: Restored = _saving().load(folder, self.transport, self.plan, self.job.servers, self.optimizer, side, model)
-        self._saved[folder] = restored.id
+    def _load(self, folder: Path, side: Callable[[], Worker | Server | None], model: torch.nn.Module | None) -> Restored:
+        transport = self.everyone.transport
+        take_over: Callable[[], Restored] = self.everyone.together(
+            lambda: _saving().load(folder, transport, self.plan, self.job.servers, self.optimizer, side(), model)
+        )
+        restored = take_over()
+        self._ours[folder] = {restored.id}
         return restored
 
     def close(self) -> None:
         self.post.close()
-        self.link.close()
+        self.everyone.close()
+
+    def abandon(self) -> None:
+        self.post.abandon()
+        self.everyone.abandon()
 
 
 def _saving() -> Any:

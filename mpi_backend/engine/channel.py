@@ -146,6 +146,11 @@ class Channel:
         return bool(self._held or self._intake or self._mail.sending or self._intake.joining or self._intake.leaving)
 
     @property
+    def closed(self) -> bool:
+        """Nothing more will run here."""
+        return self._intake.closed
+
+    @property
     def in_flight(self) -> bool:
         return bool(self._flights)
 

@@ -83,12 +83,16 @@ class Engine:
             self._channels = tuple(c for c in self._channels if c is not channel)
         channel.close()
 
+    def leave(self) -> None:
+        """Complete what all ranks submitted, and take nothing more; collective."""
+        for leaving in [c.leave() for c in self._channels if not c.closed]:  # all at once: ranks need not have them in the same order
+            leaving.wait()
+
     def close(self, meanwhile: Callable[[], None]) -> None:
         """Complete what all ranks submitted, and end the thread; collective. `meanwhile` is called now and then, while others are waited for."""
         self._meanwhile = meanwhile
         if self.failure is None:
-            for leaving in [c.leave() for c in self._channels]:  # all at once: ranks need not have them in the same order
-                leaving.wait()
+            self.leave()
         self._stop = True
         self._work.set()
         if self._thread is not None:
@@ -97,6 +101,7 @@ class Engine:
             for channel in self._channels:
                 channel.fail_all(HorovodInternalError("mpi_backend was shut down before all ranks submitted this."))
                 channel.close()
+            self._channels = ()
 
     def revoke(self) -> None:
         """A rank is gone: whatever waits on any channel fails, on all ranks."""

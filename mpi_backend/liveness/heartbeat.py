@@ -103,7 +103,7 @@ class Heartbeat:
     def __init__(self, sock: socket.socket, config: dict[str, Any]) -> None:
         self.rank: int = config["rank"]
         self.timeout: float = config["timeout"]
-        self.outlives: bool = config["outlives"]  # the others go on when a rank's process has ended
+        self.outlives: list[int] = config["outlives"]  # ranks without which the others go on when their processes have ended
         self.names: list[str] = config["names"]
         addresses = [[(host, port) for host, port in some] for some in config["addresses"]]
         self.mail = Mail(sock, self.rank, bytes.fromhex(config["token"]), addresses)
@@ -194,7 +194,7 @@ class Heartbeat:
                 self.end.decide(f"{self.names[sender]} ends the job: {content[0]}", now + _LAUNCHER)
             elif kind == "dead":
                 subject, why = content
-                if self.outlives and subject == sender:
+                if subject in self.outlives and subject == sender:
                     self.gone.add(subject)
                 elif subject != self.rank:
                     self.end.decide(f"{self.names[subject]} {why}", now + _LAUNCHER)

@@ -58,10 +58,10 @@ class Settings:
 
 class Watchdog:
     """Collective over `comm` to create. `stop` when all ranks are known to have shut down, or the others will miss this one. `watch` counts ranks
-    from the `first` of those that communicate with this one. `outlives`: a rank whose process ends is MPI's matter, and others go on without it; one
-    that is cut off still ends the job."""
+    from the `first` of those that communicate with this one. `outlives`: ranks whose processes may end, which is MPI's matter, and others go on
+    without them; one that is cut off still ends the job."""
 
-    def __init__(self, comm: MPI.Comm, settings: Settings, first: int = 0, outlives: bool = False) -> None:
+    def __init__(self, comm: MPI.Comm, settings: Settings, first: int = 0, outlives: Sequence[int] = ()) -> None:
         self._comm, self._first = comm, first
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._departures = Departures(self.rank)
@@ -94,13 +94,13 @@ class Watchdog:
         """This rank waits for others, and will never start anything on these links again; none: it waits no more."""
         self._tell(f"left {self._departures.own_on(dropped)}")
 
-    def wait_for_all(self, failure: BaseException | None = None) -> None:
-        """Return when all ranks are here, on their way out. What others still wait for in transports is carried on meanwhile.
+    def wait_for_all(self, meeting: MPI.Request, failure: BaseException | None = None) -> None:
+        """Return when all ranks are at the `meeting`, on their way out. What others still wait for in transports is carried on meanwhile.
 
         After a `failure` of this rank's communication the others may wait for it where nobody answers: then the job ends, soon.
         """
-        request, since = self._comm.Ibarrier(), time.monotonic()
-        while not request.Test():
+        since = time.monotonic()
+        while not meeting.Test():
             if failure is not None and time.monotonic() - since > _FAILED:
                 self._end(f"communication failed on rank {self.rank}, and other ranks have not shut down: {failure!r}")
             for link in self._departures.links:
@@ -162,7 +162,7 @@ class Watchdog:
         os._exit(1)
 
 
-def _configuration(comm: MPI.Comm, port: int, settings: Settings, outlives: bool) -> str:
+def _configuration(comm: MPI.Comm, port: int, settings: Settings, outlives: Sequence[int]) -> str:
     """What the process beside this rank must know: who the others are, and where. Collective. `port`: of this rank's socket."""
     here = network_identity(), socket.gethostname(), os.getpid(), addresses(), port
     everyone = comm.allgather(here)
@@ -171,7 +171,7 @@ def _configuration(comm: MPI.Comm, port: int, settings: Settings, outlives: bool
         "rank": comm.Get_rank(),
         "parent": os.getpid(),
         "timeout": settings.timeout,
-        "outlives": outlives,
+        "outlives": list(outlives),
         "token": token,
         "names": [f"rank {r} (process {pid} on {host})" for r, (_, host, pid, _, _) in enumerate(everyone)],
         "addresses": [

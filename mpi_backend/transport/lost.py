@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
+from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.patience import Patience
 
-__all__ = ["Look", "agree", "look_on", "may_be_lost", "without_ulfm"]
+__all__ = ["Look", "agree", "among_those_that_live", "look_on", "lost_between", "may_be_lost", "start_agreement", "without_ulfm"]
+
+T = TypeVar("T")
 
 Look: TypeAlias = Callable[[Sequence[MPI.Request]], Sequence[int] | None]
 """Which of the requests are complete now, by their places; None where there are none. Those that are will not be looked at again."""
@@ -43,14 +46,20 @@ def agree(comm: MPI.Intracomm, right: bool) -> bool:
 
     Collective, also where `comm` was revoked. A rank that is gone is not waited for.
     """
-    flag, patience = np.array([right], dtype=np.intc), Patience()
+    patience = Patience()
     try:
-        request = comm.Iagree(flag)
+        request, flag = start_agreement(comm, right)
         while not request.Test():
             time.sleep(patience.pause())
     except MPI.Exception:
         return False
     return bool(flag[0])
+
+
+def start_agreement(comm: MPI.Intracomm, right: bool) -> tuple[MPI.Request, np.ndarray]:
+    """The request of `agree`, and what it writes to. `Test` raises `MPI.Exception` on all that live where some rank of `comm` is gone."""
+    flag = np.array([right], dtype=np.intc)
+    return comm.Iagree(flag), flag
 
 
 def look_on(comm: MPI.Comm) -> Look:
@@ -83,3 +92,34 @@ class _Outliving:
             return bool(gone.Get_size())
         finally:
             gone.Free()
+
+
+def among_those_that_live(comm: MPI.Intracomm, make: Callable[[MPI.Intracomm], T], unmake: Callable[[T], None]) -> T:
+    """What all that live have made of a communicator of theirs, in the order that they had in `comm`; `unmake` what one that is gone took no part in.
+
+    Collective over those of `comm` that live. Raises `TransportError` on all where none is gone."""
+    size = comm.Get_size()
+    while True:
+        shrunk = comm.Shrink()
+        assert isinstance(shrunk, MPI.Intracomm)
+        if shrunk.Get_size() == size:
+            raise TransportError("communication has failed on some rank, and no rank is gone.")
+        try:
+            made = make(shrunk)
+        except (MPI.Exception, TransportError):  # one more is gone
+            shrunk.Revoke()
+            agree(shrunk, False)
+        else:
+            if agree(shrunk, True):
+                return made
+            unmake(made)
+        comm = shrunk
+
+
+def lost_between(before: MPI.Comm, now: MPI.Comm) -> list[int]:
+    """Ranks of `before` that are not in `now`."""
+    old, new = before.Get_group(), now.Get_group()
+    here = MPI.Group.Translate_ranks(old, list(range(old.Get_size())), new)
+    old.Free()
+    new.Free()
+    return [r for r, there in enumerate(here) if there == MPI.UNDEFINED]

@@ -35,7 +35,7 @@ def waits(sock: socket.socket) -> bool:
 
 def config(**more: Any) -> dict[str, Any]:
     names = ["rank 0 (process 1 on a)", "rank 1 (process 2 on b)"]
-    return {"rank": 0, "parent": os.getpid(), "timeout": 60.0, "token": TOKEN.hex(), "names": names, "addresses": [[], []], "outlives": False, **more}
+    return {"rank": 0, "parent": os.getpid(), "timeout": 60.0, "token": TOKEN.hex(), "names": names, "addresses": [[], []], "outlives": [], **more}
 
 
 def test_damaged_datagrams_are_lost_ones() -> None:

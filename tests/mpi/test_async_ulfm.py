@@ -1,0 +1,53 @@
+"""Asynchronous workers are killed, and the others go on with the servers; program_async_ulfm.py says what must hold among them."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import REPO, require_mpirun, run_job
+
+PROGRAM = REPO / "tests" / "mpi" / "program_async_ulfm.py"
+
+
+def job(ranks: int, servers: int, folder: Path, *deaths: str, fails: bool = False) -> str:
+    """What the ranks printed; status 0 is expected unless it `fails`, though some were killed."""
+    require_mpirun()
+    env = {"MPI_BACKEND_ON_FAILURE": "shrink", "MPI_BACKEND_SERVERS": str(servers)}
+    launcher = ["mpirun", "--with-ft", "ulfm", "-n", str(ranks)]
+    return run_job(launcher, PROGRAM, (str(servers), str(folder), *deaths), timeout=150, env=env, expect_failure=fails, bare=fails)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "servers", "deaths"),
+    [
+        (4, 1, ("1:5:forward", "0:20:pull")),
+        (5, 2, ("2:3:push", "0:34:save")),
+        (4, 1, ("0:9:consistent", "2:39:load", "1:40:end")),
+    ],
+)
+def test_the_others_go_on_and_hold_the_same_x(ranks: int, servers: int, deaths: tuple[str, ...], tmp_path: Path) -> None:
+    """They evaluate, save, load and finish together; each death is reported once, at once, with what is known of what is lost."""
+    output = job(ranks, servers, tmp_path, *deaths)
+    ended = sum(death.endswith(":end") for death in deaths)
+    left = ranks - servers - len(deaths) + ended
+    assert f"well: {left} of {ranks - servers} workers came to the end" in output, output
+    assert output.count("a worker, has died") == len(deaths) - ended, output
+    for rank, turn, moment in (death.split(":") for death in deaths):
+        known = re.search(rf"rank {rank}, a worker, has died\. (\d+) of its gradients have moved x", output)
+        assert moment == "end" or (known and int(turn) <= int(known[1]) <= int(turn) + 1), (rank, output)
+
+
+def test_a_server_that_dies_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    output = job(3, 1, tmp_path, "2:0:server", fails=True)
+    assert time.time() - float((tmp_path / "when2").read_text()) < 10, output
+    assert re.search(r"\brank 2\b.*(has died|ended without shutting down)", output) and "well" not in output, output
+
+
+def test_a_job_without_workers_ends(tmp_path: Path) -> None:
+    output = job(3, 1, tmp_path, "0:3:forward", "1:7:forward", fails=True)
+    assert time.time() - float((tmp_path / "when1").read_text()) < 10, output
+    assert "all 2 workers have died; the last was rank 1" in output, output
