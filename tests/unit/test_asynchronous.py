@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_ecsgd import Compression, CompressionError, SequenceError, TransportError
-from hvd_ecsgd.asynchronous import Kind, Message, Plan, Server, Worker, alpha_of, delay_limit, plan_of, shards_of, suggested_step_size
+from hvd_ecsgd import CheckpointError, Compression, CompressionError, SequenceError, TransportError
+from hvd_ecsgd.asynchronous import Kind, Message, Plan, Server, Worker, alpha_of, delay_limit, plan_of, saving, shards_of, suggested_step_size
 from hvd_ecsgd.asynchronous.simulated import Event, SimulatedJob
 from hvd_ecsgd.compressors import QSGD, Cast, GlobalRandomBlock, Identity, RandomBlock, RandomK, Sign, Ternary, Threshold, TopK
 from hvd_ecsgd.feedback import NoFeedback
 from hvd_ecsgd.protocols import Compressor
 from hvd_ecsgd.reproduce.stale import mean_square_limit
+from hvd_ecsgd.transport import run_simulated
 
 WAYS: list[tuple[Compressor, Compressor]] = [
     (Sign(), Sign()),
@@ -725,6 +727,47 @@ def test_state_goes_on_after_a_checkpoint() -> None:
     steps(second, 6, backward)
     for p, q in zip(through.masters[0].parameters(), second.masters[0].parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def of_rank(transport: Any, servers: int, frozen: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, Worker | Server, Plan]:
+    """A worker, or one of the last ranks, which serve."""
+    model, workers = net(), transport.size - servers
+    dict(model.named_parameters())[frozen].requires_grad_(False) if frozen else None
+    optimizer, made = torch.optim.SGD(model.parameters(), lr=0.1), plan(TopK(4), Identity(), workers)
+    shards = shards_of([(n, p) for n, p in model.named_parameters() if p.requires_grad], servers)
+    serves = transport.rank >= workers
+    side = Server(made, shards[transport.rank - workers], optimizer) if serves else Worker(made, shards, optimizer, transport.rank)
+    return model, optimizer, side, made
+
+
+def test_a_checkpoint_that_a_server_refuses_changes_no_worker(tmp_path: Path) -> None:
+    """The parameter was frozen when it was saved, so a worker, which has all of the model, finds nothing wrong, and the server lacks it."""
+
+    def saves(transport: Any) -> None:
+        model, _, side, made = of_rank(transport, 1, "0.weight")
+        if isinstance(side, Server):
+            everything = saving.saved_by_server(side)
+        else:
+            everything = saving.saved_by_worker(side, model, None, transport, 1)
+        saving.save(tmp_path, transport, made, 1, "SGD", everything, 0, set(), False)
+
+    def loads(transport: Any) -> str:
+        model, optimizer, side, made = of_rank(transport, 1, "")
+        worker = side if isinstance(side, Worker) else None
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        if worker is not None:
+            worker.answers = [5]
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        with pytest.raises(CheckpointError) as error:
+            saving.load(tmp_path, transport, made, 1, optimizer, side, model)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        assert worker is None or worker.answers == [5]
+        return str(error.value)
+
+    run_simulated(3, saves)
+    for said in run_simulated(2, loads):
+        assert "the trained parameter '0.weight' does not fit" in said, said
 
 
 def moment_radius(step: float, alpha: float, tau: int) -> float:
