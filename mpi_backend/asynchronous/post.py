@@ -24,7 +24,7 @@ _HEAD, _PAYLOAD = 1, 2
 _LONGEST_HEAD = 2**26
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Travelling:
     """What a message needs until it has left, or come."""
 
@@ -90,9 +90,11 @@ class Post:
             for p in message.payloads:
                 for piece in _pieces(p.view(torch.uint8)) if p.numel() else []:
                     travelling.requests.append(self.comm.Irecv(memory_of(piece), travelling.peer, _PAYLOAD))
-            self.wait_until(lambda: MPI.Request.Testall(travelling.requests))
         except MPI.Exception as error:
             self._give_up(travelling, error)
+            return None
+        self.wait_until(lambda: self._over(travelling))
+        if travelling in self._given_up:
             return None
         message.check(travelling.peer)
         return message
@@ -142,14 +144,20 @@ class Post:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def _collect(self) -> int:
-        self._sending = [sent for sent in self._sending if not self._has_left(sent)]
+        self._sending = [sent for sent in self._sending if not self._over(sent)]
         return len(self._sending)
 
-    def _has_left(self, sent: _Travelling) -> bool:
+    def _over(self, travelling: _Travelling) -> bool:
+        """Whether all has left, or come; or was given up. MPI must not hear of a request to a rank that is gone before it is complete, which would
+        free it (see `transport.look_on`): so it is asked for their states, and they are tested when all are."""
+        if self._outlives and not all(request.Get_status() for request in travelling.requests):
+            if gone := travelling.peer in self._dead():
+                self._given_up.append(travelling)
+            return gone
         try:
-            return MPI.Request.Testall(sent.requests)
+            return MPI.Request.Testall(travelling.requests)
         except MPI.Exception as error:
-            self._give_up(sent, error)
+            self._give_up(travelling, error)
             return True
 
     def _give_up(self, travelling: _Travelling, error: MPI.Exception) -> None:
