@@ -66,6 +66,11 @@ class Cell:
         return f"{self.fault}, {self.moment}, {self.backend}"
 
     @property
+    def shrinks(self) -> bool:
+        """The others go on without the victim."""
+        return self.fault == "kill shrink"
+
+    @property
     def ranks(self) -> int:
         return WORKERS + (self.backend == "asynchronous")
 
@@ -73,6 +78,7 @@ class Cell:
 FAULTS = {
     "kill": "a worker is killed (SIGKILL)",
     "kill server": "the server is killed",
+    "kill shrink": "a worker is killed (SIGKILL), `MPI_BACKEND_ON_FAILURE=shrink`",
     "cut": "a worker's link is cut",
     "stop": f"a worker is stopped for {STOPPED:g} s (SIGSTOP)",
     "slow": "a worker becomes 10 × slower",
@@ -87,7 +93,7 @@ MOMENTS = {
     "manifest": "a checkpoint, before its manifest",
     "load": "before it is loaded",
 }
-LIMITS = {"kill": 10.0, "kill server": 10.0, "cut": 12.0, "stop": STOPPED + 10, "slow": 30.0, "flip": 10.0, "damage": 5.0}
+LIMITS = {"kill": 10.0, "kill server": 10.0, "kill shrink": 30.0, "cut": 12.0, "stop": STOPPED + 10, "slow": 30.0, "flip": 10.0, "damage": 5.0}
 
 
 def cells() -> list[Cell]:
@@ -97,6 +103,7 @@ def cells() -> list[Cell]:
         served = backend == "asynchronous"
         planned = [("kill", moment, 0 if moment == "manifest" else 1) for moment in ("forward", "pass 1", "pass 2", "part", "manifest")]
         planned += [("kill server", moment, WORKERS) for moment in ("pass 1", "pass 2", "part") if served]
+        planned += [("kill shrink", moment, victim) for fault, moment, victim in planned if fault == "kill" and served]
         planned += [("cut", "pass 1", 1), ("stop", "forward", 1), ("stop", "pass 1", 1), ("slow", "forward", 1)]
         planned += [("flip", "pass 1", 1), ("flip", "pass 2", WORKERS if served else 1), ("damage", "load", 1)]
         found += [Cell(f, moment, backend, victim, f in ("kill", "kill server", "cut", "flip"), LIMITS[f]) for f, moment, victim in planned]
@@ -203,6 +210,9 @@ def once(cell: Cell, jobs: Jobs, folder: Path, launcher: Sequence[str]) -> Once:
         at = first + EVERY + 1
         fault |= {"fault": cell.fault.split()[0], "moment": cell.moment, "at": at, "victim": cell.victim, "steps": at + 3}
     variables = environment(cell.backend) | ({"MPI_BACKEND_CHECKSUM": "1"} if cell.fault == "flip" else {})
+    if cell.shrinks:
+        variables |= {"MPI_BACKEND_ON_FAILURE": "shrink"}
+        launcher = [launcher[0], "--with-ft", "ulfm", *launcher[1:]]
     try:
         output = jobs.start(launcher, bare=cell.fault == "cut", env=variables, **fault)
     except AssertionError as error:
@@ -222,7 +232,7 @@ def once(cell: Cell, jobs: Jobs, folder: Path, launcher: Sequence[str]) -> Once:
 
 def verdict(cell: Cell, output: str, seconds: float, named: str) -> str:
     """What is not as it must be."""
-    all_went = went(output) == WORKERS
+    all_went = went(output) == WORKERS - cell.shrinks
     if "wrong bits" in output:
         return "trains wrongly"
     if cell.ends and went(output):
@@ -245,7 +255,7 @@ def measure(cell: Cell, jobs: Jobs, repeat: int) -> dict[str, Any]:
     found = [] if went(first) == WORKERS else [Once(float("nan"), "does not even begin", first)]
     with hosts(cell.ranks) if cell.fault == "cut" else contextlib.nullcontext((local(cell.ranks), lambda: None)) as (launcher, anew):
         while len(found) < repeat:
-            alone = cell.fault.startswith("kill") and len(found) % 2 == 1
+            alone = cell.fault.startswith("kill") and not cell.shrinks and len(found) % 2 == 1
             found.append(once(cell, jobs, folder, [launcher[0], "--runtime-options", "continuous", *launcher[1:]] if alone else launcher))
             anew()
     before, _ = newest(folder)
@@ -266,7 +276,12 @@ def measure(cell: Cell, jobs: Jobs, repeat: int) -> dict[str, Any]:
 # -- the table -------------------------------------------------------------------------------------------------------------------
 
 
-OUTCOMES = {"damage": "refused, names the part; the one before it is loaded", "stop": "goes on", "slow": "goes on"}
+OUTCOMES = {
+    "damage": "refused, names the part; the one before it is loaded",
+    "stop": "goes on",
+    "slow": "goes on",
+    "kill shrink": "goes on without it, names the rank",
+}
 """Others: the job ends, and names the rank."""
 
 

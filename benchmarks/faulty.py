@@ -399,7 +399,10 @@ def asynchronous(plan: Plan) -> None:
 
 
 def free(plan: Plan, optimizer: Any, model: torch.nn.Module, train: Callable[[int], None], fault: Fault, mine: bool, step: int) -> None:
-    """All at once, and the fault among it, in its third step; with a moment in a checkpoint, that is saved then."""
+    """All at once, and the fault among it, in its third step; with a moment in a checkpoint, that is saved then. Where the others outlive the fault,
+    it is saved aside: whoever trains later goes on from what can be compared."""
+    aside = Path(plan.folder) / "free" / STATES[0]
+    place = aside if os.environ.get("MPI_BACKEND_ON_FAILURE") == "shrink" else Path(plan.folder) / STATES[0]
     for turn in range(FREE):
         if turn == 2:
             now = Path(plan.folder) / NOW
@@ -411,7 +414,7 @@ def free(plan: Plan, optimizer: Any, model: torch.nn.Module, train: Callable[[in
                 hvd.barrier()
                 while now.exists():
                     time.sleep(0.01)
-                optimizer.save(Path(plan.folder) / STATES[0], model, extras={}, overwrite=True)
+                optimizer.save(place, model, extras={}, overwrite=True)
         train(step + turn)
 
 

@@ -42,7 +42,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, process_sets: Sequence[Pr
 
     Variables, as Horovod's: HOROVOD_STALL_CHECK_TIME_SECONDS (60; 0: never), HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (0: never),
     HOROVOD_STALL_CHECK_DISABLE, HOROVOD_FUSION_THRESHOLD (bytes; 4 MiB), HOROVOD_TIMELINE (a file; see `start_timeline`).
-    MPI_BACKEND_ON_FAILURE=shrink: the job goes on without ranks that die, where MPI has ULFM; "end", the default, ends it.
+    MPI_BACKEND_ON_FAILURE=shrink: the job goes on without ranks that die and do not serve, where MPI has ULFM; "end", the default, ends it.
 
     Raises ValueError for a `comm` that is none of these, or does not contain this process, and for process sets of ranks that do not exist, or
     given twice; likewise for other things in their place; for other processes in a further call. What is wrong on some ranks, a variable too, is

@@ -70,6 +70,7 @@ def AsyncDistributedOptimizer(
 
     A gradient with an inf or NaN is not pushed, and warned of; the worker goes on. What it offers beside the optimizer's own: `consistent()`,
     `finish()`, `save()`, `load()`, `refused`, `bytes_sent`, `bytes_received`. A worker that has no more batches calls `finish()`, or ends.
+    With MPI_BACKEND_ON_FAILURE=shrink the others go on without workers that die (docs/mpi_backend.md); else, and where a server dies, the job ends.
 
     Raises ValueError before init(), and where no rank serves; `CompressionError`, a ValueError, on all ranks for a method, a `tau_max` or an
     optimizer that cannot be used so, and for more servers than parameters; `DisagreementError` on all ranks when settings or models differ.

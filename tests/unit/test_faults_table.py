@@ -48,3 +48,12 @@ WENT = "".join(f"rank {r} went from step 0 to 4\n" for r in range(3))
 def test_what_is_as_it_must_be(fault: str, output: str, seconds: float, wrong: str) -> None:
     cell: Cell = CELLS[fault, "forward", "two_pass"]
     assert verdict(cell, output, seconds, r"\brank 1\b") == wrong
+
+
+def test_a_job_that_shrinks_must_go_on_without_the_victim() -> None:
+    cell = CELLS["kill shrink", "forward", "asynchronous"]
+    two = "".join(f"rank {r} went from step 0 to 4\n" for r in (0, 2))
+    assert verdict(cell, "rank 1, a worker, has died\n" + two, 2.0, r"\brank 1\b") == ""
+    assert verdict(cell, two, 2.0, r"\brank 1\b") == "names nobody"
+    assert verdict(cell, "rank 1 was killed", 2.0, r"\brank 1\b") == "does not go on"
+    assert verdict(cell, WENT, 2.0, r"\brank 1\b") == "does not go on"
