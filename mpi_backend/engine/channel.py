@@ -226,7 +226,7 @@ class Channel:
             elif isinstance(decision, Fail):
                 if self.rank in decision.ranks:
                     kind = MismatchError if decision.mismatch else HorovodInternalError
-                    self._take(decision.name, failed=True).pending.fail(kind(decision.message))
+                    self._take(decision.name, failed=True).pending.refuse(kind(decision.message))
                     self._taken.clear()
             elif isinstance(decision, Joined):
                 self._intake.all_joined(decision.last)

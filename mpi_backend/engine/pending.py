@@ -61,6 +61,11 @@ class Pending(Generic[T]):
         self._result = value
         self._settled.set()
 
+    def refuse(self, error: Exception) -> None:
+        """For the engine: it is not begun, as all that submitted it are told. Ranks that did not, as they have left, have nothing to agree on."""
+        self._finished = None
+        self.fail(error)
+
     def fail(self, error: Exception) -> None:
         """For the engine: it has failed, unless it was done before."""
         if not self._settled.is_set():

@@ -51,3 +51,38 @@ def test_a_job_without_workers_ends(tmp_path: Path) -> None:
     output = job(3, 1, tmp_path, "0:3:forward", "1:7:forward", fails=True)
     assert time.time() - float((tmp_path / "when1").read_text()) < 10, output
     assert "all 2 workers have died; the last was rank 1" in output, output
+
+
+LEAVES = """
+import os, signal
+import torch
+import mpi_backend as hvd
+from hvd_ecsgd import Compression
+
+hvd.init()
+rank, model = hvd.rank(), torch.nn.Linear(8, 3)
+optimizer = hvd.AsyncDistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression.one_bit())
+for step in range(5 if rank == 0 else 40):
+    optimizer.zero_grad()
+    model(torch.ones(4, 8)).square().sum().backward()
+    if (rank, step) == (1, 10):
+        os.kill(os.getpid(), signal.SIGKILL)
+    optimizer.step()
+if rank == 2:
+    errors = []
+    for _ in range(2):
+        try:
+            hvd.barrier()
+        except hvd.HorovodInternalError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    assert errors[0].startswith("RankLostError: a rank died") and "rank 0 shut down without it" in errors[1], errors
+    print("both were told", flush=True)
+"""
+
+
+def test_a_worker_that_has_left_is_no_reason_to_wait_after_a_death() -> None:
+    """Worker 0 ends early, worker 1 dies, and a collective of worker 2 is an error that names the one, and then the other."""
+    require_mpirun()
+    env = {"MPI_BACKEND_ON_FAILURE": "shrink", "MPI_BACKEND_SERVERS": "1"}
+    output = run_job(["mpirun", "--with-ft", "ulfm", "-n", "4"], LEAVES, timeout=100, env=env)
+    assert "both were told" in output and "rank 1, a worker, has died" in output, output

@@ -113,7 +113,6 @@ def test_what_cannot_go_on_is_refused_and_an_exception_ends_the_job() -> None:
         (False, {}, r"MPI_BACKEND_ON_FAILURE=shrink: this job of Open MPI v\S+ was not started for it"),
         (True, {"MPI_BACKEND_ON_FAILURE": "go on"}, r"MPI_BACKEND_ON_FAILURE is 'go on'; expected end or shrink"),
         (True, {"MPI_BACKEND_THREAD": "0"}, r"shrink: it needs the communication thread"),
-        (True, {"MPI_BACKEND_SERVERS": "1"}, r"shrink: it is for synchronous training"),
     ],
 )
 def test_a_job_that_could_not_shrink_does_not_begin(ulfm: bool, env: dict[str, str], message: str) -> None:
