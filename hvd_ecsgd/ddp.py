@@ -202,10 +202,13 @@ class DDPHook(TorchHook):
             gradients = [self._gradients[id(p)] for p in bucket.parameters]
             if self._applies and (state.method.clips or scale_of(state, state.settings(bucket)) != 1.0):
                 gradients = [g.clone() for g in gradients]  # what stays in p.grad is as the script's loss made it
-            self._step.submit(take_(state, bucket, gradients, factor), None if self._applies else self._lent(bucket, gradients))
+            again = partial(take_, state, bucket, factor=factor)
+            lent = None if self._applies else self._lent(bucket, gradients, again)
+            self._step.submit(take_(state, bucket, gradients, factor), lent)
 
-    def _lent(self, bucket: Bucket, gradients: Sequence[torch.Tensor]) -> Lent | None:
-        """DDP's memory in which these gradients are, if it is one buffer's and of the type that the mean comes in: that is written there."""
+    def _lent(self, bucket: Bucket, gradients: Sequence[torch.Tensor], take: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Lent | None:
+        """DDP's memory in which these gradients are, if it is one buffer's and of the type that the mean comes in: that is written there. `take`: as
+        they are taken, in place."""
         memory = gradients[0].untyped_storage().data_ptr()
         buffer = next((one.buffer for one in self._waiting if one.buffer.untyped_storage().data_ptr() == memory), None)
         if buffer is None or buffer.dtype != bucket.segments.dtype:
@@ -214,7 +217,10 @@ class DDPHook(TorchHook):
             return None
         places = [int(g.storage_offset() - buffer.storage_offset()) for g in gradients]
         shifts = tuple(place - segment.start for place, segment in zip(places, bucket.segments, strict=True))
-        return Lent(buffer, shifts) if len(set(shifts)) > 1 else Lent(buffer[places[0] : places[0] + bucket.segments.numel])
+        again = _again(bucket.parameters, gradients, take)
+        if len(set(shifts)) > 1:
+            return Lent(buffer, shifts, again)
+        return Lent(buffer[places[0] : places[0] + bucket.segments.numel], again=again)
 
     def _finish(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -276,6 +282,21 @@ class DDPHook(TorchHook):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `BoundCompression.load_state_dict`."""
         self.compression.load_state_dict(state)
+
+
+def _again(
+    parameters: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor], take: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+) -> Callable[[], list[torch.Tensor]] | None:
+    """What gives the `gradients` in DDP's memory again, taken as they were: it has copied them from `p.grad`, and writes there when its backward pass
+    ends. None where it has not: `p.grad` is that memory (`gradient_as_bucket_view=True`) or nothing, or DDP has put in zeros for a worker that has
+    joined, outside of a backward pass."""
+    own = [p.grad for p in parameters]
+    if int(torch._C._current_graph_task_id()) == -1:
+        return None
+    for mine, copied in zip(own, gradients, strict=True):
+        if mine is None or mine.dtype != copied.dtype or mine.untyped_storage().data_ptr() == copied.untyped_storage().data_ptr():
+            return None
+    return lambda: take([mine.clone() for mine in own if mine is not None])
 
 
 def _check_all_bound(compression: BoundCompression, trained: list[tuple[str, torch.nn.Parameter]]) -> None:

@@ -282,9 +282,10 @@ class Feedback(Protocol):
 class Exchange(Protocol):
     """Who sends what to whom.
 
-    One whose `run` yields once in all may say so by `waits_once = True`: its buckets need not wait for each other. One that returns what
-    `Task.delivered` or `decoded` does says `delivers = True`: buckets are then formed so that this is where the mean is wanted. One that has
-    `extracts(segments, size)` says by it which tables a worker extracts, and extracts those very objects: then compressors may be told sums of them.
+    One whose `run` yields once in all may say so by `waits_once = True`, and one that yields several times by `Task.last`, before it yields for the
+    last time: buckets need not wait for each other then. One that returns what `Task.delivered`, `decoded` or `place` does says `delivers = True`:
+    buckets are then formed so that this is where the mean is wanted. One that has `extracts(segments, size)` says by it which tables a worker
+    extracts, and extracts those very objects: then compressors may be told sums of them.
     One that says `survives = True` can go on when a worker dies: its state depends on how many there are by the cut of a residual alone.
     """
 
@@ -362,6 +363,8 @@ class Task:
     """Set by the exchange: False where some rank sent an inf or NaN, the same on every rank. Where a GPU alone knows, nobody has waited for it."""
     skipped: bool = False
     """Set by the exchange when nothing came back for any segment, on every rank: x and the optimizer's state must stay as they are."""
+    last: bool = False
+    """Set by the exchange before it waits for the last time: no collective follows, so when it goes on is no matter of order."""
     silent: bool = False
     """Set where this worker sends nothing of its buffer in this step, which waits in its residual."""
     extracted: int = 0
@@ -466,6 +469,12 @@ class Task:
         self.accumulated.settle()
         self.into.touched = None
         return self.into.buffer
+
+    def place(self) -> tuple[torch.Tensor, Segments]:
+        """(tensor, where its segments are) to decode into at once, as the last thing that an exchange does; it holds anything. It is memory that is
+        lent, if that may be overwritten, or the result."""
+        lent = self.lent
+        return (self.result(), self.segments) if lent is None or not lent.at_once else (lent.memory, lent.table(self.segments))
 
     def delivered(self, parts: Sequence[tuple[Compressor, Segments, Sequence[tuple[torch.Tensor, Key]]]], alpha: float = 1.0) -> torch.Tensor:
         """The result, which each of the parts (tables of segments that have nothing in common) makes up by alpha · Σ C⁻¹(payload).

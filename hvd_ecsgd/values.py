@@ -94,13 +94,16 @@ class Result:
 class Lent:
     """Somebody else's flat `memory`, in which the gradients are and where the mean is wanted: what is decoded goes there in place of a `Result`.
 
-    Gradients may be asked for again where a step is undone, so they are overwritten by `settle` alone, once it is known to stand; `at_once` where
-    nobody would ask. `shifts`: by segment, how much later it begins in this memory than in the bucket's own layout; None: that is the layout.
+    Gradients are asked for again where a step is undone, so they are overwritten by `settle` alone, once it is known to stand; `at_once` where
+    nobody would ask, or `again` gives the same ones as they were handed over. `shifts`: by segment, how much later it begins in this memory than in
+    the bucket's own layout; None: that is the layout.
     """
 
-    def __init__(self, memory: torch.Tensor, shifts: tuple[int, ...] | None = None) -> None:
-        self.memory, self._shifts = memory, shifts
-        self.at_once = False
+    def __init__(
+        self, memory: torch.Tensor, shifts: tuple[int, ...] | None = None, again: Callable[[], Sequence[torch.Tensor]] | None = None
+    ) -> None:
+        self.memory, self._shifts, self.again = memory, shifts, again
+        self.at_once = again is not None
         self._held: list[Callable[[], object]] = []
 
     @property

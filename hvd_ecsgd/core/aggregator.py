@@ -176,7 +176,7 @@ class Aggregator:
         compressor, exchange = bucket.method.at(self.state.step)
         flat = None
         if lent is not None:
-            lent.at_once = not bucket.method.stateful or bucket.method.exact
+            lent.at_once = lent.again is not None or not bucket.method.stateful or bucket.method.exact
             flat = lent.flat if compressor.lossless and getattr(exchange, "delivers", False) and not bucket.method.stateful else None
         part = replace(bucket.part, wanted=wanted(compressor, exchange, bucket.segments, transport.size), flat=flat)
         accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(part, gradients, ctx)
@@ -194,12 +194,12 @@ class Aggregator:
             step_size=group.lr if feedback.unit == "gradient" else 1.0,
             applied=feedback.takes.update,
             lent=lent,
+            last=getattr(exchange, "waits_once", False),
         )
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
         rescale = 1.0 if feedback.takes.update else scale_of(self.state, group)
         steps = local_step(task) if self.state.local else exchange.run(task, transport)
-        waits_once = getattr(exchange, "waits_once", False)
-        step = BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, waits_once, gauge)
+        step = BucketStep(bucket, task, steps, gradients, group, rescale, frozen_state, gauge)
         accumulated.settle()  # where the exchange has not looked at it
         return step
 

@@ -67,13 +67,10 @@ class BucketStep:
         settings: GroupSettings,
         rescale: float = 1.0,
         frozen_state: FrozenState | None = None,
-        waits_once: bool = False,
         gauge: Gauge | None = None,
     ) -> None:
         self.bucket = bucket
         self.frozen_state = frozen_state
-        self.waits_once = waits_once
-        """No further collective follows the first one: going on from it is no matter of order."""
         self.gauge = gauge
         """Looks at it, if somebody does."""
         self._rescale = rescale
@@ -89,9 +86,16 @@ class BucketStep:
     def finished(self) -> bool:
         return self.out is not None
 
+    @property
+    def ordered(self) -> bool:
+        """It starts another collective when it goes on: in one order on all ranks, therefore."""
+        return not (self.finished or self.task.last)
+
     def _resume(self, value: Any) -> None:
+        was_last = self.pending is not None and self.task.last
         try:
             self.pending = self._steps.send(value)
+            assert not was_last, f"{self.bucket.method.exchange} waits again after what it has said to be its last wait"
         except StopIteration as stop:
             self.pending, self.out = None, stop.value
             if self._rescale != 1.0:
@@ -158,7 +162,9 @@ class BucketStep:
             return
         self.task.reversals.run()
         if not self.task.poisoned:
-            method.feedback.undo_(self.bucket.part, None if gradients_gone else self.gradients, self.task.ctx)
+            again = None if self.task.lent is None else self.task.lent.again
+            gradients = self.gradients if again is None or gradients_gone else again()
+            method.feedback.undo_(self.bucket.part, None if gradients_gone else gradients, self.task.ctx)
         if self.task.reversals.was_zero and self.bucket.residual is not None:
             self.bucket.residual.zero_()  # such a payload is not kept for adding back, and what was taken back is so to rounding
 
@@ -201,9 +207,10 @@ def local_step(task: Task) -> Steps:
 
 
 def drive(reductions: Iterable[BucketStep], advance: Callable[[BucketStep], None] = BucketStep.advance) -> None:
-    """Finish all, one phase of each after the other, by `advance`: second passes of all buckets travel at once, in the same order on every rank."""
+    """Finish all, one phase of each after the other, by `advance`: second passes of all buckets travel at once, in the same order on every rank, and
+    what nothing follows is waited for when all have started."""
     open_ones = [r for r in reductions if not r.finished]
     while open_ones:
-        for reduction in open_ones:
+        for reduction in [r for r in open_ones if r.ordered] or open_ones:
             advance(reduction)
         open_ones = [r for r in open_ones if not r.finished]

@@ -46,7 +46,7 @@ class PowerSGD(Faithful):
     State: `q`, columns × a for each matrix; the same on all ranks.
     """
 
-    survives = True
+    survives = delivers = True
     approximation_rank: int = 2
     residual: Literal["mean", "own"] = "mean"
 
@@ -89,7 +89,7 @@ class PowerSGD(Faithful):
         for i, s in enumerate(task.segments):
             if self._is_matrix(s):
                 batches.setdefault((s.shape[0], s.numel // s.shape[0]), []).append(i)
-        whole = [s for s in task.segments if not self._is_matrix(s)]
+        whole = [i for i, s in enumerate(task.segments) if not self._is_matrix(s)]
         q_views = self._q_table(task.segments).shaped_views(task.state["q"])
         self._draw_missing_(q_views, task)
 
@@ -118,10 +118,11 @@ class PowerSGD(Faithful):
             p = _cut(flat_p, [(len(members), shape[0], a) for shape, members in batches.items()])
         else:
             p = [torch.bmm(stacked(members, shape), torch.stack([q_views[i] for i in members])) for shape, members in batches.items()]
-        plain = [buffer[s.start : s.stop].clone() for s in whole]
+        plain = [buffer[tables[i].start : tables[i].stop].clone() for i in whole]
         sums = flattened([*p, *plain])
         if isinstance(finite, torch.Tensor):
             sums[:1].masked_fill_(~finite, math.nan)
+        task.last = not batches
         mean = (yield transport.allreduce_(sums, f"{task.name}.p")).mul_(1.0 / n)
         if not all_finite(mean):
             return self._spoiled(task)
@@ -135,32 +136,36 @@ class PowerSGD(Faithful):
             own = [torch.bmm(stacked(members, shape).mT, p_) for (shape, members), p_ in zip(batches.items(), p, strict=True)]
         q = own
         if batches:
+            task.last = True
             mean = (yield transport.allreduce_(flattened(own), f"{task.name}.q")).mul_(1.0 / n)
             if not all_finite(mean):
                 return self._spoiled(task)
             q = [m.view(t.shape) for m, t in zip(torch.split(mean, [t.numel() for t in own]), own, strict=True)]
 
-        out = task.result()
+        out, places = task.place()
+        made = places.shaped_views(out)
         if native:
             kept = torch.cat([t.reshape(-1) for t in (q if self.residual == "mean" else own)])
             sent = kept if self.residual == "mean" else torch.cat([t.reshape(-1) for t in q])
-            native.low_rank_decode_(rows, a, flat_p, sent, kept if task.reversible else None, out)
+            targets = [made[i] for members in batches.values() for i in members]
+            native.low_rank_decode_(rows, a, flat_p, sent, kept if task.reversible else None, targets)
         for (shape, members), p_, q_, own_ in zip(batches.items(), p, q, own, strict=True):
             for k, i in enumerate(members):
                 s = tables[i]
                 if not native:
-                    torch.mm(p_[k], q_[k].T, out=out[s.start : s.stop].view(shape))
+                    torch.mm(p_[k], q_[k].T, out=made[i].view(shape))
                 q_views[i].copy_(q_[k])
                 if task.reversible:
                     stays, left = q_[k] if self.residual == "mean" else own_[k], buffer[s.start : s.stop].view(shape)
                     if not native:
                         left.addmm_(p_[k], stays.T, alpha=-1)
                     task.undo_by(partial(left.addmm_, p_[k], stays.T))
-        for s, was, now in zip(whole, plain, torch.split(means, [s.numel for s in whole]), strict=True):
-            out[s.start : s.stop] = now
-            buffer[s.start : s.stop] = 0
+        for i, was, now in zip(whole, plain, torch.split(means, [tables[i].numel for i in whole]), strict=True):
+            made[i].view(-1).copy_(now)
+            left = buffer[tables[i].start : tables[i].stop]
+            left.zero_()
             if task.reversible:
-                task.undo_by(partial(buffer[s.start : s.stop].add_, was))
+                task.undo_by(partial(left.add_, was))
         return out
 
     def _native(self, buffer: torch.Tensor, segments: Segments, batches: dict[tuple[int, int], list[int]]) -> Native | None:

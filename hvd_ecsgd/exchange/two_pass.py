@@ -133,6 +133,7 @@ class TwoPass(Faithful):
         else:
             answer = server.extract_(mean_of(task, received, mine), mine, ctx.key(server, "pull"))
         task.traffic += Traffic(payload=answer.nbytes, sent=(n - 1) * answer.nbytes)
+        task.last = True
         answers = yield transport.allgather(answer, f"{task.name}.pull", _sizes(server, pieces))
 
         served = [(r, a) for r, a in enumerate(answers) if pieces[r].numel]

@@ -165,10 +165,13 @@ class Native:
         self._call("low_rank_q", *self._buffer, _address(rows), a, p.data_ptr(), q.data_ptr())
         return q
 
-    def low_rank_decode_(self, rows: Counts, a: int, p: torch.Tensor, q: torch.Tensor, kept: torch.Tensor | None, out: torch.Tensor) -> None:
-        """`out` ← PQᵀ in the segments' ranges, and M ← M − P·keptᵀ unless that is None."""
+    def low_rank_decode_(
+        self, rows: Counts, a: int, p: torch.Tensor, q: torch.Tensor, kept: torch.Tensor | None, out: Sequence[torch.Tensor]
+    ) -> None:
+        """`out`, a tensor in one piece for each segment, ← PQᵀ, and M ← M − P·keptᵀ unless that is None."""
         left = None if kept is None else kept.data_ptr()
-        self._call("low_rank_decode", *self._buffer, _address(rows), a, p.data_ptr(), q.data_ptr(), left, out.data_ptr())
+        addresses = np.array([t.data_ptr() for t in out], np.int64)
+        self._call("low_rank_decode", *self._buffer, _address(rows), a, p.data_ptr(), q.data_ptr(), left, _address(addresses))
 
     # -- positions: int32 or uint32, ascending within each segment, one segment after the other ------------------------------------------
 

@@ -206,8 +206,8 @@ class StepExchange:
     # -- the executor's ----------------------------------------------------------------------------------------------------------
 
     def _start(self, bucket: Bucket, gradients: list[torch.Tensor], lent: Lent | None, given: Marks) -> None:
-        """Compress a bucket and start to send it. In a thread, then go on with what was started before: where others follow their first
-        collective, by one in each, since the order in which collectives start must not be a matter of timing; else with those that have arrived.
+        """Compress a bucket and start to send it. In a thread, then go on with what was started before: where another collective follows, by one in
+        each, since the order in which collectives start must not be a matter of timing; else with those that have arrived.
 
         So the second pass of a bucket travels while the next one is compressed, and nobody waits for it before that.
         """
@@ -228,9 +228,12 @@ class StepExchange:
             self.observer(bucket.name, "COMPRESS", begin, self._sent_at[id(bucket)])
         if self.executor.concurrent and len(self._started) > 1:
             self.meeting.agree()
-            for earlier in self._started[:-1]:
-                if earlier is not None and earlier.pending is not None and (not earlier.waits_once or earlier.pending.done()):
-                    self._advance(earlier)
+            earlier = [r for r in self._started[:-1] if r is not None]
+            for one in [r for r in earlier if r.ordered]:
+                self._advance(one)
+            for one in earlier:
+                if one.pending is not None and not one.ordered and one.pending.done():
+                    self._advance(one)
 
     def _averaged_inside(self, workers: Workers, bucket: Bucket, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
         """Copies, as the script's gradients are not to be written to."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from hvd_ecsgd import Compression, GradientExchange
+from hvd_ecsgd.compressors import TopK
+from hvd_ecsgd.exchange import TwoPass
 from hvd_ecsgd.optimizer.background import Background
-from hvd_ecsgd.transport import SelfTransport
+from hvd_ecsgd.protocols import Steps, Task
+from hvd_ecsgd.transport import SelfTransport, Transport
 from hvd_ecsgd.transport.base import Handle, Ready
 
 
@@ -75,7 +79,7 @@ class _Late(Ready[list[torch.Tensor]]):
 
 
 class _SlowSecondPass(SelfTransport):
-    """The second pass of a bucket arrives when the first pass of the bucket after the next one has begun, or that of the last one. `begun`: names."""
+    """The second pass of a bucket arrives when that of the last one has begun. `begun`: names."""
 
     def __init__(self, buckets: int) -> None:
         self.begun: list[str] = []
@@ -87,13 +91,11 @@ class _SlowSecondPass(SelfTransport):
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         self.begun.append(name)
-        bucket = name.removesuffix(".pull").removeprefix("bucket")
-        awaited = f"bucket{min(int(bucket) + 2, self._buckets - 1)}.push" if name.endswith(".pull") else None
-        return _Late([t], lambda: awaited is None or awaited in self.begun)
+        return _Late([t], lambda: not name.endswith(".pull") or f"bucket{self._buckets - 1}.pull" in self.begun)
 
 
 def test_second_passes_travel_while_the_next_buckets_are_compressed() -> None:
-    """Collectives start in one order whatever arrives when; and nobody waits for a second pass before the next first one has started."""
+    """Collectives start in one order whatever arrives when; and nobody waits for a second pass, which nothing follows, before all have started."""
     n = 5
     parameters = [(f"p{k}", torch.nn.Parameter(torch.zeros(300, 2))) for k in range(n)]
     background, transport = Background("test"), _SlowSecondPass(n)
@@ -103,3 +105,24 @@ def test_second_passes_travel_while_the_next_buckets_are_compressed() -> None:
     assert [float(means[f"p{k}"][0, 0]) for k in range(n)] == [1.0, 2.0, 3.0, 4.0, 5.0]
     passes = [name.removeprefix("bucket") for name in transport.begun if name.startswith("bucket")]
     assert passes == ["0.push", "1.push", "0.pull", "2.push", "1.pull", "3.push", "2.pull", "4.push", "3.pull", "4.pull"]
+
+
+@dataclass(frozen=True)
+class _Mistaken(TwoPass):
+    """Says of its first pass that it is the last."""
+
+    def run(self, task: Task, transport: Transport) -> Steps:
+        task.last = True
+        return (yield from super().run(task, transport))
+
+
+def test_an_exchange_that_goes_on_after_its_last_wait_is_an_error() -> None:
+    """The order of collectives would be a matter of timing. Control: one that tells the truth."""
+    parameter = torch.nn.Parameter(torch.zeros(300, 2))
+    for kind in (_Mistaken, TwoPass):
+        exchange = GradientExchange([("p", parameter)], Compression(TopK(2), exchange=kind(), dense_below=0), SelfTransport())
+        if kind is TwoPass:
+            exchange.reduce([torch.ones(300, 2)])
+            continue
+        with pytest.raises(AssertionError, match="waits again"):
+            exchange.reduce([torch.ones(300, 2)])

@@ -219,7 +219,7 @@ def test_one_large_segment_is_the_work_of_several_threads() -> None:
     low_rank, rows, p, q = native.Native(library, v, segments, "test"), np.array([600], np.int64), torch.ones(600), torch.ones(500)
     work["P"] = lambda: low_rank.low_rank_p(rows, 1, q)
     work["Q"] = lambda: low_rank.low_rank_q(rows, 1, p)
-    work["PQ"] = lambda: low_rank.low_rank_decode_(rows, 1, p, q, None, torch.empty(numel))
+    work["PQ"] = lambda: low_rank.low_rank_decode_(rows, 1, p, q, None, [torch.empty(numel)])
     use_openmp = library._library.hvd_ecsgd_use_openmp
     use_openmp(ctypes.cast(fork, ctypes.c_void_p).value)
     try:
@@ -289,7 +289,7 @@ def thin_products(a: int, dtype: torch.dtype) -> list[torch.Tensor]:
     low_rank = native.native_for(left, segments, "test")
     assert low_rank is not None
     products = [low_rank.low_rank_p(rows, a, q), low_rank.low_rank_q(rows, a, p)]
-    low_rank.low_rank_decode_(rows, a, p, q, kept, out)
+    low_rank.low_rank_decode_(rows, a, p, q, kept, segments.views(out))
     return [*products, left, out]
 
 

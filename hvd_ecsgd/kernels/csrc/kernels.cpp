@@ -175,7 +175,7 @@ KERNEL(low_rank_p, (int type, const void* buffer, TABLE, const int64_t* rows, in
 KERNEL(low_rank_q, (int type, const void* buffer, TABLE, const int64_t* rows, int64_t a, const void* p, void* q, int threads),
        (buffer, table, n, rows, a, p, q, threads))
 KERNEL(low_rank_decode,
-       (int type, void* buffer, TABLE, const int64_t* rows, int64_t a, const void* p, const void* q, const void* kept, void* out, int threads),
+       (int type, void* buffer, TABLE, const int64_t* rows, int64_t a, const void* p, const void* q, const void* kept, void* const* out, int threads),
        (buffer, table, n, rows, a, p, q, kept, out, threads))
 
 EXPORT int64_t hvd_ecsgd_random_k_positions(TABLE, const uint64_t* keys, const int64_t* counts, uint32_t* positions, int threads) {

@@ -112,11 +112,11 @@ int64_t low_rank_q(const void* buffer_, const Segment* table, int64_t n, const i
     return DONE;
 }
 
-// out ← PQᵀ, and M ← M − P·keptᵀ where there is one.
+// out ← PQᵀ, by segment, and M ← M − P·keptᵀ where there is one.
 template <class T>
 int64_t low_rank_decode(void* buffer_, const Segment* table, int64_t n, const int64_t* rows, int64_t a, const void* p_, const void* q, const void* kept,
-                        void* out_, int threads) {
-    T *buffer = static_cast<T*>(buffer_), *out = static_cast<T*>(out_);
+                        void* const* out, int threads) {
+    T* buffer = static_cast<T*>(buffer_);
     const T* p = static_cast<const T*>(p_);
     const Into<T> into(table, n, 1.0, 0);
     const auto matrices = matrices_of(table, n, rows, a);
@@ -130,6 +130,7 @@ int64_t low_rank_decode(void* buffer_, const Segment* table, int64_t n, const in
         alignas(WIDTH) T made[CHUNK];
         const Tile& tile = tiles[t];
         const Matrix& m = matrices[tile.segment];
+        T* target = static_cast<T*>(out[tile.segment]);
         const auto row = [&](const T* columns, const T* factors, int64_t count) ISA {
             for (int64_t i = 0; i < count; i += L::N) {
                 const bool whole = i + L::N <= count;
@@ -146,13 +147,13 @@ int64_t low_rank_decode(void* buffer_, const Segment* table, int64_t n, const in
         };
         for (int64_t r = tile.begin; r < tile.end; ++r)
             for (int64_t c = 0; c < m.columns; c += CHUNK) {
-                const int64_t count = std::min(CHUNK, m.columns - c), at = m.start + r * m.columns + c;
+                const int64_t count = std::min(CHUNK, m.columns - c), at = r * m.columns + c;
                 const T* factors = p + m.p + r * a;
                 row(sent.data() + m.q + c, factors, count);
-                into.copy(out + at, made, count);
+                into.copy(target + at, made, count);
                 if (kept == nullptr) continue;
                 if (!same) row(own.data() + m.q + c, factors, count);
-                replace_each(buffer + at, count, [&](auto v, int64_t i) ISA { return v - L::load(made + i); });
+                replace_each(buffer + m.start + at, count, [&](auto v, int64_t i) ISA { return v - L::load(made + i); });
             }
     });
     return DONE;
