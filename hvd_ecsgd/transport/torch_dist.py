@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -180,8 +181,11 @@ def _close_in_time() -> None:
 
 
 def _let_go(process: int) -> None:
-    """In `process`, not in those forked by it, which have no such threads."""
-    for transport in list(_open) if os.getpid() == process else ():
+    if os.getpid() != process:  # forked, and without such threads, for which the end of a group would wait: groups last longer than it
+        for group in [*(transport._group for transport in _open), *([dist.group.WORLD] if dist.is_initialized() else [])]:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        return
+    for transport in list(_open):
         begun, waited_for = transport._under_way
         if begun == waited_for:  # else its end would wait for other ranks, which may be gone
             group, transport._group = transport._group, None

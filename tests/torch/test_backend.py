@@ -58,3 +58,20 @@ def test_a_process_that_ends_just_after_an_exchange_is_not_aborted(end: str) -> 
             transport.allgather(torch.ones(1 << 22).as_subclass(Slow), "last", [1 << 22]).wait()
     """
     run_job([], textwrap.dedent(program) + end)
+
+
+def test_a_forked_process_ends_too() -> None:
+    """It has none of gloo's threads, for which the end of a group waits."""
+    program = """
+        import os
+
+        import torch
+
+        import hvd_ecsgd.torch_backend as hvd
+
+        hvd.init()
+        hvd.allreduce(torch.ones(3))
+        if os.fork():
+            print("the child ended with", os.wait()[1])
+    """
+    assert "the child ended with 0" in run_job([], program, bare=True)
