@@ -14,7 +14,7 @@ from ..core.meter import Meter
 from ..core.state import MethodState
 from ..core.step import BucketStep, drive
 from ..optimizer.hyper_parameters import HyperParameters
-from ..protocols import Accumulated, GroupSettings, Reversals, Task
+from ..protocols import Accumulated, GroupSettings
 from ..transport import Transport
 from .attendance import Together
 
@@ -97,17 +97,5 @@ class PartialSteps:
                 residual.mul_(ctx.carry)  # which the rule's `undo_` takes back
             accumulated = Accumulated(bucket.segments.scratch() if residual is None else residual)
         compressor, exchange = bucket.method.at(state.step)
-        task = Task(
-            name=bucket.name,
-            segments=bucket.segments,
-            compressor=compressor,
-            state=bucket.exchange_state,
-            ctx=ctx,
-            accumulated=accumulated,
-            into=bucket.results.take(),
-            reversals=Reversals(residual, was_zero=compressor.lossless and bucket.residual_is_zero),
-            step_size=settings.lr,
-            present=present,
-            silent=not gradients,
-        )
+        task = bucket.task(compressor, ctx, accumulated, present=present, silent=not gradients)
         return BucketStep(bucket, task, exchange.run(task, transport), gradients, settings, gauge=gauge)

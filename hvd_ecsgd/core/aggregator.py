@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Accumulated, GroupSettings, Lent, Reversals, Role, Task, Traffic, wanted
+from ..protocols import Accumulated, GroupSettings, Lent, Role, Traffic, wanted
 from ..transport.base import Transport
 from ..verdicts import known_at_the_end
 from . import beside, saved_state, switch
@@ -182,20 +182,7 @@ class Aggregator:
         accumulated = Accumulated.nothing(bucket.segments) if refusal.wrong else feedback.accumulate_(part, gradients, ctx)
         if gauge is not None:
             gauge.accumulated(gradients, accumulated, bucket, group)
-        task = Task(
-            name=bucket.name,
-            segments=bucket.segments,
-            compressor=compressor,
-            state=bucket.exchange_state,
-            ctx=ctx,
-            accumulated=accumulated,
-            into=bucket.results.take(out),
-            reversals=Reversals(bucket.residual, was_zero=compressor.lossless and bucket.residual_is_zero),
-            step_size=group.lr if feedback.unit == "gradient" else 1.0,
-            applied=feedback.takes.update,
-            lent=lent,
-            last=getattr(exchange, "waits_once", False),
-        )
+        task = bucket.task(compressor, ctx, accumulated, out, lent=lent, last=getattr(exchange, "waits_once", False))
         # Who applies the mean gets it as a GradScaler expects it, loss-scaled.
         rescale = 1.0 if feedback.takes.update else scale_of(self.state, group)
         steps = local_step(task) if self.state.local else exchange.run(task, transport)

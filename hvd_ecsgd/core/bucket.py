@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..errors import CompressionError
 from ..kernels import column_sums, shift_, sums_of
-from ..protocols import Exchange, GroupSettings, Part, Result, Role, State, StepContext, zeros
+from ..protocols import Accumulated, Compressor, Exchange, GroupSettings, Part, Result, Reversals, Role, State, StepContext, Task, zeros
 from ..segments import Segment, Segments
 from ..verdicts import Verdict
 from .method import Method
@@ -125,6 +126,24 @@ class Bucket:
         shifted."""
         feedback = self.method.feedback
         return feedback.takes.momentum and self.point is None and bool(getattr(feedback, "weight_decay", None) or settings.weight_decay)
+
+    def task(self, compressor: Compressor, ctx: StepContext, accumulated: Accumulated, out: torch.Tensor | None = None, **said: Any) -> Task:
+        """What an exchange is given of a step, after the rule has `accumulated`; `out`: where the mean goes. `said`: other fields of `Task`."""
+        assert self.exchange_state is not None
+        feedback = self.method.feedback
+        return Task(
+            name=self.name,
+            segments=self.segments,
+            compressor=compressor,
+            state=self.exchange_state,
+            ctx=ctx,
+            accumulated=accumulated,
+            into=self.results.take(out),
+            reversals=Reversals(self.residual, was_zero=compressor.lossless and self.residual_is_zero),
+            step_size=ctx.settings.lr if feedback.unit == "gradient" else 1.0,
+            applied=feedback.takes.update,
+            **said,
+        )
 
     def context(self, settings: GroupSettings, seed: int, step: int, rank: int, size: int) -> StepContext:
         """What a step with these settings is done with."""
