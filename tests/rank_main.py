@@ -60,7 +60,9 @@ def imports_torch(text: str) -> bool:
 
 
 def import_torch(compiler: bool, also: Iterable[str] = ()) -> None:
-    """Do so, with torch's compiler or with the stand-in, and import these modules, too."""
+    """Do so, with torch's compiler or with the stand-in, and import these modules, too. Nothing is done where torch is imported already."""
+    if "torch" in sys.modules:
+        return
     if not compiler:
         sys.modules["torch._dynamo"] = NoCompiler("torch._dynamo")
     gc.disable()

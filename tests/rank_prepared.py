@@ -1,5 +1,5 @@
-"""A process that has imported torch and hvd_ecsgd, and forks ranks which would import them again:  python rank_prepared.py LISTENING-SOCKET, for
-`tests.ranks`.
+"""A process that has imported torch with its compiler and hvd_ecsgd, and forks ranks which would import them again:  python rank_prepared.py
+LISTENING-SOCKET, for `tests.ranks`. (torch.distributed imports the compiler, too.)
 
 It serves rank_start.py, one child for each connection, for as long as its standard input is open. It has no threads and has started nothing: neither
 MPI nor Horovod nor mpi_backend is imported. A child ends when the process that asked for it does; all of them end with this process; and
@@ -141,7 +141,7 @@ def serve(listening: socket.socket) -> dict:
 
 def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as listening:
-        rank_main.import_torch(compiler=False, also=("hvd_ecsgd",))
+        rank_main.import_torch(compiler=True, also=("torch._dynamo", "hvd_ecsgd"))
         request = serve(listening)
     os.setsid()
     os.chdir(request["folder"])

@@ -31,7 +31,7 @@ import psutil
 import pytest
 
 from hvd_ecsgd.doctor.processes import environment_of_ranks
-from tests.rank_main import compiles, imports_torch
+from tests.rank_main import imports_torch
 from tests.rank_start import PREPARED
 
 __all__ = ["LIMIT", "REPO", "SOON", "horovodrun", "mpirun", "require_horovod", "require_mpirun", "rank_environment", "run_job"]
@@ -158,8 +158,7 @@ def run_job(
 
 def _needs_torch_alone(program: Path) -> bool:
     """Whether this is what a prepared process has imported."""
-    text = program.read_text(encoding="utf-8") if program.is_file() else ""
-    return imports_torch(text) and not compiles(text)
+    return program.is_file() and imports_torch(program.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
