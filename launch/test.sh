@@ -8,9 +8,9 @@
 #   VENV=… PYTHON=… MPI=system TORCH_SPEC=…       as in launch/quickstart.sh
 #
 # Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1. Tests of one process run on all cores,
-# those that start ranks one after the other. Tests that mostly wait (for a time limit, Slurm, a network that is cut) run beside all of these,
-# and what they print comes at the end. Each part ends with its slowest tests. It takes some 15 minutes on 2 cores, and the first time
-# 4 more, to build Horovod.
+# those that start ranks one after the other. Horovod is built beside the former, and tests that mostly wait (for a time limit, Slurm, a network that
+# is cut) run beside all of these, those of scripts once Horovod is there; what they print comes when it is waited for. Each part ends with its
+# slowest tests. It takes some 13 minutes on 2 cores, and the first time 3 more, to build Horovod.
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -38,34 +38,44 @@ part() {   # $1: name  then: the command
 # The same in two: `start_guarded kept NAME COMMAND…` begins, and `show NAME GROUP` waits for the end and says what came of it.
 KEPT=$(mktemp -d)
 trap 'rm -rf "$KEPT"' EXIT
+keeps() { printf '%s' "$KEPT/${1//\//-}"; }   # the file of a part, whose name may be a path
 # shellcheck disable=SC2329  # start_guarded calls it
 kept() {
     local name=$1 start=$SECONDS result=passed
     shift
-    "$@" >"$KEPT/$name" 2>&1 || result=FAILED
-    printf '%s %s' "$result" $((SECONDS - start)) >"$KEPT/$name, result"
+    "$@" >"$(keeps "$name")" 2>&1 || result=FAILED
+    printf '%s %s' "$result" $((SECONDS - start)) >"$(keeps "$name, result")"
 }
 show() {
     local result=FAILED seconds=0
     say "$1"
     finish_guarded "$2" || true
-    if [ -f "$KEPT/$1, result" ]; then read -r result seconds <"$KEPT/$1, result" || true; fi
-    cat "$KEPT/$1"
+    if [ -f "$(keeps "$1, result")" ]; then read -r result seconds <"$(keeps "$1, result")" || true; fi
+    cat "$(keeps "$1")"
     enter "$1" "$result" "$seconds"
 }
 
 ALONE=(tests/convergence tests/unit tests/property)   # the longest test is not the last one
-WAITING=(tests/launch tests/mpi/test_failure.py tests/mpi/test_cut_link.py)
+FAILING=(tests/mpi/test_failure.py tests/mpi/test_cut_link.py)   # they wait, and need no Horovod
+SCRIPTS=(tests/launch tests/horovod/test_together.py)   # they wait, and need it
 if [ "$#" -gt 0 ]; then NOTHING_FITS=5; fi   # pytest's status when the arguments leave no test of a part
 # shellcheck disable=SC2329  # so it does this, for the parts
 tests() { python -m pytest --durations=25 --durations-min=1 "$@" || [ $? = "${NOTHING_FITS:-}" ]; }
 
-part 'launch/install_horovod.sh' launch/install_horovod.sh
+HOROVOD='launch/install_horovod.sh' FAIL='pytest, failures' WAIT='pytest, scripts'
+start_guarded kept "$HOROVOD" launch/install_horovod.sh
+HOROVOD_STARTED=$STARTED
+# shellcheck disable=SC2329  # start_guarded calls it
+after_horovod() {
+    until [ -f "$(keeps "$HOROVOD, result")" ] || ! kill -0 "$HOROVOD_STARTED" 2>/dev/null; do sleep 0.2; done
+    "$@"
+}
 # Ranks that wait leave the cores to what works, so they run beside all that follows. Those that work come one after the other: beside others each
 # takes as much longer as the others take.
-WAIT='pytest, mostly waiting'
-start_guarded kept "$WAIT" tests "${WAITING[@]}" "$@"
-WAITING_STARTED=$STARTED
+start_guarded kept "$FAIL" tests "${FAILING[@]}" "$@"
+FAIL_STARTED=$STARTED
+start_guarded after_horovod kept "$WAIT" tests "${SCRIPTS[@]}" "$@"
+WAIT_STARTED=$STARTED
 part 'ruff check .' ruff check .
 part 'ruff format --check .' ruff format --check .
 part 'mypy --strict hvd_ecsgd mpi_backend' mypy --strict hvd_ecsgd mpi_backend
@@ -74,8 +84,10 @@ part 'mkdocs build --strict' env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --s
 part 'shellcheck' shellcheck launch/*.sh launch/slurm/*.sbatch launch/shim/mpirun benchmarks/netlab.sh .ci/run
 
 part 'pytest, one process' tests "${ALONE[@]}" -n auto --maxprocesses 8 "$@"
-part 'pytest, ranks' tests tests "${ALONE[@]/#/--ignore=}" "${WAITING[@]/#/--ignore=}" "$@"
-show "$WAIT" "$WAITING_STARTED"
+show "$HOROVOD" "$HOROVOD_STARTED"
+part 'pytest, ranks' tests tests "${ALONE[@]/#/--ignore=}" "${FAILING[@]/#/--ignore=}" "${SCRIPTS[@]/#/--ignore=}" "$@"
+show "$FAIL" "$FAIL_STARTED"
+show "$WAIT" "$WAIT_STARTED"
 
 enter all "$([ "$failed" = 0 ] && echo passed || echo FAILED)" "$SECONDS"
 printf '\n%-40s %-8s %6s\n%s' part result seconds "$table"

@@ -265,11 +265,12 @@ def test_the_test_script_runs_every_part_after_a_failure_and_says_which_failed(p
     pytest_ = "python -m pytest --durations=25 --durations-min=1"
     assert calls(tmp_path, f"shellcheck {' '.join(str(s.relative_to(REPO)) for s in SCRIPTS)}") == 1
     assert calls(tmp_path, f"{pytest_} tests/convergence tests/unit tests/property -n auto --maxprocesses 8 --full -k this and that") == 1
-    waiting = "tests/launch tests/mpi/test_failure.py tests/mpi/test_cut_link.py"
-    assert calls(tmp_path, f"{pytest_} {waiting} --full -k this and that") == 1
-    ignored = " ".join(f"--ignore={place}" for place in f"tests/convergence tests/unit tests/property {waiting}".split())
+    failing, scripts = "tests/mpi/test_failure.py tests/mpi/test_cut_link.py", "tests/launch tests/horovod/test_together.py"
+    for waiting in (failing, scripts):
+        assert calls(tmp_path, f"{pytest_} {waiting} --full -k this and that") == 1
+        assert all((REPO / place).exists() for place in waiting.split())
+    ignored = " ".join(f"--ignore={place}" for place in f"tests/convergence tests/unit tests/property {failing} {scripts}".split())
     assert calls(tmp_path, f"{pytest_} tests {ignored} --full -k this and that") == 1
-    assert all((REPO / place).exists() for place in waiting.split())
     results = {" ".join(line.split()[:-2]): line.split()[-2] for line in done.stdout.split("part  ")[-1].splitlines()[1:]}
     assert results == {
         "launch/install_horovod.sh": "FAILED",  # no compiler here
@@ -280,12 +281,13 @@ def test_the_test_script_runs_every_part_after_a_failure_and_says_which_failed(p
         "mkdocs build --strict": "FAILED",
         "pytest, one process": "passed",
         "pytest, ranks": "passed",
-        "pytest, mostly waiting": "passed",
+        "pytest, failures": "passed",
+        "pytest, scripts": "passed",
         "all": "FAILED",
     }
 
 
-@pytest.mark.parametrize("place", ["tests/convergence", "tests/launch"])
+@pytest.mark.parametrize("place", ["tests/convergence", "tests/launch", "tests/mpi/test_failure.py"])
 def test_the_test_script_shows_what_a_part_said_that_ran_beside_another(pretended: dict[str, str], tmp_path: Path, place: str) -> None:
     """Also of one that fails, and only once; the others pass."""
     (tmp_path / "refuse").write_text(f"durations-min=1 {place}")
@@ -293,7 +295,7 @@ def test_the_test_script_shows_what_a_part_said_that_ran_beside_another(pretende
     done = run(["launch/test.sh"], pretended)
     assert done.returncode == 1 and done.stdout.count("what failed, and why") == 1, done.stdout
     results = {line.split("  ")[0]: line.split()[-2] for line in done.stdout.split("part  ")[-1].splitlines()[1:]}
-    failed = {"tests/convergence": "pytest, one process", "tests/launch": "pytest, mostly waiting"}[place]
+    failed = {"tests/convergence": "pytest, one process", "tests/launch": "pytest, scripts"}.get(place, "pytest, failures")
     assert [name for name, result in results.items() if result == "FAILED" and name.startswith("pytest")] == [failed]
 
 
