@@ -106,28 +106,41 @@ def _own_part(store: Any, rank: int, size: int) -> Any:
     mine, deadline = uuid.uuid4().hex, time.monotonic() + _PATIENCE
 
     def wait(key: str, meanwhile: Callable[[], None] = lambda: None) -> str:
-        while not store.check([key]):
+        while (found := _told(store, key)) is None:
             if time.monotonic() > deadline:
                 raise TransportError(f"rank {rank} of {size} has waited {_PATIENCE} s for the others; see whether they all call hvd.init().")
             meanwhile()
             time.sleep(0.01)
-        found: bytes = store.get(key)
-        return found.decode()
+        return found
 
     def answer() -> None:
         for other in range(1, size):
-            if store.check([f"asks {other}"]):
-                store.set(f"answer {store.get(f'asks {other}').decode()}", mine)
+            if (asks := _told(store, f"asks {other}")) is not None:
+                _tell(store, f"answer {asks}", mine)
 
     if rank == 0:
         name = mine
         for other in range(1, size):
             wait(f"{name} has {other}", answer)
     else:
-        store.set(f"asks {rank}", mine)
+        _tell(store, f"asks {rank}", mine)
         name = wait(f"answer {mine}")
-        store.set(f"{name} has {rank}", "")
+        _tell(store, f"{name} has {rank}", "")
     return PrefixStore(name, store)
+
+
+def _tell(store: Any, key: str, text: str) -> None:
+    """Set it, so that `_told` finds it."""
+    store.set(key, text)
+    store.add(f"{key}: times", 1)
+
+
+def _told(store: Any, key: str) -> str | None:
+    """What was set, and None where that never was. It does not wait. torch 2.2 has no `Store.check`, and its `compare_set` crashes."""
+    if store.add(f"{key}: times", 0) == 0:
+        return None
+    found: bytes = store.get(key)
+    return found.decode()
 
 
 def shutdown() -> None:

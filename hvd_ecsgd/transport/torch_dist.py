@@ -148,7 +148,8 @@ class TorchTransport:
         return _TorchHandle(name, work, lambda: [_rows(part, t) for part in torch.split(came, sizes)], self._under_way)
 
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
-        work = dist.broadcast(t, group_src=root, group=self._group_for(t, name), async_op=True)
+        group = self._group_for(t, name)
+        work = dist.broadcast(t, dist.get_global_rank(group, root), group, async_op=True)
         return _TorchHandle(name, work, lambda: t, self._under_way)
 
     def _everybodys(self, number: int) -> list[int]:
