@@ -13,8 +13,12 @@ from .executor import Observer
 
 __all__ = ["BackwardTimer", "BackwardPass", "BackwardPasses"]
 
-_RUN = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
-"""Of the function in which a script's thread waits while torch's engine runs a backward pass."""
+_engine_run = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_RUNS = frozenset(f.__code__ for f in ([_engine_run] if _engine_run else [torch.autograd.backward, torch.autograd.grad]))  # torch before 2.4
+"""Of the functions in which a script's thread waits while torch's engine runs a backward pass: one of them is on its stack for each."""
+
+_WHOLE = "of hvd_ecsgd: stands for this call"
+"""No name that a function could give to a variable of its own."""
 
 _NODE = torch.autograd.function.BackwardCFunction.apply.__code__
 """Of what the engine calls for a node written in Python; with nothing below it on the stack in a thread of the engine's own."""
@@ -62,7 +66,7 @@ class BackwardPasses:
         if task in self._open:  # goes on after one within it
             return
         before = [p for p in self._open.values() if not p.reentrant and p.whole is not self._current.whole]
-        if before and not self._current.reentrant and _RUN is not None:  # else a reentrant one would not be known
+        if before and not self._current.reentrant:
             self.interrupted = True
             self._open = {}
         self._open[task] = self._current
@@ -89,7 +93,7 @@ def _look(everywhere: bool) -> tuple[object | None, bool, bool]:
     bottom = frame
     outermost, count = None, 0
     while frame is not None:
-        if frame.f_code is _RUN:
+        if frame.f_code in _RUNS:
             outermost, count = frame, count + 1
         bottom, frame = frame, frame.f_back
     assert bottom is not None
@@ -98,8 +102,8 @@ def _look(everywhere: bool) -> tuple[object | None, bool, bool]:
     if in_engine or (outermost is None and everywhere):
         waiting = [calls[-1] for calls in map(_calls, sys._current_frames().values()) if calls and calls[-1] is not outermost]
         outermost = waiting[0] if len(waiting) == 1 else None
-    # Each call has a dictionary of its own for its keyword arguments, which lives on while it is referred to, and keeps nothing else alive.
-    return (None if outermost is None else outermost.f_locals.get("kwargs")), reentrant, count > 0
+    # What is laid beside a call's variables stays there until the call returns. Referred to for longer, it keeps none of them alive.
+    return (None if outermost is None else outermost.f_locals.setdefault(_WHOLE, object())), reentrant, count > 0
 
 
 def _running() -> int:
@@ -111,7 +115,7 @@ def _calls(frame: FrameType | None) -> list[FrameType]:
     """Of backward passes, on this stack, innermost first."""
     found = []
     while frame is not None:
-        if frame.f_code is _RUN:
+        if frame.f_code in _RUNS:
             found.append(frame)
         frame = frame.f_back
     return found
