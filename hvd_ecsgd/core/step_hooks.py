@@ -7,6 +7,7 @@ With one process an unmodified Horovod never calls compress, and a method with m
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -68,6 +69,7 @@ class _Listeners(Generic[H]):
     def add(self, holder: H) -> None:
         with self._lock:
             if not self._registered:  # when the first comes, and never removed: torch iterates over its hooks unlocked
+                _keep_step_hooks()
                 self._register()
                 self._registered = True
             for _, parameter in holder.named:
@@ -98,6 +100,22 @@ def follow(bound: Follower) -> None:
 def is_hooked(step: Any) -> bool:
     """Whether `step`, of a class of optimizers, is what torch puts around it to run step hooks; what it was before is its `__wrapped__`."""
     return getattr(step, "__code__", None) is _HOOKED
+
+
+@functools.cache
+def _keep_step_hooks() -> None:
+    """The first module that torch 2.2 compiles takes step hooks off torch's optimizers for good, and nobody would be told of their steps: let it do
+    that now, and put them back. Importing the compiler takes it a second or two. It does not compile for Python 3.12."""
+    if torch.__version__ >= "2.3" or sys.version_info >= (3, 12):
+        return
+    from torch._dynamo.eval_frame import TorchPatcher
+
+    TorchPatcher.patch()  # once for all
+    for cls in vars(torch.optim).values():
+        step = vars(cls).get("step") if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) else None
+        if step is not None and cls is not torch.optim.Optimizer and not is_hooked(step):
+            cls.step = torch.optim.Optimizer.profile_hook_step(step)
+            cls.step.hooked = True  # as torch does when the first of a class is made
 
 
 def hook_inner_step(optimizer: torch.optim.Optimizer) -> None:

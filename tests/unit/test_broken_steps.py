@@ -24,6 +24,7 @@ from hvd_ecsgd.optimizer.backward import BackwardPass, BackwardPasses
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, Case, by_name, ids, rows_that_cover
 from tests.problems import batch, mlp, same_bits, train, weights
+from tests.versions import half_losses
 
 
 def wrapped(compression: Any = Compression.none, model: Any = None, momentum: float = 0.9, **options: Any) -> tuple[Any, Any]:
@@ -289,7 +290,7 @@ def test_a_replaced_optimizer_must_not_step() -> None:
     assert not torch.equal(weights(model), before), "control"
 
 
-@pytest.mark.parametrize("convert", [torch.nn.Module.double, torch.nn.Module.half, lambda m: m.to(torch.bfloat16)])
+@pytest.mark.parametrize("convert", [torch.nn.Module.double, pytest.param(torch.nn.Module.half, marks=half_losses), lambda m: m.to(torch.bfloat16)])
 @pytest.mark.parametrize("name", ["none", "top_k", "detached"])
 def test_a_model_that_is_converted_after_wrapping(name: str, convert: Any) -> None:
     model, optimizer = wrapped(Compression.none if name == "none" else by_name(name).make())

@@ -18,6 +18,7 @@ from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import COMPRESSORS, Case, bound_method, ids, rows_that_cover
 from tests.problems import batch, mlp
 from tests.unit.test_state import equal
+from tests.versions import cpu_scaler
 
 Defaults = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -128,7 +129,7 @@ def used(folder: Path, defaults: Defaults) -> list[dict[str, Any]]:
                 third.step(optimizer, step)
                 optimizer.compression.switch(method)
             optimizer.load_state_dict(optimizer.state_dict())
-            scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            scaler = cpu_scaler(init_scale=4.0)
             optimizer.compression.attach(optimizer, scaler)
             optimizer.zero_grad()
             backward(third.model, scaler.scale(third.model(third.batches[3][0]).square().sum()))

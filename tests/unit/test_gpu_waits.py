@@ -58,6 +58,8 @@ def exceptions(case: Case) -> list[str]:
 def test_a_step_waits_once(case: Case) -> None:
     """However many buckets there are; where a row waits more often, it is for the reason that is given. Once more where parameters are shifted: what
     somebody else wrote to them is looked for before it is overwritten."""
+    if torch.__version__ < "2.3" and "matrix" in case.name:
+        pytest.skip("torch 2.2 takes no stand-in of a gradient's gradient for a tensor on a GPU")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = Counter(waits(case))

@@ -16,6 +16,7 @@ from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, Case, bound_method, by_name, ids, rows_that_cover
 from tests.problems import batch, held, mlp, weights
 from tests.unit.test_undo import everything
+from tests.versions import cpu_scaler
 
 
 class Late:
@@ -116,7 +117,7 @@ def test_a_change_after_the_exchange_is_an_error_where_the_method_applies_the_up
 def test_clipping_after_unscaling_is_noticed_too(clips: bool) -> None:
     """`unscale_` alone is not (control): the recipe of docs/reliability.md."""
     model, optimizer = wrapped(Compression.detached(8))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    scaler = cpu_scaler(init_scale=2.0**8)
     optimizer.compression.attach(optimizer, scaler)
     before = weights(model)
     backward(model, scale=scaler.scale)
@@ -241,7 +242,7 @@ def test_clipping_is_of_the_unscaled_gradient(clip: str) -> None:
     held = []
     for scale in (1.0, 2.0**10):
         model, optimizer = wrapped(Compression.random_block(4, **ALL, **{clip: 0.05}))
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
+        scaler = cpu_scaler(init_scale=scale, enabled=scale != 1.0)
         optimizer.compression.attach(optimizer, scaler)
         for t in range(3):
             optimizer.zero_grad()

@@ -16,6 +16,7 @@ from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import Case, bound_method, by_name, ids, rows_that_cover
 from tests.problems import batch, mlp, same_bits, weights
 from tests.unit.test_undo import everything
+from tests.versions import cpu_scaler
 
 STEPS = (7, 4, 0)
 """By rank: of the first epoch. Then all take three more."""
@@ -129,7 +130,7 @@ def test_a_grad_scaler_follows(case: Case, attached: bool) -> None:
         model = mlp()
         sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         optimizer = DistributedOptimizer(sgd, model.named_parameters(), case.make(), transport=transport)
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        scaler = cpu_scaler(init_scale=64.0, growth_interval=3)
         if attached:
             optimizer.compression.attach(optimizer, scaler)
         for t in range(2 + 4 * transport.rank):
@@ -157,7 +158,7 @@ def test_a_grad_scaler_that_took_no_step_must_be_attached_to_follow(attached: bo
     def worker(transport: Transport) -> Any:
         model = mlp()
         optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), model.named_parameters(), transport=transport)
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        scaler = cpu_scaler(init_scale=64.0, growth_interval=3)
         if attached:
             optimizer.compression.attach(optimizer, scaler)
         for t in range(4 * transport.rank):

@@ -14,6 +14,7 @@ from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL
 from tests.problems import batch, flat, mlp, same_bits, simulate, slot, train, weights
 from tests.unit.test_invariants import LRS, largest_violation_of_z, trajectory, vary
+from tests.versions import cpu_scaler
 
 N = 3
 
@@ -81,7 +82,7 @@ def test_an_overflow_in_a_local_step_lowers_the_scale_of_its_rank_alone(bad_step
             model = mlp()
             sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
             optimizer = DistributedOptimizer(sgd, model.named_parameters(), Compression.detached(8, period=4, **ALL), transport=transport)
-            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=scaled)
+            scaler = cpu_scaler(init_scale=2.0**6, enabled=scaled)
             if scaled:
                 optimizer.compression.attach(optimizer, scaler)
             for t in range(8):

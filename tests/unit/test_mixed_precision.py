@@ -19,6 +19,7 @@ from tests.cases import ALL, CASES, Case, bound_method, by_name, ids, rows_that_
 from tests.problems import batch, mlp, same_bits, weights
 from tests.unit.test_state import equal
 from tests.unit.test_undo import everything
+from tests.versions import cpu_scaler, fused_sgd
 
 N = 2
 STEPS, BAD = 7, 3
@@ -48,7 +49,7 @@ def run(
         model = mlp()
         sgd = (optimizer_of or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=momentum, weight_decay=1e-3)))(model.parameters())
         optimizer = DistributedOptimizer(sgd, model.named_parameters(), make(), transport=transport)
-        scaler = torch.amp.GradScaler("cpu", enabled=scaled, **{"init_scale": 2.0**6, "growth_interval": 2, **scale})
+        scaler = cpu_scaler(enabled=scaled, **{"init_scale": 2.0**6, "growth_interval": 2, **scale})
         if attached:
             optimizer.compression.attach(optimizer, scaler)
         scales, moved = [], []
@@ -112,6 +113,7 @@ def test_saved_residuals_are_in_true_units(scale: float) -> None:
         assert equal(state, plain)
 
 
+@fused_sgd
 def test_other_optimizers_and_fused_ones() -> None:
     """Adam is indifferent to a wrong scale but for ε, so SGD's fused form, which unscales by itself, and RMSprop are looked at too."""
     for make in (
@@ -159,7 +161,7 @@ def test_another_scaler_takes_over() -> None:
     alone = mlp()
     reference = torch.optim.SGD(alone.parameters(), lr=0.1)
     for t, scale in enumerate((8.0, 32.0)):
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler = cpu_scaler(init_scale=scale)
         scaler.scale(model(batch(0, t)[0]).square().mean()).backward()
         scaler.step(optimizer)
         optimizer.zero_grad()
@@ -178,7 +180,7 @@ def test_another_scaler_of_the_same_scale_hears_of_an_overflow() -> None:
         optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), transport=transport)
         for t in range(3):
             if t != 1:
-                scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+                scaler = cpu_scaler(init_scale=2.0**8)
             optimizer.zero_grad()
             loss = scaler.scale(model(batch(transport.rank, t)[0]).square().mean())
             (loss * float("inf") if (t, transport.rank) == (2, 1) else loss).backward()
@@ -194,7 +196,7 @@ def test_with_state_another_scaler_is_refused(recipe: str) -> None:
     """Also of the same scale, with which the next step would be of another."""
     model = mlp()
     optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression.top_k(10))
-    attached, other = torch.amp.GradScaler("cpu", init_scale=2.0**8), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    attached, other = cpu_scaler(init_scale=2.0**8), cpu_scaler(init_scale=2.0**8)
     optimizer.compression.attach(optimizer, attached)
     for scaler in (attached, other):
         optimizer.zero_grad()
@@ -217,7 +219,7 @@ def test_a_worker_without_gradients_steps_with_its_scaler(name: str, recipe: str
         model = mlp()
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)
         optimizer = DistributedOptimizer(sgd, model.named_parameters(), by_name(name).make(), transport=transport)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        scaler = cpu_scaler(init_scale=2.0**8)
         optimizer.compression.attach(optimizer, scaler)
         for t in range(3):
             optimizer.zero_grad()
@@ -253,7 +255,7 @@ def test_unscaling_or_clipping_before_the_exchange_is_refused() -> None:
     for spoil in (lambda m, o, s: s.unscale_(o), lambda m, o, s: torch.nn.utils.clip_grad_norm_(m.parameters(), 1e-3)):
         model = mlp()
         optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression.top_k(10))
-        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler = cpu_scaler(init_scale=8.0)
         optimizer.compression.attach(optimizer, scaler)
         scaler.scale(model(batch(0, 0)[0]).sum()).backward()
         spoil(model, optimizer, scaler)

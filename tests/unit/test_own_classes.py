@@ -21,6 +21,7 @@ from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, CASES, ids
 from tests.problems import batch, mlp, same_bits, weights
+from tests.versions import cpu_scaler
 
 # -- optimizers of others --------------------------------------------------------------------------------------------------------
 
@@ -339,7 +340,7 @@ def test_step_hooks_run_once(name: str, how: str, counts: Callable[[Any], list[s
     made = getattr(Compression, name)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = DistributedOptimizer(inner, model.named_parameters(), made if name == "none" else made())
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=how == "scaled")
+    scaler = cpu_scaler(init_scale=4.0, enabled=how == "scaled")
     optimizer.compression.attach(optimizer, scaler)
     if how == "loaded":
         optimizer.load_state_dict(optimizer.state_dict())

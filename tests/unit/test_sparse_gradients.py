@@ -12,6 +12,7 @@ from hvd_ecsgd import Compression, DistributedOptimizer
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import by_name
 from tests.problems import same_bits, weights
+from tests.versions import cpu_scaler
 
 N = 3
 
@@ -39,7 +40,7 @@ def run_words(
     def worker(transport: Transport) -> Any:
         model = Words(sparse).to(dtype)
         optimizer = DistributedOptimizer(sgd(model), model.named_parameters(), make(), transport=transport)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2, enabled=scaled)
+        scaler = cpu_scaler(init_scale=2.0**8, growth_interval=2, enabled=scaled)
         optimizer.compression.attach(optimizer, scaler)
         layouts = []
         for step in range(7):

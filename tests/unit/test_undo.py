@@ -16,6 +16,7 @@ from hvd_ecsgd.feedback import LocalMomentum
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL, Case, bound_method, by_name, ids, rows_that_cover
 from tests.problems import batch, flat, mlp, same_bits, slot, train, weights
+from tests.versions import cpu_scaler
 
 N = 3
 BAD_STEP = 4
@@ -231,7 +232,7 @@ def test_with_a_grad_scaler(name: str) -> None:
         optimizer = DistributedOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), by_name(name).make(), transport=transport
         )
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaler = cpu_scaler(init_scale=2.0**10)
         optimizer.compression.attach(optimizer, scaler)
         seen = []
         for t in range(6):
