@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map, tree_map_only
 
+from hvd_ecsgd.core import step_hooks
 from hvd_ecsgd.kernels import cuda
 from hvd_ecsgd.kernels.cuda import Cuda
 
@@ -221,6 +222,7 @@ def kernels_that_write_zeros() -> Iterator[None]:
 @contextlib.contextmanager
 def on_gpu() -> Iterator[PretendGPU]:
     """torch.cuda as if the GPU were there, for this process; and a `PretendGPU`, entered in this thread."""
+    step_hooks._keep_step_hooks()  # which imports the compiler of torch 2.2: that one would look at the stand-ins, and break
     _gpu.reads, _gpu.late = [], []
     current = Stream()
     nothing = lambda *given, **options: None  # noqa: E731
