@@ -61,6 +61,7 @@ class TorchTransport:
         # With local synchronization, else other sets of ranks would have to make them too.
         self._group: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         self._nccl: Any = dist.new_group(ranks, backend="nccl", use_local_synchronization=True) if takes_gpus(group) else None
+        self._ranks: list[int] = dist.get_process_group_ranks(self._group)  # of the job, by those in here
         self.rank: int = dist.get_rank(self._group)
         self.size: int = len(ranks)
         self._user: Callable[[], object] = lambda: self
@@ -148,8 +149,7 @@ class TorchTransport:
         return _TorchHandle(name, work, lambda: [_rows(part, t) for part in torch.split(came, sizes)], self._under_way)
 
     def broadcast_(self, t: torch.Tensor, root: int, name: str) -> Handle[torch.Tensor]:
-        group = self._group_for(t, name)
-        work = dist.broadcast(t, dist.get_global_rank(group, root), group, async_op=True)
+        work = dist.broadcast(t, self._ranks[root], group=self._group_for(t, name), async_op=True)
         return _TorchHandle(name, work, lambda: t, self._under_way)
 
     def _everybodys(self, number: int) -> list[int]:

@@ -105,11 +105,11 @@ class Dist:
         target, mine = group.held("all_to_all", came, t)
         return Work(lambda: dist.all_to_all_single(target, mine, *sizes, group=group.gloo), [target])
 
-    def broadcast(self, t: torch.Tensor, group_src: int, group: Any, async_op: bool) -> Any:
+    def broadcast(self, t: torch.Tensor, src: int, group: Any, async_op: bool) -> Any:
         if not isinstance(group, Nccl):
-            return dist.broadcast(host(t), group_src=group_src, group=group, async_op=async_op)
+            return dist.broadcast(host(t), src, group=group, async_op=async_op)
         (mine,) = group.held("broadcast", t)
-        return Work(lambda: dist.broadcast(mine, group_src=group_src, group=group.gloo), [mine])
+        return Work(lambda: dist.broadcast(mine, src, group=group.gloo), [mine])
 
     def destroy_process_group(self, group: Any) -> None:
         dist.destroy_process_group(group.gloo if isinstance(group, Nccl) else group)
