@@ -10,7 +10,7 @@
 # Every part runs, also after a failure; the table at the end says which failed, and then the exit status is 1. Tests of one process run on all cores,
 # those that start ranks one after the other. Horovod is built beside the former, and tests that mostly wait (for a time limit, Slurm, a network that
 # is cut) run beside all of these, those of scripts once Horovod is there; what they print comes when it is waited for. Each part ends with its
-# slowest tests. It takes some 13 minutes on 2 cores, and the first time 3 more, to build Horovod.
+# slowest tests. It takes some 15 minutes on 2 cores, and the first time longer, to build Horovod.
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
