@@ -110,7 +110,10 @@ class ShrinkingJob:
             if not job.servers:
                 job = Job(comm, comm.Get_rank(), comm.Get_size(), 0)
                 watchdog = watchdog_of(job, self._choices, outlives=True)
-            return _Smaller(assemble(job, comm, watchdog, self._choices, self), *_links(comm, drivers))
+            try:
+                return _Smaller(assemble(job, comm, watchdog, self._choices, self), *_links(comm, drivers))
+            except HorovodInternalError as lost:
+                raise TransportError(str(lost)) from lost
 
         def unmake(made: _Smaller) -> None:
             made.context.engine.give_up()
