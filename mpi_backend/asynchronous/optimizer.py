@@ -215,7 +215,7 @@ class _Participant:
         server = Server(self.plan, self.shards[self.job.rank - self.job.workers], self.optimizer)
         serving = Serving(server, self.post, first=self.job.rank == self.job.workers)
 
-        def among_those_that_live() -> Server:
+        def without_the_lost() -> Server:
             serving.let_go(self.everyone.lost)
             return server
 
@@ -223,9 +223,9 @@ class _Participant:
             folder = Path(bytes(message.payloads[0].numpy()).decode())
             with contextlib.suppress(CheckpointError):  # which the workers raise
                 if message.kind is Kind.SAVE:
-                    self._save(folder, lambda: _saving().saved_by_server(among_those_that_live()), server.version, overwrite=bool(message.number))
+                    self._save(folder, lambda: _saving().saved_by_server(without_the_lost()), server.version, overwrite=bool(message.number))
                 else:
-                    self._load(folder, among_those_that_live, None)
+                    self._load(folder, without_the_lost, None)
 
         serving.run(together)
 

@@ -14,6 +14,7 @@ from hvd_ecsgd.asynchronous import Message
 from hvd_ecsgd.errors import PeerLostError, TransportError
 from hvd_ecsgd.transport.patience import Patience
 
+from ..transport import dead_of
 from ..transport.memory import LARGEST, memory_of
 from ..transport.operation import Operations
 
@@ -168,13 +169,7 @@ class Post:
 
     def _dead(self) -> set[int]:
         """Ranks that MPI knows to have died."""
-        if not self._outlives:
-            return set()
-        dead, everyone = self.comm.Get_failed(), self.comm.Get_group()
-        ranks = MPI.Group.Translate_ranks(dead, list(range(dead.Get_size())), everyone)
-        dead.Free()
-        everyone.Free()
-        return set(ranks)
+        return dead_of(self.comm) if self._outlives else set()
 
 
 def _pieces(t: torch.Tensor) -> list[torch.Tensor]:

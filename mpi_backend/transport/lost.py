@@ -13,7 +13,7 @@ from mpi4py import MPI
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.patience import Patience
 
-__all__ = ["Look", "agree", "among_those_that_live", "look_on", "lost_between", "may_be_lost", "start_agreement", "without_ulfm"]
+__all__ = ["Look", "agree", "among_those_that_live", "dead_of", "look_on", "lost_between", "may_be_lost", "start_agreement", "without_ulfm"]
 
 T = TypeVar("T")
 
@@ -82,16 +82,24 @@ class _Outliving:
             MPI.Request.Testsome([requests[i] for i in complete])
         elif self._comm.Is_revoked():
             raise MPI.Exception(MPI.ERR_REVOKED)
-        elif self._any_gone():
+        elif dead_of(self._comm):
             raise MPI.Exception(MPI.ERR_PROC_FAILED)
         return complete
 
-    def _any_gone(self) -> bool:
-        gone = self._comm.Get_failed()
+
+def dead_of(comm: MPI.Comm) -> set[int]:
+    """Ranks of `comm` that MPI knows to have died."""
+    dead = comm.Get_failed()
+    try:
+        if not (count := dead.Get_size()):
+            return set()
+        everyone = comm.Get_group()
         try:
-            return bool(gone.Get_size())
+            return set(MPI.Group.Translate_ranks(dead, list(range(count)), everyone))
         finally:
-            gone.Free()
+            everyone.Free()
+    finally:
+        dead.Free()
 
 
 def among_those_that_live(comm: MPI.Intracomm, make: Callable[[MPI.Intracomm], T], unmake: Callable[[T], None]) -> T:
