@@ -38,7 +38,9 @@ class Spread:
 
     @property
     def sd(self) -> float:
-        """Of the seeds, not of their mean; 0 with one seed."""
+        """Of the seeds, not of their mean; 0 with one seed, NaN where a run has diverged."""
+        if not all(map(math.isfinite, self.values)):
+            return math.nan
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def above(self, other: Spread) -> bool:

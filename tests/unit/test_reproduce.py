@@ -138,12 +138,14 @@ def test_a_report_says_what_it_holds(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     claims = [Claim("a", "1 < 2", True), Claim("b", "2 < 1", False)]
     table = Table("t", ("name", "value"), [("x", f"{Spread((1.0, 3.0)):.1f}")])
-    figures = {"x": Spread((1.0, 3.0)), "diverged": float("inf")}
+    figures = {"x": Spread((1.0, 3.0)), "diverged": float("inf"), "one diverged": Spread((1.0, float("inf")))}
     report = Report("title", "setting", [table], claims, figures, lambda pyplot: pyplot.figure())
     assert "2.0 ± 1.4" in report.text() and "1 of 2 claims agree" in report.text()
     report.save(tmp_path, "r")
     saved = json.loads((tmp_path / "r.json").read_text())
-    assert saved["figures"] == {"x": {"mean": 2.0, "sd": pytest.approx(2**0.5), "by_seed": [1.0, 3.0]}, "diverged": "inf"}
+    one_diverged = {"mean": "inf", "sd": "nan", "by_seed": [1.0, "inf"]}
+    x = {"mean": 2.0, "sd": pytest.approx(2**0.5), "by_seed": [1.0, 3.0]}
+    assert saved["figures"] == {"x": x, "diverged": "inf", "one diverged": one_diverged}
     assert [c["agrees"] for c in saved["claims"]] == [True, False]
 
 
