@@ -17,6 +17,7 @@ import contextlib
 import gc
 import importlib.util
 import os
+import socket
 import statistics
 import tempfile
 import time
@@ -144,6 +145,32 @@ def horovod_running(needed: bool) -> Iterator[None]:
         stock.shutdown()
 
 
+@contextlib.contextmanager
+def gloo_for_horovod() -> Iterator[None]:
+    """What `horovodrun --gloo` gives its processes, which find each other through a server of its. For good: a process in which Horovod has used MPI
+    cannot go over to gloo."""
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
+    from horovod.runner.http.http_server import RendezvousServer
+
+    names = comm.allgather(socket.gethostname())
+    slots = get_host_assignments(parse_hosts(",".join(f"{name}:{names.count(name)}" for name in dict.fromkeys(names))), size)
+    server = RendezvousServer() if rank == 0 else None
+    port = comm.bcast(server.start() if server else 0)
+    if server:
+        server.init(slots)
+    address = comm.bcast(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    os.environ.update(create_slot_env_vars(slots[rank]))
+    told = create_run_env_vars(address, [os.environ.get("GLOO_SOCKET_IFNAME", "lo")], port)
+    os.environ.update({name: str(value) for name, value in told.items()})
+    try:
+        yield
+    finally:
+        comm.Barrier()
+        if server:
+            server.stop()
+
+
 def all_rows() -> dict[str, Make]:
     hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
     rows: dict[str, Make] = {"compute alone": compute_alone, "DDP dense": ddp}
@@ -219,11 +246,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="measured ones, for each row in each round")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--horovod", choices=("mpi", "gloo"), default="mpi", help="what stock Horovod's rows use, as of its horovodrun")
     parser.add_argument("--width", type=int, default=1581, help="of the layers; 25 M parameters by default")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.simplefilter("ignore")
     start_gloo(comm)
+    with gloo_for_horovod() if options.horovod == "gloo" else contextlib.nullcontext():
+        run(options, rows)
+    torch.distributed.destroy_process_group()
+
+
+def run(options: argparse.Namespace, rows: dict[str, Make]) -> None:
+    """All rows, by turns, and what is told of them."""
     width, layers, rounds, steps = (64, 3, 1, 1) if options.short else (options.width, 10, options.rounds, options.steps)
     results = {name: Row(name) for name in options.rows}
     for _ in range(rounds):
@@ -255,7 +290,6 @@ def main() -> None:
         chosen = [str(decision) for tuner in CHOOSING for decision in tuner.decisions]
         write(options, title, {title: list(results.values())}, plot, size=size, batch=options.batch, auto=chosen)
         print(*(f"auto() chose {decision}" for decision in chosen), sep="\n")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
