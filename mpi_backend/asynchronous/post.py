@@ -14,7 +14,7 @@ from hvd_ecsgd.asynchronous import Message
 from hvd_ecsgd.errors import PeerLostError, TransportError
 from hvd_ecsgd.transport.patience import Patience
 
-from ..transport import dead_of
+from ..transport import dead_of, one_by_one
 from ..transport.memory import LARGEST, memory_of
 from ..transport.operation import Operations
 
@@ -71,7 +71,8 @@ class Post:
         self._collect()
         status = MPI.Status()
         try:
-            found = self.comm.Improbe(MPI.ANY_SOURCE if source is None else source, _HEAD, status)
+            with one_by_one:
+                found = self.comm.Improbe(MPI.ANY_SOURCE if source is None else source, _HEAD, status)
         except MPI.Exception:
             if source is not None or self._dead() <= self._lost:
                 raise
@@ -81,7 +82,8 @@ class Post:
         if (length := status.Get_count(MPI.BYTE)) > _LONGEST_HEAD:
             raise TransportError(f"asynchronous training: rank {status.Get_source()} sent a head of {length} bytes; it is damaged.")
         head = bytearray(length)
-        found.Recv(head)
+        with one_by_one:
+            found.Recv(head)
         try:
             message = Message.of_head(bytes(head), self._most)
         except TransportError as error:
@@ -104,7 +106,7 @@ class Post:
         """The next message of a rank, however long that takes. Raises `PeerLostError` for one that has died."""
         while True:
             try:
-                self.wait_until(lambda: self.comm.Iprobe(source, _HEAD))
+                self.wait_until(lambda: self._has_come(source))
                 message = self.receive(source)
             except MPI.Exception as error:
                 if source not in self._dead():
@@ -144,6 +146,10 @@ class Post:
         """Ranks have died: the communicator stays, and what was on its way, as MPI may hold it until the end."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
+    def _has_come(self, source: int) -> bool:
+        with one_by_one:
+            return self.comm.Iprobe(source, _HEAD)
+
     def _collect(self) -> int:
         self._sending = [sent for sent in self._sending if not self._over(sent)]
         return len(self._sending)
@@ -151,12 +157,15 @@ class Post:
     def _over(self, travelling: _Travelling) -> bool:
         """Whether all has left, or come; or was given up. MPI must not hear of a request to a rank that is gone before it is complete, which would
         free it (see `transport.look_on`): so it is asked for their states, and they are tested when all are."""
-        if self._outlives and not all(request.Get_status() for request in travelling.requests):
+        with one_by_one:
+            waits = self._outlives and not all(request.Get_status() for request in travelling.requests)
+        if waits:
             if gone := travelling.peer in self._dead():
                 self._given_up.append(travelling)
             return gone
         try:
-            return MPI.Request.Testall(travelling.requests)
+            with one_by_one:
+                return MPI.Request.Testall(travelling.requests)
         except MPI.Exception as error:
             self._give_up(travelling, error)
             return True

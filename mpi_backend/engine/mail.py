@@ -7,7 +7,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from ..transport import look_on
+from ..transport import look_on, one_by_one
 
 __all__ = ["Mail"]
 
@@ -31,11 +31,12 @@ class Mail:
     def received(self) -> tuple[int, Any] | None:
         """The next message and who sent it; None when none has come."""
         status = MPI.Status()
-        message = self._comm.Improbe(status=status)
-        if message is None:
-            return None
-        data = bytearray(status.Get_count(MPI.BYTE))
-        message.Recv([data, MPI.BYTE])
+        with one_by_one:
+            message = self._comm.Improbe(status=status)
+            if message is None:
+                return None
+            data = bytearray(status.Get_count(MPI.BYTE))
+            message.Recv([data, MPI.BYTE])
         return status.Get_source(), pickle.loads(data)
 
     def sweep(self) -> None:

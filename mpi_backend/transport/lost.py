@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
@@ -13,12 +14,30 @@ from mpi4py import MPI
 from hvd_ecsgd.errors import TransportError
 from hvd_ecsgd.transport.patience import Patience
 
-__all__ = ["Look", "agree", "among_those_that_live", "dead_of", "look_on", "lost_between", "may_be_lost", "start_agreement", "without_ulfm"]
+__all__ = [
+    "Look",
+    "agree",
+    "among_those_that_live",
+    "dead_of",
+    "look_on",
+    "lost_between",
+    "may_be_lost",
+    "one_by_one",
+    "start_agreement",
+    "without_ulfm",
+]
 
 T = TypeVar("T")
 
 Look: TypeAlias = Callable[[Sequence[MPI.Request]], Sequence[int] | None]
 """Which of the requests are complete now, by their places; None where there are none. Those that are will not be looked at again."""
+
+one_by_one = threading.Lock()
+"""Of whoever begins an agreement, and whoever may receive a message of one, which is everybody that asks MPI for what has come, about anything.
+
+While a thread begins an agreement Open MPI puts messages of agreements aside that come to another thread, and writes a pointer over the value in them
+(seen with 5.0; in its sources of 2026, too): once in some ten thousand agreements ranks were told that something had failed, and nothing had.
+"""
 
 _LOST = {getattr(MPI, name, None) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED", "ERR_IN_STATUS")} - {None}
 """The last one says that one request of several has failed, and not how."""
@@ -49,7 +68,7 @@ def agree(comm: MPI.Intracomm, right: bool) -> bool:
     patience = Patience()
     try:
         request, flag = start_agreement(comm, right)
-        while not request.Test():
+        while not _is_complete(request):
             time.sleep(patience.pause())
     except MPI.Exception:
         return False
@@ -59,7 +78,13 @@ def agree(comm: MPI.Intracomm, right: bool) -> bool:
 def start_agreement(comm: MPI.Intracomm, right: bool) -> tuple[MPI.Request, np.ndarray]:
     """The request of `agree`, and what it writes to. `Test` raises `MPI.Exception` on all that live where some rank of `comm` is gone."""
     flag = np.array([right], dtype=np.intc)
-    return comm.Iagree(flag), flag
+    with one_by_one:
+        return comm.Iagree(flag), flag
+
+
+def _is_complete(agreement: MPI.Request) -> bool:
+    with one_by_one:
+        return agreement.Test()
 
 
 def look_on(comm: MPI.Comm) -> Look:
@@ -78,13 +103,16 @@ class _Outliving:
         self._comm = comm
 
     def __call__(self, requests: Sequence[MPI.Request]) -> Sequence[int] | None:
-        if complete := [i for i, request in enumerate(requests) if request.Get_status()]:
-            MPI.Request.Testsome([requests[i] for i in complete])
-        elif self._comm.Is_revoked():
+        with one_by_one:
+            if complete := [i for i, request in enumerate(requests) if request.Get_status()]:
+                MPI.Request.Testsome([requests[i] for i in complete])
+        if complete:
+            return complete
+        if self._comm.Is_revoked():
             raise MPI.Exception(MPI.ERR_REVOKED)
-        elif dead_of(self._comm):
+        if dead_of(self._comm):
             raise MPI.Exception(MPI.ERR_PROC_FAILED)
-        return complete
+        return []
 
 
 def dead_of(comm: MPI.Comm) -> set[int]:
