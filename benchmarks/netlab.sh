@@ -93,6 +93,16 @@ link_host() { # number delay-or-nothing directory
     ip -n "$NETLAB-switch" link set "port$i" alias "delay $2"
 }
 
+# All hosts, in the file that is /etc/hosts on this one: Horovod's gloo looks its own name up, and is killed where there is none.
+name_hosts() { # number, how many
+    local host
+    mkdir -p "/etc/netns/$NETLAB-host-$1"
+    {
+        cat /etc/hosts
+        for ((host = 0; host < $2; host++)); do echo "$NETWORK.$((host + 1)) host-$host"; done
+    } >"/etc/netns/$NETLAB-host-$1/hosts"
+}
+
 up() {
     local delay='' directory=''
     if [ "${3-}" = --delay ]; then
@@ -118,6 +128,7 @@ up() {
     ip -n "$NETLAB-switch" link set switch up
     for ((i = 0; i < n; i++)); do
         ip netns add "$NETLAB-host-$i"
+        name_hosts "$i" "$n"
         link_host "$i" "$delay" "$directory"
         ip -n "$NETLAB-switch" link set "port$i" master switch
         ip -n "$NETLAB-host-$i" addr add "$NETWORK.$((i + 1))/24" dev cable
@@ -165,6 +176,7 @@ down() {
     local name
     for name in $(namespaces); do
         ip netns del "$name"
+        rm -rf "/etc/netns/$name"
     done
 }
 

@@ -46,8 +46,9 @@ def netlab(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def left(name: str) -> list[str]:
-    """Of a lab: its namespaces, and what runs in them or was started for it."""
+    """Of a lab: its namespaces and their files, and what runs in them or was started for it."""
     spaces = [line for line in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.splitlines() if name in line]
+    spaces += [str(file) for file in Path("/etc/netns").glob(f"{name}-*")]
     return spaces + [" ".join(p.info["cmdline"]) for p in psutil.process_iter(["cmdline"]) if any(name in word for word in p.info["cmdline"] or [])]
 
 
@@ -178,8 +179,10 @@ def test_hosts_are_refused_twice_and_taken_away_after_ctrl_c_and_a_killed_launch
     again = netlab(lab, "up", "2", "1gbit")
     assert again.returncode != 0 and f"{lab}-host-0" in again.stdout and "are there already; 'netlab.sh down' takes them away" in again.stdout
     # Open MPI's daemons wait for ever, now and then, where all processes ended while they were being started; a training job takes longer.
-    said = netlab(lab, "run", "sh", "-c", "hostname; sleep 1").stdout.splitlines()  # and it warns of races of its own
+    hello = "hostname; getent hosts host-1; sleep 1"
+    said = netlab(lab, "run", "sh", "-c", hello).stdout.splitlines()  # and it warns of races of its own
     assert sorted(line for line in said if line.startswith("host-")) == ["host-0", "host-1"], said
+    assert [line.split() for line in said].count(["10.78.0.2", "host-1"]) == 2, said
     assert netlab(lab, "down").returncode == 0 and netlab(lab, "down").returncode == 0 and not left(lab)
 
     for end in ("Ctrl-C", "killed"):
