@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 from collections import Counter
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hvd_ecsgd import CheckpointError, checkpoint
+from hvd_ecsgd import CheckpointError, Compression, DistributedOptimizer, checkpoint, load_checkpoint, save_checkpoint
 from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
+from tests.forked import forked
 from tests.unit.checkpoints import CASE, N, contents, load, part, save
 from tests.unit.test_state import Setup
 
@@ -51,38 +54,33 @@ def test_a_save_that_fails_on_one_rank_leaves_the_previous_checkpoint(tmp_path: 
     assert run_simulated(N, worker) == [(True, 3)] * N
 
 
-FULL = """
-import sys, torch
-from pathlib import Path
-from hvd_ecsgd import Compression, CheckpointError, DistributedOptimizer, load_checkpoint, save_checkpoint
-p = torch.nn.Linear(100, 100)
-optimizer = DistributedOptimizer(torch.optim.SGD(p.parameters(), lr=0.1), p.named_parameters(), Compression.top_k())
-folder = Path(sys.argv[1])
-save_checkpoint(folder, p, optimizer, optimizer.compression)
-before = {f.name: f.read_bytes() for f in folder.iterdir()}
-if sys.argv[2] == "read-only":
-    import subprocess
-    subprocess.run(["mount", "-o", "remount,ro", str(folder.parent)], check=True)
-try:
-    save_checkpoint(folder, p, optimizer, optimizer.compression, extras=torch.randn(200_000))
-except CheckpointError as error:
-    print("refused:", error)
-assert before == {f.name: f.read_bytes() for f in folder.iterdir()}
-load_checkpoint(folder, p, optimizer, optimizer.compression)
-"""
+def on_a_small_disk(said: Connection, disk: Path, kind: str) -> None:
+    """In a process of its own: a save onto a disk that only it sees, and one that is refused and leaves what was there. Says why it was."""
+    new_mounts = 0x00020000
+    if ctypes.CDLL(None, use_errno=True).unshare(new_mounts):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(disk)], check=True)
+    p, folder = torch.nn.Linear(100, 100), disk / "a"
+    optimizer = DistributedOptimizer(torch.optim.SGD(p.parameters(), lr=0.1), p.named_parameters(), Compression.top_k())
+    save_checkpoint(folder, p, optimizer, optimizer.compression)
+    before = contents(folder)
+    if kind == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(CheckpointError) as refused:
+        save_checkpoint(folder, p, optimizer, optimizer.compression, extras=torch.randn(200_000))
+    assert before == contents(folder)
+    load_checkpoint(folder, p, optimizer, optimizer.compression)
+    said.send(str(refused.value))
 
 
 @pytest.mark.parametrize(("kind", "message"), [("full", "No space left on device"), ("read-only", "Read-only file system")])
 def test_a_full_and_a_read_only_disk(kind: str, message: str, tmp_path: Path) -> None:
     """A small file system in memory, in a mount namespace of its own. The control is the save before, which fits."""
-    mount = f'mount -t tmpfs -o size=500k tmpfs {tmp_path} && exec {sys.executable} -c "$PROGRAM" {tmp_path}/a {kind}'
     if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "sh", "-c", f"mount -t tmpfs tmpfs {tmp_path}"], capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
-    env = {**os.environ, "PROGRAM": FULL}
-    done = subprocess.run(["unshare", "-m", "sh", "-c", mount], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "refused:" in done.stdout
-    assert message in done.stdout
+    with forked(on_a_small_disk, tmp_path, kind) as process:
+        assert message in process.recv()
 
 
 def test_two_jobs_in_one_directory(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from hvd_ecsgd.kernels import draws, native, reference
 from hvd_ecsgd.kernels.library import FILE, VARIANTS, Library, chosen
 from hvd_ecsgd.protocols import decode_sum_
 from hvd_ecsgd.segments import Key, Segments
+from tests.forked import forked
 
 REPO = Path(__file__).resolve().parents[2]
 KEY = Key(5, 7, 1, size=4)
@@ -465,25 +466,18 @@ def test_a_library_of_other_sources_is_not_taken(tmp_path: Path) -> None:
 @compiled
 def test_threads_work_after_a_fork() -> None:
     """A child has none of its parent's threads. (torch's own threads do not survive it, so nothing here uses them.)"""
-    code = """
-        import os
-        import numpy, torch
-        from hvd_ecsgd.compressors import Sign
-        from hvd_ecsgd.segments import Key, Segments
-        torch.set_num_threads(2)
-        v = numpy.arange(100_000, dtype=numpy.float32) - 5e4  # of less than a thread of torch is woken for, payload included
-        segments = Segments.of([("v", torch.from_numpy(v))])
-        def payload():
-            return Sign().extract_(torch.from_numpy(v.copy()), segments, Key(0, 0)).numpy().tobytes()
+    torch.set_num_threads(2)
+    v = np.arange(100_000, dtype=np.float32) - 5e4  # of less than a thread of torch is woken for, payload included
+    segments = Segments.of([("v", torch.from_numpy(v))])
+
+    def payload() -> bytes:
+        return bytes(Sign().extract_(torch.from_numpy(v.copy()), segments, Key(0, 0)).numpy().tobytes())
+
+    with native.forced(library):
         expected = payload()
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if payload() == expected else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        with forked(lambda said: said.send_bytes(payload())) as child:
+            assert child.recv_bytes() == expected
         assert payload() == expected
-    """
-    done = python(textwrap.dedent(code), HVD_ECSGD_KERNELS="native")
-    assert done.returncode == 0, done.stderr
 
 
 UNDER_SANITIZERS = """

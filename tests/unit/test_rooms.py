@@ -303,22 +303,25 @@ def test_what_is_allowed_is_no_violation(tmp_path: Path) -> None:
     assert violations(plant(tmp_path, ALLOWED)) == []
 
 
-def unwanted_after(statement: str, folder: Path) -> list[str]:
-    """The modules of Horovod and MPI in sys.modules after a statement, in a fresh process."""
-    code = f"{statement}\nimport sys\nprint(' '.join(sorted(m for m in sys.modules if m.split('.')[0] in ('horovod', 'mpi4py', 'mpi_backend'))))"
+BACKENDS = ("horovod", "mpi4py", "mpi_backend")
+EXTRAS = ("matplotlib", "safetensors", "scipy", "sklearn")
+
+
+def imported_after(statements: Sequence[str], folder: Path) -> list[set[str]]:
+    """Which of the packages above are imported after each statement, one after the other in a fresh process."""
+    code = "import sys\n"
+    for statement in statements:
+        code += f"{statement}\nprint('imported', *{{m.split('.')[0] for m in sys.modules}} & {{*{BACKENDS + EXTRAS}}})\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return [set(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("imported")]
 
 
-def test_importing_the_library_imports_neither_horovod_nor_mpi() -> None:
-    assert unwanted_after("import hvd_ecsgd", REPO) == []
-
-
-def test_importing_every_module_of_the_library_imports_neither_horovod_nor_mpi() -> None:
+def test_what_the_library_imports() -> None:
+    """torch and NumPy suffice for it and for its command; no module of it imports Horovod or MPI, nor does what says which versions there are."""
     files = [f.relative_to(REPO) for f in sorted((REPO / "hvd_ecsgd").rglob("*.py")) if f.name != "__main__.py"]
     modules = [".".join(f.with_suffix("").parts).removesuffix(".__init__") for f in files]
-    code = f"""
+    every = f"""
         import importlib
         for module in {modules}:
             try:
@@ -327,10 +330,15 @@ def test_importing_every_module_of_the_library_imports_neither_horovod_nor_mpi()
                 if error.name != "triton":          # the CUDA kernels need it, and it is not everywhere
                     raise
     """
-    assert unwanted_after(textwrap.dedent(code), REPO) == []
+    statements = ["import hvd_ecsgd", "import hvd_ecsgd.cli", "hvd_ecsgd.cli.main(['env'])", textwrap.dedent(every)]
+    library, command, versions, all_of_it = imported_after(statements, REPO)
+    assert library == command == set()
+    assert not versions & set(BACKENDS)
+    assert not all_of_it & set(BACKENDS)
 
 
 def test_an_import_of_them_would_be_seen(tmp_path: Path) -> None:
     (tmp_path / "mpi4py.py").touch()
+    (tmp_path / "sklearn.py").touch()
     (tmp_path / "library.py").write_text("import mpi4py")
-    assert unwanted_after("import library", tmp_path) == ["mpi4py"]
+    assert imported_after(["import json", "import library", "import sklearn"], tmp_path) == [set(), {"mpi4py"}, {"mpi4py", "sklearn"}]

@@ -7,11 +7,10 @@ import io
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import types
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer
+from hvd_ecsgd import Compression, CompressionError, DistributedOptimizer, GradientExchange
 from hvd_ecsgd.cli import main
 from hvd_ecsgd.telemetry import FIELDS, JsonLines, Logger, Progress, TensorBoard
 from hvd_ecsgd.telemetry import watch as watching
 from hvd_ecsgd.telemetry.report import draw, summary
 from hvd_ecsgd.telemetry.runs import Run
 from hvd_ecsgd.transport import Transport, run_simulated
+from tests.forked import forked
 from tests.problems import mlp, train
 
 REPO = Path(__file__).resolve().parents[2]
@@ -93,22 +93,19 @@ def test_every_rank_has_a_file_of_its_own(tmp_path: Path) -> None:
         assert Run.read(tmp_path / name).about["rank"] == rank and len(Run.read(tmp_path / name).steps) == 6
 
 
+def logged_for_ever(steps: Connection, file: Path) -> None:
+    model = torch.nn.Linear(64, 64)
+    exchange = GradientExchange(model.named_parameters(), Compression.top_k(10))
+    Logger(exchange.compression, file, norms_every=3)
+    while True:
+        exchange.reduce([torch.randn(64, 64), torch.randn(64)])
+        steps.send_bytes(b".")
+
+
 def test_a_killed_process_leaves_whole_lines(tmp_path: Path) -> None:
-    code = f"""
-        import torch
-        from hvd_ecsgd import Compression, GradientExchange, telemetry
-        model = torch.nn.Linear(64, 64)
-        exchange = GradientExchange(model.named_parameters(), Compression.top_k(10))
-        telemetry.Logger(exchange.compression, {str(tmp_path / "run.jsonl")!r}, norms_every=3)
-        while True:
-            exchange.reduce([torch.randn(64, 64), torch.randn(64)])
-            print(flush=True)
-    """
-    with subprocess.Popen([sys.executable, "-c", re.sub("^ {8}", "", code, flags=re.M)], stdout=subprocess.PIPE, cwd=REPO) as process:
-        assert process.stdout is not None
+    with forked(logged_for_ever, tmp_path / "run.jsonl") as steps:
         for _ in range(20):
-            process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
+            steps.recv_bytes()
     text = (tmp_path / "run.jsonl").read_bytes()
     assert text.endswith(b"\n") and len(lines(tmp_path / "run.jsonl")) >= 20, "and the last step that was over is among them"
 
