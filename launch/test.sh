@@ -56,7 +56,7 @@ show() {
 }
 
 ALONE=(tests/convergence tests/unit tests/property)   # the longest test is not the last one
-FAILING=(tests/mpi/test_failure.py tests/mpi/test_cut_link.py)   # they wait, and need no Horovod
+FAILING=(tests/mpi/test_{failure,cut_link,names,together,ulfm,async_ulfm,soak}.py)   # they wait, mostly for ranks that die, and need no Horovod
 SCRIPTS=(tests/launch tests/horovod/test_together.py)   # they wait, and need it
 if [ "$#" -gt 0 ]; then NOTHING_FITS=5; fi   # pytest's status when the arguments leave no test of a part
 # shellcheck disable=SC2329  # so it does this, for the parts

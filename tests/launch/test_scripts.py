@@ -265,7 +265,8 @@ def test_the_test_script_runs_every_part_after_a_failure_and_says_which_failed(p
     pytest_ = "python -m pytest --durations=25 --durations-min=1"
     assert calls(tmp_path, f"shellcheck {' '.join(str(s.relative_to(REPO)) for s in SCRIPTS)}") == 1
     assert calls(tmp_path, f"{pytest_} tests/convergence tests/unit tests/property -n auto --maxprocesses 8 --full -k this and that") == 1
-    failing, scripts = "tests/mpi/test_failure.py tests/mpi/test_cut_link.py", "tests/launch tests/horovod/test_together.py"
+    failing = " ".join(f"tests/mpi/test_{name}.py" for name in ("failure", "cut_link", "names", "together", "ulfm", "async_ulfm", "soak"))
+    scripts = "tests/launch tests/horovod/test_together.py"
     for waiting in (failing, scripts):
         assert calls(tmp_path, f"{pytest_} {waiting} --full -k this and that") == 1
         assert all((REPO / place).exists() for place in waiting.split())

@@ -91,15 +91,6 @@ def test_an_algorithm_that_differs_between_ranks_or_is_unknown_is_an_error_on_al
 CALLERS = {"MPI_BACKEND_THREAD": "0"}
 
 
-@pytest.mark.parametrize("n", [1, 4])
-def test_names(n: int) -> None:
-    assert concluded(mpirun(n, HERE / "program_names.py"))
-
-
-def test_names_without_a_communication_thread() -> None:
-    assert concluded(mpirun(3, HERE / "program_names.py", "unthreaded", env=CALLERS))
-
-
 @pytest.mark.parametrize("env", [{}, CALLERS], ids=["thread", "callers"])
 def test_what_scripts_do(env: dict[str, str]) -> None:
     assert concluded(mpirun(2, HERE / "program_field.py", env=env))
