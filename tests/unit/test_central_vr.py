@@ -84,11 +84,11 @@ def test_a_constant_learning_rate_leads_to_the_minimum() -> None:
     places of each worker's own."""
     best = minimum()
 
-    def distance(name: str, epochs: int = 150, stored: bool = True) -> float:
+    def distance(name: str, epochs: int = 100, stored: bool = True) -> float:
         return float((run_simulated(N, lambda t: run(METHODS[name], epochs, t, stored=stored)[0].detach() - best)[0]).norm())
 
-    assert distance("none") < 1e-6 and distance("fp16") < 1e-6 and distance("random_block", 400) < 1e-6
-    assert distance("none", stored=False) > 1e-3 and distance("top_k") > 1e-3
+    assert distance("none") < 3e-5 and distance("fp16") < 3e-5 and distance("random_block", 250) < 3e-5
+    assert distance("none", stored=False) > 3e-3 and distance("top_k") > 3e-3
 
 
 def test_it_sends_once_in_an_epoch() -> None:

@@ -60,7 +60,7 @@ def columns(row: str) -> list[Any]:
 def test_the_table(row: str, n: int, same: bool, expected: tuple[float, float | None]) -> None:
     """Exact entries as near as plain descent comes in so many steps, the others within a factor of three; the rows are each other's controls."""
     problem = Quadratics(n, same=same)
-    x, z = descend(problem, matrices(problem, row), 1400)
+    x, z = descend(problem, matrices(problem, row), 1400 if expected[1] is None else 600)
     assert expected[0] / 3 < x < expected[0] * 3
     if expected[1] is None:
         assert z < 1e-9
@@ -72,25 +72,25 @@ def test_the_table(row: str, n: int, same: bool, expected: tuple[float, float | 
 def test_plain_feedback_is_exact_too_where_errors_are_relative(k: int) -> None:
     """Top-k of 40, exact gradients, one worker: x and z reach the optimum, to 1e-13. Not with two (the control), nor with rounding (the table)."""
 
-    def distances(n: int, compressor: TopK, row: str = "I") -> tuple[float, float]:
+    def distances(n: int, row: str = "I", steps: int = 2500 if k == 20 else 4000) -> tuple[float, float]:
         problem = Quadratics(n, same=False)
-        return descend(problem, matrices(problem, row), 4000, compressor)
+        return descend(problem, matrices(problem, row), steps, TopK(k=k))
 
-    assert max(distances(1, TopK(k=k))) < 5e-13
-    assert max(distances(1, TopK(k=k), "I - ηH")) < 5e-13
-    assert min(distances(2, TopK(k=k))) > 1e-3
+    assert max(distances(1)) < 5e-13
+    assert max(distances(1, "I - ηH")) < 5e-13
+    assert min(distances(2, steps=600)) > 1e-3
 
 
 def test_the_hessian_bears_what_plain_feedback_does_not() -> None:
     """A tenth of the entries, at η = 2/(μ + L): with H it converges, without (control) it diverges; at 0.7 of this η both converge."""
     problem = Quadratics(1)
     results = {
-        (row, share): descend(problem, matrices(problem, row), 4000, TopK(k=4), rate=lambda t, share=share: share * problem.eta)[0]  # type: ignore[misc]
+        (row, share): descend(problem, matrices(problem, row), 2000, TopK(k=4), rate=lambda t, share=share: share * problem.eta)[0]  # type: ignore[misc]
         for row in ("I", "I - ηH")
         for share in (0.7, 1.0)
     }
     assert results.pop(("I", 1.0)) > 1e3
-    assert max(results.values()) < 5e-13
+    assert max(results.values()) < 1e-9
 
 
 def violation(which: str, forget_ratio: bool = False) -> float:
@@ -142,7 +142,7 @@ def test_a_diagonal_helps_where_h_is_nearly_diagonal_and_harms_where_it_is_rotat
         def estimated(i: int) -> Feedback:
             return HessianAided(Hutchinson(lambda vectors: {"x": problem.mean_h @ vectors["x"]}, 0.98))
 
-        return descend(problem, estimated, 3000)[1], descend(problem, matrices(problem, "I"), 3000)[1]
+        return descend(problem, estimated, 1100)[1], descend(problem, matrices(problem, "I"), 1100)[1]
 
     near, plain = distances(Quadratics(1, rotated=False, off_diagonal=0.01, seed=seed))
     assert near < plain / 3, (near, plain)

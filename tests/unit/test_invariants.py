@@ -96,13 +96,12 @@ def largest_violation(records: list[list[Record]], lrs: Sequence[float], unit: S
     return worst
 
 
-@pytest.mark.parametrize("lrs", [CONSTANT, LRS], ids=["constant", "changing"])
 @pytest.mark.parametrize("case", [c for c in GRADIENT_UNITS if c.conserves], ids=ids)
-def test_nothing_is_lost_in_gradient_units(case: Case, lrs: Sequence[float]) -> None:
-    """y = x − η(E + mean e) moves as uncompressed SGD, also when η changes."""
-    records = trajectory(case.make, lrs)
+def test_nothing_is_lost_in_gradient_units(case: Case) -> None:
+    """y = x − η(E + mean e) moves as uncompressed SGD, also when η changes; it does not in some of the steps."""
+    records = trajectory(case.make, LRS)
     assert all(same_bits(r.x for r in ranks) for ranks in records)
-    assert largest_violation(records, lrs) < 1e-13
+    assert largest_violation(records, LRS) < 1e-13
 
 
 @pytest.mark.parametrize("name", ["top_k", "random_block", "double_squeeze"])
