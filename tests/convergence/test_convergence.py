@@ -19,17 +19,22 @@ METHODS: dict[str, Callable[[], Any]] = {
 RATES = (0.01, 0.03, 0.1)
 
 
+def short(method: str, lr: float, workers: int) -> float:
+    return accuracy(METHODS[method], lr, 0, workers=workers, batch=32, steps=300)
+
+
 def test_feedback_pays() -> None:
-    """300 steps of 4 workers, one seed, each at its best rate of three. Measured: none .34 (η = .1), EF .47 (.01), DEF .60 (.1), and .50 at .01."""
-
-    def short(method: str, lr: float) -> float:
-        return accuracy(METHODS[method], lr, 0, workers=4, batch=32, steps=300)
-
-    none, ef, detached = short("none", 0.1), short("EF", 0.01), short("DEF", 0.1)
+    """300 steps of 3 workers, one seed, each at its best rate of three. Measured: none .34 (η = .1), EF .47 (.01), DEF .57 (.1)."""
+    none, ef, detached = (short(method, lr, 3) for method, lr in (("none", 0.1), ("EF", 0.01), ("DEF", 0.1)))
     assert none + 0.07 < ef, (none, ef)
     assert ef + 0.07 < detached, (ef, detached)
-    at_efs_rate = {method: short(method, 0.01) for method in ("none", "DEF")}
-    assert at_efs_rate["none"] + 0.07 < ef <= at_efs_rate["DEF"], (at_efs_rate, ef)
+
+
+@pytest.mark.full
+def test_feedback_pays_at_the_rate_that_suits_plain_feedback() -> None:
+    """With 4 workers. Measured at η = .01: EF .47, DEF .50."""
+    at_efs_rate = {method: short(method, 0.01, 4) for method in METHODS}
+    assert at_efs_rate["none"] + 0.07 < at_efs_rate["EF"] <= at_efs_rate["DEF"], at_efs_rate
 
 
 @pytest.mark.full
