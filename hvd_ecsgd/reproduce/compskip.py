@@ -58,7 +58,7 @@ def claims(figures: dict[str, dict[str, Spread]]) -> list[Claim]:
 
 def run(size: Size) -> Report:
     """Train with all policies, and see what skipping costs and saves."""
-    steps, width = size.pick(12, 400, 1500), size.pick(64, 256, 512)
+    steps, width = size.pick(6, 400, 1500), size.pick(64, 256, 512)
     keys = [(m, seed) for m in METHODS for seed in range(size.seeds)]
     trained = dict(zip(keys, run_all(one, [(*key, steps, width) for key in keys], size, "compskip"), strict=True))
 

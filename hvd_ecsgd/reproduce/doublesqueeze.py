@@ -66,7 +66,7 @@ def claims(figures: Figures) -> list[Claim]:
 
 def run(size: Size) -> Report:
     """Train with the five methods of the paper, for each compressor."""
-    steps, width = size.pick(12, 400, 1500), size.pick(64, 256, 512)
+    steps, width = size.pick(6, 400, 1500), size.pick(64, 256, 512)
     keys = [(c, m, seed) for c in COMPRESSORS for m in METHODS for seed in range(size.seeds)]
     jobs = [(*key, steps, width) for key in keys]
     trained = dict(zip(keys, run_all(one, jobs, size, "doublesqueeze"), strict=True))

@@ -119,7 +119,7 @@ def claims(figures: dict[str, dict[str, Spread]]) -> list[Claim]:
 
 def run(size: Size) -> Report:
     """Train a character model with TopK-SGD, and measure how far its z is from SGD."""
-    steps, width = size.pick(12, 800, 3000), size.pick(32, 128, 256)
+    steps, width = size.pick(6, 800, 3000), size.pick(32, 128, 256)
     keys = [(m, seed) for m in METHODS for seed in range(size.seeds)]
     trained = dict(zip(keys, run_all(one, [(*key, steps, width) for key in keys], size, "topk"), strict=True))
     names = ("bits", "megabytes", "bits at z", "violation")
