@@ -13,10 +13,13 @@ import pytest
 from tests.ranks import REPO, horovodrun, mpirun, require_horovod, run_job
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SEVERAL = "tests/several.py"
+QUICKSTART = f"{EXAMPLES / 'quickstart.py'} --out"
+"""For `SEVERAL`, whose ranks are forked where torch has been imported."""
 
 
 def test_quickstart_prints_the_table_and_saves_the_plot(tmp_path: Path) -> None:
-    printed = mpirun(2, EXAMPLES / "quickstart.py", "--epochs", "12", "--out", str(tmp_path))
+    printed = mpirun(2, SEVERAL, f"{QUICKSTART} {tmp_path} --epochs 6")
     assert "All 2 workers hold the same bits" in printed
     results = json.loads((tmp_path / "quickstart.json").read_text())
     accuracy = {name: r["accuracy"] for name, r in results.items()}
@@ -30,10 +33,10 @@ def test_quickstart_prints_the_table_and_saves_the_plot(tmp_path: Path) -> None:
 
 
 def test_quickstart_says_before_it_trains_that_it_cannot_save(tmp_path: Path) -> None:
-    (tmp_path / "a file").touch()
-    printed = mpirun(2, EXAMPLES / "quickstart.py", "--out", str(tmp_path / "a file"), expect_failure=True)
+    (tmp_path / "file").touch()
+    printed = mpirun(2, SEVERAL, f"{QUICKSTART} {tmp_path / 'file'}", expect_failure=True)
     assert printed.count("error: results cannot be saved in") == 1 and "--out" in printed and "step/s" not in printed, printed
-    assert "expected at least 1" in mpirun(1, EXAMPLES / "quickstart.py", "--epochs", "0", expect_failure=True)
+    assert "expected at least 1" in mpirun(1, SEVERAL, f"{QUICKSTART} {tmp_path} --epochs 0", expect_failure=True)
 
 
 def weights(printed: str) -> str:
@@ -63,15 +66,6 @@ def test_asynchronous_workers_learn_at_their_own_pace() -> None:
     assert accuracy > 0.5 and ratio > 20 and slow > 180 * 0.005, printed
 
 
-SEVERAL = """
-import runpy, sys
-sys.path.insert(0, sys.argv[1])
-for line in sys.argv[2:]:
-    sys.argv = line.split()
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_examples_end_in_a_table_and_a_plot(tmp_path: Path) -> None:
     """Several in one job: a language model, sparse logistic regression, and a loop in NumPy."""
     runs = {
@@ -80,7 +74,7 @@ def test_examples_end_in_a_table_and_a_plot(tmp_path: Path) -> None:
         "numpy_loop": "--epochs 3 --ratio 50",
     }
     commands = [f"{EXAMPLES / name}.py {arguments} --out {tmp_path}" for name, arguments in runs.items()]
-    printed = mpirun(2, SEVERAL, str(EXAMPLES), *commands)
+    printed = mpirun(2, SEVERAL, *commands)
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in runs}
     for name in runs:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and f"Plot: {tmp_path / name}.png" in printed, name
