@@ -201,7 +201,7 @@ def claims(figures: Figures) -> list[Claim]:
 
 def run(size: Size) -> Report:
     """Train the grid, with one slow worker, and to a target loss with 1 to 8 workers."""
-    pushes, until = size.pick(40, 400, 4000), 2.25 if size.smoke else TARGET
+    pushes, until = size.pick(40, 1600, 4000), 2.25 if size.smoke else TARGET
     rows: dict[tuple[str, str], tuple[Any, ...]] = {("grid", f"{method}, τ_max {tau}"): (method, 8, tau, SLOW) for tau in TAUS for method in METHODS}
     for method in METHODS[:2]:
         for n in WORKERS:
