@@ -353,4 +353,4 @@ KINDS = first_of(lambda case: (type(bound_method(case).exchange), case.exact))
 
 PAIRS = first_of(lambda case: (type(bound_method(case).exchange), case.exact, bound_method(case).feedback.takes))
 """The same for every pair of such a kind and of what a rule takes over from the optimizer: what slow tests of saved state take, whose parts are the
-exchange's and the rule's, and which in one process every row is put to always."""
+exchange's and the rule's, and which in one process every row is put to always; and Horovod on three ranks, after all that cover on two."""
