@@ -49,10 +49,10 @@ def counterexample(steps: int, *names: str) -> dict[str, tuple[float, int]]:
 
 def test_the_three_worker_counterexample() -> None:
     """Error feedback converges as no compression does, and top-1 without it diverges (the control)."""
-    found = counterexample(400, "identity", "top-1 with feedback", "top-1 without feedback")
+    found = counterexample(200, "identity", "top-1 with feedback", "top-1 without feedback")
     dense, feedback, without = (norm for norm, _ in found.values())
-    assert dense < 0.2 and abs(feedback / dense - 1) < 0.05, found
-    assert without > 50, found
+    assert dense < 0.6 and abs(feedback / dense - 1) < 0.05, found
+    assert without > 8, found
 
 
 @pytest.mark.full
