@@ -19,6 +19,7 @@ from hvd_ecsgd.segments import Key
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.problems import batch, flat, mlp, same_bits
 from tests.recursions import ALL, CONSTANT, LRS, N, trajectory, violation
+from tests.wrapping import Wrapping
 
 NAN = float("nan")
 
@@ -84,14 +85,11 @@ def test_never_skipping_is_dist_ef_sgd() -> None:
 
 
 @dataclass(frozen=True)
-class Gated:
+class Gated(Wrapping):
     """C′ = b·C: nothing of C(v) is sent, and all of v stays, where `policy` says so."""
 
     inner: Any
     policy: Any
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
     def extract_(self, buffer: torch.Tensor, segments: Any, key: Key) -> torch.Tensor:
         sends = self.policy.sends(Key(key.seed, key.step, key.rank, "worker"), NAN, NAN)

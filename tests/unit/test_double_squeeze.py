@@ -15,6 +15,7 @@ from hvd_ecsgd.segments import Key, Segments
 from hvd_ecsgd.transport import Transport, run_simulated
 from tests.cases import ALL
 from tests.problems import same_bits, simulate
+from tests.wrapping import Wrapping
 
 N = 3
 
@@ -104,14 +105,11 @@ def test_what_a_worker_sends_does_not_grow_with_the_number_of_workers(n: int) ->
 
 
 @dataclass(frozen=True)
-class Piecewise:
+class Piecewise(Wrapping):
     """C applied to each of `n` pieces of every segment: what a central server must use to equal the servers of the pieces."""
 
     inner: Any
     n: int = N
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
     def _tables(self, segments: Segments) -> list[Segments]:
         return [segments.piece(r, self.n) for r in range(self.n)]
