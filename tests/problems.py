@@ -15,10 +15,10 @@ __all__ = ["batch", "flat", "held", "mlp", "same_bits", "simulate", "slot", "tra
 INPUTS, HIDDEN, CLASSES, SAMPLES = 20, 64, 5, 16
 
 
-def mlp(dtype: torch.dtype = torch.float32) -> torch.nn.Sequential:
+def mlp(dtype: torch.dtype = torch.float32, hidden: int = HIDDEN) -> torch.nn.Sequential:
     """20-64-5 with fixed weights: one parameter above the default `dense_below`, three that are dense by default."""
     generator = torch.Generator().manual_seed(5)
-    model = torch.nn.Sequential(torch.nn.Linear(INPUTS, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, CLASSES)).to(dtype)
+    model = torch.nn.Sequential(torch.nn.Linear(INPUTS, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, CLASSES)).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.2)

@@ -46,6 +46,8 @@ class Inline:
 class _Waited(Protocol):
     def done(self) -> bool: ...
 
+    def wait(self) -> object: ...
+
 
 def never() -> bool:
     """Do not give up."""
@@ -53,7 +55,11 @@ def never() -> bool:
 
 
 def wait_patiently(handle: _Waited | Any, give_up: Callable[[], bool] = never) -> bool:
-    """Until `handle` is done, looking at it now and then: waiting inside of a network library takes a whole core. False when given up."""
+    """Until `handle` is done, looking at it now and then: waiting inside of a network library takes a whole core, but where the handle says that it
+    `sleeps`. False when given up."""
+    if give_up is never and getattr(handle, "sleeps", False):
+        handle.wait()
+        return True
     patience = Patience()
     while not handle.done():
         if give_up():

@@ -13,12 +13,14 @@ import torch
 from hvd_ecsgd import TransportError
 from hvd_ecsgd.transport import Transport
 
-__all__ = ["FLOATS", "INTEGERS", "check_all"]
+__all__ = ["FLOATS", "INTEGERS", "SMALL", "check_all"]
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.uint8)
 THOROUGH = (torch.float32, torch.uint8)
 """What payloads are made of: tried in every shape and layout. The other types in one or two."""
+SMALL, LARGE = 999, 50_000
+"""Elements: transports may send what is small in another way."""
 
 
 def numbers(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -39,10 +41,11 @@ def same_everywhere(t: Transport, tensor: torch.Tensor, name: str) -> None:
         assert torch.equal(other, mine), f"{name}: rank {t.rank} and rank {r} hold different bits"
 
 
-def check_allreduce(t: Transport, dtypes: Sequence[torch.dtype], wide_halves: bool) -> None:
-    """The sum, in place, of any shape; sums of 16-bit floats are formed in float32 and rounded once (`wide_halves`)."""
+def check_allreduce(t: Transport, dtypes: Sequence[torch.dtype], wide_halves: bool, by_rank: Sequence[int]) -> None:
+    """The sum, in place, of any shape; sums of 16-bit floats are formed in float32 and rounded once (`wide_halves`). Of so many elements as `by_rank`
+    says they are formed in the order of ranks."""
     for dtype in dtypes:
-        for shape in ((), (1,), (7,), (1000,), (3, 5), (0,), (2, 0)) if dtype in THOROUGH else ((7,), (3, 5)):
+        for shape in ((), (1,), (7,), (1000,), (2 * LARGE,), (3, 5), (0,), (2, 0)) if dtype in THOROUGH else ((7,), (3, 5)):
             name = f"sum.{dtype}.{shape}"
             mine = numbers(t.rank, *shape, dtype=dtype)
             handle = t.allreduce_(mine, name)
@@ -51,17 +54,22 @@ def check_allreduce(t: Transport, dtypes: Sequence[torch.dtype], wide_halves: bo
             assert result is mine or result.data_ptr() == mine.data_ptr(), f"{name}: in place"
             assert handle.wait() is result, f"{name}: waiting again gives the same result"
             assert handle.done()
-    for dtype in dtypes:
-        if not dtype.is_floating_point:
-            continue
-        parts = [torch.randn(999, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(t.size)]
-        total = t.allreduce_(parts[t.rank].clone(), f"random.{dtype}").wait()
-        same_everywhere(t, total, f"random.{dtype}")
+    for dtype, length in [(dtype, length) for dtype in dtypes if dtype.is_floating_point for length in (SMALL, LARGE)]:
+        name = f"random.{dtype}.{length}"
+        parts = [torch.randn(length, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(t.size)]
+        total = t.allreduce_(parts[t.rank].clone(), name).wait()
+        same_everywhere(t, total, name)
         exact = torch.stack([p.double() for p in parts]).sum(0)
-        epsilon = torch.finfo(dtype).eps * (1 if wide_halves else t.size)
+        half = dtype in (torch.float16, torch.bfloat16)
+        epsilon = torch.finfo(dtype).eps * (1 if wide_halves and half else t.size)
         assert ((total.double() - exact).abs() <= epsilon * torch.stack(parts).abs().double().sum(0)).all(), f"sum of {dtype}"
-        if wide_halves and dtype in (torch.float16, torch.bfloat16):
+        if wide_halves and half:
             same(total, torch.stack([p.float() for p in parts]).sum(0).to(dtype), f"sum of {dtype}, rounded once")
+        if length in by_rank:
+            in_order = parts[0].float() if half else parts[0].clone()
+            for part in parts[1:]:
+                in_order += part
+            same(total, in_order.to(dtype), f"{name}, added in the order of ranks")
 
 
 def check_allgather(t: Transport, dtypes: Sequence[torch.dtype]) -> None:
@@ -73,6 +81,8 @@ def check_allgather(t: Transport, dtypes: Sequence[torch.dtype]) -> None:
         ("none on rank 0", lambda r: (r, 3)),
         ("none on the last", lambda r: (t.size - 1 - r,)),
         ("none anywhere", lambda r: (0,)),
+        ("many", lambda r: (LARGE, 2)),
+        ("many, different", lambda r: (LARGE + r, 2)),
     ]
     for dtype in dtypes:
         for layout, shape in layouts if dtype in THOROUGH else layouts[2:3]:
@@ -148,11 +158,18 @@ def check_errors(t: Transport) -> None:
     same(t.allreduce_(numbers(0, 3), "after errors").wait(), t.size * numbers(0, 3), "after errors")
 
 
-def check_all(t: Transport, sums: Sequence[torch.dtype], moves: Sequence[torch.dtype], *, wide_halves: bool = True) -> None:
-    """`sums`: types that all-reduce supports; `moves`: those of the other calls."""
+def check_all(
+    t: Transport,
+    sums: Sequence[torch.dtype],
+    moves: Sequence[torch.dtype],
+    *,
+    wide_halves: bool = True,
+    by_rank: Sequence[int] = (SMALL, LARGE),
+) -> None:
+    """`sums`: types that all-reduce supports; `moves`: those of the other calls. `wide_halves`, `by_rank`: see `check_allreduce`."""
     assert 0 <= t.rank < t.size
     assert isinstance(t, Transport)
-    check_allreduce(t, sums, wide_halves)
+    check_allreduce(t, sums, wide_halves, by_rank)
     check_allgather(t, moves)
     check_alltoall(t, moves)
     check_broadcast(t, moves)

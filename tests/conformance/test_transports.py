@@ -32,8 +32,9 @@ def test_mpi(n: int) -> None:
 
 
 def test_torch_distributed(tmp_path: Path) -> None:
-    said = mpirun(n := 3, PROGRAM, "torch", str(tmp_path / "meet"))
-    assert all(f"conforms: rank {r} of {n}" in said for r in range(n))
+    """Among groups of 1, 2, 3 and all of the five."""
+    said = mpirun(5, PROGRAM, "torch", str(tmp_path / "meet"))
+    assert all(f"conforms: rank {r} of {n}" in said for n in (1, 2, 3, 5) for r in range(n))
 
 
 @pytest.mark.parametrize("launcher", [horovodrun, mpirun], ids=["horovodrun", "mpirun"])

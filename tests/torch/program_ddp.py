@@ -120,7 +120,8 @@ class Passes(TorchDispatchMode):
         return result
 
 
-SIDE = 64
+SIDE = 160
+"""Of a layer, whose gradients are too many to be sent to everybody at once."""
 
 
 def passes(compression: Any, lent: bool = True, **settings: Any) -> list[str]:
@@ -302,8 +303,10 @@ def grouped() -> tuple[torch.optim.Optimizer, torch.nn.Module]:
 # -- what scripts do -----------------------------------------------------------------------------------------------------------------
 
 
-def made(compression: Any, **settings: Any) -> tuple[torch.nn.Module, DistributedDataParallel, torch.optim.Optimizer, ddp.DDPHook]:
-    model = mlp()
+def made(
+    compression: Any, model: torch.nn.Module | None = None, **settings: Any
+) -> tuple[torch.nn.Module, DistributedDataParallel, torch.optim.Optimizer, ddp.DDPHook]:
+    model = mlp() if model is None else model
     wrapped = DistributedDataParallel(model, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     hook = ddp.register(wrapped, compression)
@@ -457,14 +460,14 @@ def the_mean_may_be_clipped() -> None:
 
 
 def state_survives() -> None:
-    """A checkpoint in the middle: the rest is the same to the bit; without the residuals it is not, nor, where gloo adds what three ranks have,
-    without the order of DDP's buckets (the controls)."""
+    """A checkpoint in the middle: the rest is the same to the bit; without the residuals it is not, nor, where gloo's ring adds what three ranks
+    have, without the order of DDP's buckets (the controls)."""
     with tempfile.TemporaryDirectory() if dist.get_rank() == 0 else nullcontext("") as folder:
         where = [folder]
         dist.broadcast_object_list(where)
 
         def run(make: Callable[[], Any], from_checkpoint: bool, without: str = "") -> torch.Tensor:
-            model, wrapped, optimizer, hook = made(make())
+            model, wrapped, optimizer, hook = made(make(), model=mlp(hidden=1000))  # too much to be added at once
             begin = 3 * from_checkpoint
             if from_checkpoint:
                 fresh = copy.deepcopy(hook.state_dict())

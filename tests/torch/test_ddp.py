@@ -18,7 +18,7 @@ PROGRAM = "tests/torch/program_ddp.py"
     [
         pytest.param(2, ["covering"], id="2"),
         pytest.param(2, ["all"], id="2-all", marks=pytest.mark.full),
-        pytest.param(3, ["top_k", "detached", "double_squeeze", "power_sgd", "use"], id="3"),
+        pytest.param(3, ["none", "random_block", "top_k", "detached", "double_squeeze", "power_sgd", "use"], id="3"),
     ],
 )
 def test_the_bits_are_those_of_our_optimizer_over_the_same_network(n: int, what: list[str], tmp_path: Path) -> None:

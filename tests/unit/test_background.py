@@ -14,6 +14,7 @@ from hvd_ecsgd import Compression, GradientExchange
 from hvd_ecsgd.compressors import TopK
 from hvd_ecsgd.exchange import TwoPass
 from hvd_ecsgd.optimizer.background import Background
+from hvd_ecsgd.optimizer.executor import wait_patiently
 from hvd_ecsgd.protocols import Steps, Task
 from hvd_ecsgd.transport import SelfTransport, Transport
 from hvd_ecsgd.transport.base import Handle, Ready
@@ -126,3 +127,24 @@ def test_an_exchange_that_goes_on_after_its_last_wait_is_an_error() -> None:
             continue
         with pytest.raises(AssertionError, match="waits again"):
             exchange.reduce([torch.ones(300, 2)])
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_who_sleeps_while_it_waits_is_not_looked_at(sleeps: bool) -> None:
+    """A look takes the interpreter lock from the backward pass. Where one may give up, or waiting takes a core, it is needed (the controls)."""
+
+    class Sleeper:
+        def __init__(self) -> None:
+            self.sleeps, self.looks, self.waits = sleeps, 0, 0
+
+        def done(self) -> bool:
+            self.looks += 1
+            return self.looks > 2
+
+        def wait(self) -> None:
+            self.waits += 1
+
+    handle, other = Sleeper(), Sleeper()
+    assert wait_patiently(handle) and wait_patiently(other, lambda: False)
+    assert (handle.looks, handle.waits) == ((0, 1) if sleeps else (3, 0)) and (other.looks, other.waits) == (3, 0)
+    assert not wait_patiently(Sleeper(), lambda: True)
