@@ -63,6 +63,26 @@ class _Waiting:
 
     buffer: torch.Tensor
     future: torch.futures.Future[torch.Tensor]
+    others: int
+    """How many of its gradients are in no bucket that its memory was lent to."""
+    missing: int
+    """Of how many the mean is not there, as far as is known before the step's end."""
+
+    def arrived(self, means: int) -> None:
+        """So many of the means are there."""
+        self.missing -= means
+        if self.missing == 0:
+            self.fulfil()
+
+    def fulfil(self) -> None:
+        """Let DDP go on with what is there."""
+        if not self.future.done():
+            self.future.set_result(self.buffer)
+
+
+def _in_backward() -> bool:
+    """Autograd calls, and not DDP for a worker that has joined."""
+    return int(torch._C._current_graph_task_id()) != -1
 
 
 def _after_backward(work: Callable[[], object]) -> None:
@@ -134,6 +154,11 @@ class DDPHook(TorchHook):
     def _applies(self) -> bool:
         return self.compression.method.feedback.takes.update
 
+    @property
+    def _delivers(self) -> bool:
+        """Means are decoded into memory that is lent."""
+        return not self._applies and getattr(self.compression.method.exchange, "delivers", False)
+
     def _waits(self) -> bool:
         return bool(self._waiting)
 
@@ -160,8 +185,8 @@ class DDPHook(TorchHook):
         self._layout.append([p for p in bucket.parameters() if isinstance(p, torch.nn.Parameter)])
         buffer = bucket.buffer()
         # Of a GPU the future knows, so that whoever waits for it waits for what writes the buffer.
-        self._waiting.append(_Waiting(buffer, torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)))
-        future = self._waiting[-1].future
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
+        self._waiting.append(_Waiting(buffer, future, others=len(bucket.gradients()), missing=len(bucket.gradients())))
         self._submit_ready(last=bucket.is_last())
         if bucket.is_last():
             self._finish()
@@ -186,7 +211,7 @@ class DDPHook(TorchHook):
         """That of DDP's buckets, once it has formed them; before, and where it never does, None: that which was loaded. Where means are not decoded
         into them, none."""
         layout, self._layout = self._layout, []
-        if self._applies or not getattr(self.compression.method.exchange, "delivers", False):
+        if not self._delivers:
             return ()
         ids = [[id(p) for p in buffer] for buffer in layout]
         if self._first_layout is None and layout:
@@ -210,31 +235,49 @@ class DDPHook(TorchHook):
         """DDP's memory in which these gradients are, if it is one buffer's and of the type that the mean comes in: that is written there. `take`: as
         they are taken, in place."""
         memory = gradients[0].untyped_storage().data_ptr()
-        buffer = next((one.buffer for one in self._waiting if one.buffer.untyped_storage().data_ptr() == memory), None)
-        if buffer is None or buffer.dtype != bucket.segments.dtype:
+        one = next((one for one in self._waiting if one.buffer.untyped_storage().data_ptr() == memory), None)
+        if one is None or one.buffer.dtype != bucket.segments.dtype:
             return None
+        buffer = one.buffer
         if not all(g.is_contiguous() and g.untyped_storage().data_ptr() == memory for g in gradients):
             return None
         places = [int(g.storage_offset() - buffer.storage_offset()) for g in gradients]
         shifts = tuple(place - segment.start for place, segment in zip(places, bucket.segments, strict=True))
-        again = _again(bucket.parameters, gradients, take)
-        if len(set(shifts)) > 1:
-            return Lent(buffer, shifts, again)
-        return Lent(buffer[places[0] : places[0] + bucket.segments.numel], again=again)
+        one.others -= len(gradients)
+        given: dict[str, Any] = {"again": _again(bucket.parameters, gradients, take)}
+        if not buffer.is_cuda:
+            given["arrived"] = partial(one.arrived, len(gradients))
+        return Lent(buffer, shifts, **given) if len(set(shifts)) > 1 else Lent(buffer[places[0] : places[0] + bucket.segments.numel], **given)
 
     def _finish(self) -> None:
+        """DDP's last bucket has come. Where nobody asks for gradients again, and means are made in DDP's memory, it copies those of one bucket to
+        `p.grad` while others travel; else the step ends before it copies any."""
+        waiting = list(self._waiting)
+        if self.compression.method.stateful or not self._delivers or not _in_backward() or any(one.others or one.buffer.is_cuda for one in waiting):
+            self._end()
+            return
+
+        def fulfil() -> None:
+            for one in waiting:
+                one.fulfil()
+
+        self._step.carry_on(fulfil)
+        _after_backward(partial(self._end, [p for _, p in self.named]))
+
+    def _end(self, copied: Sequence[torch.nn.Parameter] = ()) -> None:
+        """`copied`: to whose gradients DDP has copied what came."""
         waiting, self._waiting = self._waiting, []
         gradients, self._gradients = self._gradients, {}
         self._complete()
         if self._undone:
-            for one in waiting:
-                one.buffer.fill_(float("nan"))
+            for t in [*(one.buffer for one in waiting), *(p.grad for p in copied if p.grad is not None)]:
+                t.fill_(float("nan"))
         elif not self._applies:
             self._write_means(gradients)
         else:
             _after_backward(partial(self._guard.note, self.named))
         for one in waiting:
-            one.future.set_result(one.buffer)
+            one.fulfil()
 
     def _write_means(self, gradients: dict[int, torch.Tensor]) -> None:
         for bucket, reduction in zip(self._step.aggregator.state.buckets, self._step.results, strict=True):
@@ -291,7 +334,7 @@ def _again(
     ends. None where it has not: `p.grad` is that memory (`gradient_as_bucket_view=True`) or nothing, or DDP has put in zeros for a worker that has
     joined, outside of a backward pass."""
     own = [p.grad for p in parameters]
-    if int(torch._C._current_graph_task_id()) == -1:
+    if not _in_backward():
         return None
     for mine, copied in zip(own, gradients, strict=True):
         if mine is None or mine.dtype != copied.dtype or mine.untyped_storage().data_ptr() == copied.untyped_storage().data_ptr():

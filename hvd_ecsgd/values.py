@@ -96,13 +96,17 @@ class Lent:
 
     Gradients are asked for again where a step is undone, so they are overwritten by `settle` alone, once it is known to stand; `at_once` where
     nobody would ask, or `again` gives the same ones as they were handed over. `shifts`: by segment, how much later it begins in this memory than in
-    the bucket's own layout; None: that is the layout.
+    the bucket's own layout; None: that is the layout. `arrived`: called when the mean is there, if that is before the step is known to stand.
     """
 
     def __init__(
-        self, memory: torch.Tensor, shifts: tuple[int, ...] | None = None, again: Callable[[], Sequence[torch.Tensor]] | None = None
+        self,
+        memory: torch.Tensor,
+        shifts: tuple[int, ...] | None = None,
+        again: Callable[[], Sequence[torch.Tensor]] | None = None,
+        arrived: Callable[[], object] = lambda: None,
     ) -> None:
-        self.memory, self._shifts, self.again = memory, shifts, again
+        self.memory, self._shifts, self.again, self.arrived = memory, shifts, again, arrived
         self.at_once = again is not None
         self._held: list[Callable[[], object]] = []
 

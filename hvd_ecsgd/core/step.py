@@ -100,6 +100,8 @@ class BucketStep:
             self.pending, self.out = None, stop.value
             if self._rescale != 1.0:
                 self._multiply_(self._rescale)
+            if self.lent is not None and self.lent.at_once:
+                self.lent.arrived()
         if self.gauge is not None:
             self.gauge.paused(self.pending)
             if self.pending is None:

@@ -149,6 +149,12 @@ class StepExchange:
                 raise
             self._lost = error
 
+    def carry_on(self, then: Callable[[], object]) -> None:
+        """Finish the exchange of all buckets, which have been submitted, while the caller goes on, and comes to `complete`. `then`: called by the
+        executor in the end, also where something goes wrong. Raises what has gone wrong so far; `then` is not called in that case."""
+        self.drain()
+        self._do(partial(self._finish_all, then))
+
     def complete(self) -> Outcome:
         """Finish the exchange of all buckets, which have been submitted and drained: the results are in `results`, unless the step was undone.
 
@@ -251,8 +257,11 @@ class StepExchange:
         if reduction.finished and self.observer is not None:
             self.observer(reduction.bucket.name, "COMMUNICATE", self._sent_at[id(reduction.bucket)], time.perf_counter())
 
-    def _finish_all(self) -> None:
-        self.meeting.agree()
-        drive([r for r in self._started if r is not None], self._advance)
-        if self.executor.concurrent:
-            self._end = marks_of(r.out for r in self._started if r is not None and r.out is not None)
+    def _finish_all(self, then: Callable[[], object] = lambda: None) -> None:
+        try:
+            self.meeting.agree()
+            drive([r for r in self._started if r is not None], self._advance)
+            if self.executor.concurrent:
+                self._end = marks_of(r.out for r in self._started if r is not None and r.out is not None)
+        finally:
+            then()

@@ -217,6 +217,55 @@ def steps_are_undone_though_means_were_decoded() -> None:
         assert any(waited[2:]) == (bool(settings) or (joined and dist.get_rank() == 1)), (what, waited)
 
 
+def means_are_copied_while_others_travel() -> None:
+    """Where nobody asks for gradients again, means are in `p.grad` before the hook ends the step, and not with a method that does (control). Then
+    steps that some rank spoils, refuses or cannot end: NaN in all gradients, also of layers that were finite everywhere; and errors in our words."""
+    for settings in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}, {"find_unused_parameters": True}):
+        for compression, early in ((Compression.none, True), (Compression.fp16(), True), (Compression.top_k(1, dense_below=0), False)):
+            model, wrapped, optimizer, hook = made(compression, bucket_cap_mb=0.002, **settings)
+            plain, in_time, end = DistributedDataParallel(copy.deepcopy(model)), list[bool](), hook._end
+
+            def has_mean(model: Any = model, plain: Any = plain) -> bool:
+                return all(torch.allclose(p.grad, q.grad, atol=1e-3) for p, q in zip(model.parameters(), plain.parameters()))
+
+            def looked_at(*copied: Any, has_mean: Any = has_mean, in_time: Any = in_time, end: Any = end) -> None:
+                in_time.append(has_mean())
+                end(*copied)
+
+            hook._end = looked_at  # type: ignore[method-assign]
+            for step in range(3):
+                plain.zero_grad()
+                loss_of(plain, step).backward()
+                optimizer.zero_grad()
+                loss_of(wrapped, step).backward()
+                assert has_mean() or not early, (compression, settings)
+            # Views of DDP's memory hold means as soon as that does.
+            assert len(in_time) == 3 and (in_time[-1] == early or "gradient_as_bucket_view" in settings), (compression, settings, in_time)
+            if not early:
+                continue
+            before = weights(model)
+            optimizer.zero_grad()
+            if dist.get_rank() == 0:
+                model[0].bias.register_hook(lambda g: g * float("inf"))  # type: ignore[index]
+            loss_of(wrapped, 3).backward()
+            assert hook.compression.undone_steps == 1 and all(p.grad is not None and p.grad.isnan().all() for p in model.parameters()), settings
+            optimizer.step()
+            assert torch.equal(weights(model), before)
+    _, wrapped, _, _ = made(Compression.none if dist.get_rank() else Compression.fp16(), bucket_cap_mb=0.002)
+    with pytest.raises(DisagreementError, match="compressor"):
+        loss_of(wrapped, 0).backward()
+    _, wrapped, _, hook = made(Compression.none, bucket_cap_mb=0.002)
+    loss_of(wrapped, 0).backward()
+    hook._step._advance = _broken  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        loss_of(wrapped, 1).backward()
+
+
+def _broken(reduction: Any) -> None:
+    reduction.pending.wait()
+    raise ZeroDivisionError("on purpose")
+
+
 def buckets_follow_the_method() -> None:
     """Where `none` sends DDP's buffers as they are, small parameters are among the others; not with what compresses, before and after."""
     for first, second in (
@@ -415,13 +464,14 @@ def unused_and_frozen_parameters() -> None:
 
 def uneven_inputs() -> None:
     """DDP's `join`: a rank without data takes part with zeros, and what its residual holds goes on being sent."""
-    _, wrapped, optimizer, hook = made(Compression.top_k(10))
-    with wrapped.join():
-        for step in range(2 + 2 * (dist.get_rank() == 0)):
-            optimizer.zero_grad()
-            loss_of(wrapped, step).backward()
-            optimizer.step()
-    assert hook.compression.aggregator.state.step == 4
+    for compression in (Compression.top_k(10), Compression.none):
+        _, wrapped, optimizer, hook = made(compression)
+        with wrapped.join():
+            for step in range(2 + 2 * (dist.get_rank() == 0)):
+                optimizer.zero_grad()
+                loss_of(wrapped, step).backward()
+                optimizer.step()
+        assert hook.compression.aggregator.state.step == 4
 
 
 def a_scaler_finds_the_overflow() -> None:
@@ -571,6 +621,7 @@ def telemetry_changes_nothing() -> None:
 USES = (
     means_are_decoded_into_ddps_memory,
     steps_are_undone_though_means_were_decoded,
+    means_are_copied_while_others_travel,
     buckets_follow_the_method,
     telemetry_changes_nothing,
     skipped_steps_move_nothing,
@@ -598,6 +649,8 @@ def main(file: str, *what: str) -> None:
         elif name == "use":
             for use in USES:
                 use()
+        elif name in globals():
+            globals()[name]()
         else:
             methods((by_name(name),))
     print(f"rank {rank} of {size}: all right")
