@@ -24,7 +24,17 @@ ROOT = Path(__file__).resolve().parent
 KERNELS = Path("hvd_ecsgd/kernels")
 LIBRARY = KERNELS / "libhvd_ecsgd_cpu.so"  # ctypes loads this name on Linux and macOS alike
 # Functions to be exported say so: __attribute__((visibility("default"))). One rounding for each operation, as in torch: nothing is contracted.
-COMPILE_ARGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-g0", "-Wno-maybe-uninitialized"]
+COMPILE_ARGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-pthread",
+    "-g0",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 
 
 def kernel_extension() -> list[Extension]:

@@ -23,11 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import kernels as steps
 from hvd_ecsgd import Compression
-from hvd_ecsgd.compressors import RandomBlock
+from hvd_ecsgd.compressors import QSGD, Natural, RandomBlock, Sign
 from hvd_ecsgd.exchange import AllReduce
 from hvd_ecsgd.feedback import MemSGD
 from hvd_ecsgd.kernels import kernels_for
-from hvd_ecsgd.segments import Segments
+from hvd_ecsgd.segments import Key, Segments
 
 SPARSE = "random_block, sparse"
 """Of which the update is applied where alone it is not zero."""
@@ -59,17 +59,21 @@ def loops(numel: int, device: torch.device) -> dict[str, tuple[float, Callable[[
     spread = torch.arange(k, dtype=torch.int32, device=device) * 100
     sampled, ranks = np.array([k], np.int64), np.array([max(1, k // 100)], np.int64)
     factors = np.array([1.0, 1.0, 0.0, 0.0, 1.0])
+
+    def decode(compressor: Any) -> None:
+        compressor.assign_(e, payload, segments, Key(0, 0))
+
     return {
         "e.add_(g)": (12, lambda: e.add_(g)),
         "accumulate": (12, lambda: kernel.accumulate_(None, None, [g], None, factors)),
         "shift": (12, lambda: kernel.shift_([g], e, -0.01)),
         "sign: extract": (8.125, lambda: kernel.sign_extract_(payload, False, None)),
-        "sign: decode": (4.125, lambda: kernel.sign_decode_(payload, None, 1.0, False)),
+        "sign: decode": (4.125, lambda: decode(Sign())),
         "ternary: extract": (8.25, lambda: kernel.ternary_extract_(payload, False)),
         "qsgd 4 bits: extract": (8.5, lambda: kernel.qsgd_extract_(payload, [1], 7, 512, 4, False)),
-        "qsgd 4 bits: decode": (4.5, lambda: kernel.qsgd_decode_(payload, 7, 512, 4, 1.0, False)),
+        "qsgd 4 bits: decode": (4.5, lambda: decode(QSGD(7))),
         "natural: extract": (9.125, lambda: kernel.natural_extract_(payload, [1])),
-        "natural: decode": (5.125, lambda: kernel.natural_decode_(payload, 1.0, False)),
+        "natural: decode": (5.125, lambda: decode(Natural())),
         "cast: extract": (10, lambda: kernel.cast_extract_(half, float("inf"))),
         "cast: decode": (6, lambda: kernel.cast_decode_(half, 1.0, False)),
         "top_k 1 %: positions": (4.04, lambda: kernel.top_k(counts, positions)),

@@ -7,7 +7,7 @@ them is in `values`, and had from here: a method of one's own needs this module 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -19,6 +19,7 @@ from .transport.base import Handle, Transport
 from .values import (
     NO_SEGMENTS,
     Accumulated,
+    Decoding,
     Extraction,
     GroupSettings,
     Lent,
@@ -39,11 +40,11 @@ from .values import (
 )
 from .verdicts import Verdict
 
-__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "Exchange", "Extraction",
+__all__ = ["NO_SEGMENTS", "Accumulated", "Assigns", "Compressor", "DecodesAll", "Decoding", "Exchange", "Extraction",
            "ExtractsAhead", "Feedback", "GroupSettings", "Lent", "Part", "Places",
            "Result", "Reversals", "Role",
            "Slot", "Slots", "Sparse", "State", "Steps", "StepContext", "Sums", "Takes", "Task", "Tells", "Traffic", "UnbiasedCompressor", "UsesSums",
-           "Verdict", "Wanted", "add_sum_", "decode_sum_", "poison", "settled", "slot_of", "wanted", "zeros"]  # fmt: skip
+           "Verdict", "Wanted", "add_sum_", "decode_sum_", "extracted", "poison", "settled", "slot_of", "sums_for", "wanted", "zeros"]  # fmt: skip
 
 Steps = Generator[Handle[Any], Any, torch.Tensor]
 """An exchange in progress: it yields each handle it waits for, is sent the handle's result, and returns the decoded mean."""
@@ -125,6 +126,17 @@ class Assigns(Protocol):
         ...
 
 
+class DecodesAll(Protocol):
+    """A compressor that can decode several payloads in one pass over the result, and tell sums of what is then there. The key must not matter."""
+
+    def decode_all_(
+        self, out: torch.Tensor, payloads: Sequence[torch.Tensor], segments: Segments, alpha: float, *, add: bool, sums: Sums | None = None
+    ) -> bool:
+        """`out = alpha · Σ C⁻¹(payload)`, of one or more, in their order: the bits of `Assigns.assign_` of the first and `Compressor.add_` of the
+        others; or, `add`, of `Compressor.add_` of one, and `out +=` such a sum of several. Fills in `sums`. False where nothing was done."""
+        ...
+
+
 class UsesSums(Protocol):
     """A compressor that need not read its buffer twice where it is told sums of it."""
 
@@ -146,27 +158,47 @@ class ExtractsAhead(Protocol):
 
 
 @cache
-def _agrees(kind: type, shortcut: str, plain: str) -> bool:
-    """Whether the class has a `shortcut` that says the same as its `plain` method: not where one derived from it brings a `plain` of its own."""
-    return next((shortcut in vars(c) for c in kind.__mro__ if shortcut in vars(c) or plain in vars(c)), False)
+def _agrees(kind: type, shortcut: str, *plain: str) -> bool:
+    """Whether the class has a `shortcut` that says the same as its `plain` methods: not where one derived from it brings one of them of its own."""
+    return next((shortcut in vars(c) for c in kind.__mro__ if not vars(c).keys().isdisjoint((shortcut, *plain))), False)
 
 
 def wanted(compressor: Compressor, exchange: Exchange, segments: Segments, size: int) -> Wanted | None:
     """What the worker's compressor would like to know of a buffer with these `segments`, which `exchange` sends among so many workers."""
     tables = getattr(exchange, "extracts", None)
-    if tables is None or not _agrees(type(compressor), "extract_by_sums_", "extract_"):
+    if tables is None:
         return None
     parts = tables(segments, size)
-    return cast(UsesSums, compressor).wants(parts) if sum(part.numel for part in parts) == segments.numel else None
+    return sums_for(compressor, parts) if sum(part.numel for part in parts) == segments.numel else None
+
+
+def sums_for(compressor: Compressor, tables: Sequence[Segments]) -> Wanted | None:
+    """What the compressor would like to know of a buffer that it is to extract these from."""
+    return cast(UsesSums, compressor).wants(tables) if _agrees(type(compressor), "extract_by_sums_", "extract_") else None
+
+
+def extracted(compressor: Compressor, buffer: torch.Tensor, segments: Segments, key: Key, sums: Sums | None) -> torch.Tensor:
+    """`Compressor.extract_`, of a buffer of which these `sums`, where they are still true (`Sums.of`), are known."""
+    told = None if sums is None else sums.of(buffer, segments)
+    if told is None:
+        return compressor.extract_(buffer, segments, key)
+    return cast(UsesSums, compressor).extract_by_sums_(buffer, segments, key, told)
+
+
+Payloads = Sequence[tuple[torch.Tensor, Key]]
+"""Each with the key that it was extracted with."""
 
 
 def decode_sum_(
-    out: torch.Tensor, compressor: Compressor, segments: Segments, payloads: Iterable[tuple[torch.Tensor, Key]], alpha: float = 1.0
-) -> None:
+    out: torch.Tensor, compressor: Compressor, segments: Segments, payloads: Payloads, alpha: float = 1.0, wanted: Wanted | None = None
+) -> Sums | None:
     """`out = alpha · Σ C⁻¹(payload)` in the segments' ranges of the flat `out`, whatever it held, in the order given; zeros when there are none.
 
-    Each payload comes with the key that it was extracted with.
+    Returns what is `wanted` of `out` by these segments, where that costs no pass of its own.
     """
+    done, sums = _decoded_at_once(out, compressor, segments, payloads, alpha, False, wanted)
+    if done:
+        return sums
     rest = iter(payloads)
     first = next(rest, None)
     if first is not None and _agrees(type(compressor), "assign_", "add_"):
@@ -177,17 +209,39 @@ def decode_sum_(
             compressor.add_(out, first[0], segments, first[1], alpha)
     for payload, key in rest:
         compressor.add_(out, payload, segments, key, alpha)
+    return None
 
 
-def add_sum_(out: torch.Tensor, compressor: Compressor, segments: Segments, payloads: Sequence[tuple[torch.Tensor, Key]], alpha: float = 1.0) -> None:
-    """`out += alpha · Σ C⁻¹(payload)`, the sum made first, in the order given; `out` holds the segments and nothing else."""
-    if len(payloads) == 1 and alpha == 1.0:  # the sum is that payload, which is added with the same rounding
+def add_sum_(
+    out: torch.Tensor, compressor: Compressor, segments: Segments, payloads: Payloads, alpha: float = 1.0, wanted: Wanted | None = None
+) -> Sums | None:
+    """`out += alpha · Σ C⁻¹(payload)`, the sum made first, in the order given; `out` holds the segments and nothing else. Returns what `decode_sum_`
+    does."""
+    if len(payloads) != 1 or alpha == 1.0:  # what one decodes to is added with one rounding, which multiplying would need before
+        done, sums = _decoded_at_once(out, compressor, segments, payloads, alpha, True, wanted)
+        if done:
+            return sums
+    if not payloads:
+        out.add_(0.0)
+    elif len(payloads) == 1 and alpha == 1.0:
         (payload, key), *_ = payloads
         compressor.add_(out, payload, segments, key)
-        return
-    total = segments.scratch()
-    decode_sum_(total, compressor, segments, payloads, alpha)
-    out.add_(total)
+    else:
+        total = segments.scratch()
+        decode_sum_(total, compressor, segments, payloads, alpha)
+        out.add_(total)
+    return None
+
+
+def _decoded_at_once(
+    out: torch.Tensor, compressor: Compressor, segments: Segments, payloads: Payloads, alpha: float, add: bool, wanted: Wanted | None
+) -> tuple[bool, Sums | None]:
+    """Whether the compressor has decoded all of them in one pass; and what was wanted of `out`."""
+    if not payloads or not _agrees(type(compressor), "decode_all_", "decode_", "assign_", "add_"):
+        return False, None
+    sums = None if wanted is None else Sums.blank(wanted, out)
+    done = cast(DecodesAll, compressor).decode_all_(out, [payload for payload, _ in payloads], segments, alpha, add=add, sums=sums)
+    return done, sums if done else None
 
 
 @runtime_checkable
@@ -420,13 +474,7 @@ class Task:
             payload = self.buffer  # a scratch copy of the gradients that nobody reads again: it can travel as it is
         else:
             self.extracted += segments.numel
-            sums = self.accumulated.sums_of(segments)
-            if ahead is not None:
-                payload = ahead
-            elif sums is None:
-                payload = self.compressor.extract_(self.buffer, segments, key)
-            else:
-                payload = cast(UsesSums, self.compressor).extract_by_sums_(self.buffer, segments, key, sums)
+            payload = extracted(self.compressor, self.buffer, segments, key, self.accumulated.sums) if ahead is None else ahead
             if self.reversible and not self.reversals.was_zero:
                 kept = segments.scratch(payload.dtype, payload.numel()).copy_(payload) if travels_in_place else payload
                 self.undo_by_adding(self.buffer, self.compressor, kept, segments, key, 1.0)

@@ -19,6 +19,7 @@ from .verdicts import Verdict
 
 __all__ = [
     "Accumulated",
+    "Decoding",
     "Extraction",
     "GroupSettings",
     "Lent",
@@ -269,8 +270,16 @@ class Sums:
     totals: np.ndarray
     nonzero: np.ndarray
 
-    def of(self, segments: Segments) -> Sums | None:
-        """Of one of the tables alone, that very object; None of another."""
+    @staticmethod
+    def blank(wanted: Wanted, buffer: torch.Tensor) -> Sums:
+        """To be written by a kernel, in the pass that writes `buffer`."""
+        rows = len(wanted.ranges)
+        return Sums(wanted, buffer._version, np.empty(rows, np.float64), np.zeros(rows, np.int64))
+
+    def of(self, buffer: torch.Tensor, segments: Segments) -> Sums | None:
+        """Of one of the tables alone, that very object; None of another, or where `buffer` was written to since, but by compressors' kernels."""
+        if buffer._version != self.version:
+            return None
         at = 0
         for table in self.wanted.tables:
             if table is segments:
@@ -306,6 +315,14 @@ class Extraction:
     arguments: tuple[float | np.ndarray, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """The compiled `kernel` that decodes a compressor's payloads, several of them in one pass, and what it is told of their form."""
+
+    kernel: Literal["sign", "ternary", "qsgd", "natural"]
+    settings: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Accumulated:
     """What reading the gradients once gives: the flat `buffer` to extract from, and whether all of them were `finite`; if not, nothing was
@@ -329,8 +346,8 @@ class Accumulated:
         return False
 
     def sums_of(self, segments: Segments) -> Sums | None:
-        """The sums of one of the tables that were named, unless the buffer was written to since, but by compressors' kernels."""
-        return None if self.sums is None or self.sums.version != self.buffer._version else self.sums.of(segments)
+        """See `Sums.of`."""
+        return None if self.sums is None else self.sums.of(self.buffer, segments)
 
     @staticmethod
     def nothing(segments: Segments) -> Accumulated:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from ..errors import CompressionError
-from ..kernels import all_finite
-from ..protocols import Compressor
+from ..kernels import Native, all_finite, kernels_for
+from ..protocols import Compressor, Decoding, Sums
 from ..segments import Key, Segment, Segments
 from ..verdicts import Verdict
 
 __all__ = [
     "BytePayload",
+    "CodePayload",
     "FloatPayload",
     "Operator",
     "check_payload",
@@ -173,3 +176,25 @@ class BytePayload(Operator):
 
     def payload_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.uint8
+
+
+class CodePayload(BytePayload):
+    """Mixin for packed payloads with a code for each element."""
+
+    _who: ClassVar[str]
+
+    def payload_size(self, segments: Segments) -> int:
+        raise NotImplementedError
+
+    def decode_all_by(
+        self, decoding: Decoding, out: torch.Tensor, payloads: Sequence[torch.Tensor], segments: Segments, alpha: float, add: bool, sums: Sums | None
+    ) -> bool:
+        """`DecodesAll.decode_all_`, by a kernel that is compiled for the CPU. Raises `CompressionError` when a payload is too short."""
+        size = self.payload_size(segments)
+        for payload in payloads:
+            check_payload(payload, torch.uint8, size, self._who)
+        kernels = kernels_for(out, segments, self._who)
+        if not isinstance(kernels, Native):
+            return False
+        kernels.decode_all_(decoding, payloads, alpha, add, sums)
+        return True

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..kernels import all_finite, draws, kernels_for, negative, pack_bits, unpack_bits
+from ..kernels import all_finite, cuda_for, draws, kernels_for, negative, pack_bits, unpack_bits
+from ..protocols import Decoding, Sums
 from ..segments import Key, Segments, aligned
 from ..verdicts import Verdict, verdict
-from .base import BytePayload, check_payload, contraction
+from .base import CodePayload, contraction
 
 __all__ = ["Natural"]
 
@@ -19,7 +21,7 @@ _NOT_FINITE = 255
 
 
 @dataclass(frozen=True)
-class Natural(BytePayload):
+class Natural(CodePayload):
     """Every entry rounded to one of the two powers of two around its magnitude, at random so that E C(v) = v; the sign is kept.
 
     2ᵉ ≤ |v| < 2ᵉ⁺¹ becomes 2ᵉ⁺¹ with probability f = |v|/2ᵉ − 1, else 2ᵉ. E‖C(v) − v‖² = Σ 4ᵉ·f(1 − f): ω ≤ 1/8, hence δ ≥ 7/8 (Gaussian v: .082
@@ -30,6 +32,8 @@ class Natural(BytePayload):
     Payload (bytes): for all segments the 8 exponent bits of each entry (0: zero, 255: not finite); then each segment's signs, 8 to a byte, set bit
     = negative. Every rank rounds with randomness of its own, and decoding needs none. Horváth et al. 2019.
     """
+
+    _who = "natural"
 
     @property
     def unbiased(self) -> bool:
@@ -54,7 +58,7 @@ class Natural(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = segments.payload(self.payload_size(segments))
-        if native := kernels_for(buffer, segments, "natural"):
+        if native := kernels_for(buffer, segments, self._who):
             native.natural_extract_(payload, [key.bits(s, "powers") for s in segments])
             return payload
         first, at = 0, segments.numel
@@ -71,10 +75,16 @@ class Natural(BytePayload):
             at += n_bytes
         return payload
 
+    def decode_all_(
+        self, out: torch.Tensor, payloads: Sequence[torch.Tensor], segments: Segments, alpha: float, *, add: bool, sums: Sums | None = None
+    ) -> bool:
+        return self.decode_all_by(Decoding("natural"), out, payloads, segments, alpha, add, sums)
+
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
-        check_payload(payload, torch.uint8, self.payload_size(segments), "natural")
-        if native := kernels_for(out, segments, "natural"):
-            return native.natural_decode_(payload, alpha, add)
+        if self.decode_all_(out, [payload], segments, alpha, add=add):
+            return
+        if cuda := cuda_for(out, segments, self._who):
+            return cuda.natural_decode_(payload, alpha, add)
         if not add:
             segments.zero_(out)
         first, at = 0, segments.numel

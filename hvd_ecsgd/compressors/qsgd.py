@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,17 +11,17 @@ import numpy as np
 import torch
 
 from ..arguments import check_choice, check_integer
-from ..kernels import LONGEST_BUCKET, all_finite, kernels_for, pack_codes, uniform, unpack_codes
-from ..protocols import Extraction
+from ..kernels import LONGEST_BUCKET, all_finite, cuda_for, kernels_for, pack_codes, uniform, unpack_codes
+from ..protocols import Decoding, Extraction, Sums
 from ..segments import Key, Segments, aligned
 from ..verdicts import Verdict
-from .base import BytePayload, check_payload, contraction, n_rows, rows, warn_once
+from .base import CodePayload, contraction, n_rows, rows, warn_once
 
 __all__ = ["QSGD"]
 
 
 @dataclass(frozen=True)
-class QSGD(BytePayload):
+class QSGD(CodePayload):
     """‖v‖·sign(v_j)·ξ_j per bucket of `bucket` consecutive entries: ξ_j is |v_j|/‖v‖ rounded at random, up or down, to a multiple of 1/s.
 
     s = `levels`; E C(v) = v. ‖v‖ is the bucket's ℓ2 norm (`"l2"`, the paper's) or largest magnitude (`"max"`, finer steps, as in the authors'
@@ -32,6 +33,7 @@ class QSGD(BytePayload):
     Every rank rounds with randomness of its own, and decoding needs none. Alistarh et al. 2017.
     """
 
+    _who = "qsgd"
     levels: int = 127
     bucket: int = 512
     norm: Literal["l2", "max"] = "l2"
@@ -77,7 +79,7 @@ class QSGD(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = segments.payload(self.payload_size(segments))
-        if native := kernels_for(buffer, segments, "qsgd"):
+        if native := kernels_for(buffer, segments, self._who):
             native.qsgd_extract_(payload, self._keys(segments, key), self.levels, self.bucket, self.bits, self.norm == "max")
             return payload
         norms, at = self._parts(payload, segments)
@@ -109,10 +111,16 @@ class QSGD(BytePayload):
     def _keys(self, segments: Segments, key: Key) -> list[int]:
         return [key.bits(s, "levels") for s in segments]
 
+    def decode_all_(
+        self, out: torch.Tensor, payloads: Sequence[torch.Tensor], segments: Segments, alpha: float, *, add: bool, sums: Sums | None = None
+    ) -> bool:
+        return self.decode_all_by(Decoding("qsgd", (self.levels, self.bucket, self.bits)), out, payloads, segments, alpha, add, sums)
+
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
-        check_payload(payload, torch.uint8, self.payload_size(segments), "qsgd")
-        if native := kernels_for(out, segments, "qsgd"):
-            return native.qsgd_decode_(payload, self.levels, self.bucket, self.bits, alpha, add)
+        if self.decode_all_(out, [payload], segments, alpha, add=add):
+            return
+        if cuda := cuda_for(out, segments, self._who):
+            return cuda.qsgd_decode_(payload, self.levels, self.bucket, self.bits, alpha, add)
         if not add:
             segments.zero_(out)
         norms, at = self._parts(payload, segments)

@@ -10,17 +10,17 @@ from typing import Literal
 import torch
 
 from ..arguments import check_choice, check_integer
-from ..kernels import Kernels, Native, all_finite, kernels_for, negative, pack_bits, signs, unpack_bits
-from ..protocols import Sums, Wanted
+from ..kernels import Kernels, Native, all_finite, cuda_for, kernels_for, negative, pack_bits, signs, unpack_bits
+from ..protocols import Decoding, Sums, Wanted
 from ..segments import Key, Segments, aligned
 from ..verdicts import Verdict
-from .base import BytePayload, check_payload, n_rows, rows, warn_once
+from .base import CodePayload, n_rows, rows, warn_once
 
 __all__ = ["Sign"]
 
 
 @dataclass(frozen=True)
-class Sign(BytePayload):
+class Sign(CodePayload):
     """s·sign(v) with sign(0) = +1 and one scale per segment, or per block of `block` entries of it: ‖v‖₁/d (`"l1"`) or ‖v‖₂/√d (`"l2"`).
 
     d is the length of what has a scale; a segment's last block may be shorter. For one scale δ = ‖v‖₁²/(d‖v‖₂²) with ℓ1. With ℓ2
@@ -31,6 +31,7 @@ class Sign(BytePayload):
     Seide et al. 2014; Karimireddy et al. 2019 (ℓ1 scale); Zheng, Huang, Kwok 2019 (blockwise).
     """
 
+    _who = "one_bit"
     scale: Literal["l1", "l2"] = "l1"
     block: int | None = None
 
@@ -84,10 +85,16 @@ class Sign(BytePayload):
         native.sign_extract_(payload, self.scale == "l2", self.block, sums)
         return payload
 
+    def decode_all_(
+        self, out: torch.Tensor, payloads: Sequence[torch.Tensor], segments: Segments, alpha: float, *, add: bool, sums: Sums | None = None
+    ) -> bool:
+        return self.decode_all_by(Decoding("sign", (self.block or 0,)), out, payloads, segments, alpha, add, sums)
+
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
-        check_payload(payload, torch.uint8, self.payload_size(segments), "one_bit")
-        if native := self._native(out, segments):
-            return native.sign_decode_(payload, self.block, alpha, add)
+        if self.decode_all_(out, [payload], segments, alpha, add=add):
+            return
+        if self._compiled and (cuda := cuda_for(out, segments, self._who)):
+            return cuda.sign_decode_(payload, self.block, alpha, add)
         if not add:
             segments.zero_(out)
         scales, at = self._scales(payload, segments)
@@ -109,9 +116,13 @@ class Sign(BytePayload):
     def telltale(self, payload: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, float]:
         return self._scales(payload, segments)[0][:1], math.nan
 
+    @property
+    def _compiled(self) -> bool:
+        """Blocks that share bytes are taken by kernels as long as they fit into a cache."""
+        return self.block is None or self.block % 8 == 0 or self.block <= 2**12
+
     def _native(self, buffer: torch.Tensor, segments: Segments) -> Kernels | None:
-        """Blocks that share bytes are compiled as long as they fit into a cache."""
-        return kernels_for(buffer, segments, "one_bit") if self.block is None or self.block % 8 == 0 or self.block <= 2**12 else None
+        return kernels_for(buffer, segments, self._who) if self._compiled else None
 
     def _rows(self, view: torch.Tensor, bits: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         width = view.numel() if self.block is None else self.block

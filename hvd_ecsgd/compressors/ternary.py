@@ -10,17 +10,17 @@ from typing import Literal
 import torch
 
 from ..arguments import check_choice
-from ..kernels import Native, all_finite, kernels_for, negative, pack_codes, unpack_codes
-from ..protocols import Sums, Wanted
+from ..kernels import Native, all_finite, cuda_for, kernels_for, negative, pack_codes, unpack_codes
+from ..protocols import Decoding, Sums, Wanted
 from ..segments import Key, Segments, aligned
 from ..verdicts import Verdict
-from .base import BytePayload, check_payload, warn_once
+from .base import CodePayload, warn_once
 
 __all__ = ["Ternary"]
 
 
 @dataclass(frozen=True)
-class Ternary(BytePayload):
+class Ternary(CodePayload):
     """s·sign(v), sign(0) = 0, with one scale per segment: s = ‖v‖₂/√nnz (`"l2"`, the DoubleSqueeze authors' code) or ‖v‖₁/nnz (`"l1"`).
 
     nnz is the number of entries that are not zero; an all-zero segment has s = 0. δ = 2‖v‖₁/(√nnz‖v‖₂) − 1 with ℓ2, which is negative when
@@ -30,6 +30,7 @@ class Ternary(BytePayload):
     Tang et al. 2019 (DoubleSqueeze), their 1-bit compression as coded.
     """
 
+    _who = "ternary"
     scale: Literal["l1", "l2"] = "l2"
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class Ternary(BytePayload):
 
     def extract_(self, buffer: torch.Tensor, segments: Segments, key: Key) -> torch.Tensor:
         payload = segments.payload(self.payload_size(segments))
-        if native := kernels_for(buffer, segments, "ternary"):
+        if native := kernels_for(buffer, segments, self._who):
             native.ternary_extract_(payload, self.scale == "l2")
             return payload
         scales, at = self._scales(payload, segments)
@@ -69,17 +70,23 @@ class Ternary(BytePayload):
 
     def extract_by_sums_(self, buffer: torch.Tensor, segments: Segments, key: Key, sums: Sums) -> torch.Tensor:
         """`extract_` in one pass."""
-        native = kernels_for(buffer, segments, "ternary")
+        native = kernels_for(buffer, segments, self._who)
         if not isinstance(native, Native):
             return self.extract_(buffer, segments, key)
         payload = segments.payload(self.payload_size(segments))
         native.ternary_extract_(payload, self.scale == "l2", sums)
         return payload
 
+    def decode_all_(
+        self, out: torch.Tensor, payloads: Sequence[torch.Tensor], segments: Segments, alpha: float, *, add: bool, sums: Sums | None = None
+    ) -> bool:
+        return self.decode_all_by(Decoding("ternary"), out, payloads, segments, alpha, add, sums)
+
     def decode_(self, out: torch.Tensor, payload: torch.Tensor, segments: Segments, key: Key, alpha: float, *, add: bool) -> None:
-        check_payload(payload, torch.uint8, self.payload_size(segments), "ternary")
-        if native := kernels_for(out, segments, "ternary"):
-            return native.ternary_decode_(payload, alpha, add)
+        if self.decode_all_(out, [payload], segments, alpha, add=add):
+            return
+        if cuda := cuda_for(out, segments, self._who):
+            return cuda.ternary_decode_(payload, alpha, add)
         if not add:
             segments.zero_(out)
         scales, at = self._scales(payload, segments)

@@ -139,8 +139,7 @@ class CompSkip(Skipping):
 
         # The server of this rank's pieces.
         good = finite(task, received, mine)
-        if good:
-            absorb_(task, received, mine)
+        sums = absorb_(task, server, received, mine) if good else None
         serves = self._serves(task, good, n)
         silent = (self.worker.predictable and not all(known)) or (self.server.predictable and not serves)
         alarm = _raise_alarm(task, transport, task.poisoned or not good) if silent else None
@@ -154,7 +153,7 @@ class CompSkip(Skipping):
             if not serves:
                 answer = nothing(server, mine)
             elif good:
-                answer = answer_(task, server, mine)
+                answer = answer_(task, server, mine, sums)
             else:
                 answer = poison(server, mine, task.ctx.key(server, "pull"))
             task.traffic += Traffic(payload=answer.nbytes, sent=(n - 1) * answer.nbytes)

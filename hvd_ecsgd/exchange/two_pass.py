@@ -10,7 +10,22 @@ import torch
 
 from ..arguments import check_flag
 from ..errors import CompressionError
-from ..protocols import Compressor, Feedback, Role, Slot, Slots, Steps, Task, Traffic, add_sum_, decode_sum_, poison
+from ..protocols import (
+    Compressor,
+    Feedback,
+    Role,
+    Slot,
+    Slots,
+    Steps,
+    Sums,
+    Task,
+    Traffic,
+    add_sum_,
+    decode_sum_,
+    extracted,
+    poison,
+    sums_for,
+)
 from ..segments import Key, Segments
 from ..transport.base import Transport
 from ..verdicts import all_of, known
@@ -36,29 +51,24 @@ def _sent(task: Task, received: Sequence[torch.Tensor]) -> list[tuple[torch.Tens
     return [(p, task.ctx.key(task.compressor, "push", r)) for r, p in enumerate(received) if p.numel()]
 
 
-def mean_of(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> torch.Tensor:
-    """(1/n) Σ C⁻¹(payloads), by rank; n counts workers that sent nothing too."""
-    total = mine.scratch()
-    decode_sum_(total, task.compressor, mine, _sent(task, received), 1.0 / task.ctx.size)
-    return total
-
-
-def absorb_(task: Task, received: Sequence[torch.Tensor], mine: Segments) -> None:
-    """E ← (η̃_{t-1}/η̃_t)·E + (1/n) Σ C⁻¹(payloads), with how to undo it."""
+def absorb_(task: Task, server: Compressor, received: Sequence[torch.Tensor], mine: Segments) -> Sums | None:
+    """E ← (η̃_{t-1}/η̃_t)·E + (1/n) Σ C⁻¹(payloads), with how to undo it; n counts workers that sent nothing too. Returns what `server` would like to
+    know of E, where it was seen in that pass."""
     residual = task.state["server_residual"]
     if task.ctx.carry != 1.0:
         residual.mul_(task.ctx.carry)
         task.undo_by(partial(residual.div_, task.ctx.carry))
     sent = _sent(task, received)
-    add_sum_(residual, task.compressor, mine, sent, 1.0 / task.ctx.size)
+    sums = add_sum_(residual, task.compressor, mine, sent, 1.0 / task.ctx.size, sums_for(server, [mine]))
     for payload, key in sent:
         task.undo_by_adding(residual, task.compressor, payload, mine, key, -1.0 / task.ctx.size)
+    return sums
 
 
-def answer_(task: Task, server: Compressor, mine: Segments) -> torch.Tensor:
-    """The server's payload D(E); E keeps the rest; with how to undo it."""
+def answer_(task: Task, server: Compressor, mine: Segments, sums: Sums | None) -> torch.Tensor:
+    """The server's payload D(E); E keeps the rest; with how to undo it. `sums`: as `absorb_` returned them."""
     residual, key = task.state["server_residual"], task.ctx.key(server, "pull")
-    answer = server.extract_(residual, mine, key)
+    answer = extracted(server, residual, mine, key, sums)
     task.undo_by_adding(residual, server, answer, mine, key, 1.0)
     return answer
 
@@ -128,10 +138,11 @@ class TwoPass(Faithful):
         elif not finite(task, received, mine):
             answer = poison(server, mine, ctx.key(server, "pull"))
         elif self.server_feedback:
-            absorb_(task, received, mine)
-            answer = answer_(task, server, mine)
+            answer = answer_(task, server, mine, absorb_(task, server, received, mine))
         else:
-            answer = server.extract_(mean_of(task, received, mine), mine, ctx.key(server, "pull"))
+            mean = mine.scratch()
+            sums = decode_sum_(mean, worker, mine, _sent(task, received), 1.0 / n, sums_for(server, [mine]))
+            answer = extracted(server, mean, mine, ctx.key(server, "pull"), sums)
         task.traffic += Traffic(payload=answer.nbytes, sent=(n - 1) * answer.nbytes)
         task.last = True
         answers = yield transport.allgather(answer, f"{task.name}.pull", _sizes(server, pieces))

@@ -39,8 +39,7 @@ class Addition:
         """`add_`, and what is `wanted` of the buffer, where that costs no pass of its own."""
         sums = None
         if wanted is not None and isinstance(native.kernels_for(self.buffer, self.segments, "accumulate"), native.Native):
-            rows = len(wanted.ranges)
-            sums = Sums(wanted, self.buffer._version, np.empty(rows, np.float64), np.zeros(rows, np.int64))
+            sums = Sums.blank(wanted, self.buffer)
         finite = self._compiled(gradients, parameters, sums)
         if finite is None:
             finite, sums = self.add_(gradients, parameters), None

@@ -26,12 +26,14 @@ _OUT_OF_MEMORY = -(2**63)
 
 _int, _long, _double, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _TABLE = (_pointer, _long)
+_PAYLOADS = (_pointer, _long, _double, _int)
+_ASKED = (_int, _int, _pointer, _pointer)
 # Arguments by function; all but the first few return int64.
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "sign_extract": (_int, _pointer, *_TABLE, _pointer, _int, _long, _pointer, _int),
-    "sign_decode": (_int, _pointer, *_TABLE, _pointer, _long, _double, _int, _int),
+    "sign_decode": (_int, _pointer, *_TABLE, *_PAYLOADS, *_ASKED, _long, _int),
     "ternary_extract": (_int, _pointer, *_TABLE, _pointer, _int, _pointer, _pointer, _int),
-    "ternary_decode": (_int, _pointer, *_TABLE, _pointer, _double, _int, _int),
+    "ternary_decode": (_int, _pointer, *_TABLE, *_PAYLOADS, *_ASKED, _int),
     "positions_take": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _int),
     "positions_decode": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _double, _int, _long, _int),
     "positions_move": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _int),
@@ -41,14 +43,14 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "threshold_positions": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _pointer, _pointer, _long, _int),
     "random_k_positions": (*_TABLE, _pointer, _pointer, _pointer, _int),
     "qsgd_extract": (_int, _pointer, *_TABLE, _pointer, _pointer, _long, _long, _int, _int, _int),
-    "qsgd_decode": (_int, _pointer, *_TABLE, _pointer, _long, _long, _int, _double, _int, _int),
+    "qsgd_decode": (_int, _pointer, *_TABLE, *_PAYLOADS, *_ASKED, _long, _long, _int, _int),
     "natural_extract": (_int, _pointer, *_TABLE, _pointer, _pointer, _int),
-    "natural_decode": (_int, _pointer, *_TABLE, _pointer, _double, _int, _int),
+    "natural_decode": (_int, _pointer, *_TABLE, *_PAYLOADS, *_ASKED, _int),
     "cast_extract": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int),
     "cast_decode": (_int, _pointer, *_TABLE, _pointer, _int, _double, _int, _int),
     "accumulate": (
         *(_int, _pointer, *_TABLE, _pointer, _pointer, _int, _pointer, _int, _pointer, _pointer),
-        *(*_TABLE, _int, _int, _pointer, _pointer, _int),
+        *(*_TABLE, *_ASKED, _int),
     ),
     "cast_extract_from": (_int, *_TABLE, _int, _pointer, _pointer, _int, _double, _int),
     "qsgd_extract_from": (_int, *_TABLE, _int, _pointer, _pointer, _pointer, _long, _long, _int, _int, _int),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import CompressionError
-from ..protocols import Extraction, Sums
+from ..protocols import Decoding, Extraction, Sums
 from ..segments import Segments
 from ..verdicts import Verdict
 from . import cuda, library, reference
@@ -34,6 +34,11 @@ LONGEST_BUCKET = 2**15
 def _address(array: np.ndarray) -> int:
     address: int = array.ctypes.data
     return address
+
+
+def _asked(sums: Sums | None) -> tuple[int, int, int, int]:
+    """What kernels are told of sums that they are to write."""
+    return (0, 0, 0, 0) if sums is None else (sums.wanted.squares, sums.wanted.counts, _address(sums.totals), _address(sums.nonzero))
 
 
 class Native:
@@ -62,31 +67,26 @@ class Native:
         """`sums`: of the magnitudes, or `l2` their squares; where they are known the buffer is read once. Likewise of others."""
         self._call("sign_extract", *self._buffer, payload.data_ptr(), l2, block or 0, 0 if sums is None else _address(sums.totals))
 
-    def sign_decode_(self, payload: torch.Tensor, block: int | None, alpha: float, add: bool) -> None:
-        self._call("sign_decode", *self._buffer, payload.data_ptr(), block or 0, alpha, add)
-
     def ternary_extract_(self, payload: torch.Tensor, l2: bool, sums: Sums | None = None) -> None:
         known = (0, 0) if sums is None else (_address(sums.totals), _address(sums.nonzero))
         self._call("ternary_extract", *self._buffer, payload.data_ptr(), l2, *known)
-
-    def ternary_decode_(self, payload: torch.Tensor, alpha: float, add: bool) -> None:
-        self._call("ternary_decode", *self._buffer, payload.data_ptr(), alpha, add)
 
     def qsgd_extract_(self, payload: torch.Tensor, keys: Sequence[int], levels: int, bucket: int, bits: int, largest: bool) -> None:
         """`keys`: of `draws`, one for each segment. `largest`: the norm is the largest magnitude, else ℓ2."""
         of = np.array(keys, np.uint64)
         self._call("qsgd_extract", *self._buffer, payload.data_ptr(), _address(of), levels, bucket, bits, largest)
 
-    def qsgd_decode_(self, payload: torch.Tensor, levels: int, bucket: int, bits: int, alpha: float, add: bool) -> None:
-        self._call("qsgd_decode", *self._buffer, payload.data_ptr(), levels, bucket, bits, alpha, add)
-
     def natural_extract_(self, payload: torch.Tensor, keys: Sequence[int]) -> None:
         """`keys`: of `draws`, one for each segment."""
         of = np.array(keys, np.uint64)
         self._call("natural_extract", *self._buffer, payload.data_ptr(), _address(of))
 
-    def natural_decode_(self, payload: torch.Tensor, alpha: float, add: bool) -> None:
-        self._call("natural_decode", *self._buffer, payload.data_ptr(), alpha, add)
+    def decode_all_(self, decoding: Decoding, payloads: Sequence[torch.Tensor], alpha: float, add: bool, sums: Sums | None = None) -> None:
+        """The buffer ← alpha·Σ of what the payloads, one or more, decode to, in their order; or, `add`, += that: the sum is made first, and what one
+        alone decodes to is multiplied and added with one rounding. Writes the `sums` of what is then there."""
+        table = np.array([p.data_ptr() for p in payloads], np.int64)
+        given = (_address(table), len(payloads), alpha, add)
+        self._call(f"{decoding.kernel}_decode", *self._buffer, *given, *_asked(sums), *decoding.settings)
 
     def cast_extract_(self, payload: torch.Tensor, limit: float) -> None:
         """`limit`: magnitudes beyond it are sent as that; inf for none. `payload`: float16 or bfloat16."""
@@ -117,11 +117,8 @@ class Native:
         tensors = [None if given is None else self._in_one_piece(given) for given in (gradients, points)]
         tables = [np.array([t.data_ptr() for t in given or ()], np.int64) for given in tensors]
         places = [(_TYPES[given[0].dtype], _address(table)) if given else (0, 0) for given, table in zip(tensors, tables, strict=True)]
-        asked = (0, 0, 0, 0, 0, 0)
-        if sums is not None:
-            wanted = sums.wanted
-            asked = (_address(wanted.ranges), len(wanted.ranges), wanted.squares, wanted.counts, _address(sums.totals), _address(sums.nonzero))
-        return bool(self._call("accumulate", *self._buffer, *flat, *places[0], *places[1], _address(factors), *asked))
+        ranges = (0, 0) if sums is None else (_address(sums.wanted.ranges), len(sums.wanted.ranges))
+        return bool(self._call("accumulate", *self._buffer, *flat, *places[0], *places[1], _address(factors), *ranges, *_asked(sums)))
 
     def extract_from_(self, gradients: Sequence[torch.Tensor], extraction: Extraction) -> bool:
         """What the compressor's `extract_` takes of a buffer that holds the gradients, which are all of one type (`common_type`), is written to the

@@ -18,11 +18,13 @@ struct Segment {
     int64_t start, numel;
 };
 #define TABLE const Segment *, int64_t
+#define PAYLOADS const uint8_t *const *, int64_t, double, int
+#define ASKED int, int, double *, int64_t *
 extern "C" {
-int64_t hvd_ecsgd_sign_decode(int, void*, TABLE, const uint8_t*, int64_t, double, int, int);
-int64_t hvd_ecsgd_ternary_decode(int, void*, TABLE, const uint8_t*, double, int, int);
-int64_t hvd_ecsgd_qsgd_decode(int, void*, TABLE, const uint8_t*, int64_t, int64_t, int, double, int, int);
-int64_t hvd_ecsgd_natural_decode(int, void*, TABLE, const uint8_t*, double, int, int);
+int64_t hvd_ecsgd_sign_decode(int, void*, TABLE, PAYLOADS, ASKED, int64_t, int);
+int64_t hvd_ecsgd_ternary_decode(int, void*, TABLE, PAYLOADS, ASKED, int);
+int64_t hvd_ecsgd_qsgd_decode(int, void*, TABLE, PAYLOADS, ASKED, int64_t, int64_t, int, int);
+int64_t hvd_ecsgd_natural_decode(int, void*, TABLE, PAYLOADS, ASKED, int);
 int64_t hvd_ecsgd_cast_decode(int, void*, TABLE, const uint16_t*, int, double, int, int);
 int64_t hvd_ecsgd_block_top_k_decode(int, void*, TABLE, const uint8_t*, int64_t, int64_t, const int64_t*, double, int, int);
 int64_t hvd_ecsgd_positions_decode(int, void*, TABLE, const int64_t*, const uint32_t*, const void*, double, int, int64_t, int);
@@ -59,20 +61,31 @@ int64_t decode(const Bytes& input, size_t missing = 0) {
         return static_cast<size_t>(total);
     };
     const auto payload = [&](size_t bytes) { return filled(input, 3, bytes - missing); };
+    // One payload or three, and whether something is asked of the result.
+    const int64_t n = input[1] >> 4 & 1 ? 3 : 1;
+    const bool asks = input[1] >> 5 & 1;
+    double sums[3];
+    int64_t nonzero[3];
+    const auto together = [&](size_t bytes, auto kernel, auto... settings) {
+        const auto first = payload(bytes), second = payload(bytes), third = payload(bytes);
+        const uint8_t* const payloads[3] = {first.get(), second.get(), third.get()};
+        return kernel(type, out.get(), table, 3, payloads, n, 0.5, add, input[1] >> 6 & 1, input[1] >> 7, asks ? sums : nullptr, asks ? nonzero : nullptr,
+                      settings..., 1);
+    };
     switch (target) {
-        case 0: return hvd_ecsgd_sign_decode(type, out.get(), table, 3, payload(3 * width + per(8)).get(), 0, 0.5, add, 1);
+        case 0: return together(3 * width + per(8), hvd_ecsgd_sign_decode, 0);
         case 1: {
             size_t rows = 0;
             for (int64_t n : {size[0], size[1], size[2]}) rows += n ? (n + 8) / 9 : 1;
-            return hvd_ecsgd_sign_decode(type, out.get(), table, 3, payload(rows * width + per(8)).get(), 9, 0.5, add, 1);
+            return together(rows * width + per(8), hvd_ecsgd_sign_decode, 9);
         }
-        case 2: return hvd_ecsgd_ternary_decode(type, out.get(), table, 3, payload(3 * width + per(4)).get(), 0.5, add, 1);
-        case 3: return hvd_ecsgd_natural_decode(type, out.get(), table, 3, payload(numel + per(8)).get(), 0.5, add, 1);
+        case 2: return together(3 * width + per(4), hvd_ecsgd_ternary_decode);
+        case 3: return together(numel + per(8), hvd_ecsgd_natural_decode);
         case 4: return hvd_ecsgd_cast_decode(type, out.get(), table, 3, reinterpret_cast<uint16_t*>(payload(2 * numel).get()), input[1] >> 2 & 1, 0.5, add, 1);
         case 5:
         case 6: {
             const int bits = target == 5 ? 8 : 1 << (1 + (input[1] >> 2 & 1));
-            return hvd_ecsgd_qsgd_decode(type, out.get(), table, 3, payload(per(16) * width + per(8 / bits)).get(), 1, 16, bits, 0.5, add, 1);
+            return together(per(16) * width + per(8 / bits), hvd_ecsgd_qsgd_decode, 1, 16, bits);
         }
         case 7: {
             const int64_t block = 16, k_full = 2;

@@ -78,7 +78,7 @@ def test_nothing_of_gradient_size(case: Case) -> None:
     assert allocated(case) == []
 
 
-@pytest.mark.parametrize("name", ["none", "fp16", "fp16-feedback", "double_squeeze", "local_momentum-dense"])
+@pytest.mark.parametrize("name", ["none", "fp16", "fp16-feedback", "local_momentum-dense"])
 def test_what_is_made_in_every_step_is_used_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: it is made anew."""
     monkeypatch.setattr(

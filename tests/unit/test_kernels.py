@@ -484,7 +484,7 @@ UNDER_SANITIZERS = """
     import os, sys, pathlib, torch
     from hvd_ecsgd.errors import CompressionError
     from hvd_ecsgd.kernels import library, native
-    from tests.unit import test_accumulate, test_kernels as tests, test_move, test_shift, test_unread
+    from tests.unit import test_accumulate, test_decoding, test_kernels as tests, test_move, test_shift, test_unread
     library.digest_of_sources = lambda folder: ""
     made = library.Library(pathlib.Path(sys.argv[1]))
     made.limit_variant(sys.argv[2])
@@ -514,6 +514,7 @@ UNDER_SANITIZERS = """
         tests.thin_products_everything()
         test_accumulate.accumulate_everything()
         test_unread.extract_everything()
+        test_decoding.decode_everything()
         test_shift.shift_everything()
         test_move.move_everything()
         control = os.fork()

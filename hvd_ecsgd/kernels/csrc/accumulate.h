@@ -131,22 +131,17 @@ inline std::vector<Tile> tiles_of(const Segment* table, int64_t n, const Segment
     return tiles;
 }
 
-// 1, or 0 when a gradient holds an inf or NaN: then nothing is accumulated. With `ranges`, which cover the segments, sums[i] ← Σ|e| or, `squares`, Σe² of
-// the i-th, as kernels add that make a pass for it, and `counts`: nonzero[i] ← how many of it are not zero.
+// 1, or 0 when a gradient holds an inf or NaN: then nothing is accumulated. Something is asked of e by `ranges`, which cover the segments then.
 template <class T>
 int64_t accumulate(void* e, const Segment* table, int64_t n, void* m, void* d, int type, const void* const* gradients, int point_type,
-                   const void* const* points, const double* f, const Segment* ranges, int64_t n_ranges, int squares, int counts, double* sums,
-                   int64_t* nonzero, int threads) {
+                   const void* const* points, const double* f, const Segment* ranges, int64_t n_ranges, const Asked& asked, int threads) {
     const Accumulation<T> all{static_cast<T*>(e), static_cast<T*>(m), static_cast<T*>(d), type, gradients, point_type, points, {f[0], f[1], f[2], f[3], f[4]}};
     std::vector<int64_t> row;
     const auto tiles = tiles_of(table, n, ranges, n_ranges, row);
     threads = useful(threads, elements(table, n));
-    std::vector<double> of_tile(row.size());
-    std::vector<int64_t> nonzero_of_tile(row.size());
-    const auto look_at = [&](Sum<T>& sum, size_t t, int64_t begin, int64_t end) ISA {
-        const T* p = all.e + table[tiles[t].segment].start + begin;
-        sum.add_norm(p, end - begin, squares);
-        if (counts) nonzero_of_tile[t] += count_nonzero(p, end - begin);
+    Seen<T> seen(asked, tiles.size());
+    const auto look_at = [&](Sum<T>& sum, int64_t t, int64_t begin, int64_t end) ISA {
+        seen.look_at(sum, t, all.e + table[tiles[t].segment].start + begin, end - begin);
     };
     std::vector<int64_t> done(tiles.size());  // elements of the segment, up to here
     for (size_t t = 0; t < tiles.size(); ++t) done[t] = tiles[t].begin;
@@ -154,7 +149,7 @@ int64_t accumulate(void* e, const Segment* table, int64_t n, void* m, void* d, i
     const auto add = [&](bool doubtful) ISA {
         parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
             const int64_t s = tiles[t].segment;
-            const bool looks = doubtful && !row.empty();
+            const bool looks = doubtful && seen;
             Sum<T> sum;
             while (done[t] < tiles[t].end && !(doubtful && stop.load(std::memory_order_relaxed))) {
                 const int64_t end = std::min(done[t] + CHUNK, tiles[t].end);
@@ -166,14 +161,10 @@ int64_t accumulate(void* e, const Segment* table, int64_t n, void* m, void* d, i
                 if (looks) look_at(sum, t, done[t], end);
                 done[t] = end;
             }
-            if (looks) of_tile[t] = sum.total();
+            if (looks) seen.sums[t] = sum.total();
         });
     };
-    const auto fold = [&] {
-        std::fill(sums, sums + n_ranges, 0.0);
-        std::fill(nonzero, nonzero + n_ranges, 0);
-        for (size_t t = 0; t < row.size(); ++t) sums[row[t]] += of_tile[t], nonzero[row[t]] += nonzero_of_tile[t];
-    };
+    const auto fold = [&] { seen.fold(n_ranges, [&](int64_t t) { return row[t]; }); };
     add(true);
     if (!stop) {
         fold();
@@ -185,12 +176,12 @@ int64_t accumulate(void* e, const Segment* table, int64_t n, void* m, void* d, i
     });
     if (finite) {
         add(false);
-        if (!row.empty())  // what was seen before the pass stopped may end within a tile
+        if (seen)  // what was seen before the pass stopped may end within a tile
             parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
                 Sum<T> sum;
-                nonzero_of_tile[t] = 0;
+                seen.nonzero[t] = 0;
                 look_at(sum, t, tiles[t].begin, tiles[t].end);
-                of_tile[t] = sum.total();
+                seen.sums[t] = sum.total();
             });
         fold();
         return 1;

@@ -114,14 +114,17 @@ EXPORT const char* hvd_ecsgd_sources() { return HVD_ECSGD_SOURCES; }
         IN_VARIANT(name<float> arguments)                \
     }
 #define TABLE const Segment *table, int64_t n
+// Payloads that are decoded together, how, and what is asked of the result.
+#define PAYLOADS const uint8_t *const *payloads, int64_t n_payloads, double alpha, int add
+#define ASKED int squares, int counts, double *sums, int64_t *nonzero
+#define GIVEN {payloads, n_payloads, alpha, add}, {squares, counts, sums, nonzero}
 
 KERNEL(sign_extract, (int type, void* buffer, TABLE, uint8_t* payload, int l2, int64_t block, const double* sums, int threads),
        (buffer, table, n, payload, l2, block, sums, threads))
-KERNEL(sign_decode, (int type, void* out, TABLE, const uint8_t* payload, int64_t block, double alpha, int add, int threads),
-       (out, table, n, payload, block, alpha, add, threads))
+KERNEL(sign_decode, (int type, void* out, TABLE, PAYLOADS, ASKED, int64_t block, int threads), (out, table, n, GIVEN, block, threads))
 KERNEL(ternary_extract, (int type, void* buffer, TABLE, uint8_t* payload, int l2, const double* sums, const int64_t* nonzero, int threads),
        (buffer, table, n, payload, l2, sums, nonzero, threads))
-KERNEL(ternary_decode, (int type, void* out, TABLE, const uint8_t* payload, double alpha, int add, int threads), (out, table, n, payload, alpha, add, threads))
+KERNEL(ternary_decode, (int type, void* out, TABLE, PAYLOADS, ASKED, int threads), (out, table, n, GIVEN, threads))
 KERNEL(positions_take, (int type, void* buffer, TABLE, const int64_t* counts, const uint32_t* positions, void* values, int threads),
        (buffer, table, n, counts, positions, values, threads))
 KERNEL(positions_decode,
@@ -145,20 +148,19 @@ KERNEL(threshold_positions,
 KERNEL(qsgd_extract,
        (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* keys, int64_t levels, int64_t bucket, int bits, int largest, int threads),
        (buffer, table, n, payload, keys, levels, bucket, bits, largest, threads))
-KERNEL(qsgd_decode, (int type, void* out, TABLE, const uint8_t* payload, int64_t levels, int64_t bucket, int bits, double alpha, int add, int threads),
-       (out, table, n, payload, levels, bucket, bits, alpha, add, threads))
+KERNEL(qsgd_decode, (int type, void* out, TABLE, PAYLOADS, ASKED, int64_t levels, int64_t bucket, int bits, int threads),
+       (out, table, n, GIVEN, levels, bucket, bits, threads))
 KERNEL(natural_extract, (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* keys, int threads),
        (buffer, table, n, payload, keys, threads))
-KERNEL(natural_decode, (int type, void* out, TABLE, const uint8_t* payload, double alpha, int add, int threads), (out, table, n, payload, alpha, add, threads))
+KERNEL(natural_decode, (int type, void* out, TABLE, PAYLOADS, ASKED, int threads), (out, table, n, GIVEN, threads))
 KERNEL(cast_extract, (int type, void* buffer, TABLE, uint16_t* payload, int brain, double limit, int threads),
        (buffer, table, n, payload, brain, limit, threads))
 KERNEL(cast_decode, (int type, void* out, TABLE, const uint16_t* payload, int brain, double alpha, int add, int threads),
        (out, table, n, payload, brain, alpha, add, threads))
 KERNEL(accumulate,
        (int type, void* residual, TABLE, void* momentum, void* displacement, int gradient_type, const void* const* gradients, int point_type,
-        const void* const* points, const double* factors, const Segment* ranges, int64_t n_ranges, int squares, int counts, double* sums, int64_t* nonzero,
-        int threads),
-       (residual, table, n, momentum, displacement, gradient_type, gradients, point_type, points, factors, ranges, n_ranges, squares, counts, sums, nonzero,
+        const void* const* points, const double* factors, const Segment* ranges, int64_t n_ranges, ASKED, int threads),
+       (residual, table, n, momentum, displacement, gradient_type, gradients, point_type, points, factors, ranges, n_ranges, {squares, counts, sums, nonzero},
         threads))
 KERNEL(cast_extract_from,
        (int type, TABLE, int gradient_type, const void* const* gradients, uint16_t* payload, int brain, double limit, int threads),

@@ -51,9 +51,14 @@ INLINE static uint64_t bits_of(Lanes<double>::M m) {
 // Lanes whose bit is set in the lowest N bits of `bits`; with STRIDE 2 in the lowest of each pair of bits.
 template <class T, int STRIDE = 1>
 INLINE static typename Lanes<T>::M mask_of(uint64_t bits) {
+#if VARIANT_LEVEL == 2
+    const uint32_t lanes = STRIDE == 1 ? static_cast<uint32_t>(bits) : _pext_u32(static_cast<uint32_t>(bits), 0x55555555u);
+    return reinterpret_cast<typename Lanes<T>::M>(sizeof(T) == 4 ? _mm512_movm_epi32(static_cast<__mmask16>(lanes)) : _mm512_movm_epi64(static_cast<__mmask8>(lanes)));
+#else
     typename Lanes<T>::M place;
     for (int j = 0; j < Lanes<T>::N; ++j) place[j] = static_cast<typename Lanes<T>::I>(1) << (STRIDE * j);
     return (Lanes<T>::all_bits(static_cast<typename Lanes<T>::I>(bits)) & place) != 0;
+#endif
 }
 
 // Small whole numbers as bytes. (Not in Lanes: GCC 12 cannot convert vectors whose type depends on a template's parameter twice.)
@@ -207,11 +212,15 @@ struct Into {
     template <class F>
     INLINE void put(T* p, int64_t n, F value) const {
         const auto factor = L::all(alpha);
-        if (add) {
+        if (add)
             replace_each(p, n, [&](auto v, int64_t i) ISA { return fused(value(i), factor, v); });
-            return;
-        }
-        const auto made_at = [&](int64_t i) ISA { return fused(value(i), factor, typename L::V{}); };
+        else
+            write(p, n, [&](int64_t i) ISA { return fused(value(i), factor, typename L::V{}); });
+    }
+
+    // p ← the vectors that made_at(0), made_at(N), … give.
+    template <class F>
+    INLINE void write(T* p, int64_t n, F made_at) const {
         if (VARIANT_LEVEL > 0 && streams && n >= 4 * L::N) {
             put_past_the_caches(p, n, made_at);
             return;

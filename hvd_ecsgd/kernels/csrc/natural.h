@@ -67,26 +67,20 @@ int64_t natural_extract(void* buffer_, const Segment* table, int64_t n, uint8_t*
 }
 
 template <class T>
-int64_t natural_decode(void* out_, const Segment* table, int64_t n, const uint8_t* payload, double alpha, int add, int threads) {
-    T* out = static_cast<T*>(out_);
-    const Into<T> into(table, n, alpha, add);
+int64_t natural_decode(void* out, const Segment* table, int64_t n, const Payloads& payloads, const Asked& asked, int threads) {
+    using L = Lanes<T>;
     const auto first = offsets_of(table, n, 1), bytes = offsets_of(table, n, 8);
-    const auto tiles = tiles_of(table, n);
-    parallel_for(tiles.size(), useful(threads, first[n]), [&](int64_t t) ISA {
-        using L = Lanes<T>;
-        const Tile& tile = tiles[t];
-        const int64_t numel = tile.end - tile.begin, available = (numel + 7) / 8;
-        const uint8_t *codes = payload + first[tile.segment] + tile.begin, *signs = payload + first[n] + bytes[tile.segment] + tile.begin / 8;
+    return decode_all<T>(out, table, n, payloads, asked, threads, [&](const uint8_t* payload, int64_t s, int64_t begin, int64_t count, T*) ISA {
+        const uint8_t *codes = payload + first[s] + begin, *signs = payload + first[n] + bytes[s] + begin / 8;
         const auto sign = L::all_bits(static_cast<typename Bits<T>::I>(Bits<T>::SIGN));
-        into.put(out + table[tile.segment].start + tile.begin, numel, [&](int64_t i) ISA {
+        return [=](int64_t i) ISA {
             typename Codes<T>::Code code = {};
-            if (i + L::N <= numel)
+            if (i + L::N <= count)
                 std::memcpy(&code, codes + i, sizeof code);
             else
-                for (int j = 0; i + j < numel; ++j) code[j] = codes[i + j];
-            const auto negative = mask_of<T>(word_at(signs, i / 8, available) >> i % 8) & sign;
+                for (int j = 0; i + j < count; ++j) code[j] = codes[i + j];
+            const auto negative = mask_of<T>(word_at(signs, i / 8, (count + 7) / 8) >> i % 8) & sign;
             return reinterpret_cast<typename L::V>(reinterpret_cast<typename L::M>(powers_of(code)) ^ negative);
-        });
+        };
     });
-    return DONE;
 }

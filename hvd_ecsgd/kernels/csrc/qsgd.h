@@ -128,44 +128,39 @@ int64_t qsgd_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* pa
     return DONE;
 }
 
+// codes ← n of 8, 4 or 2 bits, and zeros for a vector behind the last.
+inline void unpack_codes(const uint8_t* packed, int64_t n, int bits, uint8_t* codes) {
+    if (bits == 8) {
+        std::memcpy(codes, packed, n);
+    } else if (bits == 4) {
+        for (int64_t i = 0; i < (n + 1) / 2; ++i) codes[2 * i] = packed[i] & 15, codes[2 * i + 1] = packed[i] >> 4;
+    } else {
+        for (int64_t i = 0; i < (n + 3) / 4; ++i)
+            codes[4 * i] = packed[i] & 3, codes[4 * i + 1] = packed[i] >> 2 & 3, codes[4 * i + 2] = packed[i] >> 4 & 3, codes[4 * i + 3] = packed[i] >> 6;
+    }
+    std::fill(codes + n, codes + n + 64, uint8_t{0});
+}
+
 template <class T>
-int64_t qsgd_decode(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t levels_, int64_t bucket, int bits, double alpha, int add,
+int64_t qsgd_decode(void* out, const Segment* table, int64_t n, const Payloads& payloads, const Asked& asked, int64_t levels_, int64_t bucket, int bits,
                     int threads) {
-    T* out = static_cast<T*>(out_);
-    const Into<T> into(table, n, alpha, add);
+    using L = Lanes<T>;
     const auto rows = offsets_of(table, n, bucket), bytes = code_offsets(table, n, bits);
-    const auto tiles = tiles_of(table, n, 4096);
-    parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
-        using L = Lanes<T>;
-        const Tile& tile = tiles[t];
-        const int64_t numel = tile.end - tile.begin;
-        uint8_t codes[4096 + 64] = {};
-        alignas(WIDTH) T made[4096 + 64];
-        const uint8_t* packed = payload + rows[n] * sizeof(T) + bytes[tile.segment] + tile.begin * bits / 8;
-        if (bits == 8) {
-            std::memcpy(codes, packed, numel);
-        } else if (bits == 4) {
-            for (int64_t i = 0; i < (numel + 1) / 2; ++i) codes[2 * i] = packed[i] & 15, codes[2 * i + 1] = packed[i] >> 4;
-        } else {
-            for (int64_t i = 0; i < (numel + 3) / 4; ++i)
-                codes[4 * i] = packed[i] & 3, codes[4 * i + 1] = packed[i] >> 2 & 3, codes[4 * i + 2] = packed[i] >> 4 & 3, codes[4 * i + 3] = packed[i] >> 6;
-        }
-        const T levels = static_cast<T>(levels_);
+    const T levels = static_cast<T>(levels_);
+    return decode_all<T>(out, table, n, payloads, asked, threads, [&](const uint8_t* payload, int64_t s, int64_t begin, int64_t count, T* values) ISA {
         const auto most = L::all(levels);
-        for (int64_t begin = tile.begin; begin < tile.end;) {
-            const int64_t row = begin / bucket, stop = std::min(tile.end, (row + 1) * bucket);
+        uint8_t codes[DECODED_AT_ONCE + 64];
+        unpack_codes(payload + rows[n] * sizeof(T) + bytes[s] + begin * bits / 8, count, bits, codes);
+        each_row(begin, begin + count, bucket, [&](int64_t row, int64_t from, int64_t to) ISA {
             T norm;
-            std::memcpy(&norm, payload + (rows[tile.segment] + row) * sizeof(T), sizeof(T));
+            std::memcpy(&norm, payload + (rows[s] + row) * sizeof(T), sizeof(T));
             const auto step = L::all(norm / levels);
-            const uint8_t* code = codes + (begin - tile.begin);
-            for (int64_t i = 0; i < stop - begin; i += L::N) {  // what is behind the bucket is written again
+            for (int64_t i = from - begin; i < to - begin; i += L::N) {  // also behind the bucket
                 typename Codes<T>::Code c;
-                std::memcpy(&c, code + i, sizeof c);
-                L::store(made + (begin - tile.begin) + i, (of_codes(c) - most) * step);
+                std::memcpy(&c, codes + i, sizeof c);
+                L::store(values + i, (of_codes(c) - most) * step);
             }
-            begin = stop;
-        }
-        into.put(out + table[tile.segment].start + tile.begin, numel, [&](int64_t i) ISA { return L::load(made + i); });
+        });
+        return [values](int64_t i) ISA { return L::load(values + i); };
     });
-    return DONE;
 }

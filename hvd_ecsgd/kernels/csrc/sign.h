@@ -30,6 +30,13 @@ inline SignRows sign_rows(const Segment* table, int64_t n, int64_t block, int64_
     return result;
 }
 
+// How many scales come before those of each segment, of which an empty one has one.
+inline std::vector<int64_t> sign_row_offsets(const Segment* table, int64_t n, int64_t block) {
+    std::vector<int64_t> before(n + 1, 0);
+    for (int64_t s = 0; s < n; ++s) before[s + 1] = before[s] + (block ? std::max<int64_t>(1, (table[s].numel + block - 1) / block) : 1);
+    return before;
+}
+
 template <class T>
 INLINE static void pack_negative(const T* p, int64_t n, uint8_t* bytes) {
     each_64(p, n, [](auto v) ISA { return v < 0; }, [&](int64_t i, uint64_t bits, int count) ISA { std::memcpy(bytes + i / 8, &bits, (count + 7) / 8); });
@@ -91,11 +98,7 @@ int64_t sign_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* pa
         const int64_t first = n_rows * static_cast<int64_t>(sizeof(T));
         // Tiles that end where rows and bytes do.
         const auto tiles = tiles_of(table, n, block * 8 * std::max<int64_t>(1, TILE / (block * 8)));
-        const auto rows = [&] {
-            std::vector<int64_t> before(n + 1, 0);
-            for (int64_t s = 0; s < n; ++s) before[s + 1] = before[s] + std::max<int64_t>(1, (table[s].numel + block - 1) / block);
-            return before;
-        }();
+        const auto rows = sign_row_offsets(table, n, block);
         parallel_for(tiles.size(), threads, [&](int64_t t) ISA {
             const Tile& tile = tiles[t];
             T* p = buffer + table[tile.segment].start;
@@ -132,33 +135,30 @@ int64_t sign_extract(void* buffer_, const Segment* table, int64_t n, uint8_t* pa
 }
 
 template <class T>
-int64_t sign_decode(void* out_, const Segment* table, int64_t n, const uint8_t* payload, int64_t block, double alpha, int add, int threads) {
-    T* out = static_cast<T*>(out_);
-    const Into<T> into(table, n, alpha, add);
-    const SignRows all = sign_rows(table, n, block, sizeof(T));
-    const auto tiles = tiles_of(all.rows.data(), all.rows.size());
-    // Which bit of its first byte a row begins with.
-    std::vector<int> skips;
-    for (int64_t s = 0; s < n; ++s) {
-        int64_t begin = 0;
-        do {
-            skips.push_back(static_cast<int>(begin % 8));
-            begin += block ? block : std::max<int64_t>(table[s].numel, 1);
-        } while (begin < table[s].numel);
-    }
-    parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
-        using L = Lanes<T>;
-        const Tile& tile = tiles[t];
-        T scale;
-        std::memcpy(&scale, payload + tile.segment * sizeof(T), sizeof(T));
-        const auto plus = L::all(scale), minus = L::all(-scale);
-        const uint8_t* bytes = payload + all.bytes[tile.segment] + tile.begin / 8;
-        const int skip = skips[tile.segment];
-        const int64_t numel = tile.end - tile.begin, available = (numel + skip + 7) / 8;
-        into.put(out + all.rows[tile.segment].start + tile.begin, numel, [&](int64_t i) ISA {
-            const uint32_t word = word_at(bytes, (i + skip) / 8, available) >> (i + skip) % 8;
-            return L::select(mask_of<T>(word), minus, plus);
+int64_t sign_decode(void* out, const Segment* table, int64_t n, const Payloads& payloads, const Asked& asked, int64_t block, int threads) {
+    using L = Lanes<T>;
+    const auto bytes = offsets_of(table, n, 8);
+    // ±scale, by the signs of a vector's elements.
+    const auto signed_scale = [](const uint8_t* signs, int64_t at, int64_t available, auto plus, auto minus) ISA {
+        return L::select(mask_of<T>(word_at(signs, at / 8, available) >> at % 8), minus, plus);
+    };
+    const auto rows = sign_row_offsets(table, n, block);
+    if (block % DECODED_AT_ONCE == 0)  // a chunk has one scale
+        return decode_all<T>(out, table, n, payloads, asked, threads, [&](const uint8_t* payload, int64_t s, int64_t begin, int64_t count, T*) ISA {
+            T scale;
+            std::memcpy(&scale, payload + (rows[s] + (block ? begin / block : 0)) * sizeof(T), sizeof(T));
+            const auto plus = L::all(scale), minus = L::all(-scale);
+            const uint8_t* signs = payload + rows[n] * sizeof(T) + bytes[s] + begin / 8;
+            return [=](int64_t i) ISA { return signed_scale(signs, i, (count + 7) / 8, plus, minus); };
         });
+    return decode_all<T>(out, table, n, payloads, asked, threads, [&](const uint8_t* payload, int64_t s, int64_t begin, int64_t count, T* values) ISA {
+        const uint8_t* signs = payload + rows[n] * sizeof(T) + bytes[s];
+        each_row(begin, begin + count, block, [&](int64_t row, int64_t from, int64_t to) ISA {
+            T scale;
+            std::memcpy(&scale, payload + (rows[s] + row) * sizeof(T), sizeof(T));
+            const auto plus = L::all(scale), minus = L::all(-scale);
+            for (int64_t i = from; i < to; i += L::N) L::store(values + (i - begin), signed_scale(signs, i, bytes[s + 1] - bytes[s], plus, minus));  // also behind the row
+        });
+        return [values](int64_t i) ISA { return L::load(values + i); };
     });
-    return DONE;
 }

@@ -94,25 +94,20 @@ int64_t ternary_extract(void* buffer_, const Segment* table, int64_t n, uint8_t*
 }
 
 template <class T>
-int64_t ternary_decode(void* out_, const Segment* table, int64_t n, const uint8_t* payload, double alpha, int add, int threads) {
-    T* out = static_cast<T*>(out_);
-    const Into<T> into(table, n, alpha, add);
-    const auto tiles = tiles_of(table, n);
+int64_t ternary_decode(void* out, const Segment* table, int64_t n, const Payloads& payloads, const Asked& asked, int threads) {
+    using L = Lanes<T>;
     const auto bytes = offsets_of(table, n, 4);
-    parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
-        using L = Lanes<T>;
-        const Tile& tile = tiles[t];
+    return decode_all<T>(out, table, n, payloads, asked, threads, [&](const uint8_t* payload, int64_t s, int64_t begin, int64_t count, T*) ISA {
         T scale;
-        std::memcpy(&scale, payload + tile.segment * sizeof(T), sizeof(T));
+        std::memcpy(&scale, payload + s * sizeof(T), sizeof(T));
         const auto plus = L::all(scale), minus = L::all(-scale), zero = L::all(0 * scale);
-        const uint8_t* codes = payload + n * sizeof(T) + bytes[tile.segment] + tile.begin / 4;
-        const int64_t available = (tile.end - tile.begin + 3) / 4;
-        into.put(out + table[tile.segment].start + tile.begin, tile.end - tile.begin, [&](int64_t i) ISA {
+        const uint8_t* codes = payload + n * sizeof(T) + bytes[s] + begin / 4;
+        const int64_t available = (count + 3) / 4;
+        return [=](int64_t i) ISA {
             const uint32_t word = word_at(codes, i / 4, available) >> i % 4 * 2;
             const auto positive = mask_of<T, 2>(word), negative = mask_of<T, 2>(word >> 1);
             // As sign times scale: 3, which nobody writes, is zero.
             return L::select(positive & ~negative, plus, L::select(negative & ~positive, minus, zero));
-        });
+        };
     });
-    return DONE;
 }

@@ -5,6 +5,8 @@
 
 #include "draws.h"
 
+#include "decode.h"
+
 #include "sign.h"
 
 #include "ternary.h"
