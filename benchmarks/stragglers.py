@@ -1,6 +1,6 @@
 """One worker of four takes five times as long: training that waits for it, serving ranks, and a straggler cutoff, in seconds on real ranks.
 
-    python benchmarks/stragglers.py --out results          # 3 seeds, about 6 minutes alone on two cores; writes stragglers.json, .md and .png
+    python benchmarks/stragglers.py --out results          # 3 seeds, 8 minutes alone on two cores; writes stragglers.json, .md and .png
 
 Digits (real images), all with the same compression, batches, rate and number of gradients. A worker computes a gradient and sleeps until
 `--compute` seconds are over, the slow one five times as long, so that ranks that share a core stand for ranks that do not. Rank 0, which

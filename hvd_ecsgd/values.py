@@ -345,10 +345,6 @@ class Accumulated:
         """Extract from gradients that wait. False where that cannot be, or some gradient holds an inf or NaN (`finite` tells)."""
         return False
 
-    def sums_of(self, segments: Segments) -> Sums | None:
-        """See `Sums.of`."""
-        return None if self.sums is None else self.sums.of(self.buffer, segments)
-
     @staticmethod
     def nothing(segments: Segments) -> Accumulated:
         """Of gradients that are not finite: a step that all ranks will undo."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -77,8 +78,11 @@ def test_collectives_on_emulated_hosts(lab: str, tmp_path: Path) -> None:
 
 
 def test_steps_on_ranks_of_one_host(tmp_path: Path) -> None:
-    rows = ("compute alone", "DDP dense", "ours none", "ours random_block(64)")
-    arguments = ("--short", "--rows", *rows, "--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.svg"))
+    """And stock Horovod's over gloo, where there is Horovod."""
+    rows, stock = ["compute alone", "DDP dense", "ours none", "ours random_block(64)"], list[str]()
+    if importlib.util.find_spec("horovod") is not None:
+        rows, stock = [*rows, "Horovod random_block(64)"], ["--horovod", "gloo"]
+    arguments = ("--short", *stock, "--rows", *rows, "--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.svg"))
     printed = mpirun(2, REPO / "benchmarks" / "step_time.py", *arguments)
     assert all(row in printed for row in rows), printed
     check_tables(tmp_path / "s.json", *rows)
@@ -87,6 +91,7 @@ def test_steps_on_ranks_of_one_host(tmp_path: Path) -> None:
     assert by_name["ours none"]["aim"] == by_name["DDP dense"]["median"] and by_name["DDP dense"]["aim"] is None
     ours = by_name["ours random_block(64)"]
     assert ours["kernels"] >= 0 and ours["aim"] == pytest.approx(1.2 * (by_name["compute alone"]["median"] + ours["kernels"]))
+    assert all(by_name[row]["aim"] == pytest.approx(1.4 * ours["median"]) for row in rows if row.startswith("Horovod"))
     assert (tmp_path / "s.svg").stat().st_size > 1000
 
 
