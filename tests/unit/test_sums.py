@@ -43,7 +43,7 @@ def test_one_pass_gives_the_bits_of_two(compressor: Any) -> None:
         assert result.finite and result.sums is not None
         for part in result.sums.wanted.tables:
             two, one = result.buffer.clone(), result.buffer.clone()
-            sums = result.sums_of(part)
+            sums = result.sums.of(result.buffer, part)
             assert sums is not None
             payloads = compressor.extract_(two, part, Key(0, 0)), compressor.extract_by_sums_(one, part, Key(0, 0), sums)
             assert torch.equal(*payloads) and same(one, two), (n, kind, dtype)
@@ -87,12 +87,12 @@ def test_sums_are_used_only_where_they_are_true() -> None:
         result = accumulated(Sign(), AllGather(), 1, "gaussian", torch.float32)
         assert result.sums is not None
         segments = result.sums.wanted.tables[0]
-        assert result.sums_of(segments) is not None and result.sums_of(segments.piece(0, 2)) is None
+        assert result.sums.of(result.buffer, segments) is not None and result.sums.of(result.buffer, segments.piece(0, 2)) is None
         spoilt = Sums(result.sums.wanted, result.sums.version, result.sums.totals * 2, result.sums.nonzero)
         scales = [task_of(replace(result, buffer=result.buffer.clone(), sums=s), Sign(), segments).extract_("gather") for s in (spoilt, None)]
         assert not torch.equal(*scales), "the sums that were told are used"
         result.buffer.mul_(1.0)
-        assert result.sums_of(segments) is None
+        assert result.sums.of(result.buffer, segments) is None
         for compressor, exchange in ((Halved(), AllGather()), (Sign(), FirstOnly()), (Sign(block=8), AllGather()), (TopK(), AllGather())):
             assert wanted(compressor, exchange, segments, 1) is None
         assert wanted(Sign(), AllGather(), segments, 1) is not None
