@@ -130,6 +130,9 @@ class DDPHook(TorchHook):
             lambda bucket: bound.attached.settings(bound.method, bucket),
             "DistributedDataParallel's hook",
         )
+        self._model = weakref.ref(model)  # which holds this object where the garbage collector does not see it
+        self._apart: bool | None = None
+        """Means have memory of their own, which is given to `p.grad`, and DDP writes nothing there; None before the first bucket has come."""
         self._gradients: dict[int, torch.Tensor] = {}
         """Of the step that accumulates, by parameter."""
         self._waiting: list[_Waiting] = []
@@ -160,7 +163,7 @@ class DDPHook(TorchHook):
         return not self._applies and getattr(self.compression.method.exchange, "delivers", False)
 
     def _waits(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._gradients)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """See `Driver`."""
@@ -171,7 +174,7 @@ class DDPHook(TorchHook):
     # -- DDP's backward pass -----------------------------------------------------------------------------------------------------
 
     def take(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Take a bucket of DDP's; the future becomes its buffer, with the means in it, when DDP's last bucket has come."""
+        """Take a bucket of DDP's; the future becomes its buffer, with the means in it where DDP is to copy them to `p.grad`."""
         if bucket.buffer().is_sparse:
             name = next(n for n, p in self.named if p is bucket.parameters()[0])
             raise CompressionError(
@@ -186,7 +189,10 @@ class DDPHook(TorchHook):
         buffer = bucket.buffer()
         # Of a GPU the future knows, so that whoever waits for it waits for what writes the buffer.
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
-        self._waiting.append(_Waiting(buffer, future, others=len(bucket.gradients()), missing=len(bucket.gradients())))
+        if self._apart:
+            future.set_result(buffer)
+        else:
+            self._waiting.append(_Waiting(buffer, future, others=len(bucket.gradients()), missing=len(bucket.gradients())))
         self._submit_ready(last=bucket.is_last())
         if bucket.is_last():
             self._finish()
@@ -203,6 +209,8 @@ class DDPHook(TorchHook):
                 "Accumulate gradients inside `with model.no_sync():`, or throw the step away by hook.compression.discard(), on every rank."
             )
         self._raise_refusal()
+        if self._apart is None:
+            self._apart = (model := self._model()) is not None and _writes_no_gradients(model)
         self._step.forget()
         self._step.aggregator.form_buckets(BUCKET_BYTES, groups_of(self.compression.attached.optimizer), self._next_layout())
         self._step.begin()
@@ -225,10 +233,10 @@ class DDPHook(TorchHook):
         factor = clip_factor(state, list(self._gradients.values()))
         while (bucket := self._step.next_bucket) is not None and all(id(p) in self._gradients for p in bucket.parameters):
             gradients = [self._gradients[id(p)] for p in bucket.parameters]
-            if self._applies and (state.method.clips or scale_of(state, state.settings(bucket)) != 1.0):
+            if self._applies and not self._apart and (state.method.clips or scale_of(state, state.settings(bucket)) != 1.0):
                 gradients = [g.clone() for g in gradients]  # what stays in p.grad is as the script's loss made it
             again = partial(take_, state, bucket, factor=factor)
-            lent = None if self._applies else self._lent(bucket, gradients, again)
+            lent = None if self._applies or self._apart else self._lent(bucket, gradients, again)
             self._step.submit(take_(state, bucket, gradients, factor), lent)
 
     def _lent(self, bucket: Bucket, gradients: Sequence[torch.Tensor], take: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Lent | None:
@@ -269,11 +277,17 @@ class DDPHook(TorchHook):
         waiting, self._waiting = self._waiting, []
         gradients, self._gradients = self._gradients, {}
         self._complete()
-        if self._undone:
+        if self._apart and not _in_backward():
+            pass  # for a worker that has joined, and has no use for means
+        elif self._undone:
+            copied = [p for _, p in self.named] if self._apart else copied
             for t in [*(one.buffer for one in waiting), *(p.grad for p in copied if p.grad is not None)]:
                 t.fill_(float("nan"))
         elif not self._applies:
-            self._write_means(gradients)
+            if self._apart:
+                self._give_means()
+            else:
+                self._write_means(gradients)
         else:
             _after_backward(partial(self._guard.note, self.named))
         for one in waiting:
@@ -289,6 +303,14 @@ class DDPHook(TorchHook):
             else:
                 torch._foreach_copy_(views, bucket.segments.shaped_views(mean))
         self._step.aggregator.gradients_are_gone()
+
+    def _give_means(self) -> None:
+        for bucket, reduction in zip(self._step.aggregator.state.buckets, self._step.results, strict=True):
+            if reduction is None or mean_of(reduction) is None:
+                torch._foreach_zero_([p.grad for p in bucket.parameters if p.grad is not None])
+                continue
+            for parameter, mean in zip(bucket.parameters, reduction.hand_out(), strict=True):
+                _give(parameter, mean)
 
     # -- the optimizer's step ----------------------------------------------------------------------------------------------------
 
@@ -340,6 +362,28 @@ def _again(
         if mine is None or mine.dtype != copied.dtype or mine.untyped_storage().data_ptr() == copied.untyped_storage().data_ptr():
             return None
     return lambda: take([mine.clone() for mine in own if mine is not None])
+
+
+def _writes_no_gradients(model: DistributedDataParallel) -> bool:
+    """Keep DDP from copying what a hook returns to `p.grad`, as it does for optimizers that step within the backward pass, and tell whether that can
+    be: not where DDP alone knows which gradients nobody has, where `p.grad` is its buffer, or has another type, nor on a GPU."""
+    keep = getattr(model.reducer, "_set_optimizer_in_backward", None)  # torch has had it since 2.0, and not said that it stays
+    knows = model.find_unused_parameters or model.static_graph or getattr(model, "mixed_precision", None) is not None
+    if keep is None or knows or model.gradient_as_bucket_view or any(p.is_cuda for p in model.parameters()):
+        return False
+    keep()
+    return True
+
+
+def _give(parameter: torch.nn.Parameter, mean: torch.Tensor) -> None:
+    """Make `mean` the gradient. One that was there before the backward pass, which has added to it, is written to: others may know it."""
+    own = parameter.grad
+    if own is None:
+        parameter.grad = mean.to(parameter.dtype) if parameter.requires_grad else None
+    elif own._version == 0 and own.dtype is mean.dtype and own.is_contiguous():
+        parameter.grad = mean
+    else:
+        own.copy_(mean)
 
 
 def _check_all_bound(compression: BoundCompression, trained: list[tuple[str, torch.nn.Parameter]]) -> None:

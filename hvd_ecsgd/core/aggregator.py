@@ -280,8 +280,9 @@ class Aggregator:
             return
         if self._exchanged.gradients_gone and not self.state.method.exact:
             raise CompressionError(
-                "discard(): an unmodified Horovod, and DDP's hook, write the mean over this worker's gradients, so what the method keeps of them can "
-                "only be taken back with a copy of its state: give the preset exact=True. Own optimizers (`import mpi_backend as hvd`) need none."
+                "discard(): the mean was written over this worker's gradients, by an unmodified Horovod, or by DDP, which copies it where it has "
+                "find_unused_parameters, static_graph, gradient_as_bucket_view, or a GPU. So what the method keeps of them can only be taken back "
+                "with a copy of its state: give the preset exact=True. Own optimizers (`import mpi_backend as hvd`) need none."
             )
         exchanged, self._exchanged, self._in_step = self._exchanged, None, False
         for reduction in exchanged.reductions:

@@ -124,15 +124,16 @@ SIDE = 160
 """Of a layer, whose gradients are too many to be sent to everybody at once."""
 
 
-def passes(compression: Any, lent: bool = True, **settings: Any) -> list[str]:
-    """Within the hook, in the fifth step, with a bucket of DDP's for each layer. `lent`: the hook lends DDP's memory, as always."""
+def passes(compression: Any, copied: bool = False, **settings: Any) -> list[str]:
+    """Within the hook, in the fifth step, with a bucket of DDP's for each layer. `copied`: means have memory of their own, and DDP copies."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(SIDE, SIDE) for _ in range(3)))
     wrapped = DistributedDataParallel(model, bucket_cap_mb=SIDE * SIDE * 4 / 2**20, **settings)
     hook = ddp.register(wrapped, compression)
     hook.compression.attach(optimizer := torch.optim.SGD(model.parameters(), lr=1e-4))
     hook._step.executor = hook._step.meeting._executor = Inline()  # this thread is watched
-    if not lent:
+    if copied:
+        hook._apart = False
         hook._lent = lambda *given: None  # type: ignore[method-assign]
     watch, take = Passes(), hook.take
     for step in range(5):
@@ -150,9 +151,9 @@ def _within(watch: Passes, take: Callable[..., Any], bucket: Any) -> Any:
         return take(bucket)
 
 
-def means_are_decoded_into_ddps_memory() -> None:
-    """No pass of torch's over what has the size of gradients, and no memory of it, beside the kernels; `none` is added where DDP has put it, and
-    divided there. Without that memory means are copied into it (control)."""
+def means_are_not_copied() -> None:
+    """No pass of torch's over what has the size of gradients, and no memory of it, beside the kernels; `none` is added where it travels, and divided
+    there. Where DDP copies, and means have memory of their own all the same, they are copied twice (control)."""
     pairs = {
         "none": (Compression.none, ["add"] * 3),
         "random_block": (Compression.random_block(8), ["zero_"] * 3),
@@ -169,29 +170,58 @@ def means_are_decoded_into_ddps_memory() -> None:
             )  # it changes its residual in the pass that decodes, so neither waits for the step to stand
             assert found == expected + 3 * ["_foreach_copy_"] * copied, (name, settings, found)
         if name != "detached":
-            assert [one for one in passes(compression, lent=False) if "copy" in one], name
+            assert [one for one in passes(compression, copied=True) if "copy" in one], name
+
+
+def means_become_the_gradients() -> None:
+    """After a backward pass `p.grad` is the memory that means were decoded into. A gradient that was there before, alone or as a part of something
+    larger, holds the mean itself, as DDP has it; one that was made in this pass is replaced (control)."""
+    for make in (Compression.top_k, lambda: Compression.none):
+        model, wrapped, optimizer, hook = made(make())
+        plain = DistributedDataParallel(mlp())
+        loss_of(plain, 0).backward()
+        whole = torch.zeros(sum(p.numel() for p in model.parameters()))
+        parts = [part.view_as(p) for part, p in zip(whole.split([p.numel() for p in model.parameters()]), model.parameters())]
+        for case in ("made", "alone", "part of a larger one"):
+            for p, part in zip(model.parameters(), parts):
+                p.grad = None if case == "made" else torch.zeros_like(p) if case == "alone" else part
+            before, seen = [p.grad for p in model.parameters()], list[torch.Tensor]()
+            handle = model[0].weight.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.append(p.grad))  # type: ignore[index,union-attr]
+            loss_of(wrapped, 0).backward()
+            handle.remove()
+            after: list[torch.Tensor] = [p.grad for p in model.parameters()]  # type: ignore[misc]
+            results = [range(out.data_ptr(), out.data_ptr() + out.nbytes) for r in hook._step.reductions if (out := r.out) is not None]
+            for mine, old, p in zip(after, before, plain.parameters()):
+                assert any(mine.data_ptr() in memory for memory in results) == (case == "made") and (mine is old) == (case != "made"), case
+                assert make is Compression.top_k or torch.allclose(mine, p.grad, atol=1e-6), case  # type: ignore[arg-type]
+            assert (seen[0] is model[0].weight.grad) == (case != "made")  # type: ignore[index]
+            optimizer.step()
+            model.load_state_dict(plain.module.state_dict())
 
 
 def steps_are_undone_though_means_were_decoded() -> None:
-    """What the residual holds after an inf is what it held, to rounding: means are decoded over DDP's copy of the gradients before that is known,
-    unless there is no other. Also of scaled and clipped gradients, and where rank 1 has joined and DDP stands in with zeros. A step that stands does
-    change it (control)."""
+    """What the residual holds after an inf is what it held, to rounding: where DDP copies means from its buffers, they are decoded over the gradients
+    there before that is known, unless there is no other copy. Also of scaled and clipped gradients, and where rank 1 has joined and DDP stands in
+    with zeros. A step that stands does change it (control)."""
+    copies, views = {"static_graph": True}, {"gradient_as_bucket_view": True}
     for settings, scaled, options, joined in (
         ({}, False, {}, False),
-        ({"gradient_as_bucket_view": True}, False, {}, False),
         ({}, True, {}, False),
-        ({}, False, {"clip_value": 1e-3}, False),
-        ({}, False, {"clip_norm": 1e-2}, False),
         ({}, False, {}, True),
+        (views, False, {}, False),
+        (copies, False, {}, False),
+        (copies, True, {}, False),
+        (copies, False, {"clip_value": 1e-3}, False),
+        (copies, False, {"clip_norm": 1e-2}, False),
     ):
         model, wrapped, optimizer, hook = made(Compression.top_k(10, **ALL, **options), bucket_cap_mb=0.002, **settings)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000, enabled=scaled)
         hook.compression.attach(optimizer, scaler if scaled else None)
-        held, waited, finish = list[list[torch.Tensor]](), list[bool](), hook._finish
+        held, lent, finish = list[list[torch.Tensor]](), list[Any](), hook._finish
 
-        def looked_at(finish: Callable[[], None] = finish, hook: ddp.DDPHook = hook, held: Any = held, waited: Any = waited) -> None:
+        def looked_at(finish: Callable[[], None] = finish, hook: ddp.DDPHook = hook, held: Any = held, lent: Any = lent) -> None:
             finish()
-            waited.extend(bool(r.lent is not None and not r.lent.at_once) for r in hook._step.reductions)
+            lent.append([r.lent for r in hook._step.reductions if r.lent is not None])
             held.append([b.residual.clone() for b in hook._step.aggregator.state.buckets if b.residual is not None])
 
         hook._finish = looked_at  # type: ignore[method-assign]
@@ -214,12 +244,13 @@ def steps_are_undone_though_means_were_decoded() -> None:
         for before, after, later in zip(*held[2:], strict=True):
             assert before.any() and torch.allclose(before, after, atol=1e-6), (what, (before - after).abs().max())
             assert not torch.allclose(before, later, atol=1e-5), what
-        assert any(waited[2:]) == (bool(settings) or (joined and dist.get_rank() == 1)), (what, waited)
+        assert bool(lent[-1]) == (settings != {}) and all(one.at_once == (settings is copies) for one in lent[-1]), what
 
 
 def means_are_copied_while_others_travel() -> None:
-    """Where nobody asks for gradients again, means are in `p.grad` before the hook ends the step, and not with a method that does (control). Then
-    steps that some rank spoils, refuses or cannot end: NaN in all gradients, also of layers that were finite everywhere; and errors in our words."""
+    """Where DDP copies, and nobody asks for gradients again, means are in `p.grad` before the hook ends the step, and not with a method that does
+    (control). Then, also where nothing is copied, steps that some rank spoils, refuses or cannot end: NaN in all gradients, also of layers that were
+    finite everywhere; and errors in our words."""
     for settings in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}, {"find_unused_parameters": True}):
         for compression, early in ((Compression.none, True), (Compression.fp16(), True), (Compression.top_k(1, dense_below=0), False)):
             model, wrapped, optimizer, hook = made(compression, bucket_cap_mb=0.002, **settings)
@@ -240,7 +271,11 @@ def means_are_copied_while_others_travel() -> None:
                 loss_of(wrapped, step).backward()
                 assert has_mean() or not early, (compression, settings)
             # Views of DDP's memory hold means as soon as that does.
-            assert len(in_time) == 3 and (in_time[-1] == early or "gradient_as_bucket_view" in settings), (compression, settings, in_time)
+            assert len(in_time) == 3 and (in_time[-1] == (early and settings != {}) or "gradient_as_bucket_view" in settings), (
+                compression,
+                settings,
+                in_time,
+            )
             if not early:
                 continue
             before = weights(model)
@@ -543,14 +578,24 @@ def state_survives() -> None:
 
 
 def methods_are_switched_and_steps_discarded() -> None:
-    model, wrapped, optimizer, hook = made(Compression.top_k(10, exact=True))
-    loss_of(wrapped, 0).backward()
-    optimizer.step()
-    state, before = copy.deepcopy(hook.state_dict()), weights(model)
-    loss_of(wrapped, 1).backward()
-    hook.compression.discard()
-    optimizer.step()
-    assert torch.equal(weights(model), before) and equal(state["parameters"], hook.state_dict()["parameters"])
+    """Thrown away bit for bit with a copy of the state, and to rounding without one; where DDP has copied means, that is an error."""
+    for exact, settings in ((False, {"static_graph": True}), (False, {}), (True, {"static_graph": True}), (True, {})):
+        model, wrapped, optimizer, hook = made(Compression.top_k(10, exact=exact), **settings)
+        loss_of(wrapped, 0).backward()
+        optimizer.step()
+        bucket = next(b for b in hook._step.aggregator.state.buckets if b.residual is not None)
+        was, before = bucket.residual.clone(), weights(model)  # type: ignore[union-attr]
+        optimizer.zero_grad()
+        loss_of(wrapped, 1).backward()
+        if settings and not exact:
+            with pytest.raises(CompressionError, match="exact=True"):
+                hook.compression.discard()
+            continue
+        hook.compression.discard()
+        optimizer.step()
+        now = next(b for b in hook._step.aggregator.state.buckets if b.residual is not None).residual
+        assert now is not None and was.any() and torch.allclose(was, now, atol=1e-6) and (torch.equal(was, now) or not exact)
+        assert torch.equal(weights(model), before)
     hook.compression.switch(Compression.double_squeeze())
     loss_of(wrapped, 2).backward()
     optimizer.step()
@@ -619,7 +664,8 @@ def telemetry_changes_nothing() -> None:
 
 
 USES = (
-    means_are_decoded_into_ddps_memory,
+    means_are_not_copied,
+    means_become_the_gradients,
     steps_are_undone_though_means_were_decoded,
     means_are_copied_while_others_travel,
     buckets_follow_the_method,
