@@ -336,10 +336,10 @@ class Feedback(Protocol):
 class Exchange(Protocol):
     """Who sends what to whom.
 
-    One whose `run` yields once in all may say so by `waits_once = True`, and one that yields several times by `Task.last`, before it yields for the
-    last time: buckets need not wait for each other then. One that returns what `Task.delivered`, `decoded` or `place` does says `delivers = True`:
-    buckets are then formed so that this is where the mean is wanted. One that has `extracts(segments, size)` says by it which tables a worker
-    extracts, and extracts those very objects: then compressors may be told sums of them.
+    One whose `run` yields once in all (but for what `exchange.base.added_` does) may say so by `waits_once = True`, and one that yields several times
+    by `Task.last`, before it yields for the last time: buckets need not wait for each other then. One that returns what `Task.delivered`, `decoded`
+    or `place` does says `delivers = True`: buckets are then formed so that this is where the mean is wanted. One that has
+    `extracts(segments, size)` says by it which tables a worker extracts, and extracts those very objects: then compressors may be told sums of them.
     One that says `survives = True` can go on when a worker dies: its state depends on how many there are by the cut of a residual alone.
     """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..errors import CompressionError
 from ..protocols import Compressor, Feedback, Steps, Task, Traffic
 from ..transport.base import Transport
-from .base import Stateless
+from .base import Stateless, added_
 
 __all__ = ["AllReduce"]
 
@@ -28,6 +28,6 @@ class AllReduce(Stateless):
         payload = task.extract_("reduce", travels_in_place=n > 1)
         n_bytes = payload.numel() * payload.element_size()
         task.traffic += Traffic(payload=n_bytes, sent=2 * (n - 1) * n_bytes // n)
-        total = yield transport.allreduce_(payload, f"{task.name}.reduce")
+        total = yield from added_(task, transport, payload, f"{task.name}.reduce")
         task.finite = task.compressor.finite(total, task.segments)
         return task.decoded([(total, task.ctx.key(task.compressor, "reduce"))], 1.0 / transport.divisor)

@@ -13,7 +13,7 @@ from ..errors import CompressionError, DisagreementError
 from ..kernels import all_finite
 from ..protocols import Compressor, Feedback, Steps, Task, Traffic
 from ..transport.base import Transport
-from .base import Stateless
+from .base import Stateless, added_
 
 __all__ = ["CompressedAllReduce", "HorovodCompressor", "is_horovod_compressor"]
 
@@ -96,9 +96,9 @@ class CompressedAllReduce(Stateless):
             members = [i for i, (t, _) in enumerate(pairs) if t.dtype == dtype]
             payload = torch.cat([pairs[i][0].reshape(-1) for i in members])
             task.traffic += Traffic(payload=payload.nbytes, sent=2 * (n - 1) * payload.nbytes // n)
-            total = yield transport.allreduce_(payload, f"{task.name}.{dtype}")
+            total: torch.Tensor = yield from added_(task, transport, payload, f"{task.name}.{dtype}")
             mean = total.div_(transport.divisor, rounding_mode=None if dtype.is_floating_point else "trunc")
-            parts = mean.split([pairs[i][0].numel() for i in members])
+            parts = torch.split(mean, [pairs[i][0].numel() for i in members])
             for i, part in zip(members, parts, strict=True):
                 back = self.compressor.decompress(part.view(pairs[i][0].shape), pairs[i][1])
                 if not isinstance(back, torch.Tensor) or back.numel() != views[i].numel():

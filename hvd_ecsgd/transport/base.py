@@ -94,6 +94,22 @@ def workers_of(transport: Transport) -> Transport:
     return found
 
 
+def widens(transport: Transport, t: torch.Tensor) -> bool:
+    """Whether `allreduce_` would send `t` in a wider type, as its network adds in the type that it is given; alike on all ranks."""
+    return bool(getattr(transport, "widens", lambda t: False)(t))
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def sum_by_rank_(t: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`t` ← the sum of the flat rows of its type, in their order; of 16-bit floats in float32, rounded once. The first row may be written to."""
+    total = rows[0].float() if t.dtype in HALVES else rows[0]
+    for row in rows[1:]:
+        total += row
+    return t.copy_(total.view(t.shape))
+
+
 def direct(transport: Transport) -> Transport:
     """The same group, with an all-reduce that can be waited for at once: on unmodified Horovod not the one that carries `compress`'s result.
 

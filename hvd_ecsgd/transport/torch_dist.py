@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 
 from ..errors import TransportError
-from .base import Handle, Ready
+from .base import HALVES, Handle, Ready, sum_by_rank_
 
 __all__ = ["TorchTransport", "takes_gpus"]
 
 T = TypeVar("T")
 
-_HALVES = (torch.float16, torch.bfloat16)
 _AT_ONCE = 32 * 2**10
 """Bytes of a message that goes from everybody to everybody at once: gloo's rings take n − 1 rounds to gather, and twice as many to add. Among four
 hosts such a message takes .4 to .5 of a ring's time at 1 Gbit/s; at 100 Mbit/s longer ones take more of it than rounds do."""
@@ -58,7 +57,8 @@ class TorchTransport:
     the caller's stream. What is small and read by the host (sizes, what ranks tell each other) is on the CPU in either case. Groups cost connections
     and threads, so those of users that are gone are lent again (`lent`).
     On the CPU what is small goes from everybody to everybody at once, and is added here, in the order of ranks. Of the rest, what a collective cannot
-    carry as it is (rows of different number, 16-bit sums) travels padded, or in float32, and the network says in which order it is added.
+    carry as it is (rows of different number, 16-bit sums) travels padded, or in float32, and the network says in which order it is added. (Exchanges
+    add what has 16 bits in two collectives of their own, which carry it as it is: `exchange.base.added_`.)
     Raises `TransportError` when torch.distributed is not initialised, and for tensors of a GPU without NCCL, which gloo would copy without telling.
     """
 
@@ -125,11 +125,15 @@ class TorchTransport:
             return Ready(t)
         if self._goes_at_once(t, t.nbytes):
             work, parts = self._to_everybody(_bytes(t), [t.nbytes] * self.size)
-            return self._handle(name, group, work, lambda: _sum_(t, [part.view(t.dtype) for part in parts]))
-        if t.dtype not in _HALVES:
+            return self._handle(name, group, work, lambda: sum_by_rank_(t, [part.view(t.dtype) for part in parts]))
+        if not self.widens(t):
             return self._handle(name, group, dist.all_reduce(t, group=group, async_op=True), lambda: t)
         wide = t.float()
         return self._handle(name, group, dist.all_reduce(wide, group=group, async_op=True), lambda: t.copy_(wide))
+
+    def widens(self, t: torch.Tensor) -> bool:
+        """See `transport.base.widens`."""
+        return t.dtype in HALVES and not self._goes_at_once(t, t.nbytes)
 
     def allgather(self, t: torch.Tensor, name: str, sizes: Sequence[int] | None = None) -> Handle[list[torch.Tensor]]:
         group = self._group_for(t, name)
@@ -232,14 +236,6 @@ def _ranks(group: Any) -> list[int]:
         raise TransportError("torch.distributed is not initialised; call torch.distributed.init_process_group() first.")
     found: list[int] = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
     return found
-
-
-def _sum_(t: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`t` ← the sum of the flat rows of its type, in their order; of 16-bit floats in float32, rounded once."""
-    total = rows[0].float() if t.dtype in _HALVES else rows[0]
-    for row in rows[1:]:
-        total += row
-    return t.copy_(total.view(t.shape))
 
 
 def _bytes(t: torch.Tensor) -> torch.Tensor:

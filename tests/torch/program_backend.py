@@ -50,6 +50,49 @@ def models_and_optimizers() -> None:
         hvd.broadcast_parameters({"w": torch.zeros(1 + hvd.rank())})
 
 
+class FromHorovod:
+    """A class of Horovod's kind."""
+
+    @staticmethod
+    def compress(tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return tensor.to(torch.bfloat16), tensor.dtype
+
+    @staticmethod
+    def decompress(tensor: torch.Tensor, context: Any) -> torch.Tensor:
+        return tensor.to(context)
+
+
+def halves_travel_as_halves() -> None:
+    """No float32 of that size is added by the network, and the mean is that of a sum by rank, rounded once. `none` has float32 added (control)."""
+    numel, added, all_reduce = 30_011, list[torch.dtype](), dist.all_reduce
+
+    def watched(t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        added.extend([t.dtype] if t.numel() == numel else [])
+        return all_reduce(t, *args, **kwargs)
+
+    gradients = [torch.randn(numel, generator=torch.Generator().manual_seed(r)) for r in range(hvd.size())]
+    dist.all_reduce = watched
+    try:
+        for compression, half in (
+            (hvd.Compression.fp16, torch.float16),
+            (hvd.Compression.bf16(), torch.bfloat16),
+            (FromHorovod, torch.bfloat16),
+            (hvd.Compression.none, torch.float32),
+        ):
+            parameter = torch.nn.Parameter(torch.zeros(1, numel))
+            optimizer = hvd.DistributedOptimizer(torch.optim.SGD([parameter], 1.0), [("w", parameter)], compression)
+            (parameter @ gradients[hvd.rank()]).sum().backward()
+            optimizer.step()
+            total = gradients[0].to(half).float()
+            for g in gradients[1:]:
+                total += g.to(half).float()
+            mean, rtol = total.to(half).float() / hvd.size(), 1e-6 if half is torch.float32 else 0.0
+            assert torch.allclose(-parameter.detach()[0], mean, rtol=rtol, atol=0), half
+    finally:
+        dist.all_reduce = all_reduce
+    assert added == [torch.float32], added
+
+
 def made() -> tuple[torch.nn.Module, Any]:
     model = mlp()
     return model, hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model.named_parameters(), hvd.Compression.top_k(10))
@@ -84,6 +127,7 @@ def main(file: str) -> None:
     collectives()
     models_and_optimizers()
     groups_are_used_again()
+    halves_travel_as_halves()
     hvd.barrier()
     hvd.shutdown()
     assert not hvd.is_initialized() and dist.is_initialized(), "the script has initialised torch.distributed, and ends it"
