@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import socket
 import sys
@@ -120,6 +121,9 @@ def _end_on_exception(kind: type[BaseException], error: BaseException, trace: Tr
     who = f"rank {comm.Get_rank()} of {comm.Get_size()} (process {os.getpid()} on {socket.gethostname()})"
     print(f"mpi_backend: uncaught exception on {who}; ending the job on all ranks.", file=sys.stderr)
     _previous_hook(kind, error, trace)
+    if isinstance(sys.stderr, io.StringIO) and sys.__stderr__ is not None:  # torch.distributed's hook around this one would print that afterwards
+        sys.__stderr__.write(sys.stderr.getvalue())
+        sys.__stderr__.flush()
     sys.stdout.flush()
     sys.stderr.flush()
     comm.Abort(1)

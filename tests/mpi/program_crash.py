@@ -1,5 +1,6 @@
 """One rank fails where the others wait for it. Arguments: `chained`, with a hook of its own; `rechained`, with one
-around the package's, which is then initialised again; `unhooked`, with Python's own hook put back."""
+around the package's, which is then initialised again; `held`, with torch.distributed's around it, which holds back what is
+printed; `unhooked`, with Python's own hook put back."""
 
 from __future__ import annotations
 
@@ -28,6 +29,9 @@ if "rechained" in sys.argv:
     sys.excepthook = around
     hvd.shutdown()
     hvd.init()
+if "held" in sys.argv:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    assert "torch" in sys.excepthook.__module__
 if "unhooked" in sys.argv:
     sys.excepthook = sys.__excepthook__
 if hvd.rank() == hvd.size() - 1:

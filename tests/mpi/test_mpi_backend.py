@@ -181,6 +181,11 @@ def test_a_hook_around_ours_does_not_go_in_circles_after_a_second_init() -> None
     assert output.count("the hook around saw RuntimeError: rank fails on purpose") == 1 and "RecursionError" not in output, output
 
 
+def test_what_torchs_hook_holds_back_is_printed() -> None:
+    output = mpirun(2, HERE / "program_crash.py", "held", expect_failure=True, bare=True)
+    assert output.count("RuntimeError: rank fails on purpose") == 1 and "uncaught exception on rank 1 of 2" in output, output
+
+
 def test_without_the_hook_the_others_are_told_only_that_a_rank_has_left() -> None:
     """The control: the message above is the hook's. Without it the leaving rank's farewell, or the watchdog, ends the job."""
     output = mpirun(2, HERE / "program_crash.py", "unhooked", expect_failure=True, bare=True)
