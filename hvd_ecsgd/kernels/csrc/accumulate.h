@@ -53,6 +53,7 @@ struct Accumulation {
     int point_type;  // of parameters
     const void* const* points;  // null where the parameters are not read
     Factors by;
+    bool cached;  // e is small enough to be in a cache, beside the gradients
 
     // `f` on up to a chunk of segment s: f(place in the buffers, g, x, n).
     template <class F>
@@ -66,6 +67,9 @@ struct Accumulation {
     INLINE void add(int64_t at, const T* g, const T* x, int64_t n) const {
         using L = Lanes<T>;
         int64_t i = 0;
+        // Most rules. What waits for memory is 3 to 6 per cent faster when it does not come in such bursts, so only what a cache may hold goes this way.
+        if (cached && !m && !x && by.carry == 1 && by.gradient == 1)
+            for (T* to = e + at; i + L::N <= n; i += L::N) L::store(to + i, L::load(to + i) + L::load(g + i));
         for (; i + L::N <= n; i += L::N) add_vector(e + at + i, m ? m + at + i : nullptr, d ? d + at + i : nullptr, g + i, x ? x + i : nullptr);
         if (i == n) return;
         T parts[5][L::N] = {};
@@ -135,7 +139,8 @@ inline std::vector<Tile> tiles_of(const Segment* table, int64_t n, const Segment
 template <class T>
 int64_t accumulate(void* e, const Segment* table, int64_t n, void* m, void* d, int type, const void* const* gradients, int point_type,
                    const void* const* points, const double* f, const Segment* ranges, int64_t n_ranges, const Asked& asked, int threads) {
-    const Accumulation<T> all{static_cast<T*>(e), static_cast<T*>(m), static_cast<T*>(d), type, gradients, point_type, points, {f[0], f[1], f[2], f[3], f[4]}};
+    const Accumulation<T> all{static_cast<T*>(e), static_cast<T*>(m), static_cast<T*>(d), type, gradients, point_type, points, {f[0], f[1], f[2], f[3], f[4]},
+                              elements(table, n) * static_cast<int64_t>(sizeof(T)) <= (int64_t{1} << 24)};
     std::vector<int64_t> row;
     const auto tiles = tiles_of(table, n, ranges, n_ranges, row);
     threads = useful(threads, elements(table, n));

@@ -16,11 +16,19 @@ struct Lanes {
     INLINE static V all(T x) { return V{} + x; }
     INLINE static M all_bits(I x) { return M{} + x; }
     INLINE static V select(M m, V a, V b) { return reinterpret_cast<V>((reinterpret_cast<M>(a) & m) | (reinterpret_cast<M>(b) & ~m)); }
+#if VARIANT_LEVEL == 2
+    INLINE static V select(std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8> m, V a, V b) {
+        if constexpr (sizeof(T) == 4)
+            return reinterpret_cast<V>(_mm512_mask_blend_ps(m, reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+        else
+            return reinterpret_cast<V>(_mm512_mask_blend_pd(m, reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(a)));
+    }
+#endif
     INLINE static M magnitude_bits(V v) { return reinterpret_cast<M>(v) & all_bits(static_cast<I>(~Bits<T>::SIGN)); }
     INLINE static V magnitude(V v) { return reinterpret_cast<V>(magnitude_bits(v)); }
 };
 
-// One bit for each lane of a comparison, the first in the lowest bit.
+// One bit for each lane, its sign, which is that of a comparison; the first in the lowest bit.
 INLINE static uint64_t bits_of(Lanes<float>::M m) {
 #if VARIANT_LEVEL == 2
     return _mm512_movepi32_mask(reinterpret_cast<__m512i>(m));
@@ -30,7 +38,7 @@ INLINE static uint64_t bits_of(Lanes<float>::M m) {
     return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(m)));
 #else
     uint64_t bits = 0;
-    for (int j = 0; j < Lanes<float>::N; ++j) bits |= static_cast<uint64_t>(m[j] & 1) << j;
+    for (int j = 0; j < Lanes<float>::N; ++j) bits |= static_cast<uint64_t>(m[j] < 0) << j;
     return bits;
 #endif
 }
@@ -43,10 +51,30 @@ INLINE static uint64_t bits_of(Lanes<double>::M m) {
     return static_cast<uint32_t>(_mm_movemask_pd(reinterpret_cast<__m128d>(m)));
 #else
     uint64_t bits = 0;
-    for (int j = 0; j < Lanes<double>::N; ++j) bits |= static_cast<uint64_t>(m[j] & 1) << j;
+    for (int j = 0; j < Lanes<double>::N; ++j) bits |= static_cast<uint64_t>(m[j] < 0) << j;
     return bits;
 #endif
 }
+
+// a < b and a ≠ b, as `bits_of` takes them. (By instructions for AVX-512, where GCC 12 makes vectors of its masks and masks of these again.)
+#if VARIANT_LEVEL == 2
+INLINE static uint64_t bits_of(__mmask16 m) { return m; }
+INLINE static uint64_t bits_of(__mmask8 m) { return m; }
+#define COMPARISON(name, operation, predicate)                                                                      \
+    INLINE static __mmask16 name(Lanes<float>::V a, Lanes<float>::V b) {                                            \
+        return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), predicate);             \
+    }                                                                                                               \
+    INLINE static __mmask8 name(Lanes<double>::V a, Lanes<double>::V b) {                                           \
+        return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), predicate);           \
+    }
+#else
+#define COMPARISON(name, operation, predicate)                                                                      \
+    INLINE static Lanes<float>::M name(Lanes<float>::V a, Lanes<float>::V b) { return a operation b; }              \
+    INLINE static Lanes<double>::M name(Lanes<double>::V a, Lanes<double>::V b) { return a operation b; }
+#endif
+COMPARISON(below, <, _CMP_LT_OQ)
+COMPARISON(unequal, !=, _CMP_NEQ_UQ)
+#undef COMPARISON
 
 // Lanes whose bit is set in the lowest N bits of `bits`; with STRIDE 2 in the lowest of each pair of bits.
 template <class T, int STRIDE = 1>
@@ -342,30 +370,39 @@ INLINE static int64_t append_64(const T* p, Test test, uint32_t place, typename 
 template <class T>
 INLINE static int64_t count_nonzero(const T* p, int64_t n) {
     int64_t count = 0;
-    each_64(p, n, [](auto v) ISA { return v != 0; }, [&](int64_t, uint64_t bits, int) ISA { count += __builtin_popcountll(bits); });
+    each_64(p, n, [](auto v) ISA { return unequal(v, Lanes<T>::all(0)); }, [&](int64_t, uint64_t bits, int) ISA { count += __builtin_popcountll(bits); });
     return count;
+}
+
+// The WIDTH/8 numbers from p on. (By instructions, since GCC 12 widens a vector in halves.)
+typedef double Doubles __attribute__((vector_size(WIDTH)));
+INLINE static Doubles doubles_at(const double* p) { return Lanes<double>::load(p); }
+INLINE static Doubles doubles_at(const float* p) {
+#if VARIANT_LEVEL == 2
+    return reinterpret_cast<Doubles>(_mm512_cvtps_pd(_mm256_loadu_ps(p)));
+#elif VARIANT_LEVEL == 1
+    return reinterpret_cast<Doubles>(_mm256_cvtps_pd(_mm_loadu_ps(p)));
+#elif defined(__x86_64__)
+    return reinterpret_cast<Doubles>(_mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+    return Doubles{p[0], p[1]};
+#endif
 }
 
 // Sums in double in one order, whatever the variant: element i of a tile is added to lane i mod 32, and lanes are folded in halves.
 template <class T>
 struct Sum {
-    typedef double D __attribute__((vector_size(WIDTH)));
     static constexpr int PER = WIDTH / 8, PARTS = 32 / PER;
-    D lanes[PARTS];
+    Doubles lanes[PARTS];
 
     INLINE Sum() {
-        for (auto& lane : lanes) lane = D{};
+        for (auto& lane : lanes) lane = Doubles{};
     }
-    // 32 elements f(p[0]), …, f(p[31])
+    // 32 elements: each lane ← f(element, lane)
     template <class F>
     INLINE void add_32(const T* p, F f) {
-        typedef T Half __attribute__((vector_size(PER * sizeof(T))));
 #pragma GCC unroll 16
-        for (int j = 0; j < PARTS; ++j) {
-            Half v;
-            std::memcpy(&v, p + PER * j, sizeof v);
-            lanes[j] += f(__builtin_convertvector(v, D));
-        }
+        for (int j = 0; j < PARTS; ++j) lanes[j] = f(doubles_at(p + PER * j), lanes[j]);
     }
     template <class F>
     INLINE void add(const T* p, int64_t n, F f) {
@@ -388,18 +425,20 @@ struct Sum {
     }
 };
 
-template <class D>
-INLINE static D absolute(D v) {
-    typedef int64_t M __attribute__((vector_size(WIDTH)));
-    return reinterpret_cast<D>(reinterpret_cast<M>(v) & (M{} + std::numeric_limits<int64_t>::max()));
-}
-
 template <class T>
 INLINE void Sum<T>::add_norm(const T* p, int64_t n, bool squares) {
     if (squares)
-        add(p, n, [](auto v) ISA { return v * v; });
+        // In double the square of a float is exact, so there is one rounding either way.
+        add(p, n, [](auto v, auto sum) ISA { return sizeof(T) == 4 && VARIANT_LEVEL > 0 ? fused(v, v, sum) : sum + v * v; });
     else
-        add(p, n, [](auto v) ISA { return absolute(v); });
+        add(p, n, [](auto v, auto sum) ISA {
+#if VARIANT_LEVEL == 2  // v·±1, by (v & sign) | 1: processors that convert and add in the same places multiply in others
+            const __m512i sign = _mm512_set1_epi64(std::numeric_limits<int64_t>::min()), one = reinterpret_cast<__m512i>(Lanes<double>::all(1));
+            return fused(v, reinterpret_cast<Doubles>(_mm512_ternarylogic_epi64(reinterpret_cast<__m512i>(v), sign, one, 0xEA)), sum);
+#else
+            return sum + Lanes<double>::magnitude(v);
+#endif
+        });
 }
 
 // Σ|p| or, `squares`, Σp² of up to a tile.

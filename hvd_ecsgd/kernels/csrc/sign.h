@@ -39,7 +39,7 @@ inline std::vector<int64_t> sign_row_offsets(const Segment* table, int64_t n, in
 
 template <class T>
 INLINE static void pack_negative(const T* p, int64_t n, uint8_t* bytes) {
-    each_64(p, n, [](auto v) ISA { return v < 0; }, [&](int64_t i, uint64_t bits, int count) ISA { std::memcpy(bytes + i / 8, &bits, (count + 7) / 8); });
+    each_64(p, n, [](auto v) ISA { return below(v, Lanes<T>::all(0)); }, [&](int64_t i, uint64_t bits, int count) ISA { std::memcpy(bytes + i / 8, &bits, (count + 7) / 8); });
 }
 
 // The same, and Σ|p| or Σp² of up to a tile, as `sum_of` adds.
@@ -61,7 +61,7 @@ INLINE static void subtract_sign(T* p, int64_t n, T scale) {
     if (!std::isfinite(scale) || scale == 0) return;
     using L = Lanes<T>;
     const auto plus = L::all(scale), minus = L::all(-scale);
-    replace_each(p, n, [&](auto v, int64_t) ISA { return v - L::select(v < 0, minus, plus); });
+    replace_each(p, n, [&](auto v, int64_t) ISA { return v - L::select(below(v, L::all(0)), minus, plus); });
 }
 
 template <class T>
