@@ -335,6 +335,22 @@ def test_thin_products_are_products(a: int, dtype: torch.dtype) -> None:
 
 
 @compiled
+def test_every_code_of_two_bits_decodes_as_in_the_reference() -> None:
+    """On every variant, also 3, which nobody writes, and whatever the scale. Control: a payload of other codes."""
+    compressor = Ternary("l1")
+    for dtype, scale in itertools.product((torch.float32, torch.float64), (0.75, 0.0, math.inf, math.nan)):
+        segments = table(SIZES, dtype)
+        payload = torch.randint(256, (compressor.payload_size(segments),), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+        compressor._scales(payload, segments)[0].fill_(scale)
+        expected = Expected(compressor, segments, values("gaussian", segments.numel, dtype), "gaussian")
+        with native.forced(None):
+            of_reference = expected.added(payload)
+        for variant in variants():
+            assert all(map(same, of_reference, expected.added(payload))), (variant, dtype, scale)
+            assert not (scale and all(map(same, of_reference, expected.added(expected.payload))))
+
+
+@compiled
 def test_a_perturbed_kernel_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: one bit of a payload, in its codes."""
     segments = table(SIZES, torch.float32)
