@@ -23,13 +23,14 @@ inline std::vector<Tile> rows_of(const std::vector<Matrix>& matrices, int64_t si
     return tiles_of(rows.data(), rows.size(), size);
 }
 
-// The columns of each Q as rows: row j of matrix m begins at m.q + j·columns.
+// The columns of each Q as rows: row j of matrix m begins at m.q + j·columns. A vector that begins in one may end behind it.
 template <class T>
 std::vector<T> transposed(const std::vector<Matrix>& matrices, const T* q, int64_t a) {
     std::vector<T> result;
     for (const Matrix& m : matrices)
         for (int64_t j = 0; j < a; ++j)
             for (int64_t c = 0; c < m.columns; ++c) result.push_back(q[m.q + c * a + j]);
+    result.resize(result.size() + Lanes<T>::N);
     return result;
 }
 
@@ -43,9 +44,12 @@ INLINE static T product_of(const T* x, const T* y, int64_t n) {
     for (; i + 64 <= n; i += 64)
 #pragma GCC unroll 32
         for (int j = 0; j < PARTS; ++j) lanes[j] += L::load(x + i + j * L::N) * L::load(y + i + j * L::N);
+#pragma GCC unroll 32
+    for (int j = 0; j < PARTS; ++j)
+        if (i + (j + 1) * L::N <= n) lanes[j] += L::load(x + i + j * L::N) * L::load(y + i + j * L::N);
     T flat[64];
     std::memcpy(flat, lanes, sizeof flat);
-    for (int64_t j = 0; i + j < n; ++j) flat[j] += x[i + j] * y[i + j];
+    for (int64_t j = (n - i) / L::N * L::N; i + j < n; ++j) flat[j] += x[i + j] * y[i + j];
     for (int width = 32; width; width /= 2)
         for (int j = 0; j < width; ++j) flat[j] += flat[j + width];
     return flat[0];
@@ -73,19 +77,28 @@ int64_t low_rank_p(const void* buffer_, const Segment* table, int64_t n, const i
     return DONE;
 }
 
-// y += x·factor
-template <class T>
-INLINE static void add_scaled(T* y, const T* x, T factor, int64_t n) {
+// y += Σ x_r·factor_r, one row r after the other: ROWS of them, each `width` behind that before, whose factors are `step` apart.
+template <int ROWS, class T>
+INLINE static void add_scaled(T* y, const T* x, int64_t width, const T* factors, int64_t step, int64_t n) {
     using L = Lanes<T>;
+    typename L::V factor[ROWS];
+    for (int r = 0; r < ROWS; ++r) factor[r] = L::all(factors[r * step]);
     int64_t i = 0;
-    for (; i + L::N <= n; i += L::N) L::store(y + i, L::load(y + i) + L::load(x + i) * L::all(factor));
-    for (; i < n; ++i) y[i] += x[i] * factor;
+    for (; i + L::N <= n; i += L::N) {
+        auto sum = L::load(y + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) sum += L::load(x + r * width + i) * factor[r];
+        L::store(y + i, sum);
+    }
+    for (; i < n; ++i)
+        for (int r = 0; r < ROWS; ++r) y[i] += x[r * width + i] * factors[r * step];
 }
 
 // Q ← MᵀP, by sums over 128 rows
 template <class T>
 int64_t low_rank_q(const void* buffer_, const Segment* table, int64_t n, const int64_t* rows, int64_t a, const void* p_, void* q_, int threads) {
-    constexpr int64_t AT_ONCE = 1024;  // columns, whose sums stay in the first cache
+    constexpr int ROWS = 4;
+    const int64_t at_once = std::max<int64_t>(1024, 4096 / a);  // columns, whose sums stay in the first cache
     const T *buffer = static_cast<const T*>(buffer_), *p = static_cast<const T*>(p_);
     T* q = static_cast<T*>(q_);
     const auto matrices = matrices_of(table, n, rows, a);
@@ -96,16 +109,23 @@ int64_t low_rank_q(const void* buffer_, const Segment* table, int64_t n, const i
         const Tile& tile = tiles[t];
         const Matrix& m = matrices[tile.segment];
         sums[t].assign(a * m.columns, T(0));
-        for (int64_t c = 0; c < m.columns; c += AT_ONCE)
-            for (int64_t r = tile.begin; r < tile.end; ++r)
+        for (int64_t c = 0; c < m.columns; c += at_once) {
+            const int64_t count = std::min(at_once, m.columns - c);
+            const auto add = [&](auto rows_at_once, int64_t r) ISA {
                 for (int64_t j = 0; j < a; ++j)
-                    add_scaled(sums[t].data() + j * m.columns + c, buffer + m.start + r * m.columns + c, p[m.p + r * a + j], std::min(AT_ONCE, m.columns - c));
+                    add_scaled<rows_at_once>(sums[t].data() + j * m.columns + c, buffer + m.start + r * m.columns + c, m.columns, p + m.p + r * a + j, a, count);
+            };
+            int64_t r = tile.begin;
+            for (; r + ROWS <= tile.end; r += ROWS) add(std::integral_constant<int, ROWS>(), r);
+            for (; r < tile.end; ++r) add(std::integral_constant<int, 1>(), r);
+        }
     });
     const auto first = first_tiles(tiles, n);
+    const T one = 1;
     parallel_for(n, threads, [&](int64_t s) ISA {
         const Matrix& m = matrices[s];
         std::vector<T>& total = sums[first[s]];
-        for (int64_t t = first[s] + 1; t < first[s] + (m.rows + 127) / 128; ++t) add_scaled(total.data(), sums[t].data(), T(1), a * m.columns);
+        for (int64_t t = first[s] + 1; t < first[s] + (m.rows + 127) / 128; ++t) add_scaled<1>(total.data(), sums[t].data(), 0, &one, 0, a * m.columns);
         for (int64_t c = 0; c < m.columns; ++c)
             for (int64_t j = 0; j < a; ++j) q[m.q + c * a + j] = total[j * m.columns + c];
     });
@@ -126,35 +146,31 @@ int64_t low_rank_decode(void* buffer_, const Segment* table, int64_t n, const in
     const auto tiles = rows_of(matrices, 16);
     parallel_for(tiles.size(), useful(threads, elements(table, n)), [&](int64_t t) ISA {
         using L = Lanes<T>;
-        constexpr int64_t CHUNK = 2048;
-        alignas(WIDTH) T made[CHUNK];
         const Tile& tile = tiles[t];
         const Matrix& m = matrices[tile.segment];
-        T* target = static_cast<T*>(out[tile.segment]);
-        const auto row = [&](const T* columns, const T* factors, int64_t count) ISA {
-            for (int64_t i = 0; i < count; i += L::N) {
-                const bool whole = i + L::N <= count;
-                typename L::V sum = {};
-                for (int64_t j = 0; j < a; ++j) {
-                    const T* x = columns + j * m.columns + i;
-                    T rest[L::N] = {};
-                    if (!whole) std::copy(x, x + (count - i), rest);
-                    const auto term = L::load(whole ? x : rest) * L::all(factors[j]);
-                    sum = j ? sum + term : term;
+        for (int64_t r = tile.begin; r < tile.end; ++r) {
+            const int64_t columns = m.columns;
+            const T* factors = p + m.p + r * a;
+            const auto first = L::all(factors[0]);
+            const auto product = [=](const T* x) ISA {
+                auto sum = L::load(x) * first;
+                for (int64_t j = 1; j < a; ++j) sum += L::load(x + j * columns) * L::all(factors[j]);
+                return sum;
+            };
+            T* left = kept == nullptr ? nullptr : buffer + m.start + r * columns;
+            const T *of_result = sent.data() + m.q, *of_left = same ? nullptr : own.data() + m.q;
+            into.write(static_cast<T*>(out[tile.segment]) + r * columns, columns, [=](int64_t i) ISA {
+                const auto made = product(of_result + i);
+                if (left != nullptr) {
+                    const auto taken = of_left == nullptr ? made : product(of_left + i);
+                    if (i + L::N <= columns)
+                        L::store(left + i, L::load(left + i) - taken);
+                    else
+                        for (int64_t j = 0; i + j < columns; ++j) left[i + j] -= taken[j];
                 }
-                L::store(made + i, sum);
-            }
-        };
-        for (int64_t r = tile.begin; r < tile.end; ++r)
-            for (int64_t c = 0; c < m.columns; c += CHUNK) {
-                const int64_t count = std::min(CHUNK, m.columns - c), at = r * m.columns + c;
-                const T* factors = p + m.p + r * a;
-                row(sent.data() + m.q + c, factors, count);
-                into.copy(target + at, made, count);
-                if (kept == nullptr) continue;
-                if (!same) row(own.data() + m.q + c, factors, count);
-                replace_each(buffer + m.start + at, count, [&](auto v, int64_t i) ISA { return v - L::load(made + i); });
-            }
+                return made;
+            });
+        }
     });
     return DONE;
 }
