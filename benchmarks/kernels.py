@@ -108,7 +108,7 @@ STREAMS: dict[str, Callable[[tuple[Any, ...]], float]] = {
     "qsgd_decode": lambda a: 2 if a[7] else 1,
     "positions_decode": lambda a: 0 if a[8] else 1,
     "top_k": lambda a: 1,
-    "threshold_positions": lambda a: 1,
+    "threshold_choose": lambda a: 1,
     "block_top_k_extract": lambda a: 1,
     "block_top_k_decode": lambda a: 0 if a[9] else 1,
     "shift": lambda a: 3 if a[4] else 1,

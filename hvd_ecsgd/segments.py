@@ -17,8 +17,8 @@ __all__ = ["Key", "Segment", "Segments", "PAYLOAD_ALIGNMENT", "aligned"]
 
 T = TypeVar("T")
 
-_KINDS = 4
-"""Types and sizes of scratch memory that a table keeps, at most: the gradients', payloads', and a copy of either."""
+_KINDS = 5
+"""Types and sizes of scratch memory that a table keeps, at most: the gradients', payloads', a copy of either, and what a kernel notes."""
 
 PAYLOAD_ALIGNMENT = 8
 """Byte payloads are padded to a multiple of this, so that the payloads of several ranks, one after the other, can be viewed as any dtype."""
@@ -173,8 +173,8 @@ class Segments:
         kind = (self.dtype if dtype is None else dtype, self.numel if numel is None else numel)
         kinds: dict[object, list[tuple[torch.Tensor, StorageWeakRef]]] = self.__dict__.setdefault("_scratch", {})
         if kind not in kinds and len(kinds) == _KINDS:
-            del kinds[next(iter(kinds))]
-        kept = kinds.setdefault(kind, [])
+            del kinds[next(iter(kinds))]  # that nobody has asked for the longest
+        kept = kinds[kind] = kinds.pop(kind, [])
         i = next((i for i, (_, lent) in enumerate(kept) if lent.expired()), None)  # type: ignore[no-untyped-call]
         buffer = torch.empty(kind[1], dtype=kind[0], device=self.device) if i is None else kept.pop(i)[0]
         alias = from_dlpack(to_dlpack(buffer))  # a storage over the same memory, that lives as long as what is handed out
@@ -186,6 +186,12 @@ class Segments:
         if self.device.type != "cpu":
             return torch.zeros(n_bytes, dtype=torch.uint8, device=self.device)
         return self.scratch(torch.uint8, n_bytes).zero_()
+
+    def uneven_payload(self, n_bytes: int) -> torch.Tensor:
+        """The same for one that has another size in every step: a part of memory for up to the next power of two. On the CPU nothing is zeroed."""
+        if self.device.type != "cpu":
+            return self.payload(n_bytes)
+        return self.scratch(torch.uint8, 1 << max(0, n_bytes - 1).bit_length())[:n_bytes]
 
     def once(self, kind: str, of: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns: made once, and remembered as long as nothing of this `kind` is asked for that is `of` something else."""

@@ -12,7 +12,7 @@ from ..arguments import check_flag, check_number, check_ratio
 from ..errors import CompressionError
 from ..kernels import all_finite, check_positions, kernels_for, pack_codes, unpack_codes
 from ..protocols import Places
-from ..segments import Key, Segment, Segments, aligned
+from ..segments import PAYLOAD_ALIGNMENT, Key, Segment, Segments, aligned
 from ..verdicts import Verdict
 from .base import BytePayload, below, check_payload, kept
 
@@ -61,11 +61,10 @@ class Threshold(BytePayload):
                 )
         native = kernels_for(buffer, segments, "threshold")
         if native and not self.two_bits:
-            counted, at = native.threshold(*self._draws(segments, key))
+            counted, write = native.threshold(*self._draws(segments, key), take=True)
             payload = self._empty_payload(counted.tolist(), segments)
             sent, where, _, _ = self._parts(payload, segments)
-            where.copy_(at)
-            native.take_(counted, at, sent)
+            write(where, sent)
             return payload
         positions = self._positions(buffer, segments, key)
         values: list[torch.Tensor] = []
@@ -82,7 +81,7 @@ class Threshold(BytePayload):
         counts = [p.numel() for p in positions]
         payload = self._empty_payload(counts, segments)
         sent, where, packed, _ = self._parts(payload, segments)
-        if sum(counts):
+        if values:
             torch.cat(values, out=sent)
             where.copy_(torch.cat(positions))
         if self.two_bits:
@@ -163,20 +162,23 @@ class Threshold(BytePayload):
     def _positions(self, buffer: torch.Tensor, segments: Segments, key: Key) -> list[torch.Tensor]:
         """What is chosen of each segment: ascending positions."""
         if native := kernels_for(buffer, segments, "threshold"):
-            counts, positions = native.threshold(*self._draws(segments, key))
+            counts, write = native.threshold(*self._draws(segments, key), take=False)
+            positions = torch.empty(int(counts.sum()), dtype=torch.int32, device=segments.device)
+            write(positions, None)
             stops = np.cumsum(counts).tolist()
             return [positions[start:stop].long() for start, stop in zip([0, *stops], stops)]
         return [self._chosen(view, s, key) for s, view in zip(segments, segments.views(buffer), strict=True)]
 
-    def _draws(self, segments: Segments, key: Key) -> tuple[list[int], np.ndarray, np.ndarray, int]:
-        """(Philox keys, sizes of the samples, ranks of the thresholds in them, entries to be expected)."""
+    def _draws(self, segments: Segments, key: Key) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """(Philox keys, sizes of the samples, ranks of the thresholds in them)."""
         sizes = [self._sampled(s.numel) for s in segments]
         ranks = [kept(m, self.ratio) if m == s.numel else self._rank(m) for m, s in zip(sizes, segments, strict=True)]
-        room = sum(min(s.numel, 2 * kept(s.numel, self.ratio) + 64) for s in segments)
-        return [key.bits(s, "sample") for s in segments], np.array(sizes, np.int64), np.array(ranks, np.int64), room
+        return [key.bits(s, "sample") for s in segments], np.array(sizes, np.int64), np.array(ranks, np.int64)
 
     def _empty_payload(self, counts: list[int], segments: Segments) -> torch.Tensor:
-        payload = torch.zeros(self._n_bytes(counts, segments), dtype=torch.uint8, device=segments.device)
+        payload = segments.uneven_payload(self._n_bytes(counts, segments))
+        payload[: aligned(4 * len(segments))] = 0
+        payload[-PAYLOAD_ALIGNMENT:] = 0
         payload[: 4 * len(segments)].view(torch.int32).copy_(torch.tensor(counts, dtype=torch.int32, device="cpu"))
         return payload
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -26,6 +26,9 @@ _BUFFERS = (torch.float32, torch.float64)
 
 Counts = np.ndarray
 """int64, one for each segment."""
+
+Chosen = Callable[[torch.Tensor, torch.Tensor | None], None]
+"""Writes the positions of entries that were chosen, as int32, and their values, which become zero, if they are to be taken: else None."""
 
 LONGEST_BUCKET = 2**15
 """Of QSGD, that `extract_from_` takes."""
@@ -185,16 +188,17 @@ class Native:
         self._call("random_k_positions", *self._table, _address(of), _address(counts), positions.data_ptr())
         return positions
 
-    def threshold(self, keys: Sequence[int], sampled: Counts, ranks: Counts, expected: int) -> tuple[Counts, torch.Tensor]:
-        """(counts, positions as int32) of entries that are no zeros and reach the ranks[i]-th largest of a sample, about `expected` in all."""
+    def threshold(self, keys: Sequence[int], sampled: Counts, ranks: Counts, take: bool) -> tuple[Counts, Chosen]:
+        """(counts, what writes them) of entries that are no zeros and reach the ranks[i]-th largest of a sample. `take`: their values are to be
+        written too, and some are taken out of the buffer already."""
         of, counts = np.array(keys, np.uint64), np.empty(len(keys), np.int64)
-        while True:
-            positions = torch.empty(expected, dtype=torch.int32, device="cpu")
-            places = (_address(sampled), _address(ranks), _address(counts), positions.data_ptr(), expected)
-            total = self._call("threshold_positions", *self._buffer, _address(of), *places)
-            if total <= expected:
-                return counts, positions[:total]
-            expected = total
+        notes = self._segments.scratch(torch.int64, 4 * int((-(-self._segments.ranges[:, 1] // 64)).sum()))  # see `Noted` of csrc/threshold.h
+        self._call("threshold_choose", *self._buffer, *map(_address, (of, sampled, ranks, counts)), notes.data_ptr(), take)
+
+        def write(positions: torch.Tensor, values: torch.Tensor | None) -> None:
+            self._call("threshold_take", *self._buffer, notes.data_ptr(), positions.data_ptr(), 0 if values is None else values.data_ptr())
+
+        return counts, write
 
     def take_(self, counts: Counts, positions: torch.Tensor, values: torch.Tensor) -> None:
         """`values` ← the entries at `positions`, which become zero."""

@@ -509,7 +509,7 @@ UNDER_SANITIZERS = """
     with native.forced(made):
         for compressor in [*tests.SELECTING, *tests.ROUNDING, *tests.SCALED, *tests.NORMED]:
             for dtype in (torch.float32, torch.float64):
-                segments = tests.table([3, 0, 66, 1500], dtype).piece(1, 2).compact
+                segments = tests.table([3, 0, 66, 200, 1500], dtype).piece(1, 2).compact
                 for kind in tests.KINDS:
                     v = tests.values(kind, segments.numel, dtype)
                     payload = compressor.extract_(v, segments, tests.KEY)

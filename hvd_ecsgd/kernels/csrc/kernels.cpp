@@ -141,10 +141,12 @@ KERNEL(block_top_k_extract,
 KERNEL(block_top_k_decode,
        (int type, void* out, TABLE, const uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last, double alpha, int add, int threads),
        (out, table, n, payload, block, k_full, k_last, alpha, add, threads))
-KERNEL(threshold_positions,
-       (int type, const void* buffer, TABLE, const uint64_t* keys, const int64_t* sampled, const int64_t* ranks, int64_t* counts, uint32_t* positions,
-        int64_t capacity, int threads),
-       (buffer, table, n, keys, sampled, ranks, counts, positions, capacity, threads))
+KERNEL(threshold_choose,
+       (int type, void* buffer, TABLE, const uint64_t* keys, const int64_t* sampled, const int64_t* ranks, int64_t* counts, uint64_t* notes, int take,
+        int threads),
+       (buffer, table, n, keys, sampled, ranks, counts, notes, take, threads))
+KERNEL(threshold_take, (int type, void* buffer, TABLE, uint64_t* notes, uint32_t* positions, void* values, int threads),
+       (buffer, table, n, notes, positions, values, threads))
 KERNEL(qsgd_extract,
        (int type, void* buffer, TABLE, uint8_t* payload, const uint64_t* keys, int64_t levels, int64_t bucket, int bits, int largest, int threads),
        (buffer, table, n, payload, keys, levels, bucket, bits, largest, threads))

@@ -366,6 +366,38 @@ INLINE static int64_t append_64(const T* p, Test test, uint32_t place, typename 
 #endif
 }
 
+// words ← the bits of `test` for 64 of n elements each, cleared behind the last. Returns how many are set.
+template <class T, class Test>
+INLINE static int64_t mark(const T* p, int64_t n, Test test, uint64_t* words) {
+    int64_t count = 0;
+    each_64(p, n, test, [&](int64_t i, uint64_t bits, int) ISA {
+        words[i / 64] = bits;
+        count += __builtin_popcountll(bits);
+    });
+    return count;
+}
+
+// places ← place + the index of each bit that is set in n words, ascending. Returns how many; there is room for 64 more.
+// Few are set, and nobody can foretell where: two places a word are written without asking, which few words have more of.
+INLINE static int64_t places_of(const uint64_t* words, int64_t n, uint32_t place, uint32_t* places) {
+    int64_t found = 0;
+    for (int64_t w = 0; w < n; ++w, place += 64) {
+        uint64_t bits = words[w];
+        uint32_t* to = places + found;
+        found += __builtin_popcountll(bits);
+#if VARIANT_LEVEL > 0
+        to[0] = place + static_cast<uint32_t>(_tzcnt_u64(bits));
+        bits &= bits - 1;
+        to[1] = place + static_cast<uint32_t>(_tzcnt_u64(bits));
+        bits &= bits - 1;
+        to += 2;
+        if (__builtin_expect(bits == 0, 1)) continue;
+#endif
+        for (; bits; bits &= bits - 1) *to++ = place + static_cast<uint32_t>(__builtin_ctzll(bits));
+    }
+    return found;
+}
+
 // How many of n elements are not zero; a NaN is not.
 template <class T>
 INLINE static int64_t count_nonzero(const T* p, int64_t n) {

@@ -382,8 +382,11 @@ class Cuda:
         within = torch.arange(total, dtype=torch.int64, device=device) - self._upload(base)[of]
         return result.scatter_(0, place, within.to(torch.int32))[:-1]
 
-    def threshold(self, keys: Sequence[int], sampled: np.ndarray, ranks: np.ndarray, expected: int) -> tuple[np.ndarray, torch.Tensor]:
-        """(counts, positions as int32) of entries that are no zeros and reach the ranks[i]-th largest of a sample. The counts are read: a size."""
+    def threshold(
+        self, keys: Sequence[int], sampled: np.ndarray, ranks: np.ndarray, take: bool
+    ) -> tuple[np.ndarray, Callable[[torch.Tensor, torch.Tensor | None], None]]:
+        """(counts, what writes positions, and values if it is to `take` them) of entries that are no zeros and reach the ranks[i]-th largest of a
+        sample. The counts are read: a size."""
         device, numels, n = self._device, self._segments.ranges[:, 1], len(keys)
         starts = np.cumsum(sampled) - sampled
         ranges = np.ascontiguousarray(np.stack([starts, sampled], 1))
@@ -405,9 +408,13 @@ class Cuda:
         found = self._above(torch.where(infinite, inf, t.clamp(min=1) - 1), infinite.to(torch.int64))
         counts = torch.zeros(n, dtype=torch.int64, device=device).index_add_(0, self._tiles()[:, 3], found[0])
         host: np.ndarray = counts.cpu().numpy()
-        positions = torch.empty(int(host.sum()), dtype=torch.int32, device=device)
-        self._write(found, positions)
-        return host, positions
+
+        def write(positions: torch.Tensor, values: torch.Tensor | None) -> None:
+            self._write(found, positions)
+            if take and values is not None:
+                self.take_(host, positions, values)
+
+        return host, write
 
     def _entries(self, counts: np.ndarray, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(positions, their segments, the table)."""
