@@ -53,9 +53,7 @@ class TopK(BytePayload):
                     f"top_k: parameter '{s.name}' has {s.numel} elements; positions are sent as int32, so at most {_MAX_SEGMENT - 1} are supported."
                 )
         if native := kernels_for(buffer, segments, "top_k"):
-            counts = self._counts(segments)
-            native.top_k(counts, positions)
-            native.take_(counts, positions, values)
+            native.top_k(self._counts(segments), positions, values)
             return payload
         at = 0
         for s, view in zip(segments, segments.views(buffer), strict=True):

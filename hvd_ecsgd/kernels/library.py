@@ -37,7 +37,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "positions_take": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _int),
     "positions_decode": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _double, _int, _long, _int),
     "positions_move": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _int),
-    "top_k": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _int),
+    "top_k": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _pointer, _int),
     "block_top_k_extract": (_int, _pointer, *_TABLE, _pointer, _long, _long, _pointer, _int),
     "block_top_k_decode": (_int, _pointer, *_TABLE, _pointer, _long, _long, _pointer, _double, _int, _int),
     "threshold_choose": (_int, _pointer, *_TABLE, _pointer, _pointer, _pointer, _pointer, _pointer, _int, _int),

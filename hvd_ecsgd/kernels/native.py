@@ -175,11 +175,11 @@ class Native:
 
     # -- positions: int32 or uint32, ascending within each segment, one segment after the other ------------------------------------------
 
-    def top_k(self, counts: Counts, positions: torch.Tensor) -> None:
-        """`positions` ← those of each segment's counts[i] largest magnitudes. What these reached is remembered with the table: in the next step it
-        says where to look, and nothing else."""
-        hints = self._segments.once("top_k", counts.tobytes(), lambda: np.zeros(len(counts), np.uint64))
-        self._call("top_k", *self._buffer, _address(counts), positions.data_ptr(), _address(hints))
+    def top_k(self, counts: Counts, positions: torch.Tensor, values: torch.Tensor) -> None:
+        """`positions` ← those of each segment's counts[i] largest magnitudes, `values` ← these entries, which become zero. What they reached is
+        remembered with the table: in the next step it says where to look, and nothing else."""
+        expected = self._segments.once("top_k", counts.tobytes(), lambda: np.zeros((len(counts), 4), np.int64))  # see `Expected` of csrc/top_k.h
+        self._call("top_k", *self._buffer, _address(counts), positions.data_ptr(), values.data_ptr(), _address(expected))
 
     def random_k(self, keys: Sequence[int], counts: Counts) -> torch.Tensor:
         """counts[i] positions (int32) of each segment, by Philox words from each of `keys`."""

@@ -360,8 +360,8 @@ def test_a_perturbed_kernel_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> No
 
     def spoilt(self: Library, name: str, *arguments: Any) -> int:
         result = call(self, name, *arguments)
-        if "extract" in name or name == "positions_take":
-            of_payload = arguments[6 if name == "positions_take" else 4]
+        if "extract" in name or name == "top_k":
+            of_payload = arguments[6 if name == "top_k" else 4]
             ctypes.cast(of_payload, ctypes.POINTER(ctypes.c_uint8))[400] ^= 1
         return result
 

@@ -57,13 +57,15 @@ INLINE static void take_largest(T* p, int64_t n, int64_t k, uint8_t* values, uin
     constexpr int FEW = 16;
     const U least = reached_by(p, n, k);
     const AtLeast<T> test(least);
-    int64_t found = 0, i = 0;
-    for (; i + 64 <= n; i += 64) found += append_64(p + i, test, static_cast<uint32_t>(i), keys + found, places + found);
-    for (; i < n; ++i) {
-        keys[found] = key_of(p[i]);
-        places[found] = static_cast<uint32_t>(i);
-        found += keys[found] >= least;
+    constexpr int64_t AT_ONCE = 512;
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i += AT_ONCE) {
+        uint64_t words[AT_ONCE / 64];
+        const int64_t here = std::min(AT_ONCE, n - i);
+        mark(p + i, here, test, words);
+        found += places_of(words, (here + 63) / 64, static_cast<uint32_t>(i), places + found);
     }
+    for (int64_t j = 0; j < found; ++j) keys[j] = key_of(p[places[j]]);
     U smallest;
     if (found <= FEW) {
         std::fill(keys + found, keys + FEW, U{0});

@@ -133,8 +133,8 @@ KERNEL(positions_decode,
 KERNEL(positions_move,
        (int type, void* update, TABLE, const int64_t* counts, const uint32_t* positions, void* const* targets, int threads),
        (update, table, n, counts, positions, targets, threads))
-KERNEL(top_k, (int type, const void* buffer, TABLE, const int64_t* counts, uint32_t* positions, uint64_t* hints, int threads),
-       (buffer, table, n, counts, positions, hints, threads))
+KERNEL(top_k, (int type, void* buffer, TABLE, const int64_t* counts, uint32_t* positions, void* values, void* expected, int threads),
+       (buffer, table, n, counts, positions, values, expected, threads))
 KERNEL(block_top_k_extract,
        (int type, void* buffer, TABLE, uint8_t* payload, int64_t block, int64_t k_full, const int64_t* k_last, int threads),
        (buffer, table, n, payload, block, k_full, k_last, threads))

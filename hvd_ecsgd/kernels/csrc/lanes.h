@@ -316,56 +316,6 @@ INLINE static void each_64(const T* p, int64_t n, Test test, F f) {
     }
 }
 
-// Appends what `test` chooses of 64 elements: keys[i] ← the key, unless there are none to be written, positions[i] ← place + the element's index. Returns
-// how many; there is room for 64 and a vector. Who is chosen cannot be foretold: so two places are written without asking, which few choose more than.
-template <class T, class Test>
-INLINE static int64_t append_64(const T* p, Test test, uint32_t place, typename Bits<T>::U* keys, uint32_t* positions) {
-    uint64_t bits = test_64(p, test);
-#if VARIANT_LEVEL > 0
-    const int64_t chosen = __builtin_popcountll(bits);
-    const auto put = [&](int64_t i) ISA {
-        const int at = static_cast<int>(_tzcnt_u64(bits)) & 63;
-        if (keys) keys[i] = key_of(p[at]);
-        positions[i] = place + at;
-        bits &= bits - 1;
-    };
-    put(0);
-    put(1);
-    if (__builtin_expect(chosen <= 2, 1)) return chosen;
-#if VARIANT_LEVEL == 2
-    if (chosen > 8) {
-        using L = Lanes<T>;
-        int64_t found = 0;
-#pragma GCC unroll 8
-        for (int j = 0; j < 64; j += L::N) {
-            const auto v = L::load(p + j);
-            const uint64_t of_vector = bits_of(test(v));
-            auto key = L::magnitude_bits(v);
-            const auto infinite = L::all_bits(static_cast<typename L::I>(Bits<T>::INFINITE));
-            key = (key > infinite) ? infinite : key;
-            const __m512i from = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(place + j));
-            const auto raw = reinterpret_cast<__m512i>(key);
-            if (keys)
-                _mm512_storeu_si512(keys + found, sizeof(T) == 4 ? _mm512_maskz_compress_epi32(of_vector, raw) : _mm512_maskz_compress_epi64(of_vector, raw));
-            _mm512_storeu_si512(positions + found, _mm512_maskz_compress_epi32(of_vector, from));
-            found += __builtin_popcountll(of_vector);
-        }
-        return found;
-    }
-#endif
-    for (int64_t i = 2; i < chosen; ++i) put(i);
-    return chosen;
-#else
-    int64_t found = 0;
-    for (; bits; bits &= bits - 1) {
-        const int at = __builtin_ctzll(bits);
-        if (keys) keys[found] = key_of(p[at]);
-        positions[found++] = place + at;
-    }
-    return found;
-#endif
-}
-
 // words ← the bits of `test` for 64 of n elements each, cleared behind the last. Returns how many are set.
 template <class T, class Test>
 INLINE static int64_t mark(const T* p, int64_t n, Test test, uint64_t* words) {
@@ -378,20 +328,36 @@ INLINE static int64_t mark(const T* p, int64_t n, Test test, uint64_t* words) {
 }
 
 // places ← place + the index of each bit that is set in n words, ascending. Returns how many; there is room for 64 more.
-// Few are set, and nobody can foretell where: two places a word are written without asking, which few words have more of.
+// Mostly few are set, and nobody can foretell where: two places a word are written without asking, which few words have more of.
 INLINE static int64_t places_of(const uint64_t* words, int64_t n, uint32_t place, uint32_t* places) {
     int64_t found = 0;
     for (int64_t w = 0; w < n; ++w, place += 64) {
         uint64_t bits = words[w];
         uint32_t* to = places + found;
-        found += __builtin_popcountll(bits);
+        const int64_t set = __builtin_popcountll(bits);
+        found += set;
 #if VARIANT_LEVEL > 0
         to[0] = place + static_cast<uint32_t>(_tzcnt_u64(bits));
         bits &= bits - 1;
         to[1] = place + static_cast<uint32_t>(_tzcnt_u64(bits));
         bits &= bits - 1;
+        if (__builtin_expect(set <= 2, 1)) continue;
+#endif
+#if VARIANT_LEVEL == 2
+        if (set > 8) {
+            bits = words[w];
+#pragma GCC unroll 4
+            for (int j = 0; j < 64; j += 16) {
+                const auto of = static_cast<__mmask16>(bits >> j);
+                const __m512i at = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(place + j));
+                _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(of, at));
+                to += __builtin_popcount(of);
+            }
+            continue;
+        }
+#endif
+#if VARIANT_LEVEL > 0
         to += 2;
-        if (__builtin_expect(bits == 0, 1)) continue;
 #endif
         for (; bits; bits &= bits - 1) *to++ = place + static_cast<uint32_t>(__builtin_ctzll(bits));
     }

@@ -17,6 +17,16 @@ inline int64_t check_positions(const Segment* table, int64_t n, const int64_t* c
 // So many chosen entries are on their way from memory at once.
 constexpr int64_t AHEAD = 32;
 
+// values ← the entries of p at n positions, which become 0.
+template <class T>
+INLINE static void take_at(T* p, const uint32_t* positions, int64_t n, uint8_t* values) {
+    for (int64_t i = 0; i < n; ++i) {
+        if (i + AHEAD < n) __builtin_prefetch(p + positions[i + AHEAD], 1);
+        std::memcpy(values + i * sizeof(T), p + positions[i], sizeof(T));
+        p[positions[i]] = 0;
+    }
+}
+
 // values ← the chosen entries, which become 0.
 template <class T>
 int64_t positions_take(void* buffer_, const Segment* table, int64_t n, const int64_t* counts, const uint32_t* positions, void* values_, int threads) {
@@ -29,13 +39,8 @@ int64_t positions_take(void* buffer_, const Segment* table, int64_t n, const int
     const auto tiles = tiles_of(chosen.data(), n);
     parallel_for(tiles.size(), useful(threads, offsets[n]), [&](int64_t t) ISA {
         const Tile& tile = tiles[t];
-        T* p = buffer + table[tile.segment].start;
-        const int64_t end = offsets[tile.segment] + tile.end;
-        for (int64_t i = offsets[tile.segment] + tile.begin; i < end; ++i) {
-            if (i + AHEAD < end) __builtin_prefetch(p + positions[i + AHEAD], 1);
-            std::memcpy(values + i * sizeof(T), p + positions[i], sizeof(T));
-            p[positions[i]] = 0;
-        }
+        const int64_t begin = offsets[tile.segment] + tile.begin;
+        take_at(buffer + table[tile.segment].start, positions + begin, tile.end - tile.begin, values + begin * sizeof(T));
     });
     return DONE;
 }

@@ -326,9 +326,10 @@ class Cuda:
         first = chosen.cumsum(0) - chosen
         self._run("write_above", len(tiles), self._buffer, tiles, limits, room, before, first, positions)
 
-    def top_k(self, counts: np.ndarray, positions: torch.Tensor) -> None:
-        """`positions` ← those of each segment's counts[i] largest magnitudes."""
+    def top_k(self, counts: np.ndarray, positions: torch.Tensor, values: torch.Tensor) -> None:
+        """`positions` ← those of each segment's counts[i] largest magnitudes, `values` ← these entries, which become zero."""
         self._write(self._above(*self._kth_largest(self._buffer, self._segments, self._upload(counts))), positions)
+        self.take_(counts, positions, values)
 
     def random_k(self, keys: Sequence[int], counts: np.ndarray) -> torch.Tensor:
         """counts[i] positions (int32) of each segment, by Philox words from each of `keys`. Nothing is read back.
