@@ -199,6 +199,27 @@ def test_long_segments_and_threads_change_nothing(compressor: Any) -> None:
 
 
 @compiled
+def test_what_top_k_expects_of_the_next_step_changes_nothing() -> None:
+    """Steps whose magnitudes grow, fall and stay by turns, in one part and in two. Control: what is expected is another magnitude in each."""
+    numel = 300_001
+    v, wanted = values("gaussian", numel, torch.float32), TopK(100)
+    for threads in (1, 2):
+        segments, seen = table([numel], torch.float32), set()
+        torch.set_num_threads(threads)
+        try:
+            for scale in (1, 2, 3, 1e-3, 1e-3, 1e4, 1e4, 5e3, 0, 1):
+                left, expected = v * scale, v * scale
+                with native.forced(library):
+                    payload = wanted.extract_(left, segments, KEY)
+                with native.forced(None):
+                    assert same(payload, wanted.extract_(expected, segments, KEY)) and same(left, expected), (threads, scale)
+                seen.add(int(segments.once("top_k", wanted._counts(segments).tobytes(), lambda: np.zeros((1, 4)))[0, 0]))
+        finally:
+            torch.set_num_threads(1)
+        assert len(seen) >= 8
+
+
+@compiled
 def test_one_large_segment_is_the_work_of_several_threads() -> None:
     """Whatever works on it asks the OpenMP runtime for two threads. Control: of one thread it is asked for nothing."""
     assert library is not None
