@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ..errors import TransportError
-from .base import Handle
+from .base import Handle, sum_by_rank_
 
 __all__ = ["SimulatedTransport", "run_simulated"]
 
@@ -150,11 +150,7 @@ class SimulatedTransport:
                     raise TransportError(
                         f"all-reduce '{name}': rank {self.rank} holds {tuple(t.shape)} {t.dtype}, rank {r} sent {tuple(part.shape)} {part.dtype}."
                     )
-            wide = torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
-            total = parts[0].to(wide, copy=True)
-            for part in parts[1:]:
-                total.add_(part)
-            return t.copy_(total)
+            return sum_by_rank_(t, [parts[0].clone(), *parts[1:]])  # the parts are everybody's
 
         return self._start(name, t.clone(), finish)
 
