@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["Patience"]
+__all__ = ["Patience", "note_arrival"]
 
-_SHARE = 1 / 50
+_SHARE = 1 / 20
 _SHORTEST, _LONGEST = 20e-6, 500e-6
+_LENGTHENED = 4
+
+_arrivals = 0
+
+
+def note_arrival() -> None:
+    """Tell all who wait in this process that something has come since somebody looked last: others look soon."""
+    global _arrivals
+    _arrivals += 1
 
 
 class Patience:
-    """The pauses of one wait: a fiftieth of the time that it has lasted, so that it does not end much later than it could, and few looks are made.
+    """The pauses of one wait: a twentieth of the time that it has lasted, so that it does not end much later than it could, and few looks are made.
 
-    Between 20 µs, since a look takes about as long, and 500 µs, in which a link of 1 Gbit/s carries 60 KiB: far less than is on its way at once.
+    They take 20 µs or more, since a look takes about as long. And no more than 500 µs, in which a link of 1 Gbit/s carries 60 KiB, far less
+    than is on its way at once; but where nothing comes meanwhile, as the link is slower, this doubles, and doubles again: a look costs the
+    processor what a backward pass needs.
     """
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
+        self._longest, self._seen = _LONGEST, _arrivals
 
     def pause(self) -> float:
         """Seconds until the next look."""
-        return min(max((time.perf_counter() - self._since) * _SHARE, _SHORTEST), _LONGEST)
+        if self._seen != _arrivals:
+            self._longest, self._seen = _LONGEST, _arrivals
+        pause = max((time.perf_counter() - self._since) * _SHARE, _SHORTEST)
+        if pause > self._longest:
+            pause, self._longest = self._longest, min(2 * self._longest, _LENGTHENED * _LONGEST)
+        return pause

@@ -12,7 +12,7 @@ import torch
 from mpi4py import MPI
 
 from hvd_ecsgd.errors import PeerLostError, TransportError
-from hvd_ecsgd.transport.patience import Patience
+from hvd_ecsgd.transport.patience import Patience, note_arrival
 
 from .lanes import Lanes, Stages
 from .lost import Look, may_be_lost
@@ -174,6 +174,7 @@ class Operations:
             moved = operation.advance(room) or moved
             room -= operation.lanes.active
         if moved:
+            note_arrival()
             self._failed += [o for o in self._in_flight if o.failed_in_mpi]
             self._in_flight = [o for o in self._in_flight if o.travels]
         return moved
