@@ -8,10 +8,12 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,14 +76,34 @@ def _model(options: argparse.Namespace) -> tuple[torch.nn.Module, Step | None]:
     if options.model is None:
         model = _made_up(int(options.parameters))
         return model, partial(_trained, model)
-    module, _, function = options.model.partition(":")
-    if not function:
-        raise CompressionError(f"advise: --model must be module:function, got {options.model!r}.")
-    made = getattr(importlib.import_module(module), function)()
+    made = _function(options.model)()
     model, step = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, torch.nn.Module):
         raise CompressionError(f"advise: {options.model} returned {model!r:.80}; expected a torch module, or one and a function.")
     return model, step
+
+
+def _function(named: str) -> Callable[[], Any]:
+    """The function that `module:function` names. An installed command does not look for modules in the folder that it is called in, as Python does
+    for scripts there; so that folder is added."""
+    module, _, function = named.partition(":")
+    if not (module and function):
+        raise CompressionError(f"advise: --model must be module:function, got {named!r}.")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # something that the module itself imports
+            raise
+        raise CompressionError(
+            f"advise: --model must be module:function, got {named!r}: there is no module '{error.name}' in {here} nor where Python looks. "
+            "Call it in the folder that has the file, or add that to PYTHONPATH."
+        ) from error
+    if not callable(found):
+        raise CompressionError(f"advise: --model must be module:function, got {named!r}: '{module}' has no function '{function}'.")
+    return found  # type: ignore[no-any-return]
 
 
 def _check_memory(parameters: int, transport: Transport) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +106,8 @@ def not_a_model() -> int:
         ({"parameters": 10}, "--parameters must be at least 1000, got 10"),
         ({"parameters": 1e13}, "GB on this machine"),
         ({"model": "tests.problems"}, "must be module:function"),
+        ({"model": "no_such_module.models:make"}, "no module 'no_such_module' in .* PYTHONPATH"),
+        ({"model": "tests.problems:no_such_function"}, "'tests.problems' has no function 'no_such_function'"),
         ({"model": "tests.unit.test_advisor:not_a_model"}, "returned 3; expected a torch module"),
         ({"model": "tests.problems:mlp"}, "give --compute SECONDS"),
     ],
@@ -114,6 +118,22 @@ def test_wrong_use_is_named(more: dict[str, object], message: str, monkeypatch: 
         monkeypatch.setattr("hvd_ecsgd.advisor.command._made_up", lambda parameters: Huge())
     with pytest.raises(CompressionError, match=message):
         advise(options(**more))
+
+
+MODEL = "import torch\n\ndef make():\n    return torch.nn.Linear(1, 1), print\n"
+
+
+def test_a_model_is_found_in_the_folder_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the script of an installed command lies is elsewhere. What the module itself fails to import is not taken for it (a control)."""
+    (tmp_path / "model_of_a_reader.py").write_text(MODEL)
+    (tmp_path / "model_that_needs_more.py").write_text("import no_such_module\n" + MODEL)
+    monkeypatch.setattr("hvd_ecsgd.advisor.command.connect", lambda network: EchoTransport(0, 2))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    assert advise(options(model="model_of_a_reader:make", compute=1.0)) == 0
+    assert "2 parameters, 1000 ms of computation" in capsys.readouterr().out
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        advise(options(model="model_that_needs_more:make"))
 
 
 class Huge(torch.nn.Module):
