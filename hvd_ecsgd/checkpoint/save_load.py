@@ -74,7 +74,7 @@ def save_checkpoint(
     as it was. Needs the package safetensors (the extra `checkpoint`).
     """
     folder = Path(directory).absolute()
-    transport = _checked(compression, optimizer).transport
+    transport = _checked(model, optimizer, compression).transport
     compression.check_between_steps("a checkpoint was saved")
     compression.check_together("save_checkpoint")
     state = compression.state_dict()
@@ -119,7 +119,7 @@ def load_checkpoint(
     memory is changed then. Only where a module's or an optimizer's own loading code fails, it says that memory holds a part.
     """
     folder = Path(directory).absolute()
-    transport = _checked(compression, optimizer).transport
+    transport = _checked(model, optimizer, compression).transport
     compression.check_between_steps("a checkpoint was loaded")
     compression.check_together("load_checkpoint")
     rank, size = transport.rank, transport.size
@@ -153,7 +153,7 @@ def load_checkpoint(
     return Loaded(int(saved["compression"]["step"]), saved["extras"], saved_size, size, tuple(notes))
 
 
-def _checked(compression: BoundCompression, optimizer: torch.optim.Optimizer) -> BoundCompression:
+def _checked(model: torch.nn.Module, optimizer: torch.optim.Optimizer, compression: BoundCompression) -> BoundCompression:
     if not isinstance(compression, BoundCompression):
         raise CheckpointError(
             f"compression: expected what bind() returned, or optimizer.compression, got {compression!r:.80}. Presets without state are bound too: "
@@ -161,6 +161,16 @@ def _checked(compression: BoundCompression, optimizer: torch.optim.Optimizer) ->
         )
     if getattr(optimizer, "compression", compression) is not compression:
         raise CheckpointError("the compression given is not the optimizer's; pass optimizer.compression.")
+    if not isinstance(model, torch.nn.Module):
+        raise CheckpointError(
+            f"model: expected the torch.nn.Module that is trained, got {model!r:.80}. The order is directory, model, optimizer, compression."
+        )
+    bound = {id(p) for _, p in compression.named}
+    if not any(id(p) in bound for p in model.parameters()):
+        raise CheckpointError(
+            f"model: this {type(model).__name__} holds none of the parameters that the compression is bound to ('{compression.named[0][0]}', …). "
+            "Give the model that is trained, not a copy or an average of it: what the compression holds back belongs to those weights."
+        )
     return compression
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from hvd_ecsgd import CheckpointError, Compression, DistributedOptimizer
-from hvd_ecsgd.transport import Transport, run_simulated
+from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.problems import flat, mlp
 from tests.unit.checkpoints import CASE, N, load, manifest, part, save, trained
 from tests.unit.test_state import Setup, equal
@@ -248,3 +249,23 @@ def test_what_cannot_be_written_to_is_named_before_anything_is_written(what: str
 
     run_simulated(2, saving)
     run_simulated(2, loading)
+
+
+@pytest.mark.parametrize("call", [save, load])
+def test_another_model_than_the_one_that_is_trained(call: Callable[[Setup, Path], object], tmp_path: Path) -> None:
+    """A copy, whose weights would be saved beside residuals that are not theirs, or the optimizer in its place; nothing is written. What wraps the
+    model holds the same parameters, and is none of these (the control)."""
+    setup = Setup(CASE, SelfTransport())
+    trained(tmp_path / "a", n=1)
+    model, before = setup.model, manifest(tmp_path / "a")
+    for wrong, message in [
+        (copy.deepcopy(model), "holds none of the parameters"),
+        (setup.optimizer, "expected the torch.nn.Module that is trained, got SGD"),
+    ]:
+        setup.model = wrong
+        with pytest.raises(CheckpointError, match=message):
+            call(setup, tmp_path / "a")
+    assert manifest(tmp_path / "a") == before
+    setup.model = torch.nn.Sequential(model)
+    save(setup, tmp_path / "b")
+    load(setup, tmp_path / "b")
