@@ -351,6 +351,8 @@ class AutoCompression(Compression):
     """`Compression.auto(…)`: begins dense."""
 
     def __init__(self, candidates: Mapping[str, Compression], trial: int, every: int | None, steps: Mapping[str, float]) -> None:
+        if not isinstance(candidates, Mapping):
+            raise CompressionError(f"auto(): candidates must be {{name: Compression.<preset>(…)}}, one of them '{DENSE}', got {candidates!r:.100}.")
         for name, candidate in candidates.items():
             if not isinstance(getattr(candidate, "method", None), Method) or isinstance(candidate, BoundCompression):
                 raise CompressionError(f"auto(): candidate '{name}' must be Compression.<preset>(…), not bound, got {candidate!r:.100}.")

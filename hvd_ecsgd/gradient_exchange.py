@@ -21,7 +21,7 @@ from .optimizer.executor import Executor, Inline
 from .optimizer.step import Outcome, StepExchange
 from .protocols import GroupSettings
 from .transport import SelfTransport, Transport
-from .transport.base import workers_of
+from .transport.base import check_transport, workers_of
 
 __all__ = ["GradientExchange"]
 
@@ -32,13 +32,15 @@ class GradientExchange:
         exchange = GradientExchange(model.named_parameters(), Compression.top_k(100), transport)
         means = exchange.reduce(gradients)              # {name: mean over workers}, for the loop to apply
 
+    `transport`: to the other workers, after the backend's `init()`: `mpi_backend.transport.MPITransport()`, or
+    `hvd_ecsgd.transport.torch_dist.TorchTransport()`. Without it this process is alone, and nothing is exchanged.
     `compression`: any preset, bound or not. Methods that apply the update themselves (`detached`, `local_momentum`, `pef`, …) need `lr=…`, take
     `momentum=…`, `weight_decay=…` and `nesterov=…` as `torch.optim.SGD` does, and move the parameters within `reduce`. Methods in gradient units take
     `lr=…` too, if it changes. `param_groups[0]` holds these options and is read live. `executor`: as for `DistributedOptimizer`.
 
     `compression` (the attribute) is the bound method, with `state_dict`, `at`, `switch` and `traffic`; `save_checkpoint` and `load_checkpoint` take
     the exchange in the optimizer's place.
-    Raises `CompressionError` as `bind` does, and when a method that needs a learning rate is given none.
+    Raises `CompressionError` as `bind` does, for what is no transport, and when a method that needs a learning rate is given none.
     """
 
     optimizer = None
@@ -55,6 +57,7 @@ class GradientExchange:
         **options: Any,
     ) -> None:
         transport = SelfTransport() if transport is None else transport
+        check_transport(transport, "GradientExchange()")
         self.compression = bind(compression, named_parameters)
         feedback = self.compression.method.feedback
         if wrong := sorted(set(options) - {"lr", "momentum", "weight_decay", "nesterov"}):

@@ -7,7 +7,9 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-__all__ = ["Handle", "Ready", "Transport", "Workers", "direct", "workers_of"]
+from ..errors import CompressionError
+
+__all__ = ["Handle", "Ready", "Transport", "Workers", "check_transport", "direct", "workers_of"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -86,6 +88,15 @@ class Workers(Transport, Protocol):
     def average_inside_(self, t: torch.Tensor, name: str) -> Handle[torch.Tensor]:
         """The mean over the processes of this worker, in place, uncompressed; the result is `t`, the same bits on each of them."""
         ...
+
+
+def check_transport(transport: object, who: str) -> None:
+    """Raise `CompressionError` unless `transport` is one. A backend's module has functions of the same names."""
+    if isinstance(transport, type) or not (isinstance(getattr(transport, "size", None), int) and hasattr(transport, "allreduce_")):
+        raise CompressionError(
+            f"{who}: transport must be mpi_backend.transport.MPITransport(), hvd_ecsgd.transport.torch_dist.TorchTransport(), another Transport, or "
+            f"None for one process, got {transport!r:.100}."
+        )
 
 
 def workers_of(transport: Transport) -> Transport:

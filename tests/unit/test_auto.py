@@ -263,6 +263,7 @@ def test_what_is_tried_by_default() -> None:
 
 def test_wrong_use_is_named() -> None:
     dense, detached = Compression(Identity()), Compression.detached(8)
+    told(CompressionError, lambda: Compression.auto(["none", "fp16"]), "auto(): candidates must be {name: ", "got ['none', 'fp16']")  # type: ignore[arg-type]
     told(CompressionError, lambda: Compression.auto({"fp16": Compression.fp16()}), "expected candidates for 'none'", "['fp16']")
     told(CompressionError, lambda: Compression.auto({"none": dense, "detached": detached}), "candidate 'detached'", "feedback rule", "ErrorFeedback")
     told(CompressionError, lambda: Compression.auto({"none": dense, "x": dense.bind(mlp())}), "candidate 'x'", "not bound")  # type: ignore[dict-item]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+import hvd_ecsgd.torch_backend
 from hvd_ecsgd import Compression, CompressionError, DisagreementError, DistributedOptimizer, GradientExchange, load_checkpoint, save_checkpoint
 from hvd_ecsgd.optimizer.step import Outcome
-from hvd_ecsgd.transport import Transport, run_simulated
+from hvd_ecsgd.transport import SelfTransport, Transport, run_simulated
 from tests.cases import Case, bound_method, by_name, ids, rows_that_cover
 from tests.problems import batch, flat, mlp, same_bits, weights
 
@@ -142,12 +143,21 @@ def test_ranks_that_differ_are_told() -> None:
         run_simulated(2, worker)
 
 
+def wrapped(model: torch.nn.Module, transport: Any) -> Any:
+    return DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression.top_k(4), transport=transport)
+
+
 def test_wrong_use_says_what_to_do() -> None:
     model = mlp()
     with pytest.raises(CompressionError, match="needs the learning rate itself, and GradientExchange\\(\\) has none"):
         GradientExchange(model.named_parameters(), Compression.detached(4))
     with pytest.raises(CompressionError, match="betas="):
         GradientExchange(model.named_parameters(), Compression.detached(4), lr=0.1, betas=(0.9, 0.99))
+    for wrong in ("mpi", hvd_ecsgd.torch_backend, SelfTransport):  # a backend's module has functions that are named as a transport's members
+        for make in (lambda wrong: GradientExchange(model.named_parameters(), Compression.top_k(4), wrong), lambda wrong: wrapped(model, wrong)):
+            with pytest.raises(CompressionError, match=r"transport must be .*MPITransport\(\), .*None for one process, got "):
+                make(wrong)
+    wrapped(model, SelfTransport())
     exchange = GradientExchange(model.named_parameters(), Compression.top_k(4))
     with pytest.raises(CompressionError, match="expected 4 gradients"):
         exchange.reduce([torch.zeros(64, 20)])
