@@ -17,6 +17,7 @@ from ..transport.base import Transport
 from .introduction import Introduction
 from .slot import HorovodSlot
 from .transport import HorovodTransport, SlotTransport, horovod_is_running
+from .waiting import let_synchronize_sleep
 
 __all__ = ["HorovodDriver"]
 
@@ -126,6 +127,7 @@ class HorovodDriver:
             check_plain_sgd(method, getattr(type(optimizer).__base__, "step", None), type(optimizer).__name__)
         if on_horovod:
             hook_inner_step(optimizer)
+            let_synchronize_sleep(optimizer)
         transport = self.transport() if on_horovod else None
         if transport is not None:
             self._check_clip()

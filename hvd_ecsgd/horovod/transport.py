@@ -14,6 +14,7 @@ import torch
 
 from ..errors import CompressionError, TransportError
 from ..transport import Handle, Ready
+from .waiting import sleep_until_done
 
 __all__ = ["HorovodTransport", "SlotHandle", "SlotTransport", "horovod_is_running"]
 
@@ -57,6 +58,7 @@ class _HorovodHandle(Generic[T]):
 
     def wait(self) -> T:
         if not self._result:  # Horovod forgets a handle once it was synchronised
+            sleep_until_done(self._hvd, self._started)
             self._result.append(self._finish(self._hvd.synchronize(self._started)))
         return self._result[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -423,8 +424,41 @@ def telemetry_changes_nothing() -> None:
         assert {"wait_seconds" in r for r in records} == {method != "random_block-everything"}
 
 
+def waiting_sleeps() -> None:
+    """An attached optimizer waits for a late rank without taking a core, with parameters that not every rank's backward pass reaches, too; one that
+    is not attached takes it (control). By the time of its processor."""
+    assert hvd.gloo_enabled(), "over MPI it waits as Horovod does"
+
+    def late(gradient: torch.Tensor) -> None:
+        if hvd.rank() == 0:
+            time.sleep(1.5)
+
+    def waited(name: str, attached: bool) -> float:
+        model = Towers()
+        bound = Compression.random_block(4, dense_below=0, dense_1d=False).bind(prefixed(model, name))
+        optimizer = stock(model, bound, name, lr=0.05)
+        if attached:
+            bound.attach(optimizer)
+        for step in range(5):
+            optimizer.zero_grad()
+            loss = dynamic_loss(model, hvd.rank(), step)
+            if step == 4:  # after all that the first steps compare; rank 0 is late with its last gradient
+                squares = [tower.square().sum() for tower in model.towers]
+                squares[0].register_hook(late)
+                loss = sum(squares)
+                hvd.barrier()
+            before = time.thread_time()
+            loss.backward()
+            optimizer.step()
+        return time.thread_time() - before
+
+    sleeping, looking = waited("waiting.sleeps", True), waited("waiting.looks", False)
+    if hvd.rank() == 1:
+        assert sleeping < 0.2 and looking > 2 * sleeping, f"{sleeping:.3f} s attached, {looking:.3f} s not attached"
+
+
 if __name__ == "__main__":
     hvd.init()
     checks = (dynamic, groups, groups_with_unused, passes, sums, channels_last, bfloat16, sparse_embedding)
-    checks += (schedules, resume, clipping, bad_gradients, switching, skipped_bytes, feedback_matters, telemetry_changes_nothing)
+    checks += (schedules, resume, clipping, bad_gradients, switching, skipped_bytes, feedback_matters, telemetry_changes_nothing, waiting_sleeps)
     run_checks({check.__name__: check for check in checks})

@@ -28,8 +28,8 @@ def test_every_method_is_its_simulation(launch: Callable[..., str], n: int, pyte
 
 def test_what_users_do() -> None:
     """Hook orders, unused parameters, groups, several passes, sums, memory formats, types, sparse gradients, schedules, resuming, clipping, NaN,
-    switching methods, skipped bytes, telemetry."""
-    assert len(passed(horovodrun, 2, "program_variants.py")) == 16
+    switching methods, skipped bytes, telemetry, waiting."""
+    assert len(passed(horovodrun, 2, "program_variants.py")) == 17
 
 
 def test_mistakes_are_told_to_every_rank() -> None:

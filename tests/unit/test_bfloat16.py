@@ -45,6 +45,9 @@ class FakeHorovod(types.ModuleType):
         assert int(splits.sum()) == t.shape[0]
         return self._check(t).clone(), splits
 
+    def gloo_enabled(self) -> bool:
+        return False
+
     def synchronize(self, started: Any) -> Any:
         return started
 
