@@ -20,8 +20,9 @@ from .optimizer.distributed import BUCKET_BYTES
 from .optimizer.executor import Executor, Inline
 from .optimizer.step import Outcome, StepExchange
 from .protocols import GroupSettings
-from .transport import SelfTransport, Transport
+from .transport import Transport
 from .transport.base import check_transport, workers_of
+from .transport.self_ import alone
 
 __all__ = ["GradientExchange"]
 
@@ -56,7 +57,7 @@ class GradientExchange:
         executor: Executor | None = None,
         **options: Any,
     ) -> None:
-        transport = SelfTransport() if transport is None else transport
+        transport = alone("GradientExchange()") if transport is None else transport
         check_transport(transport, "GradientExchange()")
         self.compression = bind(compression, named_parameters)
         feedback = self.compression.method.feedback

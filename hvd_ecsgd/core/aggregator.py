@@ -231,9 +231,16 @@ class Aggregator:
         if refusal.heard or (alone and refusal.wrong):
             refusal.end(state.step - 1, where, None if alone else transport)
         else:
+            spoilt = next((name for name, p in state.named if not bool(p.detach().isfinite().all())), None)
+            why = "With a GradScaler this happens now and then."
+            if spoilt is not None:
+                why = (
+                    f"Parameter '{spoilt}' holds one itself, so that every step will be undone: load a checkpoint, and take a smaller learning "
+                    "rate, or in an optimizer such as Adam an eps that is not 0 in the parameter's type."
+                )
             warnings.warn(
                 f"a gradient or a payload held an inf or NaN on some rank: step {state.step - 1} was undone on {where} ({state.undone} so "
-                "far). With a GradScaler this happens now and then.",
+                f"far). {why}",
                 RuntimeWarning,
                 stacklevel=3,
             )

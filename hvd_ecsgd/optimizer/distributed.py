@@ -12,8 +12,9 @@ import torch
 from ..compression import AnyCompression, Compression, bind
 from ..core.bound import BoundCompression
 from ..errors import CompressionError
-from ..transport import SelfTransport, Transport
+from ..transport import Transport
 from ..transport.base import check_transport
+from ..transport.self_ import alone
 from .driver import OptimizerDriver
 from .executor import Executor, Inline, Observer, never
 from .hooks import check_passes
@@ -67,7 +68,7 @@ def DistributedOptimizer(
     Raises `CompressionError` for parameters without a name, duplicate names, or a method that cannot work with this optimizer;
     at the first step `DisagreementError`, on every rank, when ranks hold different settings or parameters.
     """
-    transport = SelfTransport() if transport is None else transport
+    transport = alone("DistributedOptimizer()") if transport is None else transport
     check_transport(transport, "DistributedOptimizer()")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise CompressionError(f"DistributedOptimizer(): expected a torch.optim optimizer, got {optimizer!r:.100}.")

@@ -221,8 +221,14 @@ def test_numpy_that_torch_cannot_use_is_broken(monkeypatch: pytest.MonkeyPatch) 
 def test_wrong_use_is_named() -> None:
     with pytest.raises(CompressionError, match="is a rank of a job \\(OMPI_COMM_WORLD_SIZE is set\\)"):
         command.examine([], 1.0, {"OMPI_COMM_WORLD_SIZE": "2"})
-    with pytest.raises(CompressionError, match="--limit must be a number of seconds above 0"):
-        command.examine([], 0.0, {})
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "soon"])
+def test_a_limit_is_a_number_of_seconds(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--limit", limit])
+    assert ended.value.code == 2
+    assert f"argument --limit: must be a number of seconds above 0, got '{limit}'" in capsys.readouterr().err
 
 
 def test_the_environment_of_ranks_is_what_the_user_has_set_and_what_small_jobs_need() -> None:

@@ -168,3 +168,26 @@ def test_wrong_use_says_what_to_do() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exchange.reduce(gradients(model, 0, 0))
+
+
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "HOROVOD_SIZE", "WORLD_SIZE"])
+def test_one_of_several_processes_without_a_transport_is_told(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train by itself, which no loss shows. Of one process, or where that is said to be meant, nothing is told (control)."""
+    model = mlp()
+
+    def said(**options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            GradientExchange(model.named_parameters(), Compression.none, **options)
+            DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression.none, **options)
+        assert all(w.filename == __file__ for w in caught), "it is the caller's line"
+        return [str(w.message) for w in caught]
+
+    monkeypatch.setenv(variable, "4")
+    exchange, optimizer = said()
+    assert exchange.startswith("GradientExchange() was given no transport") and optimizer.startswith("DistributedOptimizer() was given no transport")
+    assert f"it is one of 4 ({variable})" in exchange
+    assert not said(transport=SelfTransport())
+    for alone in ("1", "", "four"):
+        monkeypatch.setenv(variable, alone)
+        assert not said()

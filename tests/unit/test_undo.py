@@ -297,3 +297,32 @@ def test_what_travels_uncompressed_holds_nothing_back_after_a_bad_gradient() -> 
         optimizer.step()
     assert optimizer.compression.undone_steps == 1
     assert not slot(optimizer.compression, "residual").any()
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+def test_a_parameter_that_is_spoilt_itself_is_named(eps: float) -> None:
+    """As by Adam in half precision, whose eps of 1e-8 is 0 there: it divides 0 by 0 where gradients are 0. With another eps nothing is (control)."""
+    model = torch.nn.Linear(4, 2).to(torch.float16)
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3, eps=eps, foreach=False)
+    optimizer = DistributedOptimizer(adam, model.named_parameters(), Compression.none)
+    x = torch.ones(1, 4, dtype=torch.float16)
+    x[0, 0] = 0
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    told = [str(w.message) for w in said if "was undone" in str(w.message)]
+    if eps == 1e-8:
+        assert len(told) == 2 and all("Parameter 'weight' holds one itself" in text and "With a GradScaler" not in text for text in told)
+    else:
+        assert not told
+
+
+def test_a_spoilt_gradient_names_no_parameter() -> None:
+    model = torch.nn.Linear(4, 2)
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), Compression.none)
+    model(torch.full((1, 4), float("inf"))).sum().backward()
+    with pytest.warns(RuntimeWarning, match="was undone on all ranks .* With a GradScaler this happens"):
+        optimizer.step()
