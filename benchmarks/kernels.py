@@ -33,7 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hvd_ecsgd import Compression, GradientExchange
-from hvd_ecsgd.compressors import Natural, Ternary
+from hvd_ecsgd.compressors import Natural, RandomBlock, Ternary
+from hvd_ecsgd.exchange import AllReduce
+from hvd_ecsgd.feedback import MemSGD
 from hvd_ecsgd.kernels import cuda, native
 from hvd_ecsgd.kernels.library import FILE, Library
 
@@ -57,10 +59,14 @@ METHODS: dict[str, Callable[[], Any]] = {
     "natural": lambda: Compression.natural(error_feedback=True),
     "natural double_squeeze": lambda: Compression.double_squeeze(Natural()),
     "top_k": lambda: Compression.top_k(100),
+    "random_block applied": lambda: Compression(RandomBlock(64), MemSGD(), AllReduce()),
+    "top_k applied": lambda: Compression.topk_sgd(100),
 }
+"""`applied`: the method moves the parameters itself, where something has come, and no gradient becomes the mean."""
 TARGETS = {
     "random_block": 1.45, "detached": 3.0, "one_bit": 2.0, "fp16": 2.0, "bf16": 2.0, "random_k": 1.8, "threshold": 2.3, "double_squeeze": 4.0,
     "top_k by block": 3.0, "power_sgd": 4.0, "ternary": 2.6, "qsgd": 4.0, "qsgd 4 bits": 4.0, "natural": 4.0, "top_k": 2.5,
+    "random_block applied": 1.1, "top_k applied": 1.5,
 }  # fmt: skip
 """In T, one thread, of a step over 25 M normal float32."""
 
