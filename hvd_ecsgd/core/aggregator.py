@@ -235,8 +235,8 @@ class Aggregator:
             why = "With a GradScaler this happens now and then."
             if spoilt is not None:
                 why = (
-                    f"Parameter '{spoilt}' holds one itself, so that every step will be undone: load a checkpoint, and take a smaller learning "
-                    "rate, or in an optimizer such as Adam an eps that is not 0 in the parameter's type."
+                    f"Parameter '{spoilt}' holds one itself, and gradients take it from there, step by step: load a checkpoint, and take a smaller "
+                    "learning rate, or in an optimizer such as Adam an eps that is not 0 in the parameter's type."
                 )
             warnings.warn(
                 f"a gradient or a payload held an inf or NaN on some rank: step {state.step - 1} was undone on {where} ({state.undone} so "

@@ -152,7 +152,7 @@ class BoundCompression:
         Own optimizers attach by themselves. Without it, methods in gradient units assume a constant learning rate and say so once. Methods that
         apply the update themselves (`detached`, `local_momentum`, `pef`, …) need it: they read lr, momentum and weight decay of the SGD inside
         Horovod's optimizer, move the parameters just before that would, and leave it no gradients (`p.grad` is None after the step). Step hooks of
-        Horovod's optimizer, and global ones, then run once in its step, after the exchange.
+        Horovod's optimizer, and global ones, then run once in its step, after the exchange; over Gloo its `synchronize` sleeps while it waits.
         Raises `CompressionError` when the optimizer holds none of the bound parameters, when such a method is given another optimizer than
         Horovod's around a plain SGD, and for momentum both in the method and in the optimizer (looked at again in every step).
         """

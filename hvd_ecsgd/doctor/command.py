@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 
 from ..errors import CompressionError
@@ -20,14 +20,6 @@ __all__ = ["add_arguments", "doctor", "environment", "examine"]
 _OF_A_RANK = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "HOROVOD_SIZE", "TORCHELASTIC_RUN_ID")
 
 
-def _seconds(text: str) -> float:
-    """What `--limit` is given."""
-    with contextlib.suppress(ValueError):
-        if (seconds := float(text)) > 0:
-            return seconds
-    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `doctor`."""
     parser.add_argument(
@@ -37,15 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROAD",
         help=f"to be tried, which must work: of {', '.join(ROADS)}",
     )
-    parser.add_argument("--limit", type=_seconds, default=60.0, help="seconds after which a road's trial is ended (default 60)")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a road's trial is ended (default 60)")
     parser.add_argument("--json", action="store_true", help="print JSON: ok, and the findings with part, name, what, state and remedy")
 
 
 def examine(roads: Sequence[str], limit: float, variables: Mapping[str, str]) -> list[Finding]:
     """Every finding, in the order in which they are printed. `variables`: the environment; this process's is not read, nor changed.
 
-    Raises CompressionError on a rank of a job, since jobs do not start in jobs.
+    Raises CompressionError on a rank of a job, since jobs do not start in jobs, and for a limit that is none.
     """
+    if not limit > 0:
+        raise CompressionError(f"doctor: --limit must be a number of seconds above 0, got {limit}.")
     if inside := [name for name in _OF_A_RANK if name in variables]:
         raise CompressionError(f"doctor: this process is a rank of a job ({inside[0]} is set), and starts jobs itself; run it without a launcher.")
     environment = environment_of_ranks(variables)
@@ -55,10 +49,14 @@ def examine(roads: Sequence[str], limit: float, variables: Mapping[str, str]) ->
 def doctor(options: argparse.Namespace) -> int:
     """Look, try, print; returns the exit status: 0 where all that is there works.
 
-    It is 1 where something is broken, where a road that `--roads` names is not there, and where no road is.
+    It is 1 where something is broken, where a road that `--roads` names is not there, and where no road is; 2 where it cannot be called like this.
     """
     named = options.roads is not None
-    findings = examine(options.roads if named else list(ROADS), options.limit, os.environ)
+    try:
+        findings = examine(options.roads if named else list(ROADS), options.limit, os.environ)
+    except CompressionError as wrong_use:
+        print(f"hvd-ecsgd {wrong_use}", file=sys.stderr)
+        return 2
     tried = [f for f in findings if f.part == "roads"]
     works = [f.name for f in tried if f.state is State.OK]
     missing = [f for f in tried if f.state is State.ABSENT] if named or not works else []

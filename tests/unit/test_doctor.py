@@ -221,14 +221,23 @@ def test_numpy_that_torch_cannot_use_is_broken(monkeypatch: pytest.MonkeyPatch) 
 def test_wrong_use_is_named() -> None:
     with pytest.raises(CompressionError, match="is a rank of a job \\(OMPI_COMM_WORLD_SIZE is set\\)"):
         command.examine([], 1.0, {"OMPI_COMM_WORLD_SIZE": "2"})
+    with pytest.raises(CompressionError, match="--limit must be a number of seconds above 0"):
+        command.examine([], 0.0, {})
 
 
-@pytest.mark.parametrize("limit", ["0", "-1", "nan", "soon"])
-def test_a_limit_is_a_number_of_seconds(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["doctor", "--limit", limit])
-    assert ended.value.code == 2
-    assert f"argument --limit: must be a number of seconds above 0, got '{limit}'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("limit", "ranks", "message"), [("-1", "", "--limit must be"), ("nan", "", "--limit must be"), ("1", "2", "this process is a")]
+)
+def test_the_command_tells_wrong_use_in_one_line(
+    limit: str, ranks: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in command._OF_A_RANK:
+        monkeypatch.delenv(name, raising=False)
+    if ranks:
+        monkeypatch.setenv("PMI_SIZE", ranks)
+    assert main(["doctor", "--limit", limit]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"hvd-ecsgd doctor: {message}") and said.err.count("\n") == 1 and not said.out
 
 
 def test_the_environment_of_ranks_is_what_the_user_has_set_and_what_small_jobs_need() -> None:
